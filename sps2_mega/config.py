@@ -1,0 +1,147 @@
+"""Every default, once: frozen dataclasses for model, parallel layout, cache, scheduler and engine.
+
+A field is a command-line flag only if it is declared with `flag(...)`; `cli.py` builds the parser from that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sps2_mega.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRANSPORTS = ("ulysses", "gather")
+
+
+def flag(
+    default: Any, help: str, *, name: str | None = None, choices: tuple[str, ...] | None = None
+) -> Any:
+    """A dataclass field that is also a command-line flag; `name` where it differs from the field's."""
+    metadata = {"help": help, "name": name, "choices": choices}
+    return field(default=default, metadata={"flag": metadata})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding. `scaling` selects how inverse frequencies follow from `theta`:
+    `none`, `linear` (positions / factor), `llama3` (Llama 3.1's smoothed bands) or `yarn` (arXiv 2309.00071)."""
+
+    theta: float = 10000.0
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Architecture of a decoder-only model, in the field's terms; independent of file format and of ranks.
+
+    `vocab_size` is the true vocabulary (logits are cut to it); padding for TP is decided where weights
+    are sharded. `rope=None` means learned absolute positions. `sliding_window=w`: a query sees itself and
+    the w-1 tokens before it.
+    """
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: Literal["silu_gated", "gelu", "gelu_tanh"] = "silu_gated"
+    qkv_bias: bool = False
+    linear_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
+    sliding_window: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+
+    @property
+    def gated(self) -> bool:
+        return self.activation == "silu_gated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """World size is tp * sp. `sp_levels` are ring sizes, innermost first; None: taken from the node topology."""
+
+    tp: int = flag(1, "tensor-parallel degree")
+    sp: int = flag(1, "sequence-parallel degree")
+    sp_levels: tuple[int, ...] | None = flag(
+        None, "sizes of the SP levels, innermost first, e.g. 4,2 (default: from the node topology)"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """KV cache. `num_blocks` is per SP rank; None: what `memory_fraction` of the free memory holds."""
+
+    block_size: int = flag(16, "tokens per KV cache block")
+    num_blocks: int | None = flag(
+        None, "KV cache blocks per SP rank (default: from free memory)", name="num-kv-blocks"
+    )
+    memory_fraction: float = flag(
+        0.85, "share of the free device memory for the KV cache", name="kv-memory-fraction"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    max_running: int = flag(64, "sequences decoded together at most", name="max-num-seqs")
+    max_prefill_tokens: int = flag(
+        8192, "prompt tokens batched into one prefill step (a longer prompt goes alone)"
+    )
+    max_waiting: int | None = flag(None, "length of the waiting queue (default: no limit)", name="max-queue")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine needs to start; `model` is a folder or the name of a file in model_configs/."""
+
+    model: str = flag(
+        "sps2-tiny", "Hugging Face folder, Megatron checkpoint folder, or a name in model_configs/"
+    )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "weights and activations (auto: the checkpoint's)", choices=DTYPES
+    )
+    device: Literal["auto", "cpu", "cuda"] = flag(
+        "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
+    )
+    transport: Literal["ulysses", "gather"] = flag(
+        "ulysses", "how prefill moves data between SP ranks", choices=TRANSPORTS
+    )
+    max_model_len: int | None = flag(None, "longest prompt plus output (default: the model's)")
+    seed: int = flag(0, "seed of requests that have none of their own")
+    step_timeout: float = flag(600.0, "seconds after which a step that does not end fails the job")
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        return dataclasses.replace(self, **changes)

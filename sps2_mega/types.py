@@ -1,0 +1,204 @@
+"""Plain data that crosses module borders: what a client asked, what one step does, what it produced.
+
+No torch here, so the scheduler and the simulator stay importable everywhere.
+
+    SamplingParams -> Request -> Sequence -> StepPlan -> (all ranks) -> StepOutput -> RequestOutput
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+
+from sps2_mega.errors import RequestError
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended; the values are those of the OpenAI API."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class ForwardMode(enum.IntEnum):
+    PREFILL = 0
+    DECODE = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens, with OpenAI's names and defaults.
+
+    `max_tokens=None` means the rest of the context. `top_k=0` means off. `logprobs=k` returns the
+    log-probability of each chosen token and of the k most likely ones. `temperature=0` is greedy.
+    The n-th sample of a request uses a seed derived from `seed` and n.
+
+    Raises:
+        RequestError: a value is outside its range.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, range_text: str) -> None:
+            if not ok:
+                raise RequestError(f"{name} must be {range_text}, got {getattr(self, name)!r}")
+
+        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", ">= 1")
+        need(0.0 <= self.temperature <= 100.0, "temperature", "in [0, 100]")
+        need(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
+        need(self.top_k >= 0, "top_k", ">= 0 (0 switches it off)")
+        need(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
+        need(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
+        need(1 <= self.n <= 128, "n", "in [1, 128]")
+        need(all(self.stop), "stop", "free of empty strings")
+        need(self.min_tokens >= 0, "min_tokens", ">= 0")
+        need(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "in (0, 100]")
+        need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
+        need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
+        need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "in [0, 20]")
+        if self.max_tokens is not None:
+            need(self.min_tokens <= self.max_tokens, "min_tokens", f"<= max_tokens ({self.max_tokens})")
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    def replace(self, **changes: object) -> SamplingParams:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities (natural log, before temperature) at one position; `top` is most likely first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequence:
+    """The running token list of one sample of one request; changed by the scheduler only.
+
+    `seed` is always set (the engine draws one where the client gave none), so that a preempted or
+    moved sequence continues with the same random numbers. `max_tokens` is already resolved.
+    Times are seconds of `time.monotonic()`; `token_times[i]` is when output token i was committed.
+    """
+
+    seq_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    arrival_time: float
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
+    scheduled_time: float | None = None
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillItem:
+    """One sequence to prefill. Block b holds tokens [b*block_size, ..) on sp rank `block_ranks[b]`
+    under `block_ids[b]`. `num_prompt_tokens` < len(token_ids) when a preempted sequence is
+    recomputed: the rest are its own earlier outputs."""
+
+    seq_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_ranks: list[int]
+    block_ids: list[int]
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeItem:
+    """One new token of one sequence: `token_id` enters at `position`. `new_block` is (sp rank, block id)
+    when `position` opens a block, else None. The sp rank that holds the block of `position` runs this
+    sequence's linear layers in this step, so its new key and value never travel."""
+
+    seq_id: int
+    token_id: int
+    position: int
+    new_block: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What every rank executes in one step. Exactly one of `prefills` and `decodes` is non-empty.
+    `released` are sequences whose state ranks drop before the step (finished, aborted or preempted)."""
+
+    step: int
+    mode: ForwardMode
+    prefills: list[PrefillItem]
+    decodes: list[DecodeItem]
+    released: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One sampled token per item of the plan, in the plan's order; `logprobs[i]` is None unless asked."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds of one sample: in the queue, to the first token (queue included), mean per later token, total."""
+
+    queue_s: float
+    ttft_s: float
+    per_token_s: float | None
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished sample of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """A finished request: `completions` has n entries, or `error` says why there are none."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    error: str | None = None
