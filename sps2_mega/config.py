@@ -127,6 +127,7 @@ class EngineConfig:
     model: str = flag(
         "sps2-tiny", "Hugging Face folder, Megatron checkpoint folder, or a name in model_configs/"
     )
+    tokenizer: str | None = flag(None, "tokenizer folder (default: the model's own)")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
