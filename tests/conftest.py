@@ -1,0 +1,66 @@
+"""What all tests share: the import path, seeds, markers with their skip conditions, and the end of the pools."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+for entry in (TESTS, TESTS.parent):
+    if str(entry) not in sys.path:
+        sys.path.insert(0, str(entry))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the cores among them
+
+import harness  # noqa: E402  (needs the path set above)
+
+MARKERS = {
+    "gpu": "needs a CUDA device",
+    "netns": "builds network namespaces: needs root and iproute2 (ip, tc)",
+    "slow": "takes more than about 20 s",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {"gpu": missing_gpu, "netns": missing_netns}
+    for marker, missing in reasons.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = missing() if marked else None
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def missing_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def missing_netns() -> str | None:
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    tools = [name for name in ("ip", "tc") if shutil.which(name) is None]
+    return f"not installed: {', '.join(tools)} (package iproute2)" if tools else None
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def pytest_sessionfinish() -> None:
+    harness.close_pools()

@@ -1,0 +1,272 @@
+"""Runs a test function on several real processes and brings back their results, tracebacks or stacks.
+
+Importing Megatron costs seconds per process, so ranks are kept in pools: one pool per world size, started
+at first use, shared by all tests of the session, closed at its end. Use:
+
+    def on_each_rank(rank, x):            # a module-level function of the test module
+        group = harness.default_group()   # gloo, once per process; or let the code under test initialise
+        ...
+        return result
+
+    results = harness.run_ranks(on_each_rank, 4, x)      # [result of rank 0, result of rank 1, ..]
+
+A pool survives a call in which all ranks return, or all raise the same exception. Whatever else happens
+(one rank raises, hangs or dies) the pool is killed, since its collectives may be out of step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import IO, Any
+
+TESTS = Path(__file__).resolve().parent
+MAX_PROCESSES = 8
+GRACE_S = 5.0  # for the other ranks to answer after one failed
+TAIL_CHARS = 6000
+
+
+class RankError(AssertionError):
+    """A rank raised, hung or died. `rank` is the first one; the message has its traceback or stacks."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, **kwargs: Any
+) -> list[Any]:
+    """`fn(rank, *args, **kwargs)` in every rank of the session's pool; results in rank order.
+
+    Raises:
+        RankError: a rank raised, died, or did not answer within `timeout` seconds.
+    """
+    return pool_of(world_size).run(fn, *args, timeout=timeout, **kwargs)
+
+
+def default_group(timeout_s: float = 60) -> Any:
+    """In a rank: the gloo group of all ranks, initialised at first use and kept for later tests."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return dist.group.WORLD
+
+
+_pools: dict[int, RankPool] = {}  # least recently used first
+
+
+def pool_of(world_size: int) -> RankPool:
+    """The session's pool, after closing others where all together would be too many processes."""
+    pool = _pools.pop(world_size, None) or RankPool(world_size)
+    others = sum(p.world_size for p in _pools.values() if p.alive)
+    for size in list(_pools):
+        if others + world_size <= MAX_PROCESSES:
+            break
+        evicted = _pools.pop(size)
+        others -= size if evicted.alive else 0
+        evicted.close()
+    _pools[world_size] = pool
+    return pool
+
+
+def close_pools() -> None:
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+atexit.register(close_pools)
+
+
+class RankPool:
+    """`world_size` live processes, or none: they start at the first `run` and after a failure at the next."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._ranks: list[_Rank] = []
+        self._failed_first: int | None = None
+        self._agreed_failure = False
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._ranks)
+
+    def run(
+        self, fn: Callable[..., Any], *args: Any, timeout: float = 120, seed: int = 0, **kwargs: Any
+    ) -> list[Any]:
+        header = _describe(fn, seed)
+        payload = pickle.dumps((args, kwargs))
+        if not self._ranks:
+            port = free_port()
+            self._ranks = [_Rank(r, self.world_size, port) for r in range(self.world_size)]
+        try:
+            answers = self._collect(header, payload, timeout)
+            failures = {r: value for r, (status, value) in answers.items() if status == "error"}
+            if failures:
+                self._raise_failure(answers, failures)
+        except BaseException:
+            if not self._agreed_failure:
+                self.close()
+            raise
+        return [answers[r][1] for r in range(self.world_size)]
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+        self._ranks = []
+
+    def _collect(self, header: bytes, payload: bytes, timeout: float) -> dict[int, tuple[str, Any]]:
+        """Answers by rank; incomplete if one failed and others did not follow within the grace time."""
+        self._agreed_failure = False
+        answers: dict[int, tuple[str, Any]] = {}
+        self._failed_first = None
+        for rank in self._ranks:
+            if not rank.send(header, payload):
+                raise RankError(rank.rank, f"rank {rank.rank} is dead\n{rank.tail()}")
+        deadline = time.monotonic() + timeout
+        waiting = {rank.connection: rank for rank in self._ranks}
+        while waiting:
+            left = deadline - time.monotonic()
+            ready = wait(list(waiting), max(0.0, left))
+            if not ready:
+                if self._failed_first is not None:
+                    return answers
+                raise self._hang(timeout, list(waiting.values()))
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[arg-type]
+                answers[rank.rank] = rank.receive()
+                if answers[rank.rank][0] == "error" and self._failed_first is None:
+                    self._failed_first = rank.rank
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        return answers
+
+    def _hang(self, timeout: float, hung: list[_Rank]) -> RankError:
+        for rank in self._ranks:
+            rank.dump_stacks()
+        time.sleep(0.5)  # the dumps are written by signal handlers
+        names = ", ".join(str(rank.rank) for rank in hung)
+        logs = "\n".join(f"--- rank {rank.rank}\n{rank.tail()}" for rank in self._ranks)
+        return RankError(hung[0].rank, f"no answer within {timeout:g} s from rank {names}\n{logs}")
+
+    def _raise_failure(self, answers: dict, failures: dict[int, tuple[str, str]]) -> None:
+        kinds = {kind for kind, _ in failures.values()}
+        self._agreed_failure = (
+            len(failures) == self.world_size and len(kinds) == 1 and "died" not in kinds
+        )
+        assert self._failed_first is not None
+        first = self._failed_first
+        silent = sorted(set(range(self.world_size)) - set(answers))
+        lines = [f"rank {first} of {self.world_size} failed:", failures[first][1]]
+        for rank, (kind, text) in sorted(failures.items()):
+            if rank != first:
+                last = text.strip().splitlines()[-1] if text.strip() else kind
+                lines.append(f"rank {rank} failed too: {last}")
+        if silent:
+            lines.append(f"no answer {GRACE_S:g} s later from ranks {silent}")
+        raise RankError(first, "\n".join(lines))
+
+
+class _Rank:
+    """One process of a pool and the parent's end of its pipe; its output goes to an unnamed file."""
+
+    def __init__(self, rank: int, world_size: int, port: int) -> None:
+        self.rank = rank
+        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log_start = 0
+        ours, theirs = multiprocessing.Pipe()
+        self.connection: Connection = ours
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    str(TESTS / "rank_process.py"),
+                    str(os.getpid()),
+                    str(theirs.fileno()),
+                ],
+                env=rank_environment(rank, world_size, port),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def send(self, header: bytes, payload: bytes) -> bool:
+        self._log_start = os.fstat(self._log.fileno()).st_size
+        try:
+            self.connection.send_bytes(header)
+            self.connection.send_bytes(payload)
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> tuple[str, Any]:
+        try:
+            answer: tuple[str, Any] = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            code = self._process.wait(GRACE_S)
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            return "error", (
+                "died",
+                f"rank {self.rank} died ({how}); its last output:\n{self.tail()}",
+            )
+        return answer
+
+    def dump_stacks(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+
+    def tail(self) -> str:
+        """What the process wrote since the last call began, shortened from the front."""
+        size = os.fstat(self._log.fileno()).st_size
+        start = max(self._log_start, size - TAIL_CHARS)
+        return os.pread(self._log.fileno(), size - start, start).decode(errors="replace")
+
+    def kill(self) -> None:
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher would set, on one node; everything else is inherited."""
+    return os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _describe(fn: Callable[..., Any], seed: int) -> bytes:
+    if "<" in fn.__qualname__:
+        raise TypeError(
+            f"{fn.__qualname__} cannot run in ranks: it must be a module-level function"
+        )
+    file = sys.modules[fn.__module__].__file__
+    header = {"module": fn.__module__, "file": file, "qualname": fn.__qualname__}
+    return pickle.dumps(header | {"seed": seed, "sys_path": [entry for entry in sys.path if entry]})

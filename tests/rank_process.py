@@ -1,0 +1,107 @@
+"""One rank of a pool: receives (module, function, arguments), calls the function, sends back what it returned.
+
+Runs as a script of its own process, started by `harness.RankPool`. It decides nothing about distribution:
+RANK, WORLD_SIZE and the others are already in the environment, and `torch.distributed` is initialised only
+if the called function does so. State (imports, process groups) stays from one call to the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import importlib.util
+import os
+import pickle
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parent_pid, fd = int(sys.argv[1]), int(sys.argv[2])
+    # A pytest that is killed must not leave ranks behind, even ones stuck in a collective.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        return
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    serve(Connection(fd), rank=int(os.environ["RANK"]))
+
+
+def serve(connection: Connection, *, rank: int) -> None:
+    """Answers calls until the parent closes its end. Every answer is (status, value)."""
+    while True:
+        try:
+            header = pickle.loads(connection.recv_bytes())
+            arguments = connection.recv_bytes()
+        except EOFError:
+            return
+        reply = call(rank, header, arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        connection.send_bytes(reply)
+
+
+def call(rank: int, header: dict[str, Any], arguments: bytes) -> bytes:
+    try:
+        function = find_function(header)
+        args, kwargs = pickle.loads(arguments)  # after the import: arguments may use its classes
+        seed_everything(header["seed"])
+        return pickle.dumps(("ok", function(rank, *args, **kwargs)))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit and pytest's Skipped and Failed are answers too
+        return pickle.dumps(("error", (type(error).__name__, traceback.format_exc())))
+
+
+def find_function(header: dict[str, Any]) -> Callable[..., Any]:
+    for entry in header["sys_path"]:
+        if entry not in sys.path:
+            sys.path.append(entry)
+    found: Any = load_module(header["module"], header["file"])
+    for name in header["qualname"].split("."):
+        found = getattr(found, name)
+    return found
+
+
+def load_module(name: str, file: str) -> ModuleType:
+    """By file, because how pytest names test modules depends on its import mode."""
+    module = sys.modules.get(name)
+    if module is not None and same_file(module, file):
+        return module
+    package = name.rpartition(".")[0]
+    if package and (Path(file).parent / "__init__.py").exists():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def same_file(module: ModuleType, file: str) -> bool:
+    return os.path.realpath(getattr(module, "__file__", None) or "") == os.path.realpath(file)
+
+
+def seed_everything(seed: int) -> None:
+    """The same numbers in every call, whatever ran before; libraries that are not imported stay so."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+if __name__ == "__main__":
+    main()
