@@ -1,0 +1,75 @@
+"""On which sp rank a new block goes: pure functions of block counts.
+
+Decides ranks only; ids come from each rank's allocator. Any placement gives the same result, so these
+rules are about balance: of memory, of causal attention work, and of the linear layers in decode.
+
+    6 blocks, 2 ranks   contiguous  0 0 0 1 1 1      zigzag  0 0 1 1 1 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+Layout = Literal["contiguous", "zigzag"]
+
+
+def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
+    """Blocks per sp rank, as equal as `free[rank]` allows; None when all free blocks together are too few.
+
+    What does not divide evenly goes to the ranks with most free blocks, then to the lowest ranks.
+    """
+    assert num_blocks >= 0, f"num_blocks must be >= 0, got {num_blocks}"
+    if num_blocks > sum(free):
+        return None
+    level = _fill_level(num_blocks, free)
+    sizes = [min(blocks, level) for blocks in free]
+    extra = num_blocks - sum(sizes)
+    roomy = sorted((rank for rank in range(len(free)) if free[rank] > level), key=lambda r: (-free[r], r))
+    for rank in roomy[:extra]:
+        sizes[rank] += 1
+    return sizes
+
+
+def prompt_block_ranks(num_blocks: int, free: Sequence[int], layout: Layout) -> list[int] | None:
+    """The sp rank of each block of a prompt, in block order; None when it does not fit.
+
+    `contiguous`: each rank has one run of blocks, in rank order. `zigzag`: rank r of P has runs r and
+    2P-1-r of 2P, an early and a late one, so that causal attention costs every rank about the same.
+    """
+    sizes = shard_sizes(num_blocks, free)
+    if sizes is None:
+        return None
+    if layout == "contiguous":
+        runs = list(enumerate(sizes))
+    else:
+        assert layout == "zigzag", f"layout must be contiguous or zigzag, got {layout!r}"
+        early = [(rank, size - size // 2) for rank, size in enumerate(sizes)]
+        late = [(rank, size // 2) for rank, size in enumerate(sizes)]
+        runs = early + late[::-1]
+    return [rank for rank, size in runs for _ in range(size)]
+
+
+def next_block_rank(num_tails: Sequence[int], free: Sequence[int]) -> int | None:
+    """The sp rank for the block that a decoding sequence opens; None when no rank has a free block.
+
+    `num_tails[rank]` counts the other running sequences whose last block is there. The fewest win, because
+    the rank of the last block runs that sequence's linear layers; ties go to most free, then lowest rank.
+    """
+    candidates = [rank for rank in range(len(free)) if free[rank] > 0]
+    if not candidates:
+        return None
+    return min(candidates, key=lambda rank: (num_tails[rank], -free[rank], rank))
+
+
+def _fill_level(num_blocks: int, free: Sequence[int]) -> int:
+    """The largest level with sum(min(blocks, level)) <= num_blocks, given that num_blocks <= sum(free)."""
+    left, level = num_blocks, 0
+    ranks_left = len(free)
+    for blocks in sorted(free):
+        if left < (blocks - level) * ranks_left:
+            return level + left // ranks_left
+        left -= (blocks - level) * ranks_left
+        level = blocks
+        ranks_left -= 1
+    return level
