@@ -1,0 +1,87 @@
+"""Rotary embedding fields of a Hugging Face config.json <-> RopeConfig.
+
+Old files have `rope_theta` and `rope_scaling` ({"type" or "rope_type": ..}); new ones `rope_parameters`.
+Types whose frequencies depend on the length of the input (dynamic, longrope) are refused: they would make
+the keys in the cache depend on what came later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sps2_mega.config import RopeConfig
+from sps2_mega.errors import ConfigError
+
+_DEFAULT_THETA = 10000.0
+_FIELDS = {
+    # rope type -> (fields that must be there, fields that may be)
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+}
+_NOT_FLOAT = ("original_max_position_embeddings", "truncate")
+
+
+def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
+    """Raises:
+    ConfigError: the type is not supported, or a field is absent or unknown.
+    """
+    given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = float(given.pop("rope_theta", None) or hf.get("rope_theta") or _DEFAULT_THETA)
+    rotated = given.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+    if rotated != 1.0:
+        raise ConfigError(f"partial_rotary_factor={rotated} is not supported (needs 1.0)")
+    old_type = given.pop("type", None)
+    rope_type = given.pop("rope_type", None) or old_type or "default"
+    if rope_type not in _FIELDS:
+        raise ConfigError(f"rope_type={rope_type!r} is not supported (known: {', '.join(_FIELDS)})")
+
+    required, optional = _FIELDS[rope_type]
+    fields = {name: value for name, value in given.items() if value is not None}
+    if absent := [name for name in required if name not in fields]:
+        raise ConfigError(f"rope_type={rope_type!r} needs {', '.join(absent)}")
+    if rope_type == "default":
+        return RopeConfig(theta=theta)  # stray fields beside the default type have no effect
+    if unknown := [name for name in fields if name not in required + optional]:
+        shown = ", ".join(f"{name}={fields[name]!r}" for name in unknown)
+        raise ConfigError(f"rope_type={rope_type!r} has fields that are not understood: {shown}")
+    if "original_max_position_embeddings" in optional:
+        outer = hf.get("original_max_position_embeddings")
+        fields["original_max_position_embeddings"] = int(
+            outer or fields.get("original_max_position_embeddings") or max_position_embeddings
+        )
+    values = {name: value if name in _NOT_FLOAT else float(value) for name, value in fields.items()}
+    return RopeConfig(theta=theta, scaling=rope_type, **values)
+
+
+def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """Both spellings, so that transformers before and after version 5 read the same."""
+    if rope.scaling == "none":
+        return {
+            "rope_theta": rope.theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
+        }
+    required, optional = _FIELDS[rope.scaling]
+    fields = {name: getattr(rope, name) for name in required + optional}
+    scaling = {"rope_type": rope.scaling} | {k: v for k, v in fields.items() if v is not None}
+    return {
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling,
+        "rope_parameters": scaling | {"rope_theta": rope.theta},
+    }

@@ -1,0 +1,91 @@
+"""The YAML files of model_configs/: an architecture by name, where its weights are, degrees that suit it.
+
+architecture: {every field of ModelConfig}
+weights: sps2-tiny            # folder, relative to the file; null: not bundled
+tokenizer: sps2-tiny          # likewise
+suggested: {tp: 1, sp: 2}
+source: where the weights are published
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sps2_mega.checkpoint.architecture import check_keys, model_config_from_mapping
+from sps2_mega.config import ModelConfig
+from sps2_mega.errors import ConfigError
+
+_KEYS = ("architecture", "weights", "tokenizer", "suggested", "source")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFile:
+    """One file of model_configs/, with paths made absolute."""
+
+    name: str
+    config: ModelConfig
+    weights: Path | None
+    tokenizer: Path | None
+    tp: int
+    sp: int
+    source: str
+
+
+def read_model_file(path: Path) -> ModelFile:
+    """Raises:
+    ConfigError: not readable YAML, or an unknown, absent or mistyped key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    content = _mapping(content, str(path))
+    check_keys(content, _KEYS, str(path))
+    if absent := [key for key in ("architecture", "source") if key not in content]:
+        raise ConfigError(f"{path}: needs {', '.join(absent)}")
+    suggested = _mapping(content.get("suggested") or {}, f"{path}: suggested")
+    check_keys(suggested, ("tp", "sp"), f"{path}: suggested")
+    architecture = _mapping(content["architecture"], f"{path}: architecture")
+    return ModelFile(
+        name=path.stem,
+        config=model_config_from_mapping(architecture, f"{path}: architecture"),
+        weights=_folder(content.get("weights"), path, "weights"),
+        tokenizer=_folder(content.get("tokenizer"), path, "tokenizer"),
+        tp=_degree(suggested.get("tp", 1), f"{path}: suggested: tp"),
+        sp=_degree(suggested.get("sp", 1), f"{path}: suggested: sp"),
+        source=str(content["source"]),
+    )
+
+
+def model_files() -> dict[str, Path]:
+    """Name -> file: those of ./model_configs, then those beside the package."""
+    files: dict[str, Path] = {}
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        for path in sorted((folder / "model_configs").glob("*.yaml")):
+            files.setdefault(path.stem, path)
+    return files
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be a mapping, found {value!r}")
+    return value
+
+
+def _folder(value: Any, path: Path, key: str) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ConfigError(f"{path}: {key} must be a folder or null, found {value!r}")
+    return (path.parent / value).resolve()
+
+
+def _degree(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{where} must be an integer >= 1, found {value!r}")
+    return value

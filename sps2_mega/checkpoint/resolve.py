@@ -1,0 +1,82 @@
+"""What the user calls a model -> its configuration, its weights and its tokenizer.
+
+A name is a folder (Hugging Face or Megatron) or, where no such folder exists, a file of model_configs/.
+Nothing is downloaded. What is inside the folder is decided by `source`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sps2_mega.checkpoint.model_file import model_files, read_model_file
+from sps2_mega.checkpoint.source import iteration_folder, open_checkpoint
+from sps2_mega.config import ModelConfig
+from sps2_mega.errors import ConfigError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """`path` is the weights' folder; `tokenizer` is None where none was found (prompts are then token ids).
+    The suggested degrees are 1 where nobody suggested any."""
+
+    name: str
+    config: ModelConfig
+    path: Path
+    tokenizer: Path | None
+    suggested_tp: int = 1
+    suggested_sp: int = 1
+
+
+def resolve_model(
+    name_or_path: str | Path, *, tokenizer: str | Path | None = None
+) -> ResolvedModel:
+    """`tokenizer` is a folder that replaces the model's own.
+
+    Raises:
+        ConfigError: no such folder or name, the weights are not on this machine, or the model cannot be run.
+        CheckpointError: the folder is no checkpoint that can be read.
+    """
+    given = Path(tokenizer) if tokenizer is not None else None
+    if given is not None and not has_tokenizer(given):
+        raise ConfigError(f"tokenizer {given}: no {' or '.join(TOKENIZER_FILES)} there")
+    path = Path(name_or_path)
+    if path.is_dir():
+        found = next((f for f in (path, iteration_folder(path)) if has_tokenizer(f)), None)
+        return ResolvedModel(
+            name=path.resolve().name,
+            config=open_checkpoint(path).config,
+            path=path,
+            tokenizer=given or found,
+        )
+    return _named_model(str(name_or_path), given)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _named_model(name: str, tokenizer: Path | None) -> ResolvedModel:
+    files = model_files()
+    if name not in files:
+        known = ", ".join(sorted(files)) or "none found"
+        raise ConfigError(
+            f"model {name!r} is neither a folder nor a name in model_configs/ ({known})"
+        )
+    file = read_model_file(files[name])
+    if file.weights is None or not file.weights.is_dir():
+        where = "are not bundled" if file.weights is None else f"are not in {file.weights}"
+        raise ConfigError(
+            f"the weights of {name} {where}. They are published at {file.source}: download them and pass the "
+            "folder as the model (a Hugging Face folder or a Megatron checkpoint)"
+        )
+    return ResolvedModel(
+        name=name,
+        config=file.config,
+        path=file.weights,
+        tokenizer=tokenizer or file.tokenizer,
+        suggested_tp=file.tp,
+        suggested_sp=file.sp,
+    )

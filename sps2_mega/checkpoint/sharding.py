@@ -1,0 +1,129 @@
+"""Which part of a canonical tensor one tensor-parallel rank holds. Pure: ints and slices, no process group.
+
+    linear_qkv            by query groups (a KV head with its query heads stays together)
+    linear_fc1            gate rows and up rows are each cut, so a rank holds [its gate; its up]
+    linear_proj, fc2      by columns, their bias on every rank
+    embeddings, output    by rows, after zero rows up to a multiple of 128 * tp
+    norms, positions      on every rank
+
+With fewer KV heads than TP ranks each KV head is held by tp / num_kv_heads ranks: the model is then built with
+`num_query_groups(config, tp)` = tp groups, group g having kv head g * num_kv_heads // tp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sps2_mega.checkpoint.canonical import (
+    VOCAB_NAMES,
+    Shape,
+    canonical_shapes,
+    num_parameters,
+    split_layer,
+)
+from sps2_mega.config import ModelConfig
+from sps2_mega.errors import ConfigError
+
+__all__ = [
+    "canonical_shapes",
+    "check_tp",
+    "local_shapes",
+    "num_parameters",
+    "num_query_groups",
+    "padded_vocab_size",
+    "shard",
+]
+
+VOCAB_MULTIPLE = 128
+
+
+def check_tp(config: ModelConfig, tp: int) -> None:
+    """Raises:
+    ConfigError: this model cannot be cut into `tp` tensor-parallel ranks.
+    """
+    if tp < 1:
+        raise ConfigError(f"tp must be >= 1, got {tp}")
+    for name in ("num_heads", "ffn_hidden_size"):
+        if getattr(config, name) % tp:
+            raise ConfigError(f"{name} ({getattr(config, name)}) is not divisible by tp ({tp})")
+    kv = config.num_kv_heads
+    if kv % tp and tp % kv:
+        raise ConfigError(f"num_kv_heads ({kv}) must be a multiple or a divisor of tp ({tp})")
+
+
+def num_query_groups(config: ModelConfig, tp: int) -> int:
+    """Query groups the model is built with over all TP ranks: each rank has at least one."""
+    check_tp(config, tp)
+    return max(config.num_kv_heads, tp)
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding and output matrices over all TP ranks, Megatron's rule."""
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+def local_shapes(config: ModelConfig, tp: int) -> dict[str, Shape]:
+    """Name -> shape of every weight on one TP rank (the same on each)."""
+    check_tp(config, tp)
+    return {
+        name: _local_shape(name, shape, config, tp)
+        for name, shape in canonical_shapes(config).items()
+    }
+
+
+def shard(name: str, tensor: Tensor, config: ModelConfig, *, tp_rank: int, tp: int) -> Tensor:
+    """The slice of canonical `tensor` that TP rank `tp_rank` holds; a view where that is possible."""
+    _, part = split_layer(name)
+    if name in VOCAB_NAMES:
+        return _vocab_rows(tensor, config.vocab_size, tp_rank, tp)
+    if tp == 1:
+        return tensor
+    if part.startswith("self_attention.linear_qkv."):
+        return _query_groups(tensor, config, tp_rank, tp)
+    if part.startswith("mlp.linear_fc1."):
+        halves = tensor.chunk(2, 0) if config.gated else (tensor,)
+        pieces = [half.chunk(tp, 0)[tp_rank] for half in halves]
+        return torch.cat(pieces) if config.gated else pieces[0]
+    if part in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
+        return tensor.chunk(tp, 1)[tp_rank]
+    return tensor
+
+
+def _local_shape(name: str, shape: Shape, config: ModelConfig, tp: int) -> Shape:
+    _, part = split_layer(name)
+    if name in VOCAB_NAMES:
+        return (padded_vocab_size(config.vocab_size, tp) // tp, *shape[1:])
+    if part.startswith("self_attention.linear_qkv."):
+        heads = config.num_heads + 2 * num_query_groups(config, tp)
+        return (heads * config.head_dim // tp, *shape[1:])
+    if part.startswith("mlp.linear_fc1."):
+        return (shape[0] // tp, *shape[1:])
+    if part in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
+        return (shape[0], shape[1] // tp)
+    return shape
+
+
+def _vocab_rows(tensor: Tensor, vocab_size: int, tp_rank: int, tp: int) -> Tensor:
+    rows = padded_vocab_size(vocab_size, tp) // tp
+    mine = tensor[tp_rank * rows : (tp_rank + 1) * rows]
+    if len(mine) == rows:
+        return mine
+    padding = tensor.new_zeros(rows - len(mine), *tensor.shape[1:])
+    return torch.cat((mine, padding))
+
+
+def _query_groups(tensor: Tensor, config: ModelConfig, tp_rank: int, tp: int) -> Tensor:
+    kv, rest = config.num_kv_heads, tensor.shape[1:]
+    per_group = config.num_heads // kv
+    groups = tensor.reshape(kv, (per_group + 2) * config.head_dim, *rest)
+    if kv >= tp:
+        return groups.chunk(tp, 0)[tp_rank].reshape(-1, *rest)
+    sharers = (
+        tp // kv
+    )  # ranks that hold the same KV head, each with its own part of the query heads
+    group = groups[tp_rank // sharers]
+    q_rows = per_group * config.head_dim
+    q = group[:q_rows].chunk(sharers, 0)[tp_rank % sharers]
+    return torch.cat((q, group[q_rows:]))

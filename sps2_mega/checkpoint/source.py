@@ -1,0 +1,90 @@
+"""Where weights come from, whatever the format: every reader offers the canonical form through `WeightSource`.
+
+    Hugging Face folder      config.json + *.safetensors                     `hf`
+    Megatron torch_dist      iter_*/{metadata.json,.metadata,*.distcp}       `torch_dist`
+    Megatron legacy          iter_*/mp_rank_XX[_YYY]/model_optim_rng.pt      `legacy`
+
+Opening a source reads headers only. This file decides which reader a folder needs; what must be in it is
+decided in `inventory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from sps2_mega.checkpoint.canonical import VOCAB_NAMES, Shape
+from sps2_mega.checkpoint.hf import HuggingFaceSource
+from sps2_mega.config import ModelConfig
+from sps2_mega.errors import CheckpointError
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class WeightSource(Protocol):
+    """One checkpoint, as canonical tensors.
+
+    `saved_layout` is (tp, pp) of the writer where the format records it. `dtype` is the stored one
+    (`bfloat16`, ..). `shapes()` has canonical names with the shapes found, and under its own name
+    whatever is in the file and is no part of the model. `origin(name)` says what the file calls it.
+    """
+
+    path: Path
+    format: str
+    config: ModelConfig
+    iteration: int | None
+    saved_layout: tuple[int, int] | None
+    dtype: str
+
+    def shapes(self) -> Mapping[str, Shape]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def origin(self, name: str) -> str: ...
+
+
+def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> WeightSource:
+    """Opens a folder in any known format; `config` replaces the architecture that the folder states.
+
+    Raises:
+        CheckpointError: no known format, an unreadable file, or one that would run code.
+        ConfigError: the architecture is not stated, or not one that can be run.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    if (folder / "config.json").is_file():
+        return HuggingFaceSource(folder, config)
+    iteration = iteration_folder(folder)
+    raise CheckpointError(f"{iteration}: not a known checkpoint: {_found(iteration)}")
+
+
+def read_canonical(source: WeightSource, name: str, config: ModelConfig) -> Tensor:
+    """One canonical tensor without the vocabulary rows that a file may have as padding."""
+    tensor = source.read(name)
+    return tensor[: config.vocab_size] if name in VOCAB_NAMES else tensor
+
+
+def iteration_folder(folder: Path) -> Path:
+    """The folder with the files: `folder` itself, or the one that a Megatron tracker file points to."""
+    tracker = folder / _TRACKER
+    if not tracker.is_file():
+        return folder
+    text = tracker.read_text(encoding="utf-8").strip()
+    if text != "release" and not text.isdecimal():
+        raise CheckpointError(f"{tracker} must hold a number or 'release', found {text[:40]!r}")
+    target = folder / ("release" if text == "release" else f"iter_{int(text):07d}")
+    if not target.is_dir():
+        raise CheckpointError(f"{tracker} points to {target.name}, which is not in {folder}")
+    return target
+
+
+def _found(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())[:8]
+    return (
+        "expected config.json (Hugging Face), metadata.json or .metadata (Megatron torch_dist) or mp_rank_* "
+        f"(Megatron legacy), found {', '.join(names) or 'an empty folder'}"
+    )
