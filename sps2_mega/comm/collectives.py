@@ -1,0 +1,98 @@
+"""The collectives the runtime uses, on tensors whose row counts may differ between ranks (also zero).
+
+Groups are arguments; a group of one rank makes each of them a local no-op with the same return shape.
+Row counts of all ranks are always known from the plan, so no sizes are exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sps2_mega.parallel.groups import Group
+
+# torch 2.13 renamed it and warns about the old name.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """Concatenate every rank's rows in rank order: x [counts[rank], ...] -> [sum(counts), ...].
+
+    Ragged counts travel padded to the largest: neither gloo nor NCCL gathers ragged tensors natively.
+    """
+    if group.size == 1:
+        return x
+    longest = max(counts)
+    if longest == 0:
+        return x
+    if x.shape[0] < longest:
+        x = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
+    gathered = x.new_empty(group.size * longest, *x.shape[1:])
+    _all_gather_single(gathered, x.contiguous(), group=group.handle)
+    if min(counts) == longest:
+        return gathered
+    parts = gathered.split(longest)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def all_to_all_flat(
+    x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group
+) -> Tensor:
+    """Exchange pieces of a flat tensor: piece r of x goes to rank r; pieces received are in rank order."""
+    if group.size == 1:
+        return x
+    received = x.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(
+        received, x, list(receive_sizes), list(send_sizes), group=group.handle
+    )
+    return received
+
+
+def all_gather_last_dim(x: Tensor, group: Group) -> Tensor:
+    """Concatenate equal shards along the last dimension: [R, V/size] -> [R, V]."""
+    if group.size == 1 or x.shape[0] == 0:
+        return x if group.size == 1 else x.new_empty(0, x.shape[-1] * group.size)
+    gathered = x.new_empty(group.size, *x.shape)
+    _all_gather_single(gathered.view(-1, x.shape[-1]), x.contiguous(), group=group.handle)
+    return gathered.movedim(0, -2).reshape(*x.shape[:-1], -1)
+
+
+def minimum(value: int, group: Group) -> int:
+    """The smallest `value` of any rank (a CPU group)."""
+    if group.size == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group.handle)
+    return int(tensor.item())
+
+
+_FIRST_FRAME = 4096
+
+
+def broadcast_bytes(payload: bytes | None, group: Group) -> bytes:
+    """Send rank 0's `payload` to all ranks of a CPU group; a short one takes a single broadcast."""
+    if group.size == 1:
+        assert payload is not None
+        return payload
+    frame = torch.empty(_FIRST_FRAME, dtype=torch.uint8)
+    view = memoryview(frame.numpy())
+    capacity = _FIRST_FRAME - 8
+    if group.rank == 0:
+        assert payload is not None
+        view[:8] = len(payload).to_bytes(8, "little")
+        head = payload[:capacity]
+        view[8 : 8 + len(head)] = head
+    dist.broadcast(frame, group=group.handle, group_src=0)
+    size = int.from_bytes(view[:8], "little")
+    if size <= capacity:
+        return bytes(view[8 : 8 + size])
+    rest = torch.empty(size - capacity, dtype=torch.uint8)
+    rest_view = memoryview(rest.numpy())
+    if group.rank == 0:
+        assert payload is not None
+        rest_view[:] = payload[capacity:]
+    dist.broadcast(rest, group=group.handle, group_src=0)
+    return bytes(view[8:]) + bytes(rest_view)

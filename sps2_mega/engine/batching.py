@@ -1,0 +1,132 @@
+"""StepPlan -> this rank's input tensors and attention: index work in numpy, once per step.
+
+    prefill   a rank gets the tokens of the blocks placed on it; the last token of a sequence is sampled
+              on the rank that holds it
+    decode    a rank gets the sequences whose last block it holds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sps2_mega.attention.decode import DecodeAttention
+from sps2_mega.attention.layout import build_layout
+from sps2_mega.attention.prefill import PrefillAttention
+from sps2_mega.attention.transports import make_transport
+from sps2_mega.engine.local_tables import LocalTables
+from sps2_mega.kernels.paged_decode.sdpa import prepare
+from sps2_mega.kv_cache.pool import KVPool
+from sps2_mega.parallel.groups import Group
+from sps2_mega.types import DecodeItem, PrefillItem
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """What one rank feeds to the model. `rows_R` are the local tokens to sample after;
+    `items_by_rank[r]` are the plan's items sampled on sp rank r, in the order of its rows."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    rows_R: Tensor
+    attention: PrefillAttention | DecodeAttention
+    items_by_rank: list[list[int]]
+
+
+def prefill_input(
+    items: Sequence[PrefillItem],
+    tables: LocalTables,
+    pool: KVPool,
+    group: Group,
+    *,
+    transport: str,
+    device: torch.device,
+) -> StepInput:
+    """Enters the items' sequences into `tables` and lays out their tokens."""
+    layout = build_layout(
+        [item.block_ranks for item in items],
+        [len(item.token_ids) for item in items],
+        block_size=pool.block_size,
+        sp_size=group.size,
+    )
+    tokens, positions, slots = [], [], []
+    for run in layout.local_runs(group.rank):
+        item = items[run.sequence]
+        position = np.arange(run.start, run.end)
+        blocks = np.asarray(item.block_ids)[position // pool.block_size]
+        tokens.append(np.asarray(item.token_ids[run.start : run.end], dtype=np.int64))
+        positions.append(position)
+        slots.append(blocks * pool.block_size + position % pool.block_size)
+    items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
+    rows = []
+    for run in layout.runs:
+        if run.end == layout.seq_lens[run.sequence]:
+            items_by_rank[run.rank].append(run.sequence)
+            if run.rank == group.rank:
+                rows.append(run.local_start + run.end - run.start - 1)
+    for item in items:
+        tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
+    return StepInput(
+        tokens_T=_join(tokens, device),
+        positions_T=_join(positions, device),
+        rows_R=_tensor(rows, device),
+        attention=PrefillAttention(
+            pool, _join(slots, device), make_transport(transport, layout, group, device)
+        ),
+        items_by_rank=items_by_rank,
+    )
+
+
+def decode_input(
+    items: Sequence[DecodeItem],
+    tables: LocalTables,
+    pool: KVPool,
+    group: Group,
+    *,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StepInput:
+    """Advances the items' sequences in `tables` by one token and lays out the step."""
+    items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
+    tokens, positions, slots = [], [], []
+    for index, item in enumerate(items):
+        if item.new_block is not None:
+            rank, block_id = item.new_block
+            tables.add_block(item.seq_id, rank, block_id, item.position // pool.block_size)
+        owner = tables.last_rank(item.seq_id)
+        items_by_rank[owner].append(index)
+        if owner == group.rank:
+            tokens.append(item.token_id)
+            positions.append(item.position)
+            slots.append(tables.append_token(item.seq_id, item.position))
+    order = [index for indices in items_by_rank for index in indices]
+    first_visible = None
+    if window is not None:
+        first_visible = np.array([max(0, items[index].position - window + 1) for index in order])
+    block_table, starts, ends = tables.view([items[index].seq_id for index in order], first_visible)
+    buckets = prepare(
+        block_table, starts, ends, block_size=pool.block_size, dtype=dtype, device=device
+    )
+    counts = [len(indices) for indices in items_by_rank]
+    return StepInput(
+        tokens_T=_tensor(tokens, device),
+        positions_T=_tensor(positions, device),
+        rows_R=torch.arange(len(tokens), device=device),
+        attention=DecodeAttention(pool, _tensor(slots, device), buckets, counts, group),
+        items_by_rank=items_by_rank,
+    )
+
+
+def _join(pieces: list[np.ndarray], device: torch.device) -> Tensor:
+    if not pieces:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    return torch.from_numpy(np.concatenate(pieces)).to(device)
+
+
+def _tensor(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)

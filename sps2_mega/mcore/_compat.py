@@ -1,0 +1,50 @@
+"""Every touch of Megatron-core that is not its documented API, in one place with one test.
+
+`tests/unit/mcore/test_compat.py` fails when a Megatron release changes what is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def eager_import(device_type: str) -> Iterator[None]:
+    """Import Megatron on CPU without pulling in the compiler stack (a third of the import time).
+
+    `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its small fused functions stay
+    eager for good, which is what CPU inference wants.
+    """
+    if device_type != "cpu":
+        yield
+        return
+    original = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else (lambda fn: fn)  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401
+
+        yield
+    finally:
+        torch.compile = original
+
+
+def step_carrier_class() -> type:
+    """The type that carries a step's attention through Megatron's layers to `core_attention`.
+
+    Megatron hands `packed_seq_params` untouched from `TransformerBlock.forward` down to the core
+    attention, so a subclass of it is a way through without globals. Its format must not be 'thd', which
+    would make Megatron squeeze tensors and choose another rotary path.
+    """
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    @dataclass
+    class StepCarrier(PackedSeqParams):
+        qkv_format: str = "sbhd"
+        attention: Any = None
+
+    return StepCarrier

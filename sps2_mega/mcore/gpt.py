@@ -1,0 +1,113 @@
+"""Megatron's GPTModel with our core attention, driven one step at a time.
+
+The model is built on the meta device and then given real memory, so no rank ever holds an unsharded
+parameter. Embedding, layers and output head are called one after the other, so that logits exist only for
+the rows that are sampled and rotary angles follow each token's own position.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sps2_mega.checkpoint.sharding import padded_vocab_size
+from sps2_mega.comm.collectives import all_gather_last_dim
+from sps2_mega.config import ModelConfig
+from sps2_mega.mcore._compat import eager_import, step_carrier_class
+from sps2_mega.mcore.config import transformer_config
+from sps2_mega.mcore.core_attention import SPCoreAttention, StepAttention
+from sps2_mega.mcore.rope import angles, attention_factor, inverse_frequencies
+from sps2_mega.parallel.groups import ParallelGroups
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+
+def build_gpt_model(
+    model: ModelConfig, *, tp: int, sp: int, dtype: torch.dtype, device_type: str = "cpu"
+) -> GPTModel:
+    """GPTModel of this TP rank on the meta device; needs Megatron's parallel state to be initialised."""
+    with eager_import(device_type):
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer import ModuleSpec
+
+    config = transformer_config(model, tp=tp, sp=sp, dtype=dtype)
+    spec = get_gpt_layer_local_spec(
+        qk_layernorm=model.qk_norm, normalization=config.normalization
+    )
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=SPCoreAttention,
+        params={
+            "scale": attention_factor(model.rope) ** 2 * model.head_dim**-0.5,
+            "window": model.sliding_window,
+        },
+    )
+    with torch.device("meta"):
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=padded_vocab_size(model.vocab_size, tp),
+            max_sequence_length=model.max_position_embeddings,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            # "none": rotary angles are given to the layers by `GPT.forward` instead.
+            position_embedding_type="learned_absolute" if model.rope is None else "none",
+            parallel_output=True,
+        )
+    # Norms are created in float32 whatever params_dtype says.
+    return gpt.to(dtype).eval()
+
+
+class GPT(nn.Module):
+    """One TP rank's model: local tokens in, logits of chosen rows out."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self._config, self._tp = model, groups.tp
+        self.gpt = build_gpt_model(
+            model, tp=groups.tp.size, sp=groups.sp.size, dtype=dtype, device_type=device.type
+        ).to_empty(device=device)
+        self._inv_freq = (
+            None
+            if model.rope is None
+            else inverse_frequencies(
+                model.rope, model.head_dim, model.max_position_embeddings
+            ).to(device)
+        )
+        self._carrier = step_carrier_class()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by canonical name, to be filled by `checkpoint.load`."""
+        return dict(self.gpt.named_parameters())
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, rows_R: Tensor, attention: StepAttention
+    ) -> Tensor:
+        """Logits [R, vocab] float32 of local rows `rows_R`; every rank of the TP group gets all columns.
+
+        T and R may be 0: the rank still takes part in every collective.
+        """
+        hidden = self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
+        rope = None if self._inv_freq is None else angles(positions_T, self._inv_freq)
+        hidden = self.gpt.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=rope,
+            packed_seq_params=self._carrier(attention=attention),
+        )
+        shared = (
+            self.gpt.shared_embedding_or_output_weight() if self._config.tie_embeddings else None
+        )
+        logits, _ = self.gpt.output_layer(hidden.index_select(0, rows_R), weight=shared)
+        logits = all_gather_last_dim(logits.squeeze(1), self._tp)
+        return logits[:, : self._config.vocab_size].float()

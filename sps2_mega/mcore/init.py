@@ -1,0 +1,155 @@
+"""Join the job: rendezvous, check the layout, initialise Megatron's parallel state, hand out groups.
+
+Everything that can be refused is refused between the rendezvous and the first collective, where all ranks
+can still see the same facts through the store.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sps2_mega.config import ParallelConfig
+from sps2_mega.errors import ConfigError
+from sps2_mega.mcore._compat import eager_import
+from sps2_mega.parallel.groups import Group, ParallelGroups
+from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.parallel.topology import Topology, build_topology
+
+# Ranks wait for the next plan as long as it takes; a dead peer is the lifeline's business.
+_CONTROL_TIMEOUT = timedelta(days=30)
+_RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
+
+
+def open_store(info: LaunchInfo) -> dist.Store:
+    """The key-value store all ranks of the job share (the launcher's own where it has one)."""
+    if info.world_size == 1:
+        return dist.HashStore()
+    store, _, _ = next(
+        dist.rendezvous("env://", info.rank, info.world_size, timeout=_RENDEZVOUS_TIMEOUT)
+    )
+    store.set_timeout(_RENDEZVOUS_TIMEOUT)
+    return store
+
+
+def agree_topology(store: dist.Store, info: LaunchInfo, parallel: ParallelConfig) -> Topology:
+    """Exchange node names and degrees, and check the layout on every rank alike.
+
+    Raises:
+        ConfigError: the same error on every rank.
+    """
+    mine = f"{socket.gethostname()}#{info.node_rank}"
+    degrees = f"tp={parallel.tp} sp={parallel.sp} sp_levels={parallel.sp_levels}"
+    store.set(f"sps2/node/{info.rank}", f"{mine}|{degrees}")
+    entries = [
+        store.get(f"sps2/node/{rank}").decode().split("|") for rank in range(info.world_size)
+    ]
+    for rank, (_, other) in enumerate(entries):
+        if other != entries[0][1]:
+            raise ConfigError(f"ranks disagree: rank 0 has {entries[0][1]}, rank {rank} has {other}")
+    return build_topology(
+        tp=parallel.tp,
+        sp=parallel.sp,
+        sp_levels=parallel.sp_levels,
+        nodes=[node for node, _ in entries],
+    )
+
+
+def initialize(
+    store: dist.Store, info: LaunchInfo, topology: Topology, *, device: torch.device, timeout_s: float
+) -> ParallelGroups:
+    """Create all groups through Megatron's parallel state (its context-parallel axis is our SP)."""
+    with eager_import(device.type):
+        from megatron.core import parallel_state
+
+    timeout = timedelta(seconds=timeout_s)
+    with _one_line_per_warning():
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=dist.PrefixStore("sps2/world", store),
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=topology.tp,
+            context_parallel_size=topology.sp,
+            hierarchical_context_parallel_sizes=(
+                list(topology.sp_levels) if len(topology.sp_levels) > 1 else None
+            ),
+            distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+        )
+    control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+    sp = parallel_state.get_context_parallel_group()
+    levels = (
+        parallel_state.get_hierarchical_context_parallel_groups()
+        if len(topology.sp_levels) > 1
+        else [sp]
+    )
+    return ParallelGroups(
+        global_rank=info.rank,
+        world_size=info.world_size,
+        control=_group(control),
+        tp=_group(parallel_state.get_tensor_model_parallel_group()),
+        sp=_group(sp),
+        sp_levels=tuple(_group(level) for level in levels),
+    )
+
+
+def finalize() -> None:
+    """Leave all groups; safe to call when nothing was initialised."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _group(handle: dist.ProcessGroup) -> Group:
+    size = handle.size()
+    return Group(rank=handle.rank(), size=size, handle=handle if size > 1 else None)
+
+
+@contextmanager
+def _one_line_per_warning() -> Iterator[None]:
+    """Megatron and torch warn about names that newer torch deprecates; users cannot act on that."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where this rank computes and in which type."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose_compute(device: str, dtype: str, checkpoint_dtype: str, local_rank: int) -> Compute:
+    """Resolve `auto`. Raises ConfigError when CUDA is asked for and is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} needs its own CUDA device, "
+                f"but this node has {torch.cuda.device_count()}"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device("cpu")
+    return Compute(chosen, getattr(torch, checkpoint_dtype if dtype == "auto" else dtype))

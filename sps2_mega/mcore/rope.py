@@ -1,0 +1,79 @@
+"""Rotary frequencies: inverse frequencies per scaling rule, and the angles Megatron's layers take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sps2_mega.config import RopeConfig
+from sps2_mega.errors import ConfigError
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> Tensor:
+    """Inverse frequencies [head_dim / 2], float32 on CPU."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    base = 1.0 / rope.theta**exponents
+    if rope.scaling == "none":
+        return base
+    if rope.scaling == "linear":
+        return base / rope.factor
+    if rope.scaling == "llama3":
+        return _llama3(rope, base)
+    return _yarn(rope, base, head_dim, max_positions)
+
+
+def attention_factor(rope: RopeConfig | None) -> float:
+    """What YaRN multiplies cos and sin by (so scores by its square); 1 for all other rules."""
+    if rope is None or rope.scaling != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return _mscale(rope.factor, 1.0)
+
+
+def angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
+    """Rotation angles [T, 1, 1, head_dim] for Megatron's half-split rotary layout, float32."""
+    half = positions_T.float()[:, None] * inv_freq
+    return torch.cat((half, half), -1)[:, None, None, :]
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _llama3(rope: RopeConfig, base: Tensor) -> Tensor:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth blend between."""
+    context = _original_context(rope)
+    wavelength = 2 * math.pi / base
+    blend = (context / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blend = blend.clamp(0.0, 1.0)
+    return base / rope.factor * (1 - blend) + base * blend
+
+
+def _yarn(rope: RopeConfig, base: Tensor, head_dim: int, max_positions: int) -> Tensor:
+    """YaRN, "NTK-by-parts" (arXiv 2309.00071, section 3.2): dimensions that turn fewer than `beta_slow`
+    times over the original context are interpolated, those above `beta_fast` kept, a ramp between."""
+    context = rope.original_max_position_embeddings or max_positions
+
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0.0, 1.0)
+    return base / rope.factor * (1 - keep) + base * keep
+
+
+def _original_context(rope: RopeConfig) -> int:
+    if rope.original_max_position_embeddings is None:
+        raise ConfigError(f"rope scaling {rope.scaling!r} needs original_max_position_embeddings")
+    return rope.original_max_position_embeddings

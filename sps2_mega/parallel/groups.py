@@ -1,0 +1,40 @@
+"""Handles of the communication groups a rank belongs to; made once in `mcore.init` and passed as arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One communication group seen from one member. `handle` is None in a group of one rank,
+    where collectives are local copies."""
+
+    rank: int
+    size: int
+    handle: ProcessGroup | None = None
+
+
+SINGLE = Group(rank=0, size=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelGroups:
+    """All groups of this rank. `control` spans the world on CPU tensors (plans and sampled tokens);
+    `tp`, `sp` and `sp_levels` carry model data on the compute device."""
+
+    global_rank: int
+    world_size: int
+    control: Group
+    tp: Group
+    sp: Group
+    sp_levels: tuple[Group, ...]
+
+
+SINGLE_RANK = ParallelGroups(
+    global_rank=0, world_size=1, control=SINGLE, tp=SINGLE, sp=SINGLE, sp_levels=(SINGLE,)
+)
