@@ -1,0 +1,182 @@
+"""Which token comes next, given logits: one batched pass for sequences with different parameters.
+
+Decides the order: forbidden tokens, penalties, temperature, top-k, top-p, min-p, choice. Each filter works
+on what the one before left. Reported log-probabilities are those of the model itself: natural log of the
+softmax of the raw logits, before all of these.
+
+The choice inverts the cumulative distribution, in token-id order and float64, at one random number per
+token (`seeds.uniform`). So the text depends on the seed and the logits, not on the batch, rank or device.
+
+Shapes: B sequences, V entries of the true vocabulary, S of the B that are not greedy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sps2_mega.engine.penalties import PenaltyState, penalise
+from sps2_mega.engine.seeds import derive_seed, uniform
+from sps2_mega.types import SamplingParams, TokenLogprob
+
+__all__ = ["PenaltyState", "derive_seed", "sample", "uniform"]
+
+_GREEDY_BELOW = 1e-5  # a temperature so low leaves one token in float32 anyway
+_NUCLEUS = 1024  # top-p looks at so many most likely tokens before it sorts the whole vocabulary
+
+
+def sample(
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    histories: Sequence[PenaltyState | None] | None = None,
+    banned: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[int], list[TokenLogprob | None]]:
+    """One token per row of `logits_BV` (float32, not changed), and its log-probability where asked for.
+
+    `positions[i]` is the position that the new token will have. `histories[i]` must be given where
+    `params[i].has_penalties`. `banned[i]` are token ids that cannot be chosen, as the end-of-sequence
+    tokens before `min_tokens`.
+
+    Raises:
+        FloatingPointError: a row has NaN or nothing but -inf, naming the rows.
+    """
+    assert logits_BV.dtype is torch.float32, f"logits must be float32, got {logits_BV.dtype}"
+    assert len(params) == len(seeds) == len(positions) == len(logits_BV), "one entry per row of the logits"
+    if not params:
+        return [], []
+    logits = _adjusted(logits_BV, params, histories, banned)
+    best, token_ids_B = logits.max(dim=-1)
+    rows = [i for i, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
+    if rows:
+        chosen_S = _choose(logits, best, rows, params, [uniform(seeds[i], positions[i]) for i in rows])
+        token_ids_B[torch.tensor(rows, device=logits.device)] = chosen_S
+    _check_finite(best)
+    token_ids: list[int] = token_ids_B.tolist()
+    return token_ids, _logprobs(logits_BV, params, token_ids_B)
+
+
+def _adjusted(
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    histories: Sequence[PenaltyState | None] | None,
+    banned: Sequence[Sequence[int]] | None,
+) -> Tensor:
+    """Penalties and forbidden tokens; the given tensor itself when there are none."""
+    rows = [i for i, p in enumerate(params) if p.has_penalties]
+    pairs = [(i, token_id) for i, ids in enumerate(banned or ()) for token_id in ids]
+    if not rows and not pairs:
+        return logits_BV
+    logits = logits_BV.clone()
+    if rows:
+        states = [histories[i] if histories is not None else None for i in rows]
+        present = [state for state in states if state is not None]
+        assert len(present) == len(rows), "a sequence with penalties needs its PenaltyState"
+        logits[rows] = penalise(logits[rows], [params[i] for i in rows], present)
+    if pairs:
+        row_ids, token_ids = zip(*pairs, strict=True)
+        logits[list(row_ids), list(token_ids)] = -math.inf
+    return logits
+
+
+def _choose(
+    logits_BV: Tensor,
+    best_B: Tensor,
+    rows: list[int],
+    params: Sequence[SamplingParams],
+    uniforms: list[float],
+) -> Tensor:
+    """Token ids [S] drawn for `rows`."""
+    device = logits_BV.device
+    chosen_params = [params[i] for i in rows]
+    if len(rows) < len(params):
+        index = torch.tensor(rows, device=device)
+        logits_BV, best_B = logits_BV[index], best_B[index]
+    temperature = torch.tensor([p.temperature for p in chosen_params], device=device)
+    # Weights relative to the most likely token, which has exactly 1: no overflow at any temperature.
+    weights_SV = ((logits_BV - best_B[:, None]) / temperature[:, None]).exp_()
+    weights_SV = _filtered(weights_SV, chosen_params)
+    cumulative_SV = weights_SV.cumsum(dim=-1, dtype=torch.float64)
+    target_S = torch.tensor(uniforms, dtype=torch.float64, device=device) * cumulative_SV[:, -1]
+    # The first entry above the target. Uniform numbers end at 1 - 2**-53, so the product stays below the
+    # total, and an entry of weight zero is never the first above anything. NaN rows are reported later.
+    ids_S = torch.searchsorted(cumulative_SV, target_S[:, None], right=True).squeeze(-1)
+    return ids_S.clamp_(max=weights_SV.shape[-1] - 1)
+
+
+def _filtered(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Weights with zeros where top-k, top-p or min-p exclude a token; equal weights share one fate."""
+    vocab_size = weights_SV.shape[-1]
+    top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+    if min(top_k) < vocab_size:
+        weights_SV = _keep(weights_SV, _top_k_floor(weights_SV, top_k))
+    if any(p.top_p < 1.0 for p in params):
+        top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights_SV.device)
+        weights_SV = _keep(weights_SV, _top_p_floor(weights_SV, top_p))
+    if any(p.min_p > 0.0 for p in params):
+        # The largest weight is 1, so min_p is a floor as it stands.
+        weights_SV = _keep(weights_SV, torch.tensor([p.min_p for p in params], device=weights_SV.device))
+    return weights_SV
+
+
+def _keep(weights_SV: Tensor, floor_S: Tensor) -> Tensor:
+    return torch.where(weights_SV >= floor_S[:, None], weights_SV, 0.0)
+
+
+def _top_k_floor(weights_SV: Tensor, top_k: list[int]) -> Tensor:
+    """The k-th largest weight of each row [S]; 0 where k is the whole vocabulary."""
+    vocab_size = weights_SV.shape[-1]
+    limits = [k if k < vocab_size else 0 for k in top_k]
+    largest = weights_SV.topk(max(limits)).values
+    last = torch.tensor([max(k, 1) - 1 for k in limits], device=weights_SV.device)
+    floor_S = largest.gather(-1, last[:, None]).squeeze(-1)
+    return torch.where(torch.tensor(limits, device=weights_SV.device) > 0, floor_S, 0.0)
+
+
+def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor) -> Tensor:
+    """The smallest weight of the nucleus [S]: the most likely tokens that reach top_p of what is left."""
+    wanted_S1 = (top_p_S * weights_SV.sum(dim=-1, dtype=torch.float64))[:, None]
+    off_S = top_p_S >= 1.0
+    num_tokens = min(_NUCLEUS, weights_SV.shape[-1])
+    sorted_SK = weights_SV.topk(num_tokens).values
+    cumulative_SK = sorted_SK.cumsum(dim=-1, dtype=torch.float64)
+    if num_tokens < weights_SV.shape[-1] and not bool((off_S | (cumulative_SK[:, -1:] >= wanted_S1)[:, 0]).all()):
+        sorted_SK = weights_SV.sort(dim=-1, descending=True).values
+        cumulative_SK = sorted_SK.cumsum(dim=-1, dtype=torch.float64)
+    # A token belongs to the nucleus while those before it have not reached top_p; the first always does.
+    num_kept = ((cumulative_SK - sorted_SK) < wanted_S1).sum(dim=-1, keepdim=True).clamp_(min=1)
+    floor_S = sorted_SK.gather(-1, num_kept - 1).squeeze(-1)
+    return floor_S.masked_fill(off_S, 0.0)
+
+
+def _check_finite(best_B: Tensor) -> None:
+    # max() propagates NaN, and is -inf only where every entry is.
+    wrong = [i for i, value in enumerate(best_B.tolist()) if not math.isfinite(value)]
+    if wrong:
+        raise FloatingPointError(
+            f"logits of rows {wrong} of {len(best_B)} have NaN, +inf, or nothing but -inf; "
+            "weights may be damaged, or activations overflow in this dtype"
+        )
+
+
+def _logprobs(
+    logits_BV: Tensor, params: Sequence[SamplingParams], token_ids_B: Tensor
+) -> list[TokenLogprob | None]:
+    results: list[TokenLogprob | None] = [None] * len(params)
+    wanted = [(i, p.logprobs) for i, p in enumerate(params) if p.logprobs is not None]
+    if not wanted:
+        return results
+    index = torch.tensor([i for i, _ in wanted], device=logits_BV.device)
+    logprobs_LV = logits_BV[index].log_softmax(dim=-1)
+    ids_L = token_ids_B[index]
+    chosen = logprobs_LV.gather(-1, ids_L[:, None]).squeeze(-1).tolist()
+    most = min(max(k for _, k in wanted), logits_BV.shape[-1])
+    values, top_ids = (part.tolist() for part in logprobs_LV.topk(most))
+    for row, ((i, k), token_id) in enumerate(zip(wanted, ids_L.tolist(), strict=True)):
+        top = tuple(zip(top_ids[row][:k], values[row][:k], strict=True))
+        results[i] = TokenLogprob(token_id, chosen[row], top)
+    return results
