@@ -174,12 +174,14 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds of one sample: in the queue, to the first token (queue included), mean per later token, total."""
+    """Seconds of one sample: in the queue, to the first token (queue included), mean per later token, total.
+    `gaps_s[i]` is the time between output tokens i and i+1."""
 
     queue_s: float
     ttft_s: float
     per_token_s: float | None
     total_s: float
+    gaps_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
