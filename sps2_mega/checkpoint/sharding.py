@@ -33,6 +33,7 @@ __all__ = [
     "num_query_groups",
     "padded_vocab_size",
     "shard",
+    "shard_dim",
 ]
 
 VOCAB_MULTIPLE = 128
@@ -64,6 +65,14 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def shard_dim(name: str) -> int | None:
+    """The dimension along which TP cuts a tensor; None where every rank has all of it."""
+    _, part = split_layer(name)
+    if name in VOCAB_NAMES or part.startswith(("self_attention.linear_qkv.", "mlp.linear_fc1.")):
+        return 0
+    return 1 if part in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight") else None
+
+
 def local_shapes(config: ModelConfig, tp: int) -> dict[str, Shape]:
     """Name -> shape of every weight on one TP rank (the same on each)."""
     check_tp(config, tp)
@@ -86,9 +95,7 @@ def shard(name: str, tensor: Tensor, config: ModelConfig, *, tp_rank: int, tp: i
         halves = tensor.chunk(2, 0) if config.gated else (tensor,)
         pieces = [half.chunk(tp, 0)[tp_rank] for half in halves]
         return torch.cat(pieces) if config.gated else pieces[0]
-    if part in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
-        return tensor.chunk(tp, 1)[tp_rank]
-    return tensor
+    return tensor if shard_dim(name) is None else tensor.chunk(tp, 1)[tp_rank]
 
 
 def _local_shape(name: str, shape: Shape, config: ModelConfig, tp: int) -> Shape:
@@ -98,11 +105,8 @@ def _local_shape(name: str, shape: Shape, config: ModelConfig, tp: int) -> Shape
     if part.startswith("self_attention.linear_qkv."):
         heads = config.num_heads + 2 * num_query_groups(config, tp)
         return (heads * config.head_dim // tp, *shape[1:])
-    if part.startswith("mlp.linear_fc1."):
-        return (shape[0] // tp, *shape[1:])
-    if part in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
-        return (shape[0], shape[1] // tp)
-    return shape
+    dim = shard_dim(name)
+    return tuple(size // tp if i == dim else size for i, size in enumerate(shape))
 
 
 def _vocab_rows(tensor: Tensor, vocab_size: int, tp_rank: int, tp: int) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import VOCAB_NAMES, Shape
 from sps2_mega.checkpoint.hf import HuggingFaceSource
+from sps2_mega.checkpoint.legacy import LegacySource
+from sps2_mega.checkpoint.torch_dist import TorchDistSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 
@@ -59,6 +61,10 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Weig
     if (folder / "config.json").is_file():
         return HuggingFaceSource(folder, config)
     iteration = iteration_folder(folder)
+    if (iteration / ".metadata").is_file():
+        return TorchDistSource(iteration, config)
+    if any(iteration.glob("mp_rank_*")):
+        return LegacySource(iteration, config)
     raise CheckpointError(f"{iteration}: not a known checkpoint: {_found(iteration)}")
 
 

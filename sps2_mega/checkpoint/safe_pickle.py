@@ -1,0 +1,145 @@
+"""Reading pickled checkpoint files without giving them a way to run code.
+
+Two kinds of files, two doors, both with a list of allowed names and a refusal that says which name was asked
+for. Classes we do not need become an inert `Record` that only keeps what the file says about it.
+
+    .metadata               a bare pickle: `read_records`, our own unpickler
+    common.pt, mp_rank *.pt torch's zip format: `load_torch_file`, torch's weights-only unpickler
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sps2_mega.errors import CheckpointError
+
+
+class Record:
+    """What a pickle says about an object whose class is not loaded: constructor arguments and state."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+def _size(dims: Any = ()) -> tuple[int, ...]:
+    return tuple(dims)
+
+
+_DCP = "torch.distributed.checkpoint"
+_RECORDS = {
+    f"{_DCP}.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata StorageMeta "
+    "TensorProperties ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    f"{_DCP}.filesystem": "_StorageInfo",
+    f"{_DCP}.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    "torch.serialization": "_get_layout",
+    "torch": "memory_format",
+}
+_DTYPES = "float64 float32 bfloat16 float16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool".split()
+_METADATA_NAMES: dict[tuple[str, str], Any] = {
+    **{(module, name): Record for module, names in _RECORDS.items() for name in names.split()},
+    **{("torch", name): name for name in _DTYPES},
+    ("torch", "Size"): _size,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("builtins", "set"): set,
+}
+
+_INERT_PACKAGES = ("megatron.", "numpy.", "transformer_engine.")
+_INERT_NAMES = (
+    "types.SimpleNamespace",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "signal.Signals",
+    "_io.BytesIO",
+)
+
+
+def read_records(path: Path) -> Any:
+    """The content of a torch.distributed.checkpoint `.metadata` file, as `Record`s and plain values.
+
+    Raises:
+        CheckpointError: the file asks for any other name (nothing of it has run), or is damaged.
+    """
+    try:
+        return _MetadataUnpickler(path).load()
+    except CheckpointError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint metadata file: {error}") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint metadata file: {error}") from None
+
+
+def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
+    """A file written by torch.save, tensors on the CPU (mapped from the file with `mmap`).
+
+    Raises:
+        CheckpointError: the file asks for a name that is not allowed (nothing of it has run), or is damaged.
+    """
+    try:
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        blocked = [name for name in asked if not _is_inert(name)]
+        if blocked:
+            raise CheckpointError(f"{path}: blocked {', '.join(sorted(blocked))}: {_WHY_BLOCKED}")
+        stand_ins = [(_stand_in(name), name) for name in asked]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not a readable torch file: {error}") from None
+
+
+def load_tensor(data: bytes, where: str) -> torch.Tensor:
+    """One tensor out of the bytes that torch.save made of it.
+
+    Raises:
+        CheckpointError: the bytes hold anything else.
+    """
+    try:
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{where}: not a stored tensor: {error}") from None
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"{where}: expected a tensor, found {type(value).__name__}")
+    return value
+
+
+_WHY_BLOCKED = (
+    "a checkpoint must hold data only, and this name could run code when the file is read"
+)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.BytesIO(path.read_bytes()))
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _METADATA_NAMES:
+            raise CheckpointError(f"{self._path}: blocked {module}.{name}: {_WHY_BLOCKED}")
+        return _METADATA_NAMES[module, name]
+
+
+def _is_inert(name: str) -> bool:
+    return name == "argparse.Namespace" or name in _INERT_NAMES or name.startswith(_INERT_PACKAGES)
+
+
+def _stand_in(name: str) -> type:
+    if name == "argparse.Namespace":
+        return argparse.Namespace
+    # torch keeps allowed classes by name, so each name needs a class of its own.
+    return type(name.rpartition(".")[2], (Record,), {})

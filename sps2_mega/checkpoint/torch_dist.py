@@ -1,0 +1,190 @@
+"""Reads Megatron's distributed checkpoints (`torch_dist`), written at any TP x PP, without Megatron.
+
+`.metadata` says for every tensor its global size and, for every stored piece, its offset in the tensor and
+its bytes in a `.distcp` file. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, ..], stored
+in pieces of one layer and one TP rank; checkpoints with numbered layers are read as well. `read` loads only the pieces that
+cross the wanted layer. Optimizer state, random states and `_extra_state` are never touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS, Shape
+from sps2_mega.checkpoint.megatron_names import canonical_name
+from sps2_mega.checkpoint.megatron_run import read_run
+from sps2_mega.checkpoint.safe_pickle import Record, load_tensor, read_records
+from sps2_mega.config import ModelConfig
+from sps2_mega.errors import CheckpointError
+
+_STACKED = "decoder.layers."
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a stored tensor and where its bytes are."""
+
+    offsets: Shape
+    sizes: Shape
+    file: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    name: str
+    size: Shape
+    dtype: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a canonical tensor is: the whole of a stored one, or one layer of a stacked one."""
+
+    stored: StoredTensor
+    layer: int | None
+
+
+class TorchDistSource:
+    """A `WeightSource` over one iteration folder; every canonical name has exactly one place."""
+
+    format = "megatron torch_dist"
+
+    def __init__(self, folder: Path, config: ModelConfig | None = None) -> None:
+        self.path = folder
+        run = read_run(folder, config)
+        self.config, self.iteration, self.saved_layout = run.config, run.iteration, run.saved_layout
+        self._places: dict[str, _Place] = {}
+        for stored in read_index(folder):
+            for name, place in _places(stored):
+                if name in self._places:
+                    raise CheckpointError(f"{folder}: {name} is there twice: {stored.name}")
+                self._places[name] = place
+        if not self._places:
+            raise CheckpointError(f"{folder}: no model weights in .metadata")
+        first = self._places.get(WORD_EMBEDDINGS) or next(iter(self._places.values()))
+        self.dtype = first.stored.dtype
+
+    def shapes(self) -> dict[str, Shape]:
+        return {
+            name: place.stored.size if place.layer is None else place.stored.size[1:]
+            for name, place in self._places.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        place = self._places[name]
+        return read_layer(place.stored, place.layer)
+
+    def origin(self, name: str) -> str:
+        place = self._places.get(name)
+        if place is None:
+            return "no entry of .metadata"
+        return place.stored.name + ("" if place.layer is None else f"[{place.layer}]")
+
+
+def read_index(folder: Path) -> list[StoredTensor]:
+    """Every tensor that `.metadata` names and that is a model weight.
+
+    Raises:
+        CheckpointError: the file would run code, is damaged, or points outside the folder.
+    """
+    path = folder / ".metadata"
+    metadata = read_records(path)
+    try:
+        storage = {
+            (index.fqn, tuple(index.offset)): info
+            for index, info in metadata.storage_data.items()
+            if getattr(index, "offset", None) is not None
+        }
+        return [
+            _stored_tensor(name, record, storage, folder)
+            for name, record in metadata.state_dict_metadata.items()
+            if hasattr(record, "chunks") and canonical_name(name) is not None
+        ]
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the metadata of a checkpoint: {error}") from None
+
+
+def read_layer(stored: StoredTensor, layer: int | None) -> Tensor:
+    """The whole tensor, or `[layer]` of a stacked one; at most one piece is held beside the result.
+
+    Raises:
+        CheckpointError: pieces are absent, damaged, or do not cover the tensor.
+    """
+    lead = () if layer is None else (layer,)
+    result = torch.empty(stored.size[len(lead) :], dtype=getattr(torch, stored.dtype))
+    covered = 0
+    for piece in stored.pieces:
+        if lead and not piece.offsets[0] <= lead[0] < piece.offsets[0] + piece.sizes[0]:
+            continue
+        values = _read_piece(stored, piece)
+        if lead:
+            values = values[lead[0] - piece.offsets[0]]
+        box = list(zip(piece.offsets, piece.sizes, strict=True))[len(lead) :]
+        result[tuple(slice(start, start + size) for start, size in box)] = values
+        covered += values.numel()
+    if covered != result.numel():
+        raise CheckpointError(
+            f"{stored.name}: its pieces hold {covered} of {result.numel()} values"
+            + ("" if layer is None else f" of layer {layer}")
+        )
+    return result
+
+
+def _places(stored: StoredTensor) -> Iterator[tuple[str, _Place]]:
+    name = canonical_name(stored.name)
+    assert name is not None  # read_index keeps weights only
+    first, _, _ = name.removeprefix(_STACKED).partition(".")
+    if not name.startswith(_STACKED) or first.isdecimal():
+        yield name, _Place(stored, None)
+        return
+    for layer in range(stored.size[0] if stored.size else 0):
+        yield f"{_STACKED}{layer}.{name.removeprefix(_STACKED)}", _Place(stored, layer)
+
+
+def _stored_tensor(
+    name: str, record: Record, storage: dict[tuple[str, Shape], Any], folder: Path
+) -> StoredTensor:
+    pieces = []
+    for chunk in record.chunks:
+        info = storage.get((name, tuple(chunk.offsets)))
+        if info is None:
+            raise CheckpointError(f"{folder}: {name} has no stored piece at {tuple(chunk.offsets)}")
+        if getattr(info, "transform_descriptors", None):
+            raise CheckpointError(f"{folder}: {name} is stored compressed, which is not supported")
+        file = folder / info.relative_path
+        if file.resolve().parent != folder.resolve():
+            raise CheckpointError(
+                f"{folder}: {name} is in {info.relative_path}, outside the folder"
+            )
+        pieces.append(
+            Piece(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length)
+        )
+    return StoredTensor(name, tuple(record.size), record.properties.state[0], tuple(pieces))
+
+
+def _read_piece(stored: StoredTensor, piece: Piece) -> Tensor:
+    where = f"{stored.name} at {list(piece.offsets)} in {piece.file}"
+    try:
+        with piece.file.open("rb") as file:
+            file.seek(piece.start)
+            data = file.read(piece.length)
+    except OSError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    if len(data) != piece.length:
+        raise CheckpointError(f"{where}: the file ends {piece.length - len(data)} bytes too early")
+    values = load_tensor(data, where)
+    if values.numel() != math.prod(piece.sizes):
+        raise CheckpointError(
+            f"{where}: {list(values.shape)} stored, {list(piece.sizes)} announced"
+        )
+    return values.reshape(piece.sizes)
