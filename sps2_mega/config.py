@@ -141,6 +141,9 @@ class EngineConfig:
         "ulysses", "how prefill moves data between SP ranks", choices=TRANSPORTS
     )
     max_model_len: int | None = flag(None, "longest prompt plus output (default: the model's)")
+    threads: int | None = flag(
+        None, "CPU threads per rank (default: the node's cores shared by its ranks)"
+    )
     seed: int = flag(0, "seed of requests that have none of their own")
     step_timeout: float = flag(600.0, "seconds after which a step that does not end fails the job")
 

@@ -48,6 +48,17 @@ class Topology:
         return global_rank % self.tp, global_rank // self.tp
 
 
+def check_degrees(*, tp: int, sp: int, world_size: int) -> None:
+    """Raises ConfigError, with every factor, unless tp * sp == world_size."""
+    if tp < 1 or sp < 1:
+        raise ConfigError(f"tp and sp must be at least 1, got tp={tp} sp={sp}")
+    if tp * sp != world_size:
+        raise ConfigError(
+            f"tp * sp must equal the number of ranks: tp={tp} * sp={sp} = {tp * sp}, "
+            f"but {world_size} rank{'s were' if world_size != 1 else ' was'} started"
+        )
+
+
 def build_topology(
     *, tp: int, sp: int, sp_levels: Sequence[int] | None, nodes: Sequence[str]
 ) -> Topology:
@@ -60,13 +71,7 @@ def build_topology(
         ConfigError: the degrees cannot be laid out; every factor is named.
     """
     world_size = len(nodes)
-    if tp < 1 or sp < 1:
-        raise ConfigError(f"tp and sp must be at least 1, got tp={tp} sp={sp}")
-    if tp * sp != world_size:
-        raise ConfigError(
-            f"tp * sp must equal the number of ranks: tp={tp} * sp={sp} = {tp * sp}, "
-            f"but {world_size} rank{'s were' if world_size != 1 else ' was'} started"
-        )
+    check_degrees(tp=tp, sp=sp, world_size=world_size)
     ranks_per_node = _ranks_per_node(nodes)
     if tp < ranks_per_node and ranks_per_node % tp or tp > ranks_per_node and tp % ranks_per_node:
         raise ConfigError(

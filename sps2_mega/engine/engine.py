@@ -1,0 +1,208 @@
+"""The engine as its users see it: requests in, finished requests out, one step at a time.
+
+Rank 0 drives: plan -> broadcast -> every rank executes -> commit. The other ranks follow in `run_worker`.
+
+    add_request -> Scheduler.plan -> StepPlan -> broadcast -> Executor.execute (all ranks)
+    RequestOutput <- OutputProcessor <- Scheduler.commit <- StepOutput
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from sps2_mega.comm.collectives import broadcast_bytes
+from sps2_mega.config import EngineConfig, ModelConfig
+from sps2_mega.engine.output_processor import OutputProcessor
+from sps2_mega.engine.plan_codec import decode, encode
+from sps2_mega.engine.scheduler import Scheduler
+from sps2_mega.engine.seeds import derive_seed
+from sps2_mega.engine.startup import StartedRank, failing, start_rank
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.errors import Refusal
+from sps2_mega.mcore.init import finalize
+from sps2_mega.parallel.launcher import from_environment
+from sps2_mega.types import FinishReason, RequestOutput, SamplingParams, Sequence, StepOutput, StepPlan
+
+_SHUTDOWN = b""
+_LAYOUTS = {"ulysses": "contiguous", "gather": "zigzag"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0, 1]."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Engine:
+    """One rank of a running job. Only rank 0 (`is_driver`) takes requests; the others `run_worker`.
+
+    An exception inside a step ends the whole job: ranks that disagree about a step cannot go on.
+    """
+
+    @classmethod
+    def start(cls, config: EngineConfig, *, show_progress: bool = False) -> Engine:
+        """Join the job described by the launcher's environment; to be called on every rank.
+
+        Raises:
+            ConfigError, CheckpointError: the configuration or the checkpoint cannot work.
+        """
+        info = from_environment()
+        return cls(config, start_rank(config, info, show_progress=show_progress and info.rank == 0))
+
+    def __init__(self, config: EngineConfig, rank: StartedRank) -> None:
+        self.config = config
+        self.model_config: ModelConfig = rank.resolved.config
+        self.is_driver = rank.groups.global_rank == 0
+        self.tokenizer: Tokenizer | None = None
+        self._rank = rank
+        self._executor, self._control = rank.executor, rank.groups.control
+        self._closed = False
+        if not self.is_driver:
+            self.max_model_len = rank.max_model_len
+            return
+        if rank.resolved.tokenizer is not None:
+            self.tokenizer = Tokenizer.load(rank.resolved.tokenizer)
+        self._scheduler = Scheduler(
+            config.scheduler,
+            block_size=config.cache.block_size,
+            num_blocks=rank.num_blocks,
+            sp_size=rank.groups.sp.size,
+            max_model_len=rank.max_model_len,
+            vocab_size=self.model_config.vocab_size,
+            eos_token_ids=self.model_config.eos_token_ids,
+            layout=_LAYOUTS[config.transport],
+        )
+        self.max_model_len = self._scheduler.max_len
+        self._outputs = OutputProcessor(self.tokenizer)
+        self._samples: dict[str, list[Sequence]] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._next_seq_id = 0
+        self._prompt_tokens = self._output_tokens = 0
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        arrival_time: float | None = None,
+    ) -> Refusal | None:
+        """Queue a request, or say why not. `arrival_time` is of time.monotonic(), default now.
+
+        Raises:
+            RequestError: stop strings were given and there is no tokenizer.
+        """
+        if request_id in self._samples:
+            return Refusal.DUPLICATE_ID
+        now = time.monotonic() if arrival_time is None else arrival_time
+        seed = self.config.seed if params.seed is None else params.seed
+        room = max(1, self.max_model_len - len(prompt_token_ids))
+        samples = [
+            Sequence(
+                seq_id=self._next_seq_id + index,
+                prompt_token_ids=prompt_token_ids,
+                params=params,
+                seed=derive_seed(seed, index),
+                max_tokens=room if params.max_tokens is None else params.max_tokens,
+                arrival_time=now,
+            )
+            for index in range(params.n)
+        ]
+        self._outputs.add(request_id, prompt_token_ids, params, samples)
+        for added, sample in enumerate(samples):
+            refusal = self._scheduler.add(sample)
+            if refusal is not None:
+                for earlier in samples[:added]:
+                    self._scheduler.abort(earlier.seq_id)
+                self._outputs.drop(request_id)
+                return refusal
+        self._next_seq_id += params.n
+        self._samples[request_id] = samples
+        self._sequences.update((sample.seq_id, sample) for sample in samples)
+        return None
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request in any state, without an output; False when it is not in flight."""
+        samples = self._samples.pop(request_id, None)
+        if samples is None:
+            return False
+        for sample in samples:
+            self._scheduler.abort(sample.seq_id)
+            self._sequences.pop(sample.seq_id, None)
+        self._outputs.drop(request_id)
+        return True
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            kv_usage=self._scheduler.kv_usage,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+        )
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step on all ranks; returns the requests that finished in it (driver only)."""
+        with failing(self._rank.lifeline):
+            plan = self._scheduler.plan(time.monotonic())
+            if plan is None:
+                return []
+            if self._control.size > 1:
+                broadcast_bytes(encode(plan), self._control)
+            output = self._execute(plan)
+            ended = self._scheduler.commit(plan, output, time.monotonic())
+            self._prompt_tokens += sum(item.num_prompt_tokens for item in plan.prefills)
+            self._output_tokens += len(output.token_ids)
+            return self._collect(plan, ended)
+
+    def run_worker(self) -> None:
+        """Execute the driver's plans until it shuts down (all ranks but the driver)."""
+        with failing(self._rank.lifeline):
+            while payload := broadcast_bytes(None, self._control):
+                self._execute(decode(payload))
+        self._leave()
+
+    def shutdown(self) -> None:
+        """End the job on all ranks; requests in flight are dropped. Safe to call twice."""
+        if self._closed:
+            return
+        if self.is_driver:
+            with failing(self._rank.lifeline):
+                broadcast_bytes(_SHUTDOWN, self._control)
+        self._leave()
+
+    def _execute(self, plan: StepPlan) -> StepOutput:
+        self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
+        output = self._executor.execute(plan)
+        self._rank.lifeline.step_end()
+        return output
+
+    def _collect(self, plan: StepPlan, ended: list[Sequence]) -> list[RequestOutput]:
+        """Look for stop strings in what goes on, and hand out requests whose last sample ended."""
+        for item in plan.prefills or plan.decodes:
+            sequence = self._sequences[item.seq_id]
+            if self._outputs.check_stop(sequence) and sequence.finish_reason is None:
+                self._scheduler.finish(sequence.seq_id, FinishReason.STOP)
+                ended.append(sequence)
+        finished = []
+        for sequence in ended:
+            del self._sequences[sequence.seq_id]
+            output = self._outputs.finished(sequence)
+            if output is not None:
+                del self._samples[output.request_id]
+                finished.append(output)
+        return finished
+
+    def _leave(self) -> None:
+        self._closed = True
+        self._rank.lifeline.close()
+        finalize()

@@ -1,0 +1,174 @@
+"""One rank's part of a step: inputs, model, sampling, and the exchange of sampled tokens.
+
+Every rank runs the same plans in the same order, so every rank knows which rows each rank samples and no
+sizes are exchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sps2_mega.comm.collectives import all_gather_rows
+from sps2_mega.config import ModelConfig
+from sps2_mega.engine.batching import StepInput, decode_input, prefill_input
+from sps2_mega.engine.local_tables import LocalTables
+from sps2_mega.engine.penalties import PenaltyState
+from sps2_mega.engine.sampler import sample
+from sps2_mega.kv_cache.pool import KVPool
+from sps2_mega.mcore.gpt import GPT
+from sps2_mega.parallel.groups import ParallelGroups
+from sps2_mega.types import (
+    ForwardMode,
+    PrefillItem,
+    SamplingParams,
+    StepOutput,
+    StepPlan,
+    TokenLogprob,
+)
+
+
+@dataclass(slots=True)
+class _Sampling:
+    """What sampling needs to remember of a sequence; every rank keeps it, since owners change."""
+
+    params: SamplingParams
+    seed: int
+    num_prompt_tokens: int
+    penalties: PenaltyState | None
+
+
+class Executor:
+    """Runs StepPlans on this rank; holds the rank's share of all running sequences."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: ModelConfig,
+        pool: KVPool,
+        groups: ParallelGroups,
+        *,
+        transport: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._model, self._config, self._pool, self._groups = model, config, pool, groups
+        self._transport, self._dtype, self._device = transport, dtype, device
+        self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
+        self._sampling: dict[int, _Sampling] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """All ranks return the same output, in the plan's order."""
+        for seq_id in plan.released:
+            self._tables.remove(seq_id)
+            del self._sampling[seq_id]
+        if plan.mode is ForwardMode.PREFILL:
+            seq_ids = [item.seq_id for item in plan.prefills]
+            next_positions = [len(item.token_ids) for item in plan.prefills]
+            for item in plan.prefills:
+                self._sampling[item.seq_id] = self._new_sampling(item)
+            step = prefill_input(
+                plan.prefills,
+                self._tables,
+                self._pool,
+                self._groups.sp,
+                transport=self._transport,
+                device=self._device,
+            )
+        else:
+            seq_ids = [item.seq_id for item in plan.decodes]
+            next_positions = [item.position + 1 for item in plan.decodes]
+            for item in plan.decodes:
+                penalties = self._sampling[item.seq_id].penalties
+                if penalties is not None:
+                    penalties.append(item.token_id)
+            step = decode_input(
+                plan.decodes,
+                self._tables,
+                self._pool,
+                self._groups.sp,
+                window=self._config.sliding_window,
+                dtype=self._dtype,
+                device=self._device,
+            )
+        logits_RV = self._model(step.tokens_T, step.positions_T, step.rows_R, step.attention)
+        return self._sample(logits_RV, step, seq_ids, next_positions)
+
+    def _new_sampling(self, item: PrefillItem) -> _Sampling:
+        penalties = None
+        if item.params.has_penalties:
+            penalties = PenaltyState(
+                item.token_ids[: item.num_prompt_tokens],
+                self._config.vocab_size,
+                output_ids=item.token_ids[item.num_prompt_tokens :],
+                device=self._device,
+            )
+        return _Sampling(item.params, item.seed, item.num_prompt_tokens, penalties)
+
+    def _sample(
+        self, logits_RV: Tensor, step: StepInput, seq_ids: list[int], next_positions: list[int]
+    ) -> StepOutput:
+        """Sample this rank's rows, then give every rank all tokens."""
+        mine = step.items_by_rank[self._groups.sp.rank]
+        states = [self._sampling[seq_ids[index]] for index in mine]
+        positions = [next_positions[index] for index in mine]
+        token_ids, logprobs = sample(
+            logits_RV,
+            [state.params for state in states],
+            [state.seed for state in states],
+            positions,
+            [state.penalties for state in states],
+            [self._banned(state, at) for state, at in zip(states, positions, strict=True)],
+        )
+        if self._groups.sp.size == 1:
+            return StepOutput(token_ids, logprobs)
+        return self._exchange(token_ids, logprobs, step.items_by_rank, seq_ids)
+
+    def _banned(self, state: _Sampling, position: int) -> tuple[int, ...]:
+        """Tokens that would end the sequence before `min_tokens`."""
+        if position - state.num_prompt_tokens >= state.params.min_tokens:
+            return ()
+        return self._config.eos_token_ids + state.params.stop_token_ids
+
+    def _exchange(
+        self,
+        token_ids: list[int],
+        logprobs: list[TokenLogprob | None],
+        items_by_rank: list[list[int]],
+        seq_ids: list[int],
+    ) -> StepOutput:
+        """All-gather rows [token, logprob, top ids.., top logprobs..]; float64 holds token ids exactly.
+
+        It goes over the world's CPU group, to which only the first rank of each TP group contributes:
+        sampled tokens are needed on the CPU, and TP peers sampled the same ones.
+        """
+        wanted = [self._sampling[seq_id].params.logprobs for seq_id in seq_ids]
+        num_top = max((count for count in wanted if count is not None), default=0)
+        with_logprobs = any(count is not None for count in wanted)
+        width = 2 + 2 * num_top if with_logprobs else 1
+        tp = self._groups.tp
+        rows = torch.zeros(len(token_ids) if tp.rank == 0 else 0, width, dtype=torch.float64)
+        for row, token_id, logprob in zip(rows, token_ids, logprobs, strict=False):
+            row[0] = token_id
+            if logprob is not None:
+                row[1] = logprob.logprob
+                count = len(logprob.top)
+                row[2 : 2 + count] = torch.tensor([token for token, _ in logprob.top])
+                row[2 + num_top : 2 + num_top + count] = torch.tensor(
+                    [value for _, value in logprob.top], dtype=torch.float64
+                )
+        counts = [len(items) if t == 0 else 0 for items in items_by_rank for t in range(tp.size)]
+        gathered = all_gather_rows(rows, counts, self._groups.control).tolist()
+        order = [index for items in items_by_rank for index in items]
+        output = StepOutput([0] * len(seq_ids), [None] * len(seq_ids))
+        for index, values in zip(order, gathered, strict=True):
+            output.token_ids[index] = int(values[0])
+            count = wanted[index]
+            if count is not None:
+                top_ids, top_values = values[2 : 2 + count], values[2 + num_top :][:count]
+                top = tuple((int(token), value) for token, value in zip(top_ids, top_values, strict=True))
+                output.logprobs[index] = TokenLogprob(int(values[0]), values[1], top)
+        return output

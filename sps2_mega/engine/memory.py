@@ -1,0 +1,50 @@
+"""How many KV cache blocks a rank can hold: pure arithmetic on free memory."""
+
+from __future__ import annotations
+
+import logging
+
+from sps2_mega.config import CacheConfig, ModelConfig
+from sps2_mega.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def activation_bytes(model: ModelConfig, *, tp: int, num_tokens: int, itemsize: int) -> int:
+    """Upper estimate of what one layer holds at once for `num_tokens` local tokens: residual stream and
+    its norm, q/k/v with their exchange buffers, and the MLP's inner tensors."""
+    heads = model.num_heads + 2 * max(model.num_kv_heads, tp)
+    inner = (3 if model.gated else 2) * model.ffn_hidden_size
+    width = 4 * model.hidden_size + (3 * heads * model.head_dim + inner) // tp
+    return num_tokens * width * itemsize
+
+
+def num_kv_blocks(
+    cache: CacheConfig,
+    *,
+    bytes_per_block: int,
+    free_bytes: int,
+    activation_bytes: int,
+    useful_blocks: int,
+) -> int:
+    """Blocks for this rank: as configured, else what the memory holds, but no more than could be used.
+
+    Raises:
+        ConfigError: not even one block fits.
+    """
+    if cache.num_blocks is not None:
+        if cache.num_blocks < 1:
+            raise ConfigError(f"num_kv_blocks must be at least 1, got {cache.num_blocks}")
+        return cache.num_blocks
+    if not 0.0 < cache.memory_fraction <= 1.0:
+        raise ConfigError(f"kv_memory_fraction must be in (0, 1], got {cache.memory_fraction}")
+    available = int(free_bytes * cache.memory_fraction) - activation_bytes
+    blocks = min(available // bytes_per_block, useful_blocks)
+    if blocks < 1:
+        raise ConfigError(
+            f"no room for a KV cache: {free_bytes / 2**20:.0f} MiB free after loading weights, "
+            f"{cache.memory_fraction:.0%} of it may be used, activations need about "
+            f"{activation_bytes / 2**20:.0f} MiB, one block needs {bytes_per_block / 2**20:.2f} MiB. "
+            "Raise kv_memory_fraction, lower max_prefill_tokens, or use more ranks"
+        )
+    return blocks

@@ -1,0 +1,236 @@
+"""From a configuration to a rank that can execute steps: resolve, refuse, join, load, allocate."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from sps2_mega.checkpoint.load import load_weights
+from sps2_mega.checkpoint.resolve import ResolvedModel, resolve_model
+from sps2_mega.checkpoint.sharding import check_tp, num_query_groups
+from sps2_mega.checkpoint.source import open_checkpoint
+from sps2_mega.comm.collectives import minimum
+from sps2_mega.comm.lifeline import Lifeline
+from sps2_mega.config import EngineConfig, ModelConfig
+from sps2_mega.engine.executor import Executor
+from sps2_mega.engine.memory import activation_bytes, num_kv_blocks
+from sps2_mega.errors import ConfigError
+from sps2_mega.kv_cache.pool import KVPool
+from sps2_mega.mcore.gpt import GPT
+from sps2_mega.mcore.init import (
+    Compute,
+    agree_topology,
+    choose_compute,
+    initialize,
+    open_store,
+)
+from sps2_mega.parallel.groups import ParallelGroups
+from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.parallel.topology import check_degrees
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedRank:
+    """A rank that has joined the job, with its weights and its share of the KV cache."""
+
+    resolved: ResolvedModel
+    groups: ParallelGroups
+    lifeline: Lifeline
+    executor: Executor
+    num_blocks: int
+    max_model_len: int
+
+
+def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -> StartedRank:
+    """Runs on every rank; what can be refused is refused before the first collective.
+
+    Raises:
+        ConfigError, CheckpointError: the same on every rank, where it follows from shared facts.
+    """
+    began = time.monotonic()
+    parallel = config.parallel
+    check_degrees(tp=parallel.tp, sp=parallel.sp, world_size=info.world_size)
+    resolved = resolve_model(config.model, tokenizer=config.tokenizer)
+    model = resolved.config
+    check_tp(model, parallel.tp)
+    max_model_len = resolve_max_model_len(config.max_model_len, model)
+    compute = choose_compute(config.device, config.dtype, model.dtype, info.local_rank)
+    if compute.device.type == "cpu":
+        torch.set_num_threads(config.threads or _threads_per_rank(info))
+    store = open_store(info)
+    topology = agree_topology(store, info, parallel)
+    lifeline = Lifeline.start(
+        info,
+        publish=lambda address: store.set("sps2/lifeline", address),
+        lookup=lambda: store.get("sps2/lifeline").decode(),
+        step_timeout=config.step_timeout,
+    )
+    with failing(lifeline):
+        groups = initialize(
+            store, info, topology, device=compute.device, timeout_s=config.step_timeout
+        )
+        joined = time.monotonic()
+        gpt = _load_model(resolved, groups, compute, show_progress=show_progress)
+        loaded = time.monotonic()
+        pool, num_blocks = _allocate_cache(config, model, groups, compute, info, max_model_len)
+        if info.rank == 0:
+            log.info(
+                "%s: %d ranks (tp=%d sp=%d levels=%s) on %s in %s; joined in %.1f s, weights in %.1f s, "
+                "KV cache of %d tokens",
+                resolved.name,
+                info.world_size,
+                topology.tp,
+                topology.sp,
+                "x".join(map(str, topology.sp_levels)),
+                compute.device.type,
+                str(compute.dtype).removeprefix("torch."),
+                joined - began,
+                loaded - joined,
+                num_blocks * config.cache.block_size * topology.sp,
+            )
+    executor = Executor(
+        gpt,
+        model,
+        pool,
+        groups,
+        transport=config.transport,
+        dtype=compute.dtype,
+        device=compute.device,
+    )
+    return StartedRank(
+        resolved=resolved,
+        groups=groups,
+        lifeline=lifeline,
+        executor=executor,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+    )
+
+
+def resolve_max_model_len(asked: int | None, model: ModelConfig) -> int:
+    """Longest prompt plus output. Raises ConfigError where learned positions end earlier."""
+    if asked is None:
+        return model.max_position_embeddings
+    if asked < 1:
+        raise ConfigError(f"max_model_len must be at least 1, got {asked}")
+    if asked > model.max_position_embeddings:
+        if model.rope is None:
+            raise ConfigError(
+                f"max_model_len={asked} exceeds the model's {model.max_position_embeddings} learned positions"
+            )
+        log.warning(
+            "max_model_len=%d exceeds the model's trained context of %d tokens: quality is not assured",
+            asked,
+            model.max_position_embeddings,
+        )
+    return asked
+
+
+@contextmanager
+def failing(lifeline: Lifeline) -> Iterator[None]:
+    """An exception inside ends the whole job, not only this rank."""
+    try:
+        yield
+    except Exception as error:
+        lifeline.fail(error)
+
+
+def _threads_per_rank(info: LaunchInfo) -> int:
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // info.local_world_size)
+
+
+def _load_model(
+    resolved: ResolvedModel, groups: ParallelGroups, compute: Compute, *, show_progress: bool
+) -> GPT:
+    gpt = GPT(resolved.config, groups, dtype=compute.dtype, device=compute.device)
+    source = open_checkpoint(resolved.path, resolved.config)
+    with _progress_bar(Path(resolved.path).name, show_progress) as on_bytes:
+        load_weights(
+            gpt.weights(),
+            source,
+            resolved.config,
+            tp_rank=groups.tp.rank,
+            tp=groups.tp.size,
+            on_bytes=on_bytes,
+        )
+    return gpt
+
+
+@contextmanager
+def _progress_bar(name: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
+    if not show:
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=f"loading {name}", unit="B", unit_scale=True, leave=False) as bar:
+
+        def on_bytes(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_bytes
+
+
+def _allocate_cache(
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    compute: Compute,
+    info: LaunchInfo,
+    max_model_len: int,
+) -> tuple[KVPool, int]:
+    """The pool and its number of blocks, on which all ranks agree by the minimum."""
+    block_size, sp = config.cache.block_size, groups.sp.size
+    if block_size < 1:
+        raise ConfigError(f"block_size must be at least 1, got {block_size}")
+    num_kv_heads = num_query_groups(model, groups.tp.size) // groups.tp.size
+    bytes_per_block = KVPool.bytes_per_block(
+        num_layers=model.num_layers,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=compute.dtype,
+    )
+    blocks_per_sequence = -(-max_model_len // block_size)
+    num_blocks = num_kv_blocks(
+        config.cache,
+        bytes_per_block=bytes_per_block,
+        free_bytes=_free_bytes(compute.device, info),
+        activation_bytes=activation_bytes(
+            model,
+            tp=groups.tp.size,
+            num_tokens=max(config.scheduler.max_prefill_tokens, max_model_len) // sp + 1,
+            itemsize=compute.dtype.itemsize,
+        ),
+        # Sequences are spread over ranks as equally as whole blocks allow; one block each for the rest.
+        useful_blocks=config.scheduler.max_running * (-(-blocks_per_sequence // sp) + 1),
+    )
+    num_blocks = minimum(num_blocks, groups.control)
+    pool = KVPool(
+        num_layers=model.num_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=compute.dtype,
+        device=compute.device,
+    )
+    return pool, num_blocks
+
+
+def _free_bytes(device: torch.device, info: LaunchInfo) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) // info.local_world_size
