@@ -42,7 +42,9 @@ class PenaltyState:
         self.seen[token_id] = True
 
 
-def penalise(logits_BV: Tensor, params: Sequence[SamplingParams], states: Sequence[PenaltyState]) -> Tensor:
+def penalise(
+    logits_BV: Tensor, params: Sequence[SamplingParams], states: Sequence[PenaltyState]
+) -> Tensor:
     """New logits [B, V] with each row's penalties applied."""
     seen = torch.stack([state.seen for state in states])
     counts = torch.stack([state.output_counts for state in states])

@@ -46,14 +46,18 @@ def sample(
         FloatingPointError: a row has NaN or nothing but -inf, naming the rows.
     """
     assert logits_BV.dtype is torch.float32, f"logits must be float32, got {logits_BV.dtype}"
-    assert len(params) == len(seeds) == len(positions) == len(logits_BV), "one entry per row of the logits"
+    assert len(params) == len(seeds) == len(positions) == len(logits_BV), (
+        "one entry per row of the logits"
+    )
     if not params:
         return [], []
     logits = _adjusted(logits_BV, params, histories, banned)
     best, token_ids_B = logits.max(dim=-1)
     rows = [i for i, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
     if rows:
-        chosen_S = _choose(logits, best, rows, params, [uniform(seeds[i], positions[i]) for i in rows])
+        chosen_S = _choose(
+            logits, best, rows, params, [uniform(seeds[i], positions[i]) for i in rows]
+        )
         token_ids_B[torch.tensor(rows, device=logits.device)] = chosen_S
     _check_finite(best)
     token_ids: list[int] = token_ids_B.tolist()
@@ -115,11 +119,15 @@ def _filtered(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if min(top_k) < vocab_size:
         weights_SV = _keep(weights_SV, _top_k_floor(weights_SV, top_k))
     if any(p.top_p < 1.0 for p in params):
-        top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights_SV.device)
+        top_p = torch.tensor(
+            [p.top_p for p in params], dtype=torch.float64, device=weights_SV.device
+        )
         weights_SV = _keep(weights_SV, _top_p_floor(weights_SV, top_p))
     if any(p.min_p > 0.0 for p in params):
         # The largest weight is 1, so min_p is a floor as it stands.
-        weights_SV = _keep(weights_SV, torch.tensor([p.min_p for p in params], device=weights_SV.device))
+        weights_SV = _keep(
+            weights_SV, torch.tensor([p.min_p for p in params], device=weights_SV.device)
+        )
     return weights_SV
 
 
@@ -144,7 +152,9 @@ def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor) -> Tensor:
     num_tokens = min(_NUCLEUS, weights_SV.shape[-1])
     sorted_SK = weights_SV.topk(num_tokens).values
     cumulative_SK = sorted_SK.cumsum(dim=-1, dtype=torch.float64)
-    if num_tokens < weights_SV.shape[-1] and not bool((off_S | (cumulative_SK[:, -1:] >= wanted_S1)[:, 0]).all()):
+    if num_tokens < weights_SV.shape[-1] and not bool(
+        (off_S | (cumulative_SK[:, -1:] >= wanted_S1)[:, 0]).all()
+    ):
         sorted_SK = weights_SV.sort(dim=-1, descending=True).values
         cumulative_SK = sorted_SK.cumsum(dim=-1, dtype=torch.float64)
     # A token belongs to the nucleus while those before it have not reached top_p; the first always does.

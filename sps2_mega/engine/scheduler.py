@@ -127,12 +127,16 @@ class Scheduler:
         Tokens of sequences that were finished or aborted since the plan are dropped.
         """
         planned, self._planned = self._planned, None
-        assert planned is not None and plan.step == self._step, f"step {plan.step} is not the last plan"
+        assert planned is not None and plan.step == self._step, (
+            f"step {plan.step} is not the last plan"
+        )
         assert len(output.token_ids) == len(output.logprobs) == len(planned), (
             f"{len(planned)} sequences were planned, the output has {len(output.token_ids)} tokens"
         )
         finished = []
-        for sequence, token_id, logprob in zip(planned, output.token_ids, output.logprobs, strict=True):
+        for sequence, token_id, logprob in zip(
+            planned, output.token_ids, output.logprobs, strict=True
+        ):
             if self._running.get(sequence.seq_id) is not sequence:
                 continue
             sequence.output_token_ids.append(token_id)
@@ -173,7 +177,9 @@ class Scheduler:
         for seq_id, sequence in self._running.items():
             # Between plan and commit the planned sequences have a block for the token being fed already.
             spare = self._ledger.table(seq_id).capacity - (sequence.num_tokens - 1)
-            assert 0 <= spare <= self._ledger.block_size, f"sequence {seq_id} has {spare} unused token slots"
+            assert 0 <= spare <= self._ledger.block_size, (
+                f"sequence {seq_id} has {spare} unused token slots"
+            )
 
     def _plan_prefills(self, now: float) -> list[PrefillItem]:
         items: list[PrefillItem] = []
@@ -255,4 +261,3 @@ def _prefill_item(sequence: Sequence, table: BlockTable) -> PrefillItem:
         sequence.params,
         sequence.seed,
     )
-

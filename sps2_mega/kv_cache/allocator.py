@@ -83,8 +83,14 @@ class BlockAllocator:
         """Recount everything, in O(num_blocks). Raises AssertionError when a block is lost or held twice over."""
         free = set(self._free)
         assert len(free) == len(self._free), "a block is twice in the free list"
-        assert all(0 <= block_id < self.num_blocks for block_id in free), "a free block does not exist"
-        wrong = [i for i, count in enumerate(self._ref_counts) if (count == 0) != (i in free) or count < 0]
+        assert all(0 <= block_id < self.num_blocks for block_id in free), (
+            "a free block does not exist"
+        )
+        wrong = [
+            i
+            for i, count in enumerate(self._ref_counts)
+            if (count == 0) != (i in free) or count < 0
+        ]
         assert not wrong, f"free list and ref counts disagree on blocks {wrong[:8]}"
 
     def _assert_used(self, block_id: int, verb: str) -> None:

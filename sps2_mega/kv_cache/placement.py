@@ -25,7 +25,9 @@ def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
     level = _fill_level(num_blocks, free)
     sizes = [min(blocks, level) for blocks in free]
     extra = num_blocks - sum(sizes)
-    roomy = sorted((rank for rank in range(len(free)) if free[rank] > level), key=lambda r: (-free[r], r))
+    roomy = sorted(
+        (rank for rank in range(len(free)) if free[rank] > level), key=lambda r: (-free[r], r)
+    )
     for rank in roomy[:extra]:
         sizes[rank] += 1
     return sizes

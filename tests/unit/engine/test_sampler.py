@@ -42,7 +42,12 @@ def mixed_params(num_rows):
 
 def test_greedy_takes_the_most_likely_token_whatever_the_filters():
     logits = logits_of(5, V_SMALL)
-    params = [GREEDY, GREEDY.replace(top_k=3), GREEDY.replace(top_p=0.1), SamplingParams(temperature=1e-7)]
+    params = [
+        GREEDY,
+        GREEDY.replace(top_k=3),
+        GREEDY.replace(top_p=0.1),
+        SamplingParams(temperature=1e-7),
+    ]
     ids, logprobs = sample(logits[:4], params, [0] * 4, [9] * 4)
     assert ids == logits[:4].argmax(-1).tolist()
     assert logprobs == [None] * 4
@@ -83,7 +88,9 @@ def test_filters_leave_the_distribution_of_the_transformers_warpers(params, scal
     kept_differently = ((actual > 0) != (expected > 0)).sum(-1)
     # With nearly equal logits float32 cannot tell which token is on the border of the nucleus.
     assert kept_differently.max() <= (2 if params.top_p < 1.0 and scale < 1.0 else 0)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3 if kept_differently.any() else 1e-6)
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-4, atol=1e-3 if kept_differently.any() else 1e-6
+    )
 
 
 def test_rows_with_different_filters_do_not_disturb_each_other():
@@ -92,11 +99,14 @@ def test_rows_with_different_filters_do_not_disturb_each_other():
     relative = (logits - logits.amax(-1, keepdim=True)).exp()
     together = _filtered(relative, params)
     for row in range(28):
-        assert torch.equal(together[row : row + 1], _filtered(relative[row : row + 1], [params[row]]))
+        assert torch.equal(
+            together[row : row + 1], _filtered(relative[row : row + 1], [params[row]])
+        )
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(temperature=1.3), SamplingParams(temperature=1.0, top_k=9, top_p=0.95)]
+    "params",
+    [SamplingParams(temperature=1.3), SamplingParams(temperature=1.0, top_k=9, top_p=0.95)],
 )
 def test_frequencies_follow_the_distribution(params):
     num_draws, vocab_size = 40_000, 13
@@ -125,7 +135,10 @@ def test_text_does_not_depend_on_the_batch(vocab_size):
     assert (ids, logprobs) == sample(logits, params, seeds, positions), "same call, same answer"
     for rows in ([0], [5], [3, 9, 1], list(range(15, -1, -1))):
         some_ids, some_logprobs = sample(
-            logits[rows], [params[i] for i in rows], [seeds[i] for i in rows], [positions[i] for i in rows]
+            logits[rows],
+            [params[i] for i in rows],
+            [seeds[i] for i in rows],
+            [positions[i] for i in rows],
         )
         assert some_ids == [ids[i] for i in rows]
         for i, logprob in zip(rows, some_logprobs, strict=True):
@@ -159,7 +172,9 @@ def test_repetition_penalty_equals_transformers():
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt + output]), logits[:1])
     torch.testing.assert_close(penalise(logits[:1], [params], [state]), expected)
     rebuilt = PenaltyState(prompt, V_SMALL, output_ids=output)
-    assert torch.equal(rebuilt.seen, state.seen) and torch.equal(rebuilt.output_counts, state.output_counts)
+    assert torch.equal(rebuilt.seen, state.seen) and torch.equal(
+        rebuilt.output_counts, state.output_counts
+    )
 
 
 def test_presence_and_frequency_penalties_follow_the_openai_formula_over_the_output_only():
@@ -209,7 +224,9 @@ def test_logprobs_have_as_many_alternatives_as_asked():
         entry = logprobs[row]
         assert entry.token_id == ids[row] and len(entry.top) == k
         assert entry.logprob == pytest.approx(raw[row, ids[row]].item(), abs=1e-5)
-        assert [value for _, value in entry.top] == pytest.approx(raw[row].topk(max(k, 1)).values.tolist()[:k])
+        assert [value for _, value in entry.top] == pytest.approx(
+            raw[row].topk(max(k, 1)).values.tolist()[:k]
+        )
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(top_p=0.5, top_k=4)])

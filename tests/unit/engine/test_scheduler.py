@@ -12,7 +12,9 @@ from sps2_mega.types import FinishReason, ForwardMode, SamplingParams, Sequence,
 EOS = 7
 
 
-def scheduler_of(*, num_blocks=64, sp_size=2, block_size=4, max_model_len=512, layout="contiguous", **config):
+def scheduler_of(
+    *, num_blocks=64, sp_size=2, block_size=4, max_model_len=512, layout="contiguous", **config
+):
     return Scheduler(
         SchedulerConfig(**config),
         block_size=block_size,
@@ -217,7 +219,9 @@ def test_abort_in_every_state_frees_everything():
     assert waiting.finish_reason is FinishReason.ABORT
     assert scheduler.kv_usage == 0.0 and scheduler.plan(2.0) is None
     scheduler.add(sequence_of(3))
-    assert scheduler.plan(3.0).released == [0], "told with the next plan; 1 was never sent to the ranks"
+    assert scheduler.plan(3.0).released == [0], (
+        "told with the next plan; 1 was never sent to the ranks"
+    )
 
 
 def test_an_id_may_be_reused_right_after_an_abort():

@@ -38,7 +38,9 @@ class Ranks:
             table.locate(item.position)
             tokens.append(item.token_id)
         used = [
-            (rank, block) for t in self.tables.values() for rank, block in zip(t.ranks, t.block_ids, strict=True)
+            (rank, block)
+            for t in self.tables.values()
+            for rank, block in zip(t.ranks, t.block_ids, strict=True)
         ]
         assert len(used) == len(set(used)), "a block is owned twice"
         assert all(0 <= r < self.sp_size and 0 <= b < self.num_blocks for r, b in used)
@@ -56,7 +58,16 @@ class SchedulerHistories(RuleBasedStateMachine):
         max_model_len=st.integers(2, 60),
         layout=st.sampled_from(["contiguous", "zigzag"]),
     )
-    def start(self, block_size, num_blocks, sp_size, max_running, max_prefill_tokens, max_model_len, layout):
+    def start(
+        self,
+        block_size,
+        num_blocks,
+        sp_size,
+        max_running,
+        max_prefill_tokens,
+        max_model_len,
+        layout,
+    ):
         config = SchedulerConfig(max_running=max_running, max_prefill_tokens=max_prefill_tokens)
         self.scheduler = Scheduler(
             config,
@@ -117,7 +128,9 @@ class SchedulerHistories(RuleBasedStateMachine):
             return
         plan, self.plan = self.plan, None
         num_items = len(plan.prefills) + len(plan.decodes)
-        tokens = data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=num_items, max_size=num_items))
+        tokens = data.draw(
+            st.lists(st.integers(0, VOCAB - 1), min_size=num_items, max_size=num_items)
+        )
         for sequence in self.scheduler.commit(plan, StepOutput(tokens, [None] * num_items), 1.0):
             assert sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
             assert len(sequence.token_times) == len(sequence.output_token_ids)
@@ -153,7 +166,9 @@ class SchedulerHistories(RuleBasedStateMachine):
                 break
             plan, self.plan = self.plan, None
             num_items = len(plan.prefills) + len(plan.decodes)
-            for sequence in self.scheduler.commit(plan, StepOutput([5] * num_items, [None] * num_items), 1.0):
+            for sequence in self.scheduler.commit(
+                plan, StepOutput([5] * num_items, [None] * num_items), 1.0
+            ):
                 del self.live[sequence.seq_id]
         assert not self.live and self.scheduler.kv_usage == 0.0
 

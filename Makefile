@@ -1,0 +1,69 @@
+# Every target first makes sure that .venv is there and up to date; nothing outside this folder changes.
+#
+#   make PYTHON=python3.12          another interpreter for .venv (>= 3.11)
+#   make generate SP=1 ARGS="..."   other degrees or flags of launch/generate.py
+
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+MODEL ?= sps2-tiny
+INPUT ?= launch/prompts/demo.jsonl
+OUTPUT ?= out/answers.jsonl
+TP ?= 1
+SP ?= 2
+ARGS ?=
+DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+
+.PHONY: setup generate test test-fast test-gpu lint format type bench doctor clean help
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## .venv with the versions of constraints.txt
+
+# torch first and alone: what comes later must accept the build that is there (CPU or CUDA).
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv failed: is the package python3-venv installed?" >&2; exit 1; }
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+generate: setup ## answer the bundled prompts with the bundled model on SP=2 ranks
+	@mkdir -p $(dir $(OUTPUT))
+	PATH="$(BIN):$$PATH" DS_ACCELERATOR=$(DS_ACCELERATOR) $(BIN)/deepspeed --num_gpus $$(($(TP) * $(SP))) \
+		launch/generate.py --model $(MODEL) --tp $(TP) --sp $(SP) --input $(INPUT) --output $(OUTPUT) $(ARGS)
+
+test: setup ## the whole CPU test suite, ranks on gloo
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 $(ARGS)
+
+test-fast: setup ## tests without ranks
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_style.py tests/unit tests/kernels -m "not slow" $(ARGS)
+
+test-gpu: setup ## tests that need CUDA devices
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: setup ## ruff and the import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+format: setup ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: setup ## mypy, strict on the parts without torch
+	$(BIN)/mypy
+
+bench: setup ## compare with transformers generate
+	PATH="$(BIN):$$PATH" $(BIN)/python tools/bench/generate.py $(ARGS)
+
+doctor: setup ## what this machine has and what will be used
+	$(BIN)/python tools/doctor.py
+
+clean: ## remove .venv, caches and outputs
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
