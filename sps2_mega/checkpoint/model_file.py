@@ -71,6 +71,17 @@ def model_files() -> dict[str, Path]:
     return files
 
 
+def named_model_file(name: str) -> ModelFile:
+    """Raises:
+    ConfigError: no such file, or not a valid one; the message has the names that there are.
+    """
+    files = model_files()
+    if name not in files:
+        known = ", ".join(sorted(files)) or "none found"
+        raise ConfigError(f"{name!r} is not a name in model_configs/ ({known})")
+    return read_model_file(files[name])
+
+
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be a mapping, found {value!r}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sps2_mega.checkpoint.model_file import model_files, read_model_file
+from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.checkpoint.source import iteration_folder, open_checkpoint
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
@@ -44,14 +44,18 @@ def resolve_model(
         raise ConfigError(f"tokenizer {given}: no {' or '.join(TOKENIZER_FILES)} there")
     path = Path(name_or_path)
     if path.is_dir():
-        found = next((f for f in (path, iteration_folder(path)) if has_tokenizer(f)), None)
         return ResolvedModel(
             name=path.resolve().name,
             config=open_checkpoint(path).config,
             path=path,
-            tokenizer=given or found,
+            tokenizer=given or tokenizer_folder(path),
         )
     return _named_model(str(name_or_path), given)
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Where a checkpoint's tokenizer is: in the folder, or in the iteration that it points to."""
+    return next((f for f in (folder, iteration_folder(folder)) if has_tokenizer(f)), None)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -59,13 +63,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _named_model(name: str, tokenizer: Path | None) -> ResolvedModel:
-    files = model_files()
-    if name not in files:
-        known = ", ".join(sorted(files)) or "none found"
-        raise ConfigError(
-            f"model {name!r} is neither a folder nor a name in model_configs/ ({known})"
-        )
-    file = read_model_file(files[name])
+    try:
+        file = named_model_file(name)
+    except ConfigError as error:
+        raise ConfigError(f"model {name!r} is not a folder, and {error}") from None
     if file.weights is None or not file.weights.is_dir():
         where = "are not bundled" if file.weights is None else f"are not in {file.weights}"
         raise ConfigError(

@@ -47,7 +47,7 @@ _RECORDS = {
     "torch.serialization": "_get_layout",
     "torch": "memory_format",
 }
-_DTYPES = "float64 float32 bfloat16 float16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool".split()
+_DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool"]
 _METADATA_NAMES: dict[tuple[str, str], Any] = {
     **{(module, name): Record for module, names in _RECORDS.items() for name in names.split()},
     **{("torch", name): name for name in _DTYPES},

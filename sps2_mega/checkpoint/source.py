@@ -23,7 +23,7 @@ from sps2_mega.checkpoint.torch_dist import TorchDistSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class WeightSource(Protocol):
@@ -76,7 +76,7 @@ def read_canonical(source: WeightSource, name: str, config: ModelConfig) -> Tens
 
 def iteration_folder(folder: Path) -> Path:
     """The folder with the files: `folder` itself, or the one that a Megatron tracker file points to."""
-    tracker = folder / _TRACKER
+    tracker = folder / TRACKER
     if not tracker.is_file():
         return folder
     text = tracker.read_text(encoding="utf-8").strip()
