@@ -33,6 +33,7 @@ HOMES = {
     "fastapi": ["sps2_mega/serving/*", "tests/*"],
     "torch.distributed": [
         "sps2_mega/comm/*",
+        "sps2_mega/checkpoint/torch_dist_writer.py",  # torch.distributed.checkpoint, a file format
         "sps2_mega/parallel/groups.py",
         "sps2_mega/mcore/*",
         "tests/*",

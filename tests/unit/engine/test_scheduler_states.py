@@ -1,6 +1,6 @@
 """Random histories of the scheduler against a model of the ranks: nothing leaks, nothing is lost."""
 
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
@@ -114,6 +114,8 @@ class SchedulerHistories(RuleBasedStateMachine):
         if self.plan is None:
             return
         self.ranks.execute(self.plan)
+        if any(seq_id in self.live for seq_id in self.plan.released):
+            event("preempted")
         for item in self.plan.prefills:
             sequence = self.live[item.seq_id]
             assert item.token_ids == sequence.prompt_token_ids + sequence.output_token_ids
@@ -124,17 +126,25 @@ class SchedulerHistories(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def commit(self, data):
-        if self.plan is None:
-            return
+        if self.plan is not None:
+            num_items = len(self.plan.prefills + self.plan.decodes)
+            tokens = st.lists(st.integers(0, VOCAB - 1), min_size=num_items, max_size=num_items)
+            self.commit_tokens(data.draw(tokens))
+
+    def commit_tokens(self, tokens):
         plan, self.plan = self.plan, None
-        num_items = len(plan.prefills) + len(plan.decodes)
-        tokens = data.draw(
-            st.lists(st.integers(0, VOCAB - 1), min_size=num_items, max_size=num_items)
-        )
-        for sequence in self.scheduler.commit(plan, StepOutput(tokens, [None] * num_items), 1.0):
+        output = StepOutput(tokens, [None] * len(tokens))
+        for sequence in self.scheduler.commit(plan, output, 1.0):
             assert sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
             assert len(sequence.token_times) == len(sequence.output_token_ids)
             del self.live[sequence.seq_id]
+
+    @rule(num_steps=st.integers(1, 12), token_id=st.integers(EOS, EOS + 1))
+    def run(self, num_steps, token_id):
+        for _ in range(num_steps):
+            self.make_plan()
+            if self.plan is not None:
+                self.commit_tokens([token_id] * len(self.plan.prefills + self.plan.decodes))
 
     @rule(seq_id=consumes(ids), by_stop_string=st.booleans())
     def end(self, seq_id, by_stop_string):
@@ -160,18 +170,12 @@ class SchedulerHistories(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(20_000):
-            if self.plan is None:
-                self.make_plan()
+            self.make_plan()
             if self.plan is None:
                 break
-            plan, self.plan = self.plan, None
-            num_items = len(plan.prefills) + len(plan.decodes)
-            for sequence in self.scheduler.commit(
-                plan, StepOutput([5] * num_items, [None] * num_items), 1.0
-            ):
-                del self.live[sequence.seq_id]
+            self.commit_tokens([5] * len(self.plan.prefills + self.plan.decodes))
         assert not self.live and self.scheduler.kv_usage == 0.0
 
 
 TestSchedulerHistories = SchedulerHistories.TestCase
-TestSchedulerHistories.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestSchedulerHistories.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
