@@ -184,7 +184,7 @@ class _Rank:
 
     def __init__(self, rank: int, world_size: int, port: int) -> None:
         self.rank = rank
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the rank
         self._log_start = 0
         ours, theirs = multiprocessing.Pipe()
         self.connection: Connection = ours

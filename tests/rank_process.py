@@ -60,7 +60,7 @@ def call(rank: int, header: dict[str, Any], arguments: bytes) -> bytes:
         return pickle.dumps(("ok", function(rank, *args, **kwargs)))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit and pytest's Skipped and Failed are answers too
+    except BaseException as error:  # noqa: BLE001  SystemExit and pytest's Skipped and Failed are answers too
         return pickle.dumps(("error", (type(error).__name__, traceback.format_exc())))
 
 

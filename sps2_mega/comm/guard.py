@@ -1,0 +1,141 @@
+"""Around a main program on every rank: however it ends, the job ends, with a reason and without leftovers.
+
+    with guard(from_environment()):
+        main()
+
+An uncaught exception or a non-zero exit ends all ranks, as do SIGTERM, SIGINT and the end of the launcher,
+also while the main thread is inside a collective. With a `Lifeline` (found by itself) the other ranks are
+told and one reason is given per node; before there is one, only this node's ranks agree on who speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+from sps2_mega.comm import last_words
+from sps2_mega.comm.lifeline import active_lifelines
+from sps2_mega.comm.parent_watch import LauncherChain
+from sps2_mega.comm.process_facts import own_member
+from sps2_mega.comm.verdict import FAILURE_EXIT_CODE, cause_of, traceback_of
+from sps2_mega.parallel.launcher import LaunchInfo
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL_S = 0.5  # between looks at the launcher; signals are seen at once
+
+
+@contextlib.contextmanager
+def guard(info: LaunchInfo) -> Iterator[None]:
+    """Must be entered in the main thread. Leaving it normally closes the lifeline.
+
+    A failure does not leave it: the process ends by `os._exit`, since threads and destructors of a broken
+    job may wait for ever. Exit codes: 1 for an exception, 128 + n for signal n, else what `sys.exit` got.
+    """
+    with _ending_by_signal_or_orphaned(info):
+        try:
+            yield
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                _end_for_exit(error)
+        except BaseException as error:  # noqa: BLE001  the edge of the process: nothing is swallowed
+            _end_for_exception(info, error)
+        for lifeline in active_lifelines():
+            lifeline.close()
+
+
+def _end_for_exit(error: SystemExit) -> None:
+    """A program that has no lifeline yet (bad flags) exits as any other."""
+    for lifeline in active_lifelines():
+        lifeline.stop(f"exit with code {error.code}", _exit_code(error))
+    raise error
+
+
+def _exit_code(error: SystemExit) -> int:
+    return error.code if isinstance(error.code, int) else FAILURE_EXIT_CODE
+
+
+def _end_for_exception(info: LaunchInfo, error: BaseException) -> NoReturn:
+    for lifeline in active_lifelines():
+        lifeline.fail(error)
+    stack = traceback_of(error)
+    who = f"{own_member(info)} failed: {cause_of(error)}" if stack else f"{cause_of(error, None)}"
+    text = f"{stack or ''}sps2_mega: {who}"
+    _speak_once_per_node_and_leave(info, text, FAILURE_EXIT_CODE)
+
+
+def _stop(info: LaunchInfo, cause: str, exit_code: int) -> NoReturn:
+    for lifeline in active_lifelines():
+        lifeline.stop(cause, exit_code)
+    text = f"sps2_mega: {own_member(info)} was told to stop: {cause}"
+    _speak_once_per_node_and_leave(info, text, exit_code)
+
+
+def _speak_once_per_node_and_leave(info: LaunchInfo, text: str, exit_code: int) -> NoReturn:
+    """Often all ranks fail for one reason, such as a missing file: it should be read once."""
+    since = time.monotonic()
+    # The ranks of a node are children of one launcher process, or else not known to each other.
+    name = f"{info.master_addr}:{info.master_port}-{os.getppid()}-{info.node_rank}"
+    if info.world_size == 1:
+        last_words.write_error(text)
+        last_words.leave(exit_code)
+    time.sleep(min(0.02 * info.local_rank, 0.3))
+    claim = last_words.SpeakerClaim(name)
+    if claim.held:
+        last_words.write_error(text)
+    last_words.hold_claim_then_leave(since, exit_code)
+
+
+@contextlib.contextmanager
+def _ending_by_signal_or_orphaned(info: LaunchInfo) -> Iterator[None]:
+    """A thread acts on signals: Python's handlers run in the main thread, which may be in a collective.
+    The C handler writes the signal's number to a socket at once, and the thread reads it there."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    chain = LauncherChain(info)
+    old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    old_handlers: dict[int, Any] = {n: signal.signal(n, _nothing) for n in SIGNALS}
+    chain.ask_for_signal()
+    done = threading.Event()
+    arguments = (info, chain, reader, done)
+    thread = threading.Thread(target=_watch, args=arguments, name="sps2-guard", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+        done.set()
+        writer.close()
+        thread.join()
+        reader.close()
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """Only so that the signal does not take its default action."""
+
+
+def _watch(
+    info: LaunchInfo, chain: LauncherChain, reader: socket.socket, done: threading.Event
+) -> None:
+    poller = select.poll()
+    poller.register(reader, select.POLLIN)
+    while not done.is_set():
+        ready = poller.poll(POLL_S * 1000)
+        numbers = reader.recv(16) if ready else b""
+        stops = [signal.Signals(number) for number in numbers if number in SIGNALS]
+        broken = chain.broken()
+        if broken is not None:
+            _stop(info, broken, FAILURE_EXIT_CODE)
+        if stops:
+            _stop(info, stops[0].name, 128 + stops[0])
+        if ready and not numbers:
+            return
