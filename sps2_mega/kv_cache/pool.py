@@ -21,9 +21,10 @@ class KVPool:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
-        # Never read before written, so left uninitialised: on CPU untouched pages cost no memory.
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+        # Slots that a row must not see are masked, but masked NaN garbage times zero is NaN: hence zeros,
+        # which cost no memory on CPU until a page is written.
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
         self.num_blocks = num_blocks
 

@@ -58,8 +58,9 @@ def prepare(
     for rows in bucket_rows(num_blocks_B.tolist()):
         longest = int(num_blocks_B[rows].max())
         blocks = block_table_BM[rows, :longest]
-        # Entries past a row's end may be stale ids of freed blocks: point them at a valid one, hidden below.
-        blocks = np.where(np.arange(longest) < num_blocks_B[rows, None], blocks, 0)
+        # Entries past a row's end may be stale ids: point them at the row's own first block, hidden below,
+        # so that one sequence never reads another's values, not even times zero.
+        blocks = np.where(np.arange(longest) < num_blocks_B[rows, None], blocks, blocks[:, :1])
         slots = np.arange(longest * block_size)
         hidden = (slots >= ends_B[rows, None]) | (slots < starts_B[rows, None])
         hidden_BS = bias_B11S = None
