@@ -1,0 +1,206 @@
+"""Answers a file of requests: check everything cheap, load the model, run, write each answer as it finishes.
+
+    prepare (no model)  ->  engine start  ->  run  ->  exit code
+    input, output, resume                     tokenise -> drive -> record
+
+Lines and records are `batch_input`'s and `batch_records`'; the file on disk is `batch_output`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sps2_mega.config import EngineConfig
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.errors import ConfigError, RequestError
+from sps2_mega.serving.batch_input import BadLine, GoodLine, LineId, Scan, read_lines, scan
+from sps2_mega.serving.batch_output import BatchOutput, OutputMode
+from sps2_mega.serving.batch_records import answer_record, error_record
+from sps2_mega.serving.drive import Submission, drive, failed
+from sps2_mega.serving.progress import Progress, RunTotals
+from sps2_mega.types import RequestOutput
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_SOME_FAILED, EXIT_COULD_NOT_RUN = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """What to answer and where to. `sampling` holds SamplingParams fields for lines that leave them out.
+
+    `show` answers are also written to stdout, the first ones that finish.
+    """
+
+    input: Path
+    output: Path
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    mode: OutputMode = OutputMode.NEW
+    retry_errors: bool = False
+    limit: int | None = None
+    show: int = 0
+
+
+class BatchJob:
+    """A checked input and an open output; `run` writes exactly one record for each line not yet answered."""
+
+    def __init__(
+        self, options: BatchOptions, config: EngineConfig, found: Scan, output: BatchOutput
+    ) -> None:
+        self._options, self._config, self._scan, self._output = options, config, found, output
+        # Only a resumed run has to look which lines are left.
+        resumed = output.num_answered or output.num_failed
+        self.num_left = sum(1 for _ in self._lines()) if resumed else found.num_lines
+        self.totals = RunTotals()
+        self._shown = 0
+
+    @classmethod
+    def prepare(cls, options: BatchOptions, config: EngineConfig) -> BatchJob:
+        """Everything that can be checked without a model.
+
+        Raises:
+            ConfigError: the input cannot be read, the output cannot be written, or they do not belong together.
+        """
+        if options.limit is not None and options.limit < 1:
+            raise ConfigError(f"--limit must be at least 1, got {options.limit}")
+        if not options.input.is_file():
+            raise ConfigError(f"input {options.input} is not a file")
+        if os.path.realpath(options.input) == os.path.realpath(options.output):
+            raise ConfigError(f"input and output are the same file: {options.input}")
+        found = scan(options.input, options.sampling, limit=options.limit)
+        for warning, count in found.warnings.items():
+            logger.warning("%s: %s (%d lines)", options.input, warning, count)
+        output = BatchOutput.open(
+            options.output,
+            mode=options.mode,
+            retry_errors=options.retry_errors,
+            fingerprint=fingerprint(config, options.sampling, found.sha256),
+        )
+        job = cls(options, config, found, output)
+        logger.info(
+            "%s: %d requests, %d malformed, %d answered before, %d to do",
+            options.input,
+            found.num_lines,
+            len(found.bad),
+            output.num_answered,
+            job.num_left,
+        )
+        return job
+
+    def run(self, engine: Any) -> int:
+        """Answers what is left with a started engine (`engine.engine.Engine`); returns the exit code."""
+        self.totals = RunTotals()
+        progress = Progress(self.num_left, self.totals)
+        lines: dict[str, GoodLine | BadLine] = {}
+        outputs = drive(
+            engine,
+            self._submissions(engine.tokenizer, lines),
+            max_in_flight=4 * self._config.scheduler.max_running,
+            on_step=lambda seconds: progress.step(engine.stats(), seconds),
+        )
+        model = Path(_place(self._config.model)).name
+        try:
+            for output in outputs:
+                line = lines.pop(output.request_id)
+                if isinstance(line, BadLine) or output.error is not None:
+                    record = error_record(line, output.error or "no answer")
+                else:
+                    record = answer_record(line, output, model=model, tokenizer=engine.tokenizer)
+                self._output.write(record)
+                self.totals.add(output)
+                self._show(progress, line, output)
+        finally:
+            progress.close()
+            self._output.close()
+        return self.exit_code
+
+    @property
+    def exit_code(self) -> int:
+        """Errors of earlier runs that are still in the file count."""
+        some_failed = self.totals.num_failed + self._output.num_failed
+        return EXIT_SOME_FAILED if some_failed else EXIT_OK
+
+    def close(self) -> None:
+        self._output.close()
+
+    def _lines(self) -> Iterator[GoodLine | BadLine]:
+        options = self._options
+        for line in read_lines(options.input, options.sampling, self._scan, limit=options.limit):
+            if not self._output.has(line):
+                yield line
+
+    def _submissions(
+        self, tokenizer: Tokenizer | None, lines: dict[str, GoodLine | BadLine]
+    ) -> Iterator[Submission | RequestOutput]:
+        """Requests with tokens; `lines` remembers whose they are until they are answered."""
+        for line in self._lines():
+            request_id = str(line.number)
+            lines[request_id] = line
+            if isinstance(line, BadLine):
+                yield failed(request_id, line.error)
+                continue
+            try:
+                tokens = _prompt_tokens(line, tokenizer)
+            except RequestError as error:
+                yield failed(request_id, str(error))
+                continue
+            params = line.request.params
+            if params.seed is None:
+                params = params.replace(seed=line_seed(self._config.seed, line.line_id))
+            yield Submission(request_id=request_id, prompt_token_ids=tokens, params=params)
+
+    def _show(self, progress: Progress, line: GoodLine | BadLine, output: RequestOutput) -> None:
+        if self._shown >= self._options.show:
+            return
+        self._shown += 1
+        texts = [completion.text for completion in output.completions] or [f"error: {output.error}"]
+        progress.message("\n".join(f"[{line.line_id}] {text}" for text in texts))
+
+
+def fingerprint(
+    config: EngineConfig, sampling: Mapping[str, Any], input_sha256: str
+) -> dict[str, Any]:
+    """What two runs must share so that their answers are the same; the number of ranks is not part of it."""
+    return {
+        "input_sha256": input_sha256,
+        "model": _place(config.model),
+        "tokenizer": None if config.tokenizer is None else _place(config.tokenizer),
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "seed": config.seed,
+        "sampling": {name: sampling[name] for name in sorted(sampling)},
+    }
+
+
+def line_seed(seed: int, line_id: LineId) -> int:
+    """A line's own seed, the same in whatever order and run it is answered."""
+    digest = hashlib.sha256(f"{seed}/{line_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _place(model: str) -> str:
+    return os.path.realpath(model) if os.path.isdir(model) else model
+
+
+def _prompt_tokens(line: GoodLine, tokenizer: Tokenizer | None) -> list[int]:
+    request = line.request
+    if isinstance(request.prompt, list):
+        return request.prompt
+    if tokenizer is None:
+        raise RequestError(
+            "text needs a tokenizer, and the model has none: give token ids, or pass --tokenizer"
+        )
+    try:
+        if request.messages is not None:
+            return tokenizer.apply_chat_template(request.messages)
+        return tokenizer.encode(request.prompt or "")
+    except (UnicodeEncodeError, TypeError):  # JSON can spell half a surrogate pair, UTF-8 cannot
+        raise RequestError(
+            "the text has characters that are not Unicode (lone surrogates)"
+        ) from None

@@ -1,0 +1,67 @@
+"""The `generate` command on one rank: rank 0 reads, drives and writes, the others follow its steps.
+
+Decides the order of things and the exit code; flags are `cli`'s, the work is `batch`'s. Exit codes: 0 all
+answered, 1 some lines failed, 2 could not run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sps2_mega.config import EngineConfig
+from sps2_mega.errors import CheckpointError, ConfigError
+from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.serving.batch import EXIT_COULD_NOT_RUN, BatchJob, BatchOptions
+
+
+def run_generate(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
+    """Runs to the end on this rank; returns its exit code.
+
+    Raises:
+        ConfigError, CheckpointError: with several ranks, where the caller has to tell the others.
+    """
+    from sps2_mega.comm.guard import guard
+
+    with guard(info):
+        try:
+            return _follow(config) if info.rank else _lead(config, options, info)
+        except (ConfigError, CheckpointError) as error:
+            if info.world_size > 1:
+                raise
+            return _could_not_run(error)
+
+
+def _lead(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
+    try:
+        job = BatchJob.prepare(options, config)
+    except ConfigError as error:
+        # No other rank has been met yet; the launcher ends them when this one exits.
+        return _could_not_run(error)
+    try:
+        # Other ranks wait for this one in any case, so only a single rank may leave without them.
+        if job.num_left == 0 and info.world_size == 1:
+            sys.stdout.write(f"nothing to do: all lines are answered in {options.output}\n")
+            return job.exit_code
+        from sps2_mega.engine.engine import Engine
+
+        engine = Engine.start(config, show_progress=sys.stderr.isatty())
+        code = job.run(engine)
+        engine.shutdown()
+    finally:
+        job.close()
+    sys.stdout.write(f"{job.totals.table()}\nanswers are in {options.output}\n")
+    sys.stdout.flush()
+    return code
+
+
+def _follow(config: EngineConfig) -> int:
+    from sps2_mega.engine.engine import Engine
+
+    Engine.start(config).run_worker()
+    return 0
+
+
+def _could_not_run(error: Exception) -> int:
+    sys.stderr.write(f"sps2_mega: error: {error}\n")
+    sys.stderr.flush()
+    return EXIT_COULD_NOT_RUN

@@ -1,0 +1,140 @@
+"""OpenAI response bodies from finished requests: text_completion, chat.completion, usage and logprobs.
+
+Decides the shapes only; what a request may ask is `protocol`'s.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+from typing import Any
+
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.types import Completion, RequestOutput, Timings, TokenLogprob
+
+# JSON has no infinity; impossible tokens get this instead.
+_LOWEST_LOGPROB = -9999.0
+
+
+def completion_body(
+    output: RequestOutput, *, body_id: str, model: str, created: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """A `text_completion` object; `created` is in Unix seconds."""
+    return {
+        "id": body_id,
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": [
+            {
+                "index": completion.index,
+                "text": completion.text,
+                "finish_reason": completion.finish_reason.value,
+                "logprobs": completion_logprobs(completion, tokenizer),
+            }
+            for completion in output.completions
+        ],
+        "usage": usage(output),
+    }
+
+
+def chat_body(
+    output: RequestOutput, *, body_id: str, model: str, created: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """A `chat.completion` object; `created` is in Unix seconds."""
+    return {
+        "id": body_id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [
+            {
+                "index": completion.index,
+                "message": {"role": "assistant", "content": completion.text, "refusal": None},
+                "finish_reason": completion.finish_reason.value,
+                "logprobs": chat_logprobs(completion, tokenizer),
+            }
+            for completion in output.completions
+        ],
+        "usage": usage(output),
+    }
+
+
+def usage(output: RequestOutput) -> dict[str, int]:
+    """Token counts; the prompt counts once, however many samples it has."""
+    prompt = len(output.prompt_token_ids)
+    new = sum(len(completion.token_ids) for completion in output.completions)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def timings_record(timings: Timings) -> dict[str, float | None]:
+    """Seconds, to the microsecond."""
+    return {
+        "queue_s": round(timings.queue_s, 6),
+        "ttft_s": round(timings.ttft_s, 6),
+        "per_token_s": None if timings.per_token_s is None else round(timings.per_token_s, 6),
+        "total_s": round(timings.total_s, 6),
+    }
+
+
+def completion_logprobs(
+    completion: Completion, tokenizer: Tokenizer | None
+) -> dict[str, Any] | None:
+    """Parallel lists over tokens; `text_offset` counts characters from the start of the output."""
+    if completion.logprobs is None:
+        return None
+    tokens = [token_text(item.token_id, tokenizer) for item in completion.logprobs]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [_finite(item.logprob) for item in completion.logprobs],
+        "top_logprobs": [
+            {token_text(token_id, tokenizer): _finite(logprob) for token_id, logprob in item.top}
+            for item in completion.logprobs
+        ],
+        "text_offset": _offsets(completion.logprobs, tokenizer),
+    }
+
+
+def chat_logprobs(completion: Completion, tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+    """One entry per token, each with its bytes, so that characters across tokens can be put together."""
+    if completion.logprobs is None:
+        return None
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token_id) if tokenizer else b""
+        return {
+            "token": token_text(token_id, tokenizer),
+            "logprob": _finite(logprob),
+            "bytes": list(raw) if tokenizer else None,
+        }
+
+    content = [
+        entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*top) for top in item.top]}
+        for item in completion.logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
+    """A token by itself; one that is part of a character reads `bytes:\\xe4`, without tokenizer `token_id:7`."""
+    if tokenizer is None:
+        return f"token_id:{token_id}"
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _offsets(logprobs: list[TokenLogprob], tokenizer: Tokenizer | None) -> list[int]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    offsets, position = [], 0
+    for item in logprobs:
+        offsets.append(position)
+        if tokenizer is not None and item.token_id not in tokenizer.special_ids:
+            position += len(decoder.decode(tokenizer.token_bytes(item.token_id)))
+    return offsets
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LOWEST_LOGPROB
