@@ -17,6 +17,7 @@ for entry in (TESTS, TESTS.parent):
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the cores among them
 
 import harness  # noqa: E402  (needs the path set above)
+import netns  # noqa: E402
 
 MARKERS = {
     "gpu": "needs a CUDA device",
@@ -50,7 +51,13 @@ def missing_netns() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces need root"
     tools = [name for name in ("ip", "tc") if shutil.which(name) is None]
-    return f"not installed: {', '.join(tools)} (package iproute2)" if tools else None
+    if tools:
+        return f"not installed: {', '.join(tools)} (package iproute2)"
+    try:
+        with netns.two_nodes():
+            return None
+    except RuntimeError as error:  # root in a container often lacks the capability
+        return f"cannot build network namespaces: {error}"
 
 
 @pytest.fixture(autouse=True)
