@@ -10,6 +10,7 @@ Decides nothing about where numbers are shown.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ def timings_of(sequence: Sequence) -> Timings:
     end = times[-1] if times else time.monotonic()
     first = times[0] if times else end
     scheduled = end if sequence.scheduled_time is None else sequence.scheduled_time
-    gaps = tuple(after - before for before, after in zip(times, times[1:], strict=False))
+    gaps = tuple(after - before for before, after in itertools.pairwise(times))
     return Timings(
         queue_s=scheduled - sequence.arrival_time,
         ttft_s=first - sequence.arrival_time,

@@ -69,7 +69,7 @@ class Tokenizer:
             raise ConfigError(_missing_text(folder))
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
+        except Exception as error:
             raise ConfigError(f"{path} is not a tokenizer file: {error}") from error
         config = _read_json(folder / "tokenizer_config.json")
         special = {**_special(_read_json(folder / "special_tokens_map.json")), **_special(config)}

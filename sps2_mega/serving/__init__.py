@@ -1,0 +1,6 @@
+"""Ways to use an engine: `LLM` from Python, batch files from the command line."""
+
+from sps2_mega.serving.llm import LLM
+from sps2_mega.types import SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]

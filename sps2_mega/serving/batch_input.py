@@ -114,8 +114,7 @@ def parse_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> GoodLine
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                yield number, raw
+            yield from enumerate(file, start=1)
     except OSError as error:
         raise ConfigError(f"input {path} cannot be read: {error.strerror}") from error
 

@@ -23,7 +23,17 @@ from sps2_mega.types import SamplingParams
 Kind = Literal["completion", "chat"]
 
 HARMLESS = frozenset(
-    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "stream_options"]
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "stream_options",
+    ]
 )
 # Fields that ask for something this runtime does not do, and the values that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -157,7 +167,21 @@ class _Chat(_Fields):
     messages: list[_Message] = pydantic.Field(min_length=1)
 
 
-_SAME_NAME = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "include_stop_str_in_output", "ignore_eos", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty"]
+_SAME_NAME = [
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "n",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+]
 
 
 def _kind_of(given: Mapping[str, Any]) -> Kind:

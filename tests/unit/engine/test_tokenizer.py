@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 import tokenizer_samples as samples
 
 from sps2_mega.engine.tokenizer import Tokenizer

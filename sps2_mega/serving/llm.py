@@ -1,0 +1,188 @@
+"""Offline generation from Python: prompts in, finished outputs back, in order.
+
+LLM(model)                      one rank, in this process
+LLM(model, tp=2, sp=2)          plain python: three children are started, this process is rank 0
+LLM(model, sp=2) in each rank   under deepspeed or torchrun: rank 0 goes on, the constructor of the
+                                others follows its steps, then raises SystemExit(0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from sps2_mega.errors import ConfigError, RequestError
+from sps2_mega.parallel.launcher import from_environment
+from sps2_mega.serving.drive import Submission, drive
+from sps2_mega.serving.protocol import parse_request
+from sps2_mega.types import RequestOutput, SamplingParams
+
+Prompt = str | list[int]
+Message = dict[str, Any]
+
+_NESTED = {"parallel": ParallelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
+
+
+class LLM:
+    """A loaded model. Use it as a context manager or call `close`: ranks live until then."""
+
+    def __init__(self, model: str, *, tp: int = 1, sp: int = 1, **options: Any) -> None:
+        """Loads `model` (a folder or a name in model_configs/) on tp * sp ranks.
+
+        `options` are fields of EngineConfig and of its parts: dtype, seed, max_model_len, num_blocks, ...
+
+        Raises:
+            ConfigError, CheckpointError: it cannot work; the message says why.
+            SystemExit: on other ranks than rank 0 of a launcher, when rank 0 has closed.
+        """
+        from sps2_mega.engine.engine import Engine
+        from sps2_mega.engine.startup import start_rank
+
+        self.config = engine_config(model, tp=tp, sp=sp, options=options)
+        self._ranks = None
+        info = from_environment()
+        if info.launcher == "none" and tp * sp > 1:
+            from sps2_mega.serving.local_ranks import LocalRanks
+
+            self._ranks = LocalRanks(self.config)
+            info = self._ranks.info
+        try:
+            self._engine = Engine(self.config, start_rank(self.config, info, show_progress=False))
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.close(told=False)
+            raise
+        if info.rank > 0:
+            self._engine.run_worker()
+            sys.exit(0)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """One output per prompt (text, or a list of token ids), in order; refused ones have `error` set.
+
+        Raises:
+            RequestError: prompts and params do not match, or text came without a tokenizer.
+        """
+        listed = as_prompts(prompts)
+        return self._run([self._tokens(prompt) for prompt in listed], params)
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """The next assistant message of one conversation, or of each of several, as `generate`.
+
+        Raises:
+            RequestError: messages are malformed, or the chat template refuses them.
+        """
+        single = bool(conversations) and isinstance(conversations[0], dict)
+        listed = [conversations] if single else conversations
+        tokenizer = self._tokenizer()
+        tokens = [
+            tokenizer.apply_chat_template(
+                parse_request({"messages": list(messages)}, kind="chat").messages
+            )
+            for messages in listed
+        ]
+        return self._run(tokens, params)
+
+    def close(self) -> None:
+        """Ends all ranks; safe to call twice."""
+        self._engine.shutdown()
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self, prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        each = params_for(len(prompts), params)
+
+        def source() -> Iterator[Submission | RequestOutput]:
+            for index, (tokens, one) in enumerate(zip(prompts, each, strict=True)):
+                yield Submission(request_id=str(index), prompt_token_ids=tokens, params=one)
+
+        finished = {
+            int(output.request_id): output
+            for output in drive(
+                self._engine, source(), max_in_flight=4 * self.config.scheduler.max_running
+            )
+        }
+        return [finished[index] for index in range(len(prompts))]
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        return self._tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _tokenizer(self) -> Any:
+        if self._engine.tokenizer is None:
+            raise RequestError(
+                f"{self.config.model} has no tokenizer: give token ids, or a folder as tokenizer="
+            )
+        return self._engine.tokenizer
+
+
+def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> EngineConfig:
+    """EngineConfig from flat options, which go to the part that has a field of that name.
+
+    Raises:
+        ConfigError: no part has such a field; the known ones are listed.
+    """
+    left = dict(options)
+    values: dict[str, Any] = {}
+    for part, cls in _NESTED.items():
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = {name: left.pop(name) for name in sorted(names & left.keys())}
+        values[part] = cls(**given, **({"tp": tp, "sp": sp} if part == "parallel" else {}))
+    known = {field.name for field in dataclasses.fields(EngineConfig)} - _NESTED.keys() - {"model"}
+    unknown = sorted(left.keys() - known)
+    if unknown:
+        parts = {f.name for cls in _NESTED.values() for f in dataclasses.fields(cls)}
+        raise ConfigError(
+            f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known | parts))}"
+        )
+    return EngineConfig(model=model, **values, **left)
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single prompt as a list of one; a list of integers is a single prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(item, int) and not isinstance(item, bool) for item in listed):
+        return [listed]  # type: ignore[list-item]
+    for index, item in enumerate(listed):
+        if not isinstance(item, str | list | tuple):
+            raise RequestError(
+                f"prompt {index} must be text or a list of token ids, got {type(item).__name__}"
+            )
+    return listed  # type: ignore[return-value]
+
+
+def params_for(
+    count: int, params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    """One SamplingParams per prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{count} prompts need {count} SamplingParams or one, got {len(params)}")
+    return list(params)

@@ -1,0 +1,156 @@
+"""Starts and ends the other ranks of a job on this machine, for a Python program that has no launcher.
+
+This process is rank 0. The others are children that read their configuration from a pipe and end when it closes,
+so that none outlives the parent however that ends. They are ended by process id only.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+from sps2_mega.config import EngineConfig
+from sps2_mega.parallel.launcher import LaunchInfo
+
+_LOOPBACK = "127.0.0.1"
+_TAIL_LINES = 30
+_LEAVE_SECONDS = 10.0
+# A dead child before the ranks have met leaves this process waiting in native code, where no exception reaches it.
+_GRACE_SECONDS = 5.0
+DEATH_EXIT_CODE = 1
+
+
+class LocalRanks:
+    """Ranks 1 to world_size - 1 as children; until `close`, the end of one of them is a failure."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        world_size = config.parallel.tp * config.parallel.sp
+        self.info = _launch_info(0, world_size, _free_port())
+        self._closing = threading.Event()
+        self._children = [
+            _Child(_launch_info(rank, world_size, self.info.master_port), config)
+            for rank in range(1, world_size)
+        ]
+        self._watcher = threading.Thread(target=self._watch, name="sps2-local-ranks", daemon=True)
+        self._watcher.start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [child.process.pid for child in self._children]
+
+    def close(self, *, told: bool = True) -> None:
+        """Ends the ranks; those that were `told` to leave (by the engine's shutdown) get time to do so."""
+        self._closing.set()
+        deadline = time.monotonic() + (_LEAVE_SECONDS if told else 0.0)
+        for child in self._children:
+            child.end(deadline)
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(0.2):
+            dead = next((c for c in self._children if c.process.poll() is not None), None)
+            if dead is None:
+                continue
+            sys.stderr.write(dead.report())
+            sys.stderr.flush()
+            # The lifeline, once there is one, ends this process with its own message before this does.
+            if not self._closing.wait(_GRACE_SECONDS):
+                for child in self._children:
+                    child.process.kill()
+                os._exit(DEATH_EXIT_CODE)
+            return
+
+
+class _Child:
+    """One rank: its process, the pipe that keeps it alive, and the last lines of its stderr."""
+
+    def __init__(self, info: LaunchInfo, config: EngineConfig) -> None:
+        self.info = info
+        variables = {
+            "RANK": info.rank,
+            "WORLD_SIZE": info.world_size,
+            "LOCAL_RANK": info.local_rank,
+            "LOCAL_WORLD_SIZE": info.local_world_size,
+            "MASTER_ADDR": info.master_addr,
+            "MASTER_PORT": info.master_port,
+            # The child must find the same packages, wherever this program found them.
+            "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        }
+        self.process = subprocess.Popen(
+            # env(1) adds to the inherited environment and then becomes the child itself.
+            [
+                "env",
+                *(f"{name}={value}" for name, value in variables.items()),
+                sys.executable,
+                "-m",
+                "sps2_mega.serving.rank",
+            ],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stdin is not None and self.process.stderr is not None
+        self._tail: collections.deque[bytes] = collections.deque(maxlen=_TAIL_LINES)
+        self._reader = threading.Thread(
+            target=self._forward, args=(self.process.stderr,), name="sps2-rank-stderr", daemon=True
+        )
+        self._reader.start()
+        try:
+            self.process.stdin.write(json.dumps(dataclasses.asdict(config)).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return  # it is dead already; the watcher reports it
+
+    def report(self) -> str:
+        self._reader.join(1.0)
+        tail = b"".join(self._tail).decode(errors="replace").rstrip()
+        return (
+            f"sps2_mega: rank {self.info.rank} (pid {self.process.pid}) ended with code "
+            f"{self.process.returncode}; its last lines:\n{tail or '(none)'}\n"
+        )
+
+    def end(self, deadline: float) -> None:
+        """Waits until `deadline` (of time.monotonic()), then terminates, then kills."""
+        for stop in (lambda: None, self.process.terminate, self.process.kill):
+            stop()
+            try:
+                self.process.wait(max(0.5, deadline - time.monotonic()))
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self._reader.join(1.0)
+
+    def _forward(self, stderr: IO[bytes]) -> None:
+        for line in stderr:
+            self._tail.append(line)
+            sys.stderr.write(line.decode(errors="replace"))
+
+
+def _launch_info(rank: int, world_size: int, port: int) -> LaunchInfo:
+    return LaunchInfo(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        node_rank=0,
+        master_addr=_LOOPBACK,
+        master_port=port,
+        launcher="env",
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        return int(probe.getsockname()[1])

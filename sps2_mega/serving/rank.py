@@ -1,0 +1,55 @@
+"""A rank that a Python program started (`local_ranks`): configuration from stdin, then the driver's steps.
+
+`python -m sps2_mega.serving.rank`; not for people.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+from sps2_mega.comm.guard import guard
+from sps2_mega.config import (
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from sps2_mega.parallel.launcher import from_environment
+
+
+def main() -> int:
+    with guard(from_environment()):
+        config = config_from_json(sys.stdin.buffer.readline())
+        threading.Thread(target=_end_with_parent, name="sps2-parent", daemon=True).start()
+        from sps2_mega.engine.engine import Engine
+
+        Engine.start(config).run_worker()
+    return 0
+
+
+def config_from_json(line: bytes) -> EngineConfig:
+    """The inverse of `json.dumps(dataclasses.asdict(config))`."""
+    values: dict[str, Any] = json.loads(line)
+    parallel = values.pop("parallel")
+    levels = parallel.pop("sp_levels")
+    return EngineConfig(
+        parallel=ParallelConfig(sp_levels=None if levels is None else tuple(levels), **parallel),
+        cache=CacheConfig(**values.pop("cache")),
+        scheduler=SchedulerConfig(**values.pop("scheduler")),
+        **values,
+    )
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin for as long as it lives, and writes nothing more."""
+    while os.read(sys.stdin.fileno(), 4096):
+        continue
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
