@@ -48,7 +48,7 @@ def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeCon
     if rotated != 1.0:
         raise ConfigError(f"partial_rotary_factor={rotated} is not supported (needs 1.0)")
     old_type = given.pop("type", None)
-    rope_type = given.pop("rope_type", None) or old_type or "default"
+    rope_type: Any = given.pop("rope_type", None) or old_type or "default"
     if rope_type not in _FIELDS:
         raise ConfigError(f"rope_type={rope_type!r} is not supported (known: {', '.join(_FIELDS)})")
 
@@ -66,7 +66,9 @@ def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeCon
         fields["original_max_position_embeddings"] = int(
             outer or fields.get("original_max_position_embeddings") or max_position_embeddings
         )
-    values = {name: value if name in _NOT_FLOAT else float(value) for name, value in fields.items()}
+    values: dict[str, Any] = {
+        name: value if name in _NOT_FLOAT else float(value) for name, value in fields.items()
+    }
     return RopeConfig(theta=theta, scaling=rope_type, **values)
 
 

@@ -41,7 +41,7 @@ class LegacySource:
         _check_version(states[0][0], grid[0][0])
         self.config = config or model_config_from_args(args, f"{grid[0][0]} (args)")
         self.iteration = iteration_of(folder, states[0][0].get("iteration"))
-        self.saved_layout = (len(grid[0]), len(grid))
+        self.saved_layout: tuple[int, int] | None = (len(grid[0]), len(grid))
         if saved_layout(args) not in (None, self.saved_layout):
             raise CheckpointError(
                 f"{folder}: saved with (tp, pp) = {saved_layout(args)}, but the rank files are of "

@@ -27,6 +27,9 @@ class Record:
     def __init__(self, *args: Any) -> None:
         self.args = args
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{type(self).__name__} without {name}")
+
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)
@@ -46,8 +49,24 @@ _RECORDS = {
     f"{_DCP}.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
     "torch.serialization": "_get_layout",
     "torch": "memory_format",
+    # the folder that torch's own writer was given
+    "pathlib": "PosixPath WindowsPath PurePosixPath",
+    "pathlib._local": "PosixPath WindowsPath PurePosixPath",
 }
-_DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool"]
+_DTYPES = [
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+]
 _METADATA_NAMES: dict[tuple[str, str], Any] = {
     **{(module, name): Record for module, names in _RECORDS.items() for name in names.split()},
     **{("torch", name): name for name in _DTYPES},
@@ -56,6 +75,10 @@ _METADATA_NAMES: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
 }
 
+_DAMAGE = (OSError, EOFError, ValueError, pickle.UnpicklingError)
+_WHY_BLOCKED = (
+    "a checkpoint must hold data only, and this name could run code when the file is read"
+)
 _INERT_PACKAGES = ("megatron.", "numpy.", "transformer_engine.")
 _INERT_NAMES = (
     "types.SimpleNamespace",
@@ -77,9 +100,7 @@ def read_records(path: Path) -> Any:
         return _MetadataUnpickler(path).load()
     except CheckpointError:
         raise
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint metadata file: {error}") from None
-    except pickle.UnpicklingError as error:
+    except (*_DAMAGE, TypeError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint metadata file: {error}") from None
 
 
@@ -94,12 +115,12 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
         blocked = [name for name in asked if not _is_inert(name)]
         if blocked:
             raise CheckpointError(f"{path}: blocked {', '.join(sorted(blocked))}: {_WHY_BLOCKED}")
-        stand_ins = [(_stand_in(name), name) for name in asked]
+        stand_ins: list[Any] = [(_stand_in(name), name) for name in asked]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (*_DAMAGE, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a readable torch file: {error}") from None
 
 
@@ -111,16 +132,11 @@ def load_tensor(data: bytes, where: str) -> torch.Tensor:
     """
     try:
         value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (*_DAMAGE, RuntimeError) as error:
         raise CheckpointError(f"{where}: not a stored tensor: {error}") from None
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{where}: expected a tensor, found {type(value).__name__}")
     return value
-
-
-_WHY_BLOCKED = (
-    "a checkpoint must hold data only, and this name could run code when the file is read"
-)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -1,0 +1,125 @@
+"""HF -> Megatron -> HF is the identity on every bit; nothing is overwritten, nothing half-written is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from unit.checkpoint.checkpoints import CONFIGS, LLAMA, MemorySource
+
+from sps2_mega.checkpoint.canonical import canonical_shapes
+from sps2_mega.checkpoint.export import export_huggingface, export_megatron
+from sps2_mega.checkpoint.hf_writer import plan_files
+from sps2_mega.checkpoint.source import open_checkpoint
+from sps2_mega.checkpoint.torch_dist import TorchDistSource
+from sps2_mega.errors import CheckpointError, ConfigError
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hugging_face_to_megatron_and_back_is_bit_exact(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name]
+    export_huggingface(MemorySource(config), tmp_path / "hf")
+    export_megatron(open_checkpoint(tmp_path / "hf"), tmp_path / "megatron", file_bytes=3000)
+    megatron = open_checkpoint(tmp_path / "megatron")
+    assert isinstance(megatron, TorchDistSource)
+    assert (megatron.config, megatron.dtype) == (config, config.dtype)
+    export_huggingface(megatron, tmp_path / "again")
+    before, after = (load_file(tmp_path / x / "model.safetensors") for x in ("hf", "again"))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype
+        assert torch.equal(tensor, after[key]), key
+    configs = [(tmp_path / x / "config.json").read_text() for x in ("hf", "again")]
+    assert configs[0] == configs[1]
+
+
+def test_vocabulary_rows_are_padded_for_megatron_and_cut_for_hugging_face(tmp_path: Path) -> None:
+    export_megatron(MemorySource(LLAMA, padding=3), tmp_path / "megatron")
+    source = open_checkpoint(tmp_path / "megatron")
+    assert source.shapes()["output_layer.weight"] == (128, 20)
+    export_huggingface(source, tmp_path / "hf")
+    assert load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"].shape == (37, 20)
+
+
+def test_tokenizer_files_travel_along(tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    export_huggingface(MemorySource(LLAMA), hf)
+    (hf / "tokenizer.json").write_text("{}")
+    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    (tmp_path / "merges.txt").write_text("of something else")
+    export_megatron(open_checkpoint(hf), tmp_path / "megatron")
+    export_huggingface(open_checkpoint(tmp_path / "megatron"), tmp_path / "again")
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {"tokenizer.json", "generation_config.json"} <= names
+    assert "merges.txt" not in names
+    assert open_checkpoint(tmp_path / "again").config.eos_token_ids == (9,)
+
+
+@pytest.mark.parametrize("export", [export_huggingface, export_megatron])
+def test_a_target_with_anything_in_it_is_refused(tmp_path: Path, export) -> None:
+    (tmp_path / "kept").write_text("x")
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        export(MemorySource(LLAMA), tmp_path)
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        export(MemorySource(LLAMA), tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("export", [export_huggingface, export_megatron])
+def test_an_interrupted_conversion_is_no_checkpoint(tmp_path: Path, export) -> None:
+    source = MemorySource(LLAMA)
+    original, target = source.read, tmp_path / "target"
+
+    def fail(name: str) -> torch.Tensor:
+        if name == "output_layer.weight":
+            raise OSError("disk full")
+        return original(name)
+
+    source.read = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="disk full"):
+        export(source, target, file_bytes=3000)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(target)
+
+
+def test_an_incomplete_source_makes_no_folder(tmp_path: Path) -> None:
+    source = MemorySource(LLAMA)
+    del source.weights["output_layer.weight"]
+    with pytest.raises(CheckpointError, match=r"output_layer\.weight"):
+        export_megatron(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_what_hugging_face_cannot_express_is_refused(tmp_path: Path) -> None:
+    source = MemorySource(replace(LLAMA, linear_bias=True))
+    with pytest.raises(ConfigError, match="linear_bias=True"):
+        export_huggingface(source, tmp_path / "hf")
+
+
+def test_layers_of_different_dtypes_cannot_be_stacked(tmp_path: Path) -> None:
+    source = MemorySource(LLAMA)
+    name = "decoder.layers.2.mlp.linear_fc2.weight"
+    source.weights[name] = source.weights[name].float()
+    with pytest.raises(CheckpointError, match="layers differ"):
+        export_megatron(source, tmp_path / "megatron")
+
+
+def test_progress_counts_every_byte(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    export_megatron(MemorySource(LLAMA), tmp_path / "a", on_bytes=lambda *x: calls.append(x))
+    assert len(calls) == len(canonical_shapes(LLAMA))
+    assert calls[-1][0] == calls[-1][1]
+
+
+def test_files_are_filled_in_order() -> None:
+    assert plan_files([("a", 3), ("b", 3), ("c", 5), ("d", 20), ("e", 1)], 8) == [
+        ["a", "b"],
+        ["c"],
+        ["d"],
+        ["e"],
+    ]
+    assert plan_files([], 8) == []

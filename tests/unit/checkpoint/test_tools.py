@@ -1,0 +1,112 @@
+"""The two command-line tools: what they print, and that they refuse in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sps2_mega.checkpoint.export import export_megatron
+from sps2_mega.checkpoint.source import open_checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ROOT / "model_configs" / "sps2-tiny"
+
+
+@pytest.fixture
+def convert() -> Callable[..., int]:
+    return lambda *args: load("convert_checkpoint").main([str(arg) for arg in args])
+
+
+@pytest.fixture
+def inspect() -> Callable[..., int]:
+    return lambda *args: load("inspect_checkpoint").main([str(arg) for arg in args])
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture, convert) -> None:
+    assert convert("hf-to-megatron", TINY, tmp_path / "m") == 0
+    assert "2,428,160 parameters" in capsys.readouterr().out
+    assert convert("megatron-to-hf", tmp_path / "m", tmp_path / "h") == 0
+    files = [load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "h")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_convert_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, convert
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").write_text("x")
+    assert convert("hf-to-megatron", TINY, tmp_path / "full") == 1
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert convert("megatron-to-hf", TINY, tmp_path / "x") == 1
+    assert "huggingface checkpoint, not a megatron one" in capsys.readouterr().err
+    assert convert("hf-to-megatron", TINY, tmp_path / "x", "--config", "llama-2-7b") == 1
+    assert "does not fit the model" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_inspect_as_json(tmp_path: Path, capsys: pytest.CaptureFixture, inspect) -> None:
+    export_megatron(open_checkpoint(TINY), tmp_path / "m")
+    assert inspect(tmp_path / "m", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts.pop("architecture")["num_kv_heads"] == 4
+    assert facts.pop("path").endswith("release")
+    assert facts == {
+        "format": "megatron torch_dist",
+        "iteration": None,
+        "dtype": "bfloat16",
+        "parameters": 2_428_160,
+        "tensors": 26,
+        "saved_layout": {"tp": 1, "pp": 1},
+        "tokenizer": True,
+        "complete": True,
+        "problem": None,
+    }
+
+
+def test_inspect_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, inspect
+) -> None:
+    tensors = load_file(TINY / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(TINY / "config.json", tmp_path)
+    assert inspect(tmp_path) == 1
+    assert (
+        "decoder.final_layernorm.weight (from model.norm.weight [256])" in capsys.readouterr().out
+    )
+
+
+def test_inspect_as_a_user_runs_it(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "inspect_checkpoint.py")]
+    done = subprocess.run([*command, TINY], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert rows["format"] == "huggingface"
+    assert (rows["parameters"], rows["complete"]) == ("2,428,160", "yes")
+
+
+def test_inspect_refuses_other_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture, inspect
+) -> None:
+    assert inspect(tmp_path) == 1
+    assert capsys.readouterr().err.startswith("error: ")
