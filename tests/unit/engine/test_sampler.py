@@ -162,6 +162,23 @@ def test_tokens_without_weight_are_never_chosen():
     assert set(ids) == {2, 5}
 
 
+@pytest.mark.parametrize("number", [0.0, 1.0 - 2.0**-53])
+def test_extreme_random_numbers_choose_possible_tokens(number, monkeypatch):
+    monkeypatch.setattr("sps2_mega.engine.sampler.uniform", lambda seed, position: number)
+    logits = logits_of(64, V_SMALL)
+    logits[:, [0, 1, V_SMALL - 1]] = -math.inf
+    ids, _ = sample(logits, [SamplingParams()] * 64, [0] * 64, [0] * 64)
+    assert set(ids) == ({2} if number == 0.0 else {V_SMALL - 2})
+
+
+def test_a_nucleus_that_is_reached_exactly_takes_no_further_token():
+    weights = torch.tensor([[0.25, 1.0, 0.25, 0.5]])
+    params = [SamplingParams(top_p=0.5)]
+    assert _filtered(weights, params).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+    params = [SamplingParams(top_p=0.501)]
+    assert _filtered(weights, params).tolist() == [[0.0, 1.0, 0.0, 0.5]]
+
+
 def test_repetition_penalty_equals_transformers():
     logits = logits_of(2, V_SMALL)
     prompt, output = [5, 9, 9, 200], [7, 5]

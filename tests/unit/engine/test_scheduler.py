@@ -90,6 +90,15 @@ def test_prefill_batches_are_bounded_but_a_long_prompt_still_goes_alone():
     assert ids(step(scheduler)[0].prefills) == [3]
 
 
+def test_newcomers_leave_a_free_block_for_each_running_sequence():
+    scheduler = scheduler_of(num_blocks=2, sp_size=2)
+    scheduler.add(sequence_of(0, prompt_len=8, max_tokens=2))
+    scheduler.add(sequence_of(1, prompt_len=8, max_tokens=2))
+    assert ids(step(scheduler)[0].prefills) == [0]
+    assert ids(step(scheduler)[0].decodes) == [0]
+    assert ids(step(scheduler)[0].prefills) == [1], "alone it may take all blocks"
+
+
 def test_max_running_holds_newcomers_back():
     scheduler = scheduler_of(max_running=2)
     for seq_id in range(3):

@@ -4,7 +4,7 @@ import itertools
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sps2_mega.kv_cache.block_table import BlockTable
@@ -40,6 +40,7 @@ def test_local_views_follow_appends():
         table.local_runs(0, 17)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.integers(1, 5),
     st.lists(st.integers(0, 3), max_size=20),
