@@ -43,8 +43,10 @@ def load_weights(
     item = getattr(torch, source.dtype).itemsize
     done, total = 0, sum(sizes.values()) * item
     for name, size in sizes.items():
-        tensor = read_canonical(source, name, config)
-        parameters[name].copy_(shard(name, tensor, config, tp_rank=tp_rank, tp=tp))
+        # One expression, so that a tensor is gone before the next one is read.
+        parameters[name].copy_(
+            shard(name, read_canonical(source, name, config), config, tp_rank=tp_rank, tp=tp)
+        )
         done += size * item
         if on_bytes is not None:
             on_bytes(done, total)

@@ -6,9 +6,10 @@ Nothing is downloaded. What is inside the folder is decided by `source`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sps2_mega.checkpoint.end_tokens import end_token_ids
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.checkpoint.source import iteration_folder, open_checkpoint
 from sps2_mega.config import ModelConfig
@@ -44,12 +45,10 @@ def resolve_model(
         raise ConfigError(f"tokenizer {given}: no {' or '.join(TOKENIZER_FILES)} there")
     path = Path(name_or_path)
     if path.is_dir():
-        return ResolvedModel(
-            name=path.resolve().name,
-            config=open_checkpoint(path).config,
-            path=path,
-            tokenizer=given or tokenizer_folder(path),
-        )
+        config, tokens = open_checkpoint(path).config, given or tokenizer_folder(path)
+        if tokens is not None and not config.eos_token_ids:
+            config = replace(config, eos_token_ids=end_token_ids(tokens))
+        return ResolvedModel(name=path.resolve().name, config=config, path=path, tokenizer=tokens)
     return _named_model(str(name_or_path), given)
 
 

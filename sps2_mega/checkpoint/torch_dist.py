@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS, Shape
+from sps2_mega.checkpoint.hf_config import read_json
 from sps2_mega.checkpoint.megatron_names import canonical_name
 from sps2_mega.checkpoint.megatron_run import read_run
 from sps2_mega.checkpoint.safe_pickle import Record, load_tensor, read_records
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 
+_BACKEND = "torch_dist"
 _STACKED = "decoder.layers."
 
 
@@ -61,6 +63,7 @@ class TorchDistSource:
 
     def __init__(self, folder: Path, config: ModelConfig | None = None) -> None:
         self.path = folder
+        _check_backend(folder)
         run = read_run(folder, config)
         self.config, self.iteration, self.saved_layout = run.config, run.iteration, run.saved_layout
         self._places: dict[str, _Place] = {}
@@ -138,6 +141,15 @@ def read_layer(stored: StoredTensor, layer: int | None) -> Tensor:
             + ("" if layer is None else f" of layer {layer}")
         )
     return result
+
+
+def _check_backend(folder: Path) -> None:
+    path = folder / "metadata.json"
+    backend = read_json(path).get("sharded_backend", _BACKEND) if path.is_file() else _BACKEND
+    if backend != _BACKEND:
+        raise CheckpointError(
+            f"{path}: sharded_backend={backend!r} is not supported (needs {_BACKEND})"
+        )
 
 
 def _places(stored: StoredTensor) -> Iterator[tuple[str, _Place]]:

@@ -91,10 +91,10 @@ class TorchDistWriter:
             self._file.close()
             self._file = self._next_file()
         start = self._file.tell()
-        # clone: torch.save stores the whole storage that a view belongs to. The buffer: zip offsets in the
-        # record must count from its own start.
-        buffer = io.BytesIO()
-        torch.save(values.clone(), buffer)
+        if values.untyped_storage().nbytes() != values.nbytes:
+            values = values.clone()  # torch.save stores the whole storage that a view belongs to
+        buffer = io.BytesIO()  # zip offsets within the record must count from its own start
+        torch.save(values, buffer)
         self._file.write(buffer.getbuffer())
         info = _StorageInfo(Path(self._file.name).name, start, self._file.tell() - start)
         self._storage[MetadataIndex(stored, offset, len(entry.chunks))] = info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,22 @@ def test_fewer_vocabulary_rows_are_an_error() -> None:
     larger = replace(LLAMA, vocab_size=38)
     with pytest.raises(CheckpointError, match=r"expected \[38, 20\], found \[37, 20\]"):
         load_weights(empty(larger, 1), MemorySource(LLAMA), larger, tp_rank=0, tp=1)
+
+
+def test_a_tensor_is_dropped_before_the_next_is_read() -> None:
+    source = MemorySource(LLAMA)
+    original = source.read
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def read(name: str) -> torch.Tensor:
+        assert not any(ref() is not None for ref in alive), name
+        tensor = original(name).clone()
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    source.read = read  # type: ignore[method-assign]
+    load_weights(empty(LLAMA, 2), source, LLAMA, tp_rank=1, tp=2, on_bytes=lambda *_: None)
+    assert len(alive) == len(source.weights)
 
 
 def test_progress_ends_at_the_size_of_the_model() -> None:

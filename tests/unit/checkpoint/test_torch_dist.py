@@ -106,6 +106,12 @@ def test_a_short_file_is_an_error(root: Path) -> None:
         open_checkpoint(root).read("output_layer.weight")
 
 
+def test_another_backend_is_named(root: Path) -> None:
+    (root / "release" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(CheckpointError, match="sharded_backend='zarr'"):
+        open_checkpoint(root)
+
+
 def test_compressed_pieces_are_refused(root: Path) -> None:
     def edit(metadata: Any) -> None:
         metadata.storage_data[MetadataIndex(FC1, (0, 0, 0))].transform_descriptors = ["zstd"]
