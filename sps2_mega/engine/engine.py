@@ -20,6 +20,7 @@ from sps2_mega.engine.seeds import derive_seed
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
+from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import finalize
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.types import FinishReason, RequestOutput, SamplingParams, Sequence, StepOutput, StepPlan
@@ -137,6 +138,11 @@ class Engine:
             self._sequences.pop(sample.seq_id, None)
         self._outputs.drop(request_id)
         return True
+
+    @property
+    def model(self) -> GPT:
+        """This rank's model, for measurements."""
+        return self._executor.model
 
     def has_work(self) -> bool:
         return self._scheduler.has_work

@@ -54,7 +54,7 @@ class Executor:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._model, self._config, self._pool, self._groups = model, config, pool, groups
+        self.model, self._config, self._pool, self._groups = model, config, pool, groups
         self._transport, self._dtype, self._device = transport, dtype, device
         self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
         self._sampling: dict[int, _Sampling] = {}
@@ -94,7 +94,7 @@ class Executor:
                 dtype=self._dtype,
                 device=self._device,
             )
-        logits_RV = self._model(step.tokens_T, step.positions_T, step.rows_R, step.attention)
+        logits_RV = self.model(step.tokens_T, step.positions_T, step.rows_R, step.attention)
         return self._sample(logits_RV, step, seq_ids, next_positions)
 
     def _new_sampling(self, item: PrefillItem) -> _Sampling:
