@@ -1,7 +1,7 @@
 # Every target first makes sure that .venv is there and up to date; nothing outside this folder changes.
 #
 #   make PYTHON=python3.12          another interpreter for .venv (>= 3.11)
-#   make generate SP=1 ARGS="..."   other degrees or flags of launch/generate.py
+#   make generate SP=1 MODEL=DIR INPUT=FILE ARGS="..."   other degrees, model, prompts or flags
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 MODEL ?= sps2-tiny
-INPUT ?= launch/prompts/demo.jsonl
+INPUT ?=
 OUTPUT ?= out/answers.jsonl
 TP ?= 1
 SP ?= 2
@@ -36,7 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 generate: setup ## answer the bundled prompts with the bundled model on SP=2 ranks
 	@mkdir -p $(dir $(OUTPUT))
 	PATH="$(BIN):$$PATH" DS_ACCELERATOR=$(DS_ACCELERATOR) $(BIN)/deepspeed --num_gpus $$(($(TP) * $(SP))) \
-		launch/generate.py --model $(MODEL) --tp $(TP) --sp $(SP) --input $(INPUT) --output $(OUTPUT) $(ARGS)
+		launch/generate.py --model $(MODEL) --tp $(TP) --sp $(SP) $(if $(INPUT),--input $(INPUT)) \
+		--output $(OUTPUT) --overwrite $(ARGS)
 
 test: setup ## the whole CPU test suite, ranks on gloo
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 $(ARGS)
