@@ -75,7 +75,11 @@ _METADATA_NAMES: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
 }
 
-_DAMAGE = (OSError, EOFError, ValueError, pickle.UnpicklingError)
+# What unpicklers raise on bytes that are no pickle; lengths read from garbage can be beyond all memory.
+_DAMAGE = (
+    *(OSError, EOFError, MemoryError, OverflowError, pickle.UnpicklingError),
+    *(ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError),
+)
 _WHY_BLOCKED = (
     "a checkpoint must hold data only, and this name could run code when the file is read"
 )
@@ -100,8 +104,10 @@ def read_records(path: Path) -> Any:
         return _MetadataUnpickler(path).load()
     except CheckpointError:
         raise
-    except (*_DAMAGE, TypeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint metadata file: {error}") from None
+    except _DAMAGE as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint metadata file: {error!r}"
+        ) from None
 
 
 def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
@@ -120,8 +126,8 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except CheckpointError:
         raise
-    except (*_DAMAGE, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a readable torch file: {error}") from None
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path}: not a readable torch file: {error!r}") from None
 
 
 def load_tensor(data: bytes, where: str) -> torch.Tensor:
@@ -132,7 +138,7 @@ def load_tensor(data: bytes, where: str) -> torch.Tensor:
     """
     try:
         value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (*_DAMAGE, RuntimeError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{where}: not a stored tensor: {error}") from None
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{where}: expected a tensor, found {type(value).__name__}")
