@@ -180,7 +180,7 @@ def fingerprint(
 
 def line_seed(seed: int, line_id: LineId) -> int:
     """A line's own seed, the same in whatever order and run it is answered."""
-    digest = hashlib.sha256(f"{seed}/{line_id}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{line_id}".encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

@@ -99,7 +99,8 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Writes a line on stdout without breaking the bar."""
-        tqdm.write(text, file=sys.stdout)
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:

@@ -1,0 +1,104 @@
+"""An engine without a model: it repeats the prompt's last token, one token per step for every request."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from sps2_mega.engine.output_processor import OutputProcessor
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.errors import Refusal
+from sps2_mega.types import FinishReason, RequestOutput, SamplingParams, Sequence, TokenLogprob
+
+
+@dataclass
+class Stats:
+    num_running: int
+    num_waiting: int = 0
+    kv_usage: float = 0.5
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+class FakeEngine:
+    """Records what it was asked; `die_after` makes a step raise."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        max_model_len: int = 64,
+        max_queue: int | None = None,
+        die_after: int | None = None,
+    ) -> None:
+        self.tokenizer, self.max_model_len = tokenizer, max_model_len
+        self.seen: dict[str, SamplingParams] = {}
+        self.most_in_flight = self.steps = self.prompt_tokens = self.output_tokens = 0
+        self._outputs = OutputProcessor(tokenizer)
+        self._running: dict[str, list[Sequence]] = {}
+        self._max_queue, self._die_after = max_queue, die_after
+        self._next_id = 0
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> Any:
+        if not prompt_token_ids:
+            return Refusal.EMPTY_PROMPT
+        if len(prompt_token_ids) >= self.max_model_len:
+            return Refusal.PROMPT_TOO_LONG
+        if self._max_queue is not None and len(self._running) >= self._max_queue:
+            return Refusal.QUEUE_FULL
+        self.seen[request_id] = params
+        samples = [
+            Sequence(
+                seq_id=self._next_id + index,
+                prompt_token_ids=prompt_token_ids,
+                params=params,
+                seed=0,
+                max_tokens=params.max_tokens or 5,
+                arrival_time=time.monotonic(),
+            )
+            for index in range(params.n)
+        ]
+        self._next_id += params.n
+        self._outputs.add(request_id, prompt_token_ids, params, samples)
+        self._running[request_id] = samples
+        self.prompt_tokens += len(prompt_token_ids)
+        self.most_in_flight = max(self.most_in_flight, sum(map(len, self._running.values())))
+        return None
+
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    def abort(self, request_id: str) -> bool:
+        self._outputs.drop(request_id)
+        return self._running.pop(request_id, None) is not None
+
+    def step(self) -> list[RequestOutput]:
+        self.steps += 1
+        if self._die_after is not None and self.steps > self._die_after:
+            raise RuntimeError("out of memory")
+        done = []
+        for request_id, samples in list(self._running.items()):
+            for sample in samples:
+                sample.output_token_ids.append(sample.prompt_token_ids[-1])
+                sample.token_times.append(time.monotonic())
+                if sample.params.logprobs is not None:
+                    sample.logprobs.append(TokenLogprob(sample.prompt_token_ids[-1], -0.5))
+                self.output_tokens += 1
+                if self._outputs.check_stop(sample):
+                    sample.finish_reason = FinishReason.STOP
+                elif len(sample.output_token_ids) == sample.max_tokens:
+                    sample.finish_reason = FinishReason.LENGTH
+            if all(sample.finish_reason for sample in samples):
+                done += [self._outputs.finished(sample) for sample in samples]
+                del self._running[request_id]
+        return [output for output in done if output is not None]
+
+    def stats(self) -> Stats:
+        return Stats(
+            num_running=len(self._running),
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+        )
