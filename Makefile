@@ -36,6 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 generate: setup ## answer the bundled prompts with the bundled model on SP=2 ranks
 	@mkdir -p $(dir $(OUTPUT))
 	PATH="$(BIN):$$PATH" DS_ACCELERATOR=$(DS_ACCELERATOR) $(BIN)/deepspeed --num_gpus $$(($(TP) * $(SP))) \
+		--master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') \
 		launch/generate.py --model $(MODEL) --tp $(TP) --sp $(SP) $(if $(INPUT),--input $(INPUT)) \
 		--output $(OUTPUT) --overwrite $(ARGS)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,21 +15,29 @@ import torch
 
 
 @contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence what Megatron and torch warn about on import and construction: missing optional packages
+    (`tools/doctor.py` tells about those) and names that newer torch deprecates. Users cannot act on it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def eager_import(device_type: str) -> Iterator[None]:
     """Import Megatron on CPU without pulling in the compiler stack (a third of the import time).
 
     `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its small fused functions stay
     eager for good, which is what CPU inference wants.
     """
-    if device_type != "cpu":
-        yield
-        return
     original = torch.compile
-    torch.compile = lambda model=None, **_: model if model is not None else (lambda fn: fn)  # type: ignore[assignment]
+    if device_type == "cpu":
+        torch.compile = lambda model=None, **_: model if model is not None else (lambda fn: fn)  # type: ignore[assignment]
     try:
-        import megatron.core  # noqa: F401
+        with without_warnings():
+            import megatron.core  # noqa: F401
 
-        yield
+            yield
     finally:
         torch.compile = original
 
@@ -46,5 +55,6 @@ def step_carrier_class() -> type:
     class StepCarrier(PackedSeqParams):
         qkv_format: str = "sbhd"
         attention: Any = None
+        num_tokens: int = 0
 
     return StepCarrier

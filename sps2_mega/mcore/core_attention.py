@@ -46,12 +46,12 @@ class SPCoreAttention(nn.Module):
         **_megatron: Any,
     ) -> Tensor:
         attention: StepAttention = packed_seq_params.attention
+        num_tokens: int = packed_seq_params.num_tokens
+        q_TNH, k_TKH, v_TKH = (x.squeeze(1)[:num_tokens] for x in (query, key, value))
         out_TNH = attention.attend(
-            self._layer,
-            query.squeeze(1),
-            key.squeeze(1),
-            value.squeeze(1),
-            scale=self._scale,
-            window=self._window,
+            self._layer, q_TNH, k_TKH, v_TKH, scale=self._scale, window=self._window
         )
+        if num_tokens < query.shape[0]:
+            # The placeholder of a rank without tokens (see `GPT.forward`): nobody reads its output.
+            out_TNH = query.new_zeros(query.squeeze(1).shape)
         return out_TNH.reshape(out_TNH.shape[0], 1, out_TNH.shape[1] * out_TNH.shape[2])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sps2_mega.checkpoint.sharding import padded_vocab_size
 from sps2_mega.comm.collectives import all_gather_last_dim
 from sps2_mega.config import ModelConfig
-from sps2_mega.mcore._compat import eager_import, step_carrier_class
+from sps2_mega.mcore._compat import eager_import, step_carrier_class, without_warnings
 from sps2_mega.mcore.config import transformer_config
 from sps2_mega.mcore.core_attention import SPCoreAttention, StepAttention
 from sps2_mega.mcore.rope import angles, attention_factor, inverse_frequencies
@@ -34,10 +34,11 @@ def build_gpt_model(
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.transformer import ModuleSpec
 
-    config = transformer_config(model, tp=tp, sp=sp, dtype=dtype)
-    spec = get_gpt_layer_local_spec(
-        qk_layernorm=model.qk_norm, normalization=config.normalization
-    )
+    with without_warnings():
+        config = transformer_config(model, tp=tp, sp=sp, dtype=dtype)
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=model.qk_norm, normalization=config.normalization
+        )
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=SPCoreAttention,
         params={
@@ -45,7 +46,7 @@ def build_gpt_model(
             "window": model.sliding_window,
         },
     )
-    with torch.device("meta"):
+    with torch.device("meta"), without_warnings():
         gpt = GPTModel(
             config=config,
             transformer_layer_spec=spec,
@@ -95,15 +96,19 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits [R, vocab] float32 of local rows `rows_R`; every rank of the TP group gets all columns.
 
-        T and R may be 0: the rank still takes part in every collective.
+        T and R may be 0: the rank still takes part in every collective. Megatron's layers cannot take
+        0 tokens, so a placeholder goes through them and stops at the core attention.
         """
+        num_tokens = tokens_T.shape[0]
+        if num_tokens == 0:
+            tokens_T = positions_T = tokens_T.new_zeros(1)
         hidden = self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
         rope = None if self._inv_freq is None else angles(positions_T, self._inv_freq)
         hidden = self.gpt.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=rope,
-            packed_seq_params=self._carrier(attention=attention),
+            packed_seq_params=self._carrier(attention=attention, num_tokens=num_tokens),
         )
         shared = (
             self.gpt.shared_embedding_or_output_weight() if self._config.tie_embeddings else None

@@ -7,8 +7,6 @@ can still see the same facts through the store.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +15,7 @@ import torch.distributed as dist
 
 from sps2_mega.config import ParallelConfig
 from sps2_mega.errors import ConfigError
-from sps2_mega.mcore._compat import eager_import
+from sps2_mega.mcore._compat import eager_import, without_warnings
 from sps2_mega.parallel.groups import Group, ParallelGroups
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.parallel.topology import Topology, build_topology
@@ -28,12 +26,26 @@ _RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
 
 
 def open_store(info: LaunchInfo) -> dist.Store:
-    """The key-value store all ranks of the job share (the launcher's own where it has one)."""
+    """The key-value store all ranks of the job share (the launcher's own where it has one).
+
+    Raises:
+        ConfigError: the master port is taken, or rank 0 cannot be reached in time.
+    """
     if info.world_size == 1:
         return dist.HashStore()
-    store, _, _ = next(
-        dist.rendezvous("env://", info.rank, info.world_size, timeout=_RENDEZVOUS_TIMEOUT)
-    )
+    try:
+        store, _, _ = next(
+            dist.rendezvous("env://", info.rank, info.world_size, timeout=_RENDEZVOUS_TIMEOUT)
+        )
+    except dist.DistNetworkError as error:
+        where = f"{info.master_addr}:{info.master_port}"
+        hint = (
+            "another job may use the port: give the launcher another one (--master_port)"
+            if "EADDRINUSE" in str(error)
+            else "is that the address of rank 0's node, and has rank 0 started?"
+        )
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"ranks cannot meet at {where}: {hint} ({reason})") from error
     store.set_timeout(_RENDEZVOUS_TIMEOUT)
     return store
 
@@ -69,7 +81,7 @@ def initialize(
         from megatron.core import parallel_state
 
     timeout = timedelta(seconds=timeout_s)
-    with _one_line_per_warning():
+    with without_warnings():
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.PrefixStore("sps2/world", store),
@@ -116,16 +128,6 @@ def finalize() -> None:
 def _group(handle: dist.ProcessGroup) -> Group:
     size = handle.size()
     return Group(rank=handle.rank(), size=size, handle=handle if size > 1 else None)
-
-
-@contextmanager
-def _one_line_per_warning() -> Iterator[None]:
-    """Megatron and torch warn about names that newer torch deprecates; users cannot act on that."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 @dataclass(frozen=True, slots=True)

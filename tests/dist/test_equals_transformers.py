@@ -134,8 +134,16 @@ def test_greedy_text_of_a_mixed_batch(oracle, tp, sp):
         assert results[0] == expected, (name, transport)
 
 
-def generate_on_rank(rank, folder: str, tp, sp, transport, port):
-    """Greedy tokens of all prompts (rank 0), through the engine, with a cache so small that it preempts."""
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_one_short_prompt_leaves_ranks_without_tokens(oracle, transport):
+    folder, _, expected = oracle["qwen3"]
+    port = free_port()
+    results = run_ranks(generate_on_rank, 4, str(folder), 1, 4, transport, port, 1, timeout=300)
+    assert results[0] == expected[:1]
+
+
+def generate_on_rank(rank, folder: str, tp, sp, transport, port, num_prompts=None):
+    """Greedy tokens of the prompts (rank 0), through the engine, with a cache so small that it preempts."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
     from sps2_mega.engine.engine import Engine
     from sps2_mega.types import SamplingParams
@@ -156,7 +164,8 @@ def generate_on_rank(rank, folder: str, tp, sp, transport, port):
         engine.run_worker()
         return None
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
-    for number, prompt in enumerate(families.prompts(GREEDY_LENGTHS, seed=1)):
+    prompts = families.prompts(GREEDY_LENGTHS, seed=1)[:num_prompts]
+    for number, prompt in enumerate(prompts):
         refusal = engine.add_request(str(number), prompt, params)
         assert refusal is None
     finished = {}
@@ -165,4 +174,4 @@ def generate_on_rank(rank, folder: str, tp, sp, transport, port):
             finished[int(output.request_id)] = output.completions[0].token_ids
     assert engine.stats().kv_usage == 0.0
     engine.shutdown()
-    return [finished[number] for number in range(len(GREEDY_LENGTHS))]
+    return [finished[number] for number in range(len(prompts))]
