@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -110,7 +110,7 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
 class _GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}` marks assistant text for training masks; for inference it is only its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         next(parser.stream)

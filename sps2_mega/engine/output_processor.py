@@ -15,6 +15,8 @@ from sps2_mega.errors import RequestError
 from sps2_mega.metrics import timings_of
 from sps2_mega.types import Completion, FinishReason, RequestOutput, SamplingParams, Sequence
 
+_NOT_FINITE = "the model produced no finite logits: its weights are damaged, or activations overflow in this dtype"
+
 
 class OutputProcessor:
     """Every sequence added is answered exactly once: with its request's last sample, or dropped."""
@@ -66,10 +68,13 @@ class OutputProcessor:
         if len(request.completions) < len(request.seq_ids):
             return None
         del self._requests[request.request_id]
+        completions = [request.completions[seq_id] for seq_id in request.seq_ids]
+        failed = any(c.finish_reason is FinishReason.ERROR for c in completions)
         return RequestOutput(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
-            completions=[request.completions[seq_id] for seq_id in request.seq_ids],
+            completions=[] if failed else completions,
+            error=_NOT_FINITE if failed else None,
         )
 
     def drop(self, request_id: str) -> None:
@@ -82,13 +87,13 @@ class OutputProcessor:
     def _completion(self, sequence: Sequence, request: _Request) -> Completion:
         assert sequence.finish_reason is not None
         search = self._searches.pop(sequence.seq_id, None)
-        stopped = search is not None and search.found is not None
+        stopped = search.found if search is not None else None
         return Completion(
             index=request.seq_ids.index(sequence.seq_id),
-            text=search.found if stopped else self._text(sequence),
+            text=self._text(sequence) if stopped is None else stopped,
             token_ids=list(sequence.output_token_ids),
             # A stop string may be complete with the very token that also reached max_tokens.
-            finish_reason=FinishReason.STOP if stopped else sequence.finish_reason,
+            finish_reason=sequence.finish_reason if stopped is None else FinishReason.STOP,
             logprobs=None if sequence.params.logprobs is None else list(sequence.logprobs),
             timings=timings_of(sequence),
         )

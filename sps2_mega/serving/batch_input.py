@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sps2_mega.errors import ConfigError, RequestError
 from sps2_mega.serving.protocol import Kind, ParsedRequest, parse_request
@@ -100,7 +100,7 @@ def read_lines(
 
 def parse_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> GoodLine | BadLine:
     """One line that is not blank; it never raises, a bad line says what is wrong with it."""
-    openai, line_id = False, number
+    openai, line_id = False, cast(LineId, number)
     try:
         record = _json_object(raw)
         openai = "custom_id" in record or ("body" in record and "url" in record)
@@ -156,7 +156,7 @@ def _openai_request(record: dict[str, Any], defaults: Mapping[str, Any]) -> Pars
     url, method, body = record.get("url"), record.get("method", "POST"), record.get("body")
     if method != "POST":
         raise RequestError(f"method must be POST, got {str(method)[:80]!r}")
-    if url not in URLS if isinstance(url, str) else True:
+    if not isinstance(url, str) or url not in URLS:
         raise RequestError(f"url must be one of {', '.join(URLS)}, got {str(url)[:80]!r}")
     if not isinstance(body, dict):
         raise RequestError(f"body must be a JSON object, got {type(body).__name__}")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pydantic
 
 from sps2_mega.errors import RequestError
+from sps2_mega.serving.request_fields import ChatFields, CompletionFields, SamplingFields
 from sps2_mega.types import SamplingParams
 
 Kind = Literal["completion", "chat"]
@@ -99,14 +100,14 @@ def parse_request(
         either_logprobs = False
     _refuse_unsupported(given, kind)
     try:
-        fields = (_Chat if kind == "chat" else _Completion).model_validate(given)
+        fields = (ChatFields if kind == "chat" else CompletionFields).model_validate(given)
     except pydantic.ValidationError as error:
         raise RequestError(_validation_text(error)) from None
     params = _sampling_params(fields, kind, defaults or {}, either_logprobs)
     return ParsedRequest(
-        prompt=_one_prompt(fields.prompt) if isinstance(fields, _Completion) else None,
+        prompt=_one_prompt(fields.prompt) if isinstance(fields, CompletionFields) else None,
         messages=[message.flat() for message in fields.messages]
-        if isinstance(fields, _Chat)
+        if isinstance(fields, ChatFields)
         else None,
         params=params,
         model=fields.model,
@@ -116,55 +117,6 @@ def parse_request(
             if name not in HARMLESS and name not in UNSUPPORTED and name != "best_of"
         ),
     )
-
-
-class _Fields(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="allow", strict=True)
-
-    model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logprobs: bool | int | None = None
-    top_logprobs: int | None = None
-
-
-class _Completion(_Fields):
-    prompt: str | list[int] | list[str] | list[list[int]]
-
-
-class _TextPart(pydantic.BaseModel):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-
-class _Message(pydantic.BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
-
-    def flat(self) -> dict[str, str]:
-        # `developer` is OpenAI's later name for `system`; templates know the earlier one.
-        role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        return {"role": role, "content": "".join(part.text for part in self.content)}
-
-
-class _Chat(_Fields):
-    messages: list[_Message] = pydantic.Field(min_length=1)
 
 
 _SAME_NAME = [
@@ -209,7 +161,7 @@ def _refuse_unsupported(given: Mapping[str, Any], kind: Kind) -> None:
 
 
 def _sampling_params(
-    fields: _Fields, kind: Kind, defaults: Mapping[str, Any], either_logprobs: bool
+    fields: SamplingFields, kind: Kind, defaults: Mapping[str, Any], either_logprobs: bool
 ) -> SamplingParams:
     values: dict[str, Any] = {"max_tokens": None} if kind == "chat" else {}
     values.update(defaults)
@@ -229,7 +181,7 @@ def _sampling_params(
     return SamplingParams(**values)
 
 
-def _logprobs(fields: _Fields, kind: Kind, either: bool) -> int | None:
+def _logprobs(fields: SamplingFields, kind: Kind, either: bool) -> int | None:
     """Chat says `logprobs: true, top_logprobs: k`; completions say `logprobs: k`."""
     value = fields.logprobs
     if (
