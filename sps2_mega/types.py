@@ -15,11 +15,13 @@ from sps2_mega.errors import RequestError
 
 
 class FinishReason(enum.StrEnum):
-    """Why a sequence ended; the values are those of the OpenAI API."""
+    """Why a sequence ended. The first two are the OpenAI API's; an aborted sequence has no output, and one
+    that failed makes its request an error."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 class ForwardMode(enum.IntEnum):
@@ -166,9 +168,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One sampled token per item of the plan, in the plan's order; `logprobs[i]` is None unless asked."""
+    """One sampled token per item of the plan, in the plan's order. A token is None where the model gave no
+    finite logits: that sequence has failed, the others go on. `logprobs[i]` is None unless asked."""
 
-    token_ids: list[int]
+    token_ids: list[int | None]
     logprobs: list[TokenLogprob | None]
 
 

@@ -196,6 +196,8 @@ class Engine:
         """Look for stop strings in what goes on, and hand out requests whose last sample ended."""
         for item in plan.prefills or plan.decodes:
             sequence = self._sequences[item.seq_id]
+            if sequence.finish_reason is FinishReason.ERROR:
+                continue
             if self._outputs.check_stop(sequence) and sequence.finish_reason is None:
                 self._scheduler.finish(sequence.seq_id, FinishReason.STOP)
                 ended.append(sequence)

@@ -29,6 +29,8 @@ from sps2_mega.types import (
     TokenLogprob,
 )
 
+_FAILED = -1.0  # on the wire, for a row without a token
+
 
 @dataclass(slots=True)
 class _Sampling:
@@ -95,7 +97,12 @@ class Executor:
                 device=self._device,
             )
         logits_RV = self.model(step.tokens_T, step.positions_T, step.rows_R, step.attention)
-        return self._sample(logits_RV, step, seq_ids, next_positions)
+        output = self._sample(logits_RV, step, seq_ids, next_positions)
+        for seq_id, token_id in zip(seq_ids, output.token_ids, strict=True):
+            if token_id is None:
+                # Its NaN must not reach whoever gets the blocks next: masked slots are multiplied by zero.
+                self._pool.clear(self._tables.block_ids(seq_id))
+        return output
 
     def _new_sampling(self, item: PrefillItem) -> _Sampling:
         penalties = None
@@ -135,7 +142,7 @@ class Executor:
 
     def _exchange(
         self,
-        token_ids: list[int],
+        token_ids: list[int | None],
         logprobs: list[TokenLogprob | None],
         items_by_rank: list[list[int]],
         seq_ids: list[int],
@@ -152,7 +159,7 @@ class Executor:
         tp = self._groups.tp
         rows = torch.zeros(len(token_ids) if tp.rank == 0 else 0, width, dtype=torch.float64)
         for row, token_id, logprob in zip(rows, token_ids, logprobs, strict=False):
-            row[0] = token_id
+            row[0] = _FAILED if token_id is None else token_id
             if logprob is not None:
                 row[1] = logprob.logprob
                 count = len(logprob.top)
@@ -163,8 +170,10 @@ class Executor:
         counts = [len(items) if t == 0 else 0 for items in items_by_rank for t in range(tp.size)]
         gathered = all_gather_rows(rows, counts, self._groups.control).tolist()
         order = [index for items in items_by_rank for index in items]
-        output = StepOutput([0] * len(seq_ids), [None] * len(seq_ids))
+        output = StepOutput([None] * len(seq_ids), [None] * len(seq_ids))
         for index, values in zip(order, gathered, strict=True):
+            if values[0] == _FAILED:
+                continue
             output.token_ids[index] = int(values[0])
             count = wanted[index]
             if count is not None:

@@ -65,6 +65,11 @@ class LocalTables:
         self._num_tokens[self._rows[seq_id]] += 1
         return block_id * self._block_size + position % self._block_size
 
+    def block_ids(self, seq_id: int) -> np.ndarray:
+        """Ids of this rank's blocks of a sequence."""
+        row = self._rows[seq_id]
+        return self._block_ids[row, : self._num_blocks[row]].copy()
+
     def remove(self, seq_id: int) -> None:
         row = self._rows.pop(seq_id)
         del self._last_block[seq_id]

@@ -35,15 +35,14 @@ def sample(
     positions: Sequence[int],
     histories: Sequence[PenaltyState | None] | None = None,
     banned: Sequence[Sequence[int]] | None = None,
-) -> tuple[list[int], list[TokenLogprob | None]]:
+) -> tuple[list[int | None], list[TokenLogprob | None]]:
     """One token per row of `logits_BV` (float32, not changed), and its log-probability where asked for.
+
+    The token of a row with NaN, or with nothing but infinities, is None: damaged weights or an overflow.
 
     `positions[i]` is the position that the new token will have. `histories[i]` must be given where
     `params[i].has_penalties`. `banned[i]` are token ids that cannot be chosen, as the end-of-sequence
     tokens before `min_tokens`.
-
-    Raises:
-        FloatingPointError: a row has NaN or nothing but -inf, naming the rows.
     """
     assert logits_BV.dtype is torch.float32, f"logits must be float32, got {logits_BV.dtype}"
     assert len(params) == len(seeds) == len(positions) == len(logits_BV), (
@@ -59,9 +58,13 @@ def sample(
             logits, best, rows, params, [uniform(seeds[i], positions[i]) for i in rows]
         )
         token_ids_B[torch.tensor(rows, device=logits.device)] = chosen_S
-    _check_finite(best)
-    token_ids: list[int] = token_ids_B.tolist()
-    return token_ids, _logprobs(logits_BV, params, token_ids_B)
+    logprobs = _logprobs(logits_BV, params, token_ids_B)
+    token_ids: list[int | None] = token_ids_B.tolist()
+    # max() propagates NaN, and is infinite only where no entry is finite or one overflowed.
+    for row, value in enumerate(best.tolist()):
+        if not math.isfinite(value):
+            token_ids[row] = logprobs[row] = None
+    return token_ids, logprobs
 
 
 def _adjusted(
@@ -161,16 +164,6 @@ def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor) -> Tensor:
     num_kept = ((cumulative_SK - sorted_SK) < wanted_S1).sum(dim=-1, keepdim=True).clamp_(min=1)
     floor_S = sorted_SK.gather(-1, num_kept - 1).squeeze(-1)
     return floor_S.masked_fill(off_S, 0.0)
-
-
-def _check_finite(best_B: Tensor) -> None:
-    # max() propagates NaN, and is -inf only where every entry is.
-    wrong = [i for i, value in enumerate(best_B.tolist()) if not math.isfinite(value)]
-    if wrong:
-        raise FloatingPointError(
-            f"logits of rows {wrong} of {len(best_B)} have NaN, +inf, or nothing but -inf; "
-            "weights may be damaged, or activations overflow in this dtype"
-        )
 
 
 def _logprobs(

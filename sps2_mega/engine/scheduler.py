@@ -124,7 +124,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[Sequence]:
         """Append one token per item of the plan; returns the sequences that ended with it.
 
-        Tokens of sequences that were finished or aborted since the plan are dropped.
+        Tokens of sequences that were finished or aborted since the plan are dropped. A sequence for which
+        there is no token has failed.
         """
         planned, self._planned = self._planned, None
         assert planned is not None and plan.step == self._step, (
@@ -138,6 +139,10 @@ class Scheduler:
             planned, output.token_ids, output.logprobs, strict=True
         ):
             if self._running.get(sequence.seq_id) is not sequence:
+                continue
+            if token_id is None:
+                self.finish(sequence.seq_id, FinishReason.ERROR)
+                finished.append(sequence)
                 continue
             sequence.output_token_ids.append(token_id)
             sequence.token_times.append(now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,12 @@ class KVPool:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of one layer."""
         return self._keys[index], self._values[index]
+
+    def clear(self, block_ids: np.ndarray) -> None:
+        """Zero the given blocks in all layers."""
+        index = torch.from_numpy(block_ids).to(self._keys.device)
+        self._keys.index_fill_(1, index, 0)
+        self._values.index_fill_(1, index, 0)
 
     @staticmethod
     def bytes_per_block(

@@ -246,13 +246,21 @@ def test_logprobs_have_as_many_alternatives_as_asked():
         )
 
 
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(top_p=0.5, top_k=4)])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_broken_logits_are_reported_with_their_row(params, value):
+@pytest.mark.parametrize(
+    "params",
+    [GREEDY, SamplingParams(), SamplingParams(top_p=0.5, top_k=4), SamplingParams(logprobs=3)],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_of_broken_logits_has_no_token_and_disturbs_no_other(params, value):
     logits = logits_of(3, V_SMALL)
-    logits[1, 17] = value
-    with pytest.raises(FloatingPointError, match=r"rows \[1\] of 3"):
-        sample(logits, [params] * 3, [0] * 3, [0] * 3)
+    expected = sample(logits, [params] * 3, [0] * 3, [0] * 3)
+    logits[1] = value
+    token_ids, logprobs = sample(logits, [params] * 3, [0] * 3, [0] * 3)
+    assert token_ids == [expected[0][0], None, expected[0][2]]
+    assert logprobs == [expected[1][0], None, expected[1][2]]
+    logits[1] = 0.0
+    logits[1, 17] = math.nan
+    assert sample(logits, [params] * 3, [0] * 3, [0] * 3)[0] == token_ids
 
 
 def test_sixteen_greedy_rows_of_a_small_vocabulary_cost_little():
