@@ -74,7 +74,14 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -117,7 +124,9 @@ class SchedulerConfig:
     max_prefill_tokens: int = flag(
         8192, "prompt tokens batched into one prefill step (a longer prompt goes alone)"
     )
-    max_waiting: int | None = flag(None, "length of the waiting queue (default: no limit)", name="max-queue")
+    max_waiting: int | None = flag(
+        None, "length of the waiting queue (default: no limit)", name="max-queue"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +141,9 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "weights and activations (auto: the checkpoint's)", choices=DTYPES
+        "auto",
+        "weights and activations (auto: the checkpoint's on CUDA, float32 on CPU)",
+        choices=DTYPES,
     )
     device: Literal["auto", "cpu", "cuda"] = flag(
         "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")

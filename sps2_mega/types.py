@@ -77,7 +77,11 @@ class SamplingParams:
         need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
         need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "in [0, 20]")
         if self.max_tokens is not None:
-            need(self.min_tokens <= self.max_tokens, "min_tokens", f"<= max_tokens ({self.max_tokens})")
+            need(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                f"<= max_tokens ({self.max_tokens})",
+            )
 
     @property
     def has_penalties(self) -> bool:

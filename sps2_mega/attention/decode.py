@@ -61,7 +61,7 @@ class DecodeAttention:
 
     def _bring_home(self, out_BNH: Tensor, lse_BN: Tensor) -> Tensor:
         """Exchange partials as bytes, out in its own type and lse in float32, and merge them."""
-        _, heads, width = out_BNH.shape
+        heads = out_BNH.shape[1]
         out_bytes = out_BNH.contiguous().view(torch.uint8)
         lse_bytes = lse_BN.unsqueeze(-1).contiguous().view(torch.uint8)
         packed = torch.cat([out_bytes, lse_bytes], -1)

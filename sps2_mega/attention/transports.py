@@ -27,9 +27,14 @@ class Transport(Protocol):
         ...
 
 
-def make_transport(name: str, layout: PrefillLayout, group: Group, device: torch.device) -> Transport:
+def make_transport(
+    name: str, layout: PrefillLayout, group: Group, device: torch.device
+) -> Transport:
     """The transport called `name` in the configuration, for one step."""
-    return {"gather": Gather, "ulysses": Ulysses}[name](layout, group, device)
+    if name == "gather":
+        return Gather(layout, group, device)
+    assert name == "ulysses", f"unknown transport {name!r}"
+    return Ulysses(layout, group, device)
 
 
 class Gather:
@@ -54,7 +59,12 @@ class Gather:
             keys = slice(first, first + run.end)
             tokens = slice(run.local_start, run.local_start + run.end - run.start)
             out_TNH[tokens], _ = attend_run(
-                q_TNH[tokens], k_SKH[keys], v_SKH[keys], scale=scale, q_start=run.start, window=window
+                q_TNH[tokens],
+                k_SKH[keys],
+                v_SKH[keys],
+                scale=scale,
+                q_start=run.start,
+                window=window,
             )
         return out_TNH
 

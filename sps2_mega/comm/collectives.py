@@ -45,9 +45,7 @@ def all_to_all_flat(
     if group.size == 1:
         return x
     received = x.new_empty(sum(receive_sizes))
-    dist.all_to_all_single(
-        received, x, list(receive_sizes), list(send_sizes), group=group.handle
-    )
+    dist.all_to_all_single(received, x, list(receive_sizes), list(send_sizes), group=group.handle)
     return received
 
 
@@ -78,7 +76,7 @@ def broadcast_bytes(payload: bytes | None, group: Group) -> bytes:
         assert payload is not None
         return payload
     frame = torch.empty(_FIRST_FRAME, dtype=torch.uint8)
-    view = memoryview(frame.numpy())
+    view = frame.numpy().data
     capacity = _FIRST_FRAME - 8
     if group.rank == 0:
         assert payload is not None
@@ -90,7 +88,7 @@ def broadcast_bytes(payload: bytes | None, group: Group) -> bytes:
     if size <= capacity:
         return bytes(view[8 : 8 + size])
     rest = torch.empty(size - capacity, dtype=torch.uint8)
-    rest_view = memoryview(rest.numpy())
+    rest_view = rest.numpy().data
     if group.rank == 0:
         assert payload is not None
         rest_view[:] = payload[capacity:]

@@ -1,8 +1,8 @@
 """StepPlan -> this rank's input tensors and attention: index work in numpy, once per step.
 
-    prefill   a rank gets the tokens of the blocks placed on it; the last token of a sequence is sampled
-              on the rank that holds it
-    decode    a rank gets the sequences whose last block it holds
+prefill   a rank gets the tokens of the blocks placed on it; the last token of a sequence is sampled
+          on the rank that holds it
+decode    a rank gets the sequences whose last block it holds
 """
 
 from __future__ import annotations

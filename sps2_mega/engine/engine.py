@@ -16,17 +16,25 @@ from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.plan_codec import decode, encode
 from sps2_mega.engine.scheduler import Scheduler
-from sps2_mega.engine.seeds import derive_seed
+from sps2_mega.engine.seeds import derive_seed, derive_seed_from_text
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
+from sps2_mega.kv_cache.placement import Layout
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import finalize
 from sps2_mega.parallel.launcher import from_environment
-from sps2_mega.types import FinishReason, RequestOutput, SamplingParams, Sequence, StepOutput, StepPlan
+from sps2_mega.types import (
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+    StepOutput,
+    StepPlan,
+)
 
 _SHUTDOWN = b""
-_LAYOUTS = {"ulysses": "contiguous", "gather": "zigzag"}
+_LAYOUTS: dict[str, Layout] = {"ulysses": "contiguous", "gather": "zigzag"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +110,9 @@ class Engine:
         if request_id in self._samples:
             return Refusal.DUPLICATE_ID
         now = time.monotonic() if arrival_time is None else arrival_time
-        seed = self.config.seed if params.seed is None else params.seed
+        seed = params.seed
+        if seed is None:
+            seed = derive_seed_from_text(self.config.seed, request_id)
         room = max(1, self.max_model_len - len(prompt_token_ids))
         samples = [
             Sequence(

@@ -70,8 +70,8 @@ class Executor:
         if plan.mode is ForwardMode.PREFILL:
             seq_ids = [item.seq_id for item in plan.prefills]
             next_positions = [len(item.token_ids) for item in plan.prefills]
-            for item in plan.prefills:
-                self._sampling[item.seq_id] = self._new_sampling(item)
+            for prefill in plan.prefills:
+                self._sampling[prefill.seq_id] = self._new_sampling(prefill)
             step = prefill_input(
                 plan.prefills,
                 self._tables,
@@ -174,10 +174,13 @@ class Executor:
         for index, values in zip(order, gathered, strict=True):
             if values[0] == _FAILED:
                 continue
-            output.token_ids[index] = int(values[0])
+            chosen = int(values[0])
+            output.token_ids[index] = chosen
             count = wanted[index]
             if count is not None:
                 top_ids, top_values = values[2 : 2 + count], values[2 + num_top :][:count]
-                top = tuple((int(token), value) for token, value in zip(top_ids, top_values, strict=True))
-                output.logprobs[index] = TokenLogprob(int(values[0]), values[1], top)
+                top = tuple(
+                    (int(token), value) for token, value in zip(top_ids, top_values, strict=True)
+                )
+                output.logprobs[index] = TokenLogprob(chosen, values[1], top)
         return output

@@ -6,6 +6,8 @@ batch, and after a preemption. Decides nothing about tokens; `sampler` does.
 
 from __future__ import annotations
 
+import hashlib
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: multiples of it spread over all 64 bits
 _SAMPLE = (
@@ -24,6 +26,13 @@ def derive_seed(seed: int, index: int) -> int:
     if index == 0:
         return seed
     return _mix((_mix((seed ^ _SAMPLE) & _MASK) + index * _SAMPLE) & _MASK)
+
+
+def derive_seed_from_text(seed: int, text: str) -> int:
+    """The seed of a request that gave none: from the job's seed and the request's name, so that it does not
+    depend on when the request came or what else ran."""
+    digest = hashlib.sha256(f"{seed}/{text}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _mix(z: int) -> int:

@@ -22,7 +22,7 @@ from sps2_mega.comm.lifeline import Lifeline
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.memory import activation_bytes, num_kv_blocks
-from sps2_mega.errors import ConfigError
+from sps2_mega.errors import CheckpointError, ConfigError
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import (
@@ -31,6 +31,7 @@ from sps2_mega.mcore.init import (
     choose_compute,
     initialize,
     open_store,
+    refuse,
 )
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.parallel.launcher import LaunchInfo
@@ -58,17 +59,16 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         ConfigError, CheckpointError: the same on every rank, where it follows from shared facts.
     """
     began = time.monotonic()
-    parallel = config.parallel
-    check_degrees(tp=parallel.tp, sp=parallel.sp, world_size=info.world_size)
-    resolved = resolve_model(config.model, tokenizer=config.tokenizer)
+    check_degrees(tp=config.parallel.tp, sp=config.parallel.sp, world_size=info.world_size)
+    try:
+        resolved, compute, max_model_len = _check_on_this_rank(config, info)
+    except (ConfigError, CheckpointError) as error:
+        if info.world_size > 1:
+            refuse(info, str(error))
+        raise
     model = resolved.config
-    check_tp(model, parallel.tp)
-    max_model_len = resolve_max_model_len(config.max_model_len, model)
-    compute = choose_compute(config.device, config.dtype, model.dtype, info.local_rank)
-    if compute.device.type == "cpu":
-        torch.set_num_threads(config.threads or _threads_per_rank(info))
     store = open_store(info)
-    topology = agree_topology(store, info, parallel)
+    topology = agree_topology(store, info, config.parallel)
     lifeline = Lifeline.start(
         info,
         publish=lambda address: store.set("sps2/lifeline", address),
@@ -117,6 +117,19 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
     )
 
 
+def _check_on_this_rank(
+    config: EngineConfig, info: LaunchInfo
+) -> tuple[ResolvedModel, Compute, int]:
+    """What can be refused without other ranks: (model, compute, longest sequence)."""
+    resolved = resolve_model(config.model, tokenizer=config.tokenizer)
+    check_tp(resolved.config, config.parallel.tp)
+    max_model_len = resolve_max_model_len(config.max_model_len, resolved.config)
+    compute = choose_compute(config.device, config.dtype, resolved.config.dtype, info.local_rank)
+    if compute.device.type == "cpu":
+        torch.set_num_threads(config.threads or _threads_per_rank(info))
+    return resolved, compute, max_model_len
+
+
 def resolve_max_model_len(asked: int | None, model: ModelConfig) -> int:
     """Longest prompt plus output. Raises ConfigError where learned positions end earlier."""
     if asked is None:
@@ -141,7 +154,7 @@ def failing(lifeline: Lifeline) -> Iterator[None]:
     """An exception inside ends the whole job, not only this rank."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a rank's edge: told to all ranks, never swallowed
         lifeline.fail(error)
 
 

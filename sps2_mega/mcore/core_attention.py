@@ -29,7 +29,9 @@ class StepAttention(Protocol):
 class SPCoreAttention(nn.Module):
     """Megatron's `core_attention`: q [T, 1, N/tp, H], k and v [T, 1, K/tp, H] -> [T, 1, N/tp * H]."""
 
-    def __init__(self, *, layer_number: int, scale: float, window: int | None, **_megatron: Any) -> None:
+    def __init__(
+        self, *, layer_number: int, scale: float, window: int | None, **_megatron: Any
+    ) -> None:
         super().__init__()
         self._layer = layer_number - 1
         self._scale, self._window = scale, window

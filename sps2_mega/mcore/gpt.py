@@ -80,9 +80,9 @@ class GPT(nn.Module):
         self._inv_freq = (
             None
             if model.rope is None
-            else inverse_frequencies(
-                model.rope, model.head_dim, model.max_position_embeddings
-            ).to(device)
+            else inverse_frequencies(model.rope, model.head_dim, model.max_position_embeddings).to(
+                device
+            )
         )
         self._carrier = step_carrier_class()
 

@@ -6,9 +6,12 @@ can still see the same facts through the store.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,9 +36,11 @@ def open_store(info: LaunchInfo) -> dist.Store:
     """
     if info.world_size == 1:
         return dist.HashStore()
+    # Without a launcher the address is in `info` only, not in this process's environment.
+    url = f"tcp://{info.master_addr}:{info.master_port}" if info.launcher == "env" else "env://"
     try:
         store, _, _ = next(
-            dist.rendezvous("env://", info.rank, info.world_size, timeout=_RENDEZVOUS_TIMEOUT)
+            dist.rendezvous(url, info.rank, info.world_size, timeout=_RENDEZVOUS_TIMEOUT)
         )
     except dist.DistNetworkError as error:
         where = f"{info.master_addr}:{info.master_port}"
@@ -50,31 +55,73 @@ def open_store(info: LaunchInfo) -> dist.Store:
     return store
 
 
-def agree_topology(store: dist.Store, info: LaunchInfo, parallel: ParallelConfig) -> Topology:
+def agree_topology(
+    store: dist.Store, info: LaunchInfo, parallel: ParallelConfig, *, problem: str | None = None
+) -> Topology:
     """Exchange node names and degrees, and check the layout on every rank alike.
+
+    `problem` is a reason found on this rank alone (a missing folder, a missing GPU) for which the job cannot
+    run; it then ends on all ranks with that reason, instead of leaving the others waiting.
 
     Raises:
         ConfigError: the same error on every rank.
     """
-    mine = f"{socket.gethostname()}#{info.node_rank}"
     degrees = f"tp={parallel.tp} sp={parallel.sp} sp_levels={parallel.sp_levels}"
-    store.set(f"sps2/node/{info.rank}", f"{mine}|{degrees}")
-    entries = [
-        store.get(f"sps2/node/{rank}").decode().split("|") for rank in range(info.world_size)
-    ]
-    for rank, (_, other) in enumerate(entries):
-        if other != entries[0][1]:
-            raise ConfigError(f"ranks disagree: rank 0 has {entries[0][1]}, rank {rank} has {other}")
-    return build_topology(
-        tp=parallel.tp,
-        sp=parallel.sp,
-        sp_levels=parallel.sp_levels,
-        nodes=[node for node, _ in entries],
-    )
+    mine = {
+        "node": f"{socket.gethostname()}#{info.node_rank}",
+        "degrees": degrees,
+        "problem": problem,
+    }
+    store.set(f"sps2/rank/{info.rank}", json.dumps(mine))
+    ranks = [json.loads(store.get(f"sps2/rank/{rank}")) for rank in range(info.world_size)]
+    try:
+        _check_agreement(ranks)
+        return build_topology(
+            tp=parallel.tp,
+            sp=parallel.sp,
+            sp_levels=parallel.sp_levels,
+            nodes=[rank["node"] for rank in ranks],
+        )
+    except ConfigError:
+        _leave_store(store, info)
+        raise
+
+
+def refuse(info: LaunchInfo, problem: str) -> None:
+    """Tell the other ranks, which are about to meet this one, that the job cannot run."""
+    with contextlib.suppress(ConfigError):
+        agree_topology(open_store(info), info, ParallelConfig(), problem=problem)
+
+
+def _check_agreement(ranks: list[dict[str, Any]]) -> None:
+    problems = {number: rank["problem"] for number, rank in enumerate(ranks) if rank["problem"]}
+    if problems:
+        distinct = set(problems.values())
+        texts = [f"rank {number}: {text}" for number, text in problems.items()]
+        raise ConfigError(distinct.pop() if len(distinct) == 1 else "; ".join(texts))
+    for number, rank in enumerate(ranks):
+        if rank["degrees"] != ranks[0]["degrees"]:
+            raise ConfigError(
+                f"ranks disagree: rank 0 has {ranks[0]['degrees']}, rank {number} has {rank['degrees']}"
+            )
+
+
+def _leave_store(store: dist.Store, info: LaunchInfo) -> None:
+    """Rank 0 may host the store: it stays until everybody has read what was wrong."""
+    store.set(f"sps2/read/{info.rank}", "")
+    if info.rank == 0:
+        with contextlib.suppress(RuntimeError):
+            everybody = [f"sps2/read/{rank}" for rank in range(info.world_size)]
+            store.wait(everybody, timedelta(seconds=10))
 
 
 def initialize(
-    store: dist.Store, info: LaunchInfo, topology: Topology, *, device: torch.device, timeout_s: float
+    store: dist.Store,
+    info: LaunchInfo,
+    topology: Topology,
+    *,
+    device: torch.device,
+    timeout_s: float,
 ) -> ParallelGroups:
     """Create all groups through Megatron's parallel state (its context-parallel axis is our SP)."""
     with eager_import(device.type):
@@ -139,7 +186,12 @@ class Compute:
 
 
 def choose_compute(device: str, dtype: str, checkpoint_dtype: str, local_rank: int) -> Compute:
-    """Resolve `auto`. Raises ConfigError when CUDA is asked for and is not there."""
+    """Resolve `auto`: the checkpoint's type on CUDA, float32 on CPU, where 16 bits are not faster and
+    rounding would let text depend on the layout.
+
+    Raises:
+        ConfigError: CUDA is asked for and is not there, or a node has fewer devices than ranks.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA device")
     if device == "auto":
@@ -154,4 +206,6 @@ def choose_compute(device: str, dtype: str, checkpoint_dtype: str, local_rank: i
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
-    return Compute(chosen, getattr(torch, checkpoint_dtype if dtype == "auto" else dtype))
+    if dtype == "auto":
+        dtype = checkpoint_dtype if chosen.type == "cuda" else "float32"
+    return Compute(chosen, getattr(torch, dtype))

@@ -73,7 +73,9 @@ def build_topology(
     world_size = len(nodes)
     check_degrees(tp=tp, sp=sp, world_size=world_size)
     ranks_per_node = _ranks_per_node(nodes)
-    if tp < ranks_per_node and ranks_per_node % tp or tp > ranks_per_node and tp % ranks_per_node:
+    if (tp < ranks_per_node and ranks_per_node % tp) or (
+        tp > ranks_per_node and tp % ranks_per_node
+    ):
         raise ConfigError(
             f"tp={tp} and {ranks_per_node} ranks per node: one must divide the other, "
             "so that no tensor-parallel group is cut unevenly by a node border"

@@ -8,7 +8,6 @@ Lines and records are `batch_input`'s and `batch_records`'; the file on disk is 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from sps2_mega.config import EngineConfig
+from sps2_mega.engine.seeds import derive_seed_from_text
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import ConfigError, RequestError
-from sps2_mega.serving.batch_input import BadLine, GoodLine, LineId, Scan, read_lines, scan
+from sps2_mega.serving.batch_input import BadLine, GoodLine, Scan, read_lines, scan
 from sps2_mega.serving.batch_output import BatchOutput, OutputMode
 from sps2_mega.serving.batch_records import answer_record, error_record
 from sps2_mega.serving.drive import Submission, drive, failed
@@ -152,7 +152,9 @@ class BatchJob:
                 continue
             params = line.request.params
             if params.seed is None:
-                params = params.replace(seed=line_seed(self._config.seed, line.line_id))
+                params = params.replace(
+                    seed=derive_seed_from_text(self._config.seed, str(line.line_id))
+                )
             yield Submission(request_id=request_id, prompt_token_ids=tokens, params=params)
 
     def _show(self, progress: Progress, line: GoodLine | BadLine, output: RequestOutput) -> None:
@@ -176,12 +178,6 @@ def fingerprint(
         "seed": config.seed,
         "sampling": {name: sampling[name] for name in sorted(sampling)},
     }
-
-
-def line_seed(seed: int, line_id: LineId) -> int:
-    """A line's own seed, the same in whatever order and run it is answered."""
-    digest = hashlib.sha256(f"{seed}/{line_id}".encode(errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _place(model: str) -> str:

@@ -15,28 +15,26 @@ from sps2_mega.serving.batch import EXIT_COULD_NOT_RUN, BatchJob, BatchOptions
 
 
 def run_generate(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
-    """Runs to the end on this rank; returns its exit code.
-
-    Raises:
-        ConfigError, CheckpointError: with several ranks, where the caller has to tell the others.
-    """
+    """Runs to the end on this rank; returns its exit code."""
     from sps2_mega.comm.guard import guard
 
     with guard(info):
         try:
             return _follow(config) if info.rank else _lead(config, options, info)
         except (ConfigError, CheckpointError) as error:
-            if info.world_size > 1:
-                raise
-            return _could_not_run(error)
+            # Raised on all ranks alike, or on this one, which then tells the others before it raises.
+            return _could_not_run(error, info)
 
 
 def _lead(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
     try:
         job = BatchJob.prepare(options, config)
     except ConfigError as error:
-        # No other rank has been met yet; the launcher ends them when this one exits.
-        return _could_not_run(error)
+        if info.world_size > 1:
+            from sps2_mega.mcore.init import refuse
+
+            refuse(info, str(error))
+        return _could_not_run(error, info)
     try:
         # Other ranks wait for this one in any case, so only a single rank may leave without them.
         if job.num_left == 0 and info.world_size == 1:
@@ -61,7 +59,8 @@ def _follow(config: EngineConfig) -> int:
     return 0
 
 
-def _could_not_run(error: Exception) -> int:
-    sys.stderr.write(f"sps2_mega: error: {error}\n")
-    sys.stderr.flush()
+def _could_not_run(error: Exception, info: LaunchInfo) -> int:
+    if info.local_rank == 0:
+        sys.stderr.write(f"sps2_mega: error: {error}\n")
+        sys.stderr.flush()
     return EXIT_COULD_NOT_RUN

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ def partials(cuts, num_k=50):
     edges = [0, *cuts, num_k]
     parts = [
         attend_run(q, k[a:b], v[a:b], scale=0.3, q_start=num_k)
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]
     return whole, torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tools.bench import machine  # noqa: E402
+from tools.bench import machine
 
 
 @dataclass
@@ -51,7 +51,9 @@ def source_prompts(count: int, shortest: int, longest: int) -> list[str]:
     ]
 
 
-def run_ours(engine: Any, prompts: list[list[int]], new_tokens: int, clock: ForwardClock) -> dict[str, float]:
+def run_ours(
+    engine: Any, prompts: list[list[int]], new_tokens: int, clock: ForwardClock
+) -> dict[str, float]:
     from sps2_mega.types import SamplingParams
 
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
@@ -112,12 +114,18 @@ def _rates(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sps2-tiny", help="Hugging Face folder or a bundled name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="sps2-tiny", help="Hugging Face folder or a bundled name"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--shortest", type=int, default=100, help="characters of the shortest prompt")
+    parser.add_argument(
+        "--shortest", type=int, default=100, help="characters of the shortest prompt"
+    )
     parser.add_argument("--longest", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="write docs/results/generate.json")

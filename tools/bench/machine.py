@@ -32,7 +32,9 @@ def describe() -> dict[str, Any]:
     }
 
 
-def interleaved(contestants: dict[str, Callable[[], dict[str, float]]], repeats: int) -> dict[str, dict[str, float]]:
+def interleaved(
+    contestants: dict[str, Callable[[], dict[str, float]]], repeats: int
+) -> dict[str, dict[str, float]]:
     """Run the contestants in turn, `repeats` times after one warm-up round; medians of what they return.
 
     Taking turns spreads the noise of a shared machine over all of them.

@@ -43,7 +43,9 @@ def attend_run(
     if before == visible_end:
         return attend(q_TNH, k_SKH[:before], v_SKH[:before], scale=scale, causal=False)
     if visible_end - before != num_q:
-        raise ValueError(f"keys end inside the query run: {num_k} keys from {k_start}, {num_q} queries from {q_start}")
+        raise ValueError(
+            f"keys end inside the query run: {num_k} keys from {k_start}, {num_q} queries from {q_start}"
+        )
     square = slice(before, visible_end)
     triangle = attend(q_TNH, k_SKH[square], v_SKH[square], scale=scale, causal=True)
     if before == 0:
@@ -67,7 +69,14 @@ def _nothing(q_TNH: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend_window(
-    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, scale: float, q_start: int, k_start: int, window: int
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    *,
+    scale: float,
+    q_start: int,
+    k_start: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for begin in range(0, q_TNH.shape[0], _WINDOW_TILE):
@@ -93,7 +102,13 @@ def _attend_window(
 
 
 def _fused(
-    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, scale: float, causal: bool, bias_TS: Tensor | None
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bias_TS: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_SKH, v_SKH))
     if q.device.type == "cpu":

@@ -33,7 +33,9 @@ class Bucket:
 def bucket_rows(num_blocks: Sequence[int]) -> list[list[int]]:
     """Group row numbers so that within a group the largest count is at most twice the smallest (rows of
     count 0 are left out). Row order is kept inside a group of all rows."""
-    rows = sorted((row for row, count in enumerate(num_blocks) if count), key=num_blocks.__getitem__)
+    rows = sorted(
+        (row for row, count in enumerate(num_blocks) if count), key=num_blocks.__getitem__
+    )
     groups: list[list[int]] = []
     for row in rows:
         if groups and num_blocks[row] <= 2 * num_blocks[groups[-1][0]]:

@@ -31,7 +31,11 @@ def test_configured_number_wins():
     [
         (CacheConfig(num_blocks=0), 0, ["num_kv_blocks", "0"]),
         (CacheConfig(memory_fraction=1.5), 10**9, ["kv_memory_fraction", "1.5"]),
-        (CacheConfig(memory_fraction=0.5), 200 * MIB, ["200 MiB free", "100 MiB", "50%", "1.00 MiB"]),
+        (
+            CacheConfig(memory_fraction=0.5),
+            200 * MIB,
+            ["200 MiB free", "100 MiB", "50%", "1.00 MiB"],
+        ),
     ],
 )
 def test_what_cannot_work_is_said_with_numbers(cache, free, words):

@@ -12,7 +12,9 @@ def test_prefill_plan_survives():
 
 
 def test_decode_plan_survives_and_is_small():
-    items = [DecodeItem(i, 100_000 + i, 10**6 + i, (1, i) if i % 3 == 0 else None) for i in range(16)]
+    items = [
+        DecodeItem(i, 100_000 + i, 10**6 + i, (1, i) if i % 3 == 0 else None) for i in range(16)
+    ]
     plan = StepPlan(10**7, ForwardMode.DECODE, [], items, [])
     assert decode(encode(plan)) == plan
     assert len(encode(plan)) < 500

@@ -11,9 +11,10 @@ import tokenizer_samples as samples
 from fake_engine import FakeEngine
 
 from sps2_mega.config import EngineConfig, SchedulerConfig
+from sps2_mega.engine.seeds import derive_seed_from_text
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import ConfigError
-from sps2_mega.serving.batch import BatchJob, BatchOptions, line_seed
+from sps2_mega.serving.batch import BatchJob, BatchOptions
 from sps2_mega.serving.batch_output import BatchOutput, OutputMode, state_path
 
 CONFIG = EngineConfig(scheduler=SchedulerConfig(max_running=2))
@@ -168,9 +169,9 @@ def test_seeds_follow_from_the_id_alone(files, tokenizer) -> None:
     engine = FakeEngine(tokenizer)
     files.run(engine)
     seeds = [params.seed for params in engine.seen.values()]
-    assert seeds == [line_seed(0, "a"), line_seed(0, "b"), 5]
+    assert seeds == [derive_seed_from_text(0, "a"), derive_seed_from_text(0, "b"), 5]
     assert len(set(seeds)) == 3
-    assert line_seed(1, "a") != line_seed(0, "a")
+    assert derive_seed_from_text(1, "a") != derive_seed_from_text(0, "a")
 
 
 def test_finished_lines_survive_a_crash_and_resume_adds_the_rest(files, tokenizer) -> None:

@@ -1,0 +1,106 @@
+"""What we rely on in Megatron-core, and that every shipped model configuration builds on it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+import pytest
+from harness import run_ranks
+
+from sps2_mega.checkpoint.model_file import model_files, read_model_file
+from sps2_mega.checkpoint.sharding import check_tp, local_shapes, num_parameters
+from sps2_mega.errors import ConfigError
+
+
+def facts_on_rank(rank):
+    """What `mcore._compat` takes for granted, read off Megatron's own signatures."""
+    from sps2_mega.mcore._compat import eager_import, step_carrier_class
+
+    with eager_import("cpu"):
+        from megatron.core.packed_seq_params import PackedSeqParams
+        from megatron.core.transformer.attention import Attention
+        from megatron.core.transformer.transformer_block import TransformerBlock
+    import torch
+
+    carrier = step_carrier_class()(attention="mine", num_tokens=3)
+    return {
+        "carrier": isinstance(carrier, PackedSeqParams),
+        "format": carrier.qkv_format,
+        "attention": carrier.attention,
+        "block": list(inspect.signature(TransformerBlock.forward).parameters),
+        "layer_call": inspect.getsource(Attention.forward),
+        "compile_is_back": torch.compile.__module__.startswith("torch"),
+    }
+
+
+def test_megatron_still_carries_our_step_to_the_core_attention():
+    (facts,) = run_ranks(facts_on_rank, 1)
+    assert facts["carrier"]
+    assert facts["format"] != "thd"
+    assert facts["attention"] == "mine"
+    assert {"packed_seq_params", "rotary_pos_emb", "hidden_states"} <= set(facts["block"])
+    assert "packed_seq_params=packed_seq_params" in facts["layer_call"]
+    assert facts["compile_is_back"]
+
+
+def meta_shapes_on_rank(rank, configs, tp):
+    """Names and shapes of each model's parameters on the meta device, for TP rank 0 of `tp`."""
+    import torch
+
+    from sps2_mega.config import ParallelConfig
+    from sps2_mega.mcore.gpt import build_gpt_model
+    from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
+    from sps2_mega.parallel.launcher import from_environment
+
+    info = from_environment(os.environ | {"MASTER_PORT": "0"}) if tp == 1 else from_environment()
+    store = open_store(info)
+    topology = agree_topology(store, info, ParallelConfig(tp=tp))
+    initialize(store, info, topology, device=torch.device("cpu"), timeout_s=60)
+    shapes = {}
+    for name, config in configs.items():
+        model = build_gpt_model(config, tp=tp, sp=1, dtype=torch.bfloat16)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        shapes[name] = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    finalize()
+    return shapes
+
+
+def shipped_configs():
+    return {name: read_model_file(path).config for name, path in model_files().items()}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_every_model_configuration_builds_with_its_shapes(tp):
+    configs = {}
+    for name, config in shipped_configs().items():
+        try:
+            check_tp(config, tp)
+            configs[name] = config
+        except ConfigError:
+            assert tp > 1
+    assert len(configs) >= 7
+    for shapes in run_ranks(meta_shapes_on_rank, tp, configs, tp, timeout=200):
+        for name, config in configs.items():
+            assert shapes[name] == local_shapes(config, tp), name
+
+
+def test_built_parameter_counts_are_the_published_ones():
+    """The unpadded count of the pure formula equals what Megatron builds, less the vocabulary's padding."""
+    configs = shipped_configs()
+    (shapes,) = run_ranks(meta_shapes_on_rank, 1, configs, 1, timeout=200)
+    for name, config in configs.items():
+        built = 0
+        for key, shape in shapes[name].items():
+            rows = shape[0]
+            if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                rows = config.vocab_size
+            size = rows
+            for dim in shape[1:]:
+                size *= dim
+            built += size
+        assert built == num_parameters(config), name
+    assert num_parameters(configs["llama-3-8b"]) == 8_030_261_248
+    assert num_parameters(configs["llama-3.1-70b"]) == 70_553_706_496
+    assert num_parameters(configs["gpt2"]) == 124_439_808

@@ -1,0 +1,58 @@
+"""A long prompt needs memory for its cache, the weights and one layer's activations: nothing quadratic."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROMPT_LEN = 16384
+
+# Runs in a process of its own, whose peak is then the engine's.
+SCRIPT = """
+import json, re, sys
+from sps2_mega.config import EngineConfig
+from sps2_mega.engine.engine import Engine
+from sps2_mega.types import SamplingParams
+
+def mib(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+length, transport = int(sys.argv[1]), sys.argv[2]
+engine = Engine.start(EngineConfig(dtype="float32", max_model_len=length + 8, transport=transport))
+engine.add_request("warm-up", [1] * 5, SamplingParams(max_tokens=2))
+while engine.has_work():
+    engine.step()
+before = mib("VmRSS")
+engine.add_request("long", [i % 251 for i in range(length)], SamplingParams(max_tokens=4, ignore_eos=True))
+while engine.has_work():
+    engine.step()
+m = engine.model_config
+heads = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+print(json.dumps({
+    "peak": mib("VmHWM") - before,
+    "cache": length * m.num_layers * 2 * m.num_kv_heads * m.head_dim * 4 / 2**20,
+    "weights": sum(p.numel() for p in engine.model.parameters()) * 4 / 2**20,
+    "activations": length * (m.hidden_size + heads + 3 * m.ffn_hidden_size) * 4 / 2**20,
+    "mask": length**2 / 2**20,
+}))
+engine.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["ulysses", "gather"])
+def test_peak_of_a_long_prompt(transport):
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(PROMPT_LEN), transport],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    mib = json.loads(result.stdout.splitlines()[-1])
+    assert mib["peak"] < 2 * (mib["cache"] + mib["weights"] + mib["activations"]), mib
+    # The bound would catch even a one-byte mask of T x T.
+    assert mib["mask"] > 0.4 * 2 * (mib["cache"] + mib["weights"] + mib["activations"])
