@@ -176,9 +176,9 @@ class Executor:
                 continue
             chosen = int(values[0])
             output.token_ids[index] = chosen
-            count = wanted[index]
-            if count is not None:
-                top_ids, top_values = values[2 : 2 + count], values[2 + num_top :][:count]
+            asked = wanted[index]
+            if asked is not None:
+                top_ids, top_values = values[2 : 2 + asked], values[2 + num_top :][:asked]
                 top = tuple(
                     (int(token), value) for token, value in zip(top_ids, top_values, strict=True)
                 )

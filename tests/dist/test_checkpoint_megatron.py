@@ -11,10 +11,11 @@ import harness
 import pytest
 import torch
 from dist import checkpoint_writer as writer
+from model_run import assert_logits
 
 from sps2_mega.checkpoint import torch_dist
 from sps2_mega.checkpoint.canonical import canonical_shapes
-from sps2_mega.checkpoint.export import export_megatron
+from sps2_mega.checkpoint.export import export_huggingface, export_megatron
 from sps2_mega.checkpoint.load import load_weights
 from sps2_mega.checkpoint.sharding import local_shapes, shard
 from sps2_mega.checkpoint.source import open_checkpoint, read_canonical
@@ -71,6 +72,26 @@ def test_a_checkpoint_loads_at_any_tp(roots: dict[str, Path], case: str, tp: int
         for name, expected in writer.canonical_weights(config).items():
             mine = shard(name, expected, config, tp_rank=rank, tp=tp)
             assert torch.equal(parameters[name], mine), (name, rank)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_logits_are_those_of_transformers_at_any_tp(
+    roots: dict[str, Path], tmp_path: Path, tp: int
+) -> None:
+    """transformers gets the same weights through our Hugging Face export, itself tested bit for bit."""
+    import transformers
+
+    prompts = [[5], [1, 2, 3, 4, 5, 6, 70], list(range(33))]
+    expected = {}
+    for case, root in roots.items():
+        folder = tmp_path / case.replace(" ", "_")
+        export_huggingface(open_checkpoint(root), folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            expected[case] = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+    # Weights of size one make logits of about a hundred.
+    scale = max(logits.abs().max().item() for references in expected.values() for logits in references)
+    assert_logits(expected, roots, prompts, tp=tp, sp=1, tolerance=1e-5 * scale)
 
 
 def test_an_iteration_folder_is_opened_like_its_root(roots: dict[str, Path]) -> None:
