@@ -263,3 +263,10 @@ FROZEN_FLAGS = {
     "tp",
     "transport",
 }
+
+
+def test_the_structure_document_is_current():
+    from tools import structure
+
+    written = (ROOT / "docs" / "structure.md").read_text()
+    assert written == structure.markdown(), "run: python tools/structure.py > docs/structure.md"
