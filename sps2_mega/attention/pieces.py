@@ -133,7 +133,7 @@ def _triangles(pattern: CSAPattern, segment: range, degree: int, heads: _Heads) 
             keys = _every(segment, degree, key_rest)
             if queries and keys and keys[0] > queries[0]:
                 queries = queries[1:]  # sees none of these keys
-            if queries:
+            if queries and keys:
                 yield Piece(queries, keys[: len(queries)], members, causal=True)
 
 
