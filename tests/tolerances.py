@@ -1,7 +1,9 @@
 """How far a kernel may be from its float32 reference, per type: absolute, for values of magnitude ~1."""
 
+import pytest
 import torch
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OUT = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 LSE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 

@@ -158,3 +158,16 @@ def test_16_bit_types(model, one_rank, dtype):
             for token, logprob in entry.top[:2]:
                 if token in known:
                     assert logprob == pytest.approx(known[token], abs=0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_gpu(model, one_rank, dtype):
+    """float32 gives the CPU's tokens; 16-bit types give its likeliest first tokens."""
+    outputs = run_engine(model | dict(device="cuda", dtype=dtype), requests())
+    if dtype == "float32":
+        assert_same(outputs, one_rank)
+    else:
+        first = [output.completions[0].token_ids[0] for output in outputs]
+        expected = [output.completions[0].token_ids[0] for output in one_rank]
+        assert sum(a == b for a, b in zip(first, expected, strict=True)) >= len(first) - 1

@@ -1,17 +1,17 @@
 import pytest
 import torch
-from tolerances import assert_partial_close
+from tolerances import DEVICES, assert_partial_close
 
 from sps2_mega.kernels.attention import reference, sdpa
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def random_qkv(num_q, num_k, heads, kv_heads, width, dtype):
+def random_qkv(num_q, num_k, heads, kv_heads, width, dtype, device="cpu"):
     return (
-        torch.randn(num_q, heads, width).to(dtype),
-        torch.randn(num_k, kv_heads, width).to(dtype),
-        torch.randn(num_k, kv_heads, width).to(dtype),
+        torch.randn(num_q, heads, width).to(device, dtype),
+        torch.randn(num_k, kv_heads, width).to(device, dtype),
+        torch.randn(num_k, kv_heads, width).to(device, dtype),
     )
 
 
@@ -33,8 +33,9 @@ def random_qkv(num_q, num_k, heads, kv_heads, width, dtype):
         (20, 20, 0, 1000),
     ],
 )
-def test_run_equals_reference(num_q, num_k, q_start, window, dtype):
-    q, k, v = random_qkv(num_q, num_k, 6, 2, 24, dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_run_equals_reference(num_q, num_k, q_start, window, dtype, device):
+    q, k, v = random_qkv(num_q, num_k, 6, 2, 24, dtype, device)
     options = dict(scale=0.21, q_start=q_start, window=window)
     assert_partial_close(
         sdpa.attend_run(q, k, v, **options), reference.attend_run(q, k, v, **options)

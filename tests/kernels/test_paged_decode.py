@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_partial_close
+from tolerances import DEVICES, assert_partial_close
 
 from sps2_mega.kernels.paged_decode import reference, sdpa
 from sps2_mega.kernels.paged_kv.reference import append
@@ -11,7 +11,7 @@ from sps2_mega.kernels.paged_kv.reference import append
 BLOCK_SIZE = 4
 
 
-def compare(starts, ends, dtype=torch.float32, heads=6, kv_heads=3, width=16):
+def compare(starts, ends, dtype=torch.float32, heads=6, kv_heads=3, width=16, device="cpu"):
     """Rows over a cache whose unused slots are NaN in no-one's block and garbage elsewhere."""
     generator = np.random.default_rng(0)
     counts = [-(-end // BLOCK_SIZE) for end in ends]
@@ -22,17 +22,17 @@ def compare(starts, ends, dtype=torch.float32, heads=6, kv_heads=3, width=16):
     for row, count in enumerate(counts):
         table[row, :count] = ids[used : used + count]
         used += count
-    k_cache = torch.randn(num_blocks, BLOCK_SIZE, kv_heads, width).to(dtype)
-    v_cache = torch.randn(num_blocks, BLOCK_SIZE, kv_heads, width).to(dtype)
+    k_cache = torch.randn(num_blocks, BLOCK_SIZE, kv_heads, width).to(device, dtype)
+    v_cache = torch.randn(num_blocks, BLOCK_SIZE, kv_heads, width).to(device, dtype)
     k_cache[0], v_cache[0] = torch.nan, torch.nan
-    q = torch.randn(len(ends), heads, width).to(dtype)
+    q = torch.randn(len(ends), heads, width).to(device, dtype)
     buckets = sdpa.prepare(
         table,
         np.array(starts, dtype=np.int64),
         np.array(ends, dtype=np.int64),
         block_size=BLOCK_SIZE,
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
     actual = sdpa.paged_decode(q, k_cache, v_cache, buckets, scale=0.3)
     expected = reference.paged_decode(
@@ -49,8 +49,9 @@ def compare(starts, ends, dtype=torch.float32, heads=6, kv_heads=3, width=16):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_rows_of_very_different_lengths(dtype):
-    buckets = compare([0] * 7, [1, 4, 5, 63, 64, 200, 0], dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_very_different_lengths(dtype, device):
+    buckets = compare([0] * 7, [1, 4, 5, 63, 64, 200, 0], dtype, device=device)
     assert len(buckets) > 1
 
 

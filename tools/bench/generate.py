@@ -165,7 +165,8 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of both")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--save", action="store_true", help="write docs/results/generate.json")
+    parser.add_argument("--save", action="store_true", help="write docs/results/NAME.json and .png")
+    parser.add_argument("--name", default="generate", help="of the result files")
     arguments = parser.parse_args()
 
     import torch
@@ -188,6 +189,7 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         resolve_model(arguments.model).path, dtype=getattr(torch, arguments.dtype)
     ).eval()
+    model.to(next(engine.model.parameters()).device)
     texts = source_prompts(arguments.requests, arguments.shortest, arguments.longest)
     prompts = [engine.tokenizer.encode(text) for text in texts]
     result = machine.interleaved(
@@ -208,7 +210,7 @@ def main() -> None:
     result["prompt_lens"] = sorted(map(len, prompts))
     print(json.dumps(result, indent=2))
     if arguments.save:
-        path = machine.save("generate", result)
+        path = machine.save(arguments.name, result)
         plot(result["ratios"], path.with_suffix(".png"))
         print("written:", path)
     engine.shutdown()
