@@ -1,0 +1,1 @@
+"""Parts of tools/train_tiny.py: data, generated tasks, model, initial weights, optimisation, evaluation."""
