@@ -39,6 +39,8 @@ def csa_pieces(
     assert queries.step == 1 and kv_heads.step == 1 and (keys is None or keys.step == 1)
     if keys is None:
         keys = range(queries.stop)
+    if not kv_heads:
+        return []
     heads = _Heads(kv_heads, layer)
     found: list[Piece] = []
     for segment in _segments(pattern, prompt_len, queries, keys):
@@ -48,7 +50,7 @@ def csa_pieces(
         if segment.start in keys:
             dense = dense or segment.start < pattern.sinks
             found += _triangles(pattern, segment, 1 if dense else pattern.degrees[0], heads)
-    return list(_join_queries(found))
+    return _join_queries(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ def _every(positions: range, degree: int, rest: int) -> range:
     return range(positions.start + (rest - positions.start) % degree, positions.stop, degree)
 
 
-def _join_queries(found: list[Piece]) -> Iterator[Piece]:
+def _join_queries(found: list[Piece]) -> list[Piece]:
     """Join rectangles on the same keys whose queries continue each other (the sinks of all segments)."""
     last: dict[tuple[range, range], int] = {}
     joined: list[Piece] = []
@@ -157,4 +159,4 @@ def _join_queries(found: list[Piece]) -> Iterator[Piece]:
         if not piece.causal:
             last[piece.keys, piece.kv_heads] = len(joined)
         joined.append(piece)
-    return iter(joined)
+    return joined

@@ -62,12 +62,11 @@ def long_flops_ratio(
 ) -> float:
     """What `flops_ratio` tends to on many tokens when level l has groups of `group_sizes[l]` ranks, of
     equal shards: the levels are disjoint, so level l counts the ranks that it adds."""
-    power = 2 if sample_queries else 1
     added = [
         outer - inner for inner, outer in itertools.pairwise([0, *group_sizes[: len(degrees)]])
     ]
-    shares = [ranks / degree**power for ranks, degree in zip(added, degrees, strict=True)]
-    return sum(shares) / group_sizes[-1]
+    kept = [degree * degree if sample_queries else degree for degree in degrees]
+    return sum(ranks / part for ranks, part in zip(added, kept, strict=True)) / group_sizes[-1]
 
 
 def visible_keys(

@@ -132,6 +132,9 @@ def test_no_pieces_no_rows_no_keys():
     assert out.dtype == torch.bfloat16
     assert (out == 0).all() and (lse == -torch.inf).all()
     assert sdpa.attend_pieces(q[:0], k, v, [], scale=1.0)[1].shape == (0, 4)
+    no_heads = [x[:, :0] for x in random_qkv(9, 9, 4, 2, 8, torch.float32)]
+    where = dict(length=9, layer=0)
+    assert by_pieces(sdpa.attend_pieces, csa((1, 2), (4,)), no_heads, **where)[1].shape == (9, 0)
 
 
 def test_views_of_a_packed_projection_are_read_in_place():

@@ -10,6 +10,7 @@ Shapes: T queries, S keys, N query heads, K KV heads, H head width; b batch, n h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,30 +35,29 @@ def attend_pieces(
     Raises:
         ValueError: a piece reaches outside the given queries, keys or KV heads.
     """
-    repeats = q_TNH.shape[1] // k_SKH.shape[1]
     out_TNH = torch.zeros(q_TNH.shape, device=q_TNH.device)
-    lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, device=q_TNH.device)
+    lse_TN1 = torch.full((*q_TNH.shape[:2], 1), -torch.inf, device=q_TNH.device)
     q_TNH, k_SKH, v_SKH = (_unit_last_stride(x) for x in (q_TNH, k_SKH, v_SKH))
     for batch in batch_pieces(pieces):
         _check_bounds(batch, q_TNH, k_SKH, q_start, k_start)
-
-        def of_queries(x_TNH: Tensor, batch: Batch = batch) -> Tensor:
-            rows = batch.first.queries
-            return _view(x_TNH, rows, batch.query_step, batch, row_0=q_start, per_head=repeats)
-
-        def of_keys(x_SKH: Tensor, batch: Batch = batch) -> Tensor:
-            return _view(x_SKH, batch.first.keys, batch.key_step, batch, row_0=k_start, per_head=1)
-
-        out_bntH, lse_bnt = _attend_batch(
+        of_queries = partial(
+            _view,
+            batch,
+            batch.first.queries,
+            batch.query_step,
+            row_0=q_start,
+            per_head=q_TNH.shape[1] // k_SKH.shape[1],
+        )
+        of_keys = partial(_view, batch, batch.first.keys, batch.key_step, row_0=k_start, per_head=1)
+        new = _attend_batch(
             of_queries(q_TNH),
             of_keys(k_SKH),
             of_keys(v_SKH),
             scale=scale,
             causal=batch.first.causal,
         )
-        partial = of_queries(out_TNH), of_queries(lse_TN.unsqueeze(2)).squeeze(3)
-        _merge_into(*partial, out_bntH, lse_bnt, fresh=batch.fresh)
-    return out_TNH.to(q_TNH.dtype), lse_TN
+        _merge_into(of_queries(out_TNH), of_queries(lse_TN1).squeeze(3), *new, fresh=batch.fresh)
+    return out_TNH.to(q_TNH.dtype), lse_TN1.squeeze(2)
 
 
 def _unit_last_stride(x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _check_bounds(batch: Batch, q_TNH: Tensor, k_SKH: Tensor, q_start: int, k_st
 
 
 def _view(
-    x: Tensor, rows: range, row_step: int, batch: Batch, *, row_0: int, per_head: int
+    batch: Batch, rows: range, row_step: int, x: Tensor, *, row_0: int, per_head: int
 ) -> Tensor:
     """The rows and heads of a batch in x [rows, heads, width] as [b, n, t, width], sharing memory."""
     row_stride, head_stride, unit = x.stride()
