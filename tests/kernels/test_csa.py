@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_partial_close
+from tolerances import DEVICES, assert_partial_close
 
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
@@ -27,11 +27,11 @@ def csa(degrees, spans, sinks=0, halo=0, tail=0, sample_queries=False):
     )
 
 
-def random_qkv(num_q, num_k, heads, kv_heads, width, dtype):
+def random_qkv(num_q, num_k, heads, kv_heads, width, dtype, device="cpu"):
     return (
-        torch.randn(num_q, heads, width).to(dtype),
-        torch.randn(num_k, kv_heads, width).to(dtype),
-        torch.randn(num_k, kv_heads, width).to(dtype),
+        torch.randn(num_q, heads, width).to(device, dtype),
+        torch.randn(num_k, kv_heads, width).to(device, dtype),
+        torch.randn(num_k, kv_heads, width).to(device, dtype),
     )
 
 
@@ -79,9 +79,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("pattern", "length", "q_start", "heads", "kv_heads", "layer"), CASES)
-def test_pieces_equal_the_definition(pattern, length, q_start, heads, kv_heads, layer, dtype):
-    qkv = random_qkv(length - q_start, length, heads, kv_heads, 24, dtype)
+def test_pieces_equal_the_definition(
+    pattern, length, q_start, heads, kv_heads, layer, dtype, device
+):
+    qkv = random_qkv(length - q_start, length, heads, kv_heads, 24, dtype, device)
     where = dict(length=length, layer=layer, first_kv_head=3, q_start=q_start)
     expected = by_definition(pattern, qkv, **where)
     assert_partial_close(by_pieces(sdpa.attend_pieces, pattern, qkv, **where), expected)
