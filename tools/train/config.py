@@ -117,8 +117,13 @@ def load_train_config(path: Path, device: str) -> TrainConfig:
     )
     corpus = dict(given["corpus"])
     corpus["exclude"] = tuple(corpus.get("exclude", ()))
+    # A longer run on a larger device gives a model of a longer context; nothing else differs.
+    architecture = dataclasses.replace(
+        _architecture(given["architecture"], where),
+        max_position_embeddings=max(stage.max_position for stage in stages),
+    )
     return TrainConfig(
-        architecture=_architecture(given["architecture"], where),
+        architecture=architecture,
         seed=given["seed"],
         corpus=_build(CorpusConfig, corpus, f"{where}: corpus"),
         mix=_mix(given["mix"], where),

@@ -34,7 +34,9 @@ _ONE_SHARE = (
 )
 _LOCAL_SHARPNESS = 10.0  # logit of the right neighbour minus the next one is about 0.6 of it
 _MATCH_SHARPNESS = 2.0
-_COPY_GAIN = 2.5  # of a found token's identity, relative to that of the present token
+# Of a found token's identity, relative to that of the present token. Both query heads of a pair add to it, and
+# the codes that layer 0 added have made the stream sqrt(2) longer, which normalisation takes off again.
+_COPY_GAIN = 2.5
 # Bytes before that the keys of a KV head describe, and how many positions later than at the key the second query head
 # expects them (`= ` before the value, but `== ` before the question).
 _REACH = ((1, 2, 3), (1, 2, 3, 4, 5, 6, 7, 8), (4, 5, 6, 7, 8), (1, 2, 3, 4, 5))
@@ -121,8 +123,7 @@ def _neighbour_heads(model: TinyLlama, layout: HiddenLayout, generator: torch.Ge
         rows[:fast, 0] = size
         values = attention.v_proj.weight[kv_head * dim : (kv_head + 1) * dim]
         values[: len(code), layout.identity] = code
-    # Keeps the size that identities have in the stream.
-    gain = one / math.sqrt(config.hidden_size) / math.sqrt(_ONE_SHARE) * _stream_scale(model)
+    gain = _stream_scale(model)  # codes get the size that identities have in the stream
     for head, target in enumerate(layout.before):
         rows = attention.q_proj.weight[head * dim : (head + 1) * dim]
         rows[:fast, 0] = size * torch.cos(frequencies * (head + 1))

@@ -19,6 +19,7 @@ def test_the_committed_file_has_growing_stages_for_both_devices(device: str) -> 
     lengths = [stage.length for stage in config.stages]
     assert lengths == sorted(lengths) and lengths[-1] >= (2048 if device == "cpu" else 8192)
     assert config.architecture.hidden_size == 256
+    assert config.architecture.max_position_embeddings == max(s.max_position for s in config.stages)
     last = config.num_steps - 1
     assert config.stage_at(0) is config.stages[0]
     assert config.stage_at(config.stages[0].steps) is config.stages[1]
