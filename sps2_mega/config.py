@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sps2_mega.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TRANSPORTS = ("ulysses", "gather")
+TRANSPORTS = ("auto", "ulysses", "gather")
 
 
 def flag(
@@ -130,6 +130,33 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CSAConfig:
+    """Communication-efficient sparse attention in prefill; all degrees 1 is exact attention. `spans=None`: the
+    cells follow the ranks and nodes, as in the paper; they are then resolved per request."""
+
+    degrees: tuple[int, ...] = flag(
+        (1,), "CSA degree of each level, nearest first: a head sees 1 key in d", name="csa-degrees"
+    )
+    spans: tuple[int, ...] | None = flag(
+        None,
+        "tokens of one cell of each CSA level but the last (default: from ranks and nodes)",
+        name="csa-spans",
+    )
+    sinks: int = flag(16, "first tokens that every query sees under CSA", name="csa-sinks")
+    halo: int = flag(128, "keys before its own cell that a query always sees", name="csa-halo")
+    tail: int = flag(128, "last tokens of a prompt that see all keys", name="csa-tail")
+    sample_queries: bool = flag(
+        False,
+        "stride queries too, as the paper does: cheaper, less accurate",
+        name="csa-sample-queries",
+    )
+
+    @property
+    def exact(self) -> bool:
+        return all(degree == 1 for degree in self.degrees)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to start; `model` is a folder or the name of a file in model_configs/."""
 
@@ -140,6 +167,7 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    csa: CSAConfig = field(default_factory=CSAConfig)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto",
         "weights and activations (auto: the checkpoint's on CUDA, float32 on CPU)",
@@ -148,8 +176,10 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = flag(
         "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
     )
-    transport: Literal["ulysses", "gather"] = flag(
-        "ulysses", "how prefill moves data between SP ranks", choices=TRANSPORTS
+    transport: Literal["auto", "ulysses", "gather"] = flag(
+        "auto",
+        "how prefill moves data between SP ranks (auto: ulysses, or gather with CSA)",
+        choices=TRANSPORTS,
     )
     max_model_len: int | None = flag(None, "longest prompt plus output (default: the model's)")
     threads: int | None = flag(

@@ -57,7 +57,16 @@ def flags_of(config: type, path: tuple[str, ...] = ()) -> Iterator[FlagSpec]:
 def add_flags(parser: argparse._ActionsContainer, config: type) -> None:
     """Adds the flags of `config`; what is not given on the command line stays absent."""
     for spec in flags_of(config):
-        text = spec.help if spec.default is None else f"{spec.help} (default: {spec.default})"
+        if spec.read is bool:
+            parser.add_argument(
+                f"--{spec.name}",
+                dest=spec.dest,
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help=spec.help.replace("%", "%%"),
+            )
+            continue
+        text = spec.help if spec.default is None else f"{spec.help} (default: {_shown(spec.default)})"
         parser.add_argument(
             f"--{spec.name}",
             dest=spec.dest,
@@ -87,9 +96,12 @@ def _build(config: type[Config], given: dict[str, Any], path: tuple[str, ...]) -
 
 
 def _reader(hint: Any) -> tuple[Callable[[str], Any], str]:
-    """How to read a value of a type: int, float, str, a Literal of strings, tuples of ints, and None of each."""
+    """How to read a value of a type: bool (a flag without a value), int, float, str, a Literal of strings,
+    tuples of ints, and None of each."""
     if isinstance(hint, types.UnionType):
         (hint,) = (member for member in typing.get_args(hint) if member is not types.NoneType)
+    if hint is bool:
+        return bool, ""
     if hint is int:
         return int, "N"
     if hint is float:
@@ -99,6 +111,10 @@ def _reader(hint: Any) -> tuple[Callable[[str], Any], str]:
     if hint is str or typing.get_origin(hint) is typing.Literal:
         return str, "NAME"
     raise TypeError(f"no flag can be made of a field of type {hint}")
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def integers(text: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ A pool survives a call in which all ranks return, or all raise the same exceptio
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -31,6 +32,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 TESTS = Path(__file__).resolve().parent
 MAX_PROCESSES = 8
@@ -236,6 +239,11 @@ class _Rank:
 
     def kill(self) -> None:
         self.connection.close()
+        # Libraries may have started processes of their own (Megatron's checkpoint writer does).
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
         self._process.kill()
         self._process.wait()
         self._log.close()

@@ -245,6 +245,12 @@ def test_command_line_flags_are_the_frozen_ones():
 
 FROZEN_FLAGS = {
     "block-size",
+    "csa-degrees",
+    "csa-halo",
+    "csa-sample-queries",
+    "csa-sinks",
+    "csa-spans",
+    "csa-tail",
     "device",
     "dtype",
     "kv-memory-fraction",

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from sps2_mega.comm.collectives import all_gather_rows, all_to_all_flat
-from sps2_mega.kernels.lse.reference import merge
+from sps2_mega.attention.partials import bring_home
+from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.kernels.paged_decode.sdpa import Bucket, paged_decode
 from sps2_mega.kernels.paged_kv.reference import append
 from sps2_mega.kv_cache.pool import KVPool
@@ -55,24 +54,4 @@ class DecodeAttention:
         append(k_cache, v_cache, k_TKH, v_TKH, self._slots_T)
         q_BNH = all_gather_rows(q_TNH, self._counts, self._group)
         out_BNH, lse_BN = paged_decode(q_BNH, k_cache, v_cache, self._buckets, scale=scale)
-        if self._group.size == 1:
-            return out_BNH
-        return self._bring_home(out_BNH, lse_BN)
-
-    def _bring_home(self, out_BNH: Tensor, lse_BN: Tensor) -> Tensor:
-        """Exchange partials as bytes, out in its own type and lse in float32, and merge them."""
-        heads = out_BNH.shape[1]
-        out_bytes = out_BNH.contiguous().view(torch.uint8)
-        lse_bytes = lse_BN.unsqueeze(-1).contiguous().view(torch.uint8)
-        packed = torch.cat([out_bytes, lse_bytes], -1)
-        row = heads * packed.shape[-1]
-        mine = self._counts[self._group.rank]
-        received = all_to_all_flat(
-            packed.flatten(),
-            [count * row for count in self._counts],
-            [mine * row] * self._group.size,
-            self._group,
-        ).view(self._group.size, mine, heads, packed.shape[-1])
-        out_PTNH = received[..., :-4].contiguous().view(out_BNH.dtype)
-        lse_PTN = received[..., -4:].contiguous().view(torch.float32).squeeze(-1)
-        return merge(out_PTNH, lse_PTN)[0]
+        return bring_home(out_BNH, lse_BN, self._counts, self._group)

@@ -26,4 +26,4 @@ class PrefillAttention:
         window: int | None,
     ) -> Tensor:
         append(*self._pool.layer(layer), k_TKH, v_TKH, self._slots_T)
-        return self._transport.attend(q_TNH, k_TKH, v_TKH, scale=scale, window=window)
+        return self._transport.attend(layer, q_TNH, k_TKH, v_TKH, scale=scale, window=window)

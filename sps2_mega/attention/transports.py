@@ -21,9 +21,16 @@ from sps2_mega.parallel.groups import Group
 
 class Transport(Protocol):
     def attend(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
-        """Exact causal attention of this rank's tokens (local order) -> out [T, N, H]."""
+        """Causal attention of this rank's tokens (local order) -> out [T, N, H]."""
         ...
 
 
@@ -47,7 +54,14 @@ class Gather:
         self._seq_starts = layout.seq_starts()
 
     def attend(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         k_SKH, v_SKH = (
             _reorder(all_gather_rows(x, self._layout.counts, self._group), self._index)
@@ -82,7 +96,14 @@ class Ulysses:
         self._seq_starts = layout.seq_starts()
 
     def attend(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        *,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         num_heads, num_kv_heads = q_TNH.shape[1], k_TKH.shape[1]
         shares = split_heads(num_heads, num_kv_heads, self._group.size)

@@ -17,7 +17,9 @@ from torch import Tensor
 from sps2_mega.attention.decode import DecodeAttention
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.prefill import PrefillAttention
-from sps2_mega.attention.transports import make_transport
+from sps2_mega.attention.spans import SparsePrefill
+from sps2_mega.attention.sparse_gather import SparseGather
+from sps2_mega.attention.transports import Transport, make_transport
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.kernels.paged_decode.sdpa import prepare
 from sps2_mega.kv_cache.pool import KVPool
@@ -44,9 +46,10 @@ def prefill_input(
     group: Group,
     *,
     transport: str,
+    sparse: SparsePrefill | None = None,
     device: torch.device,
 ) -> StepInput:
-    """Enters the items' sequences into `tables` and lays out their tokens."""
+    """Enters the items' sequences into `tables` and lays out their tokens; with `sparse` prefill is CSA."""
     layout = build_layout(
         [item.block_ranks for item in items],
         [len(item.token_ids) for item in items],
@@ -68,15 +71,20 @@ def prefill_input(
             items_by_rank[run.rank].append(run.sequence)
             if run.rank == group.rank:
                 rows.append(run.local_start + run.end - run.start - 1)
+    chosen: Transport
+    if sparse is None:
+        chosen = make_transport(transport, layout, group, device)
+    else:
+        prompt_lens = [item.num_prompt_tokens for item in items]
+        patterns = [sparse.pattern(length) for length in prompt_lens]
+        chosen = SparseGather(layout, patterns, prompt_lens, sparse.kv_heads, group, device)
     for item in items:
         tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
     return StepInput(
         tokens_T=_join(tokens, device),
         positions_T=_join(positions, device),
         rows_R=_tensor(rows, device),
-        attention=PrefillAttention(
-            pool, _join(slots, device), make_transport(transport, layout, group, device)
-        ),
+        attention=PrefillAttention(pool, _join(slots, device), chosen),
         items_by_rank=items_by_rank,
     )
 

@@ -15,12 +15,12 @@ from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.plan_codec import decode, encode
+from sps2_mega.engine.prefill_choice import prompt_layout
 from sps2_mega.engine.scheduler import Scheduler
 from sps2_mega.engine.seeds import derive_seed, derive_seed_from_text
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
-from sps2_mega.kv_cache.placement import Layout
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import finalize
 from sps2_mega.parallel.launcher import from_environment
@@ -34,7 +34,6 @@ from sps2_mega.types import (
 )
 
 _SHUTDOWN = b""
-_LAYOUTS: dict[str, Layout] = {"ulysses": "contiguous", "gather": "zigzag"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +84,7 @@ class Engine:
             max_model_len=rank.max_model_len,
             vocab_size=self.model_config.vocab_size,
             eos_token_ids=self.model_config.eos_token_ids,
-            layout=_LAYOUTS[config.transport],
+            layout=prompt_layout(rank.transport, config.csa),
         )
         self.max_model_len = self._scheduler.max_len
         self._outputs = OutputProcessor(self.tokenizer)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.config import ModelConfig
 from sps2_mega.engine.batching import StepInput, decode_input, prefill_input
@@ -53,11 +54,13 @@ class Executor:
         groups: ParallelGroups,
         *,
         transport: str,
+        sparse: SparsePrefill | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.model, self._config, self._pool, self._groups = model, config, pool, groups
-        self._transport, self._dtype, self._device = transport, dtype, device
+        self._transport, self._sparse = transport, sparse
+        self._dtype, self._device = dtype, device
         self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
         self._sampling: dict[int, _Sampling] = {}
 
@@ -78,6 +81,7 @@ class Executor:
                 self._pool,
                 self._groups.sp,
                 transport=self._transport,
+                sparse=self._sparse,
                 device=self._device,
             )
         else:

@@ -10,20 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from sps2_mega.checkpoint.load import load_weights
 from sps2_mega.checkpoint.resolve import ResolvedModel, resolve_model
-from sps2_mega.checkpoint.sharding import check_tp, num_query_groups
+from sps2_mega.checkpoint.sharding import check_tp
 from sps2_mega.checkpoint.source import open_checkpoint
-from sps2_mega.comm.collectives import minimum
 from sps2_mega.comm.lifeline import Lifeline
 from sps2_mega.config import EngineConfig, ModelConfig
+from sps2_mega.engine.cache_setup import allocate_cache
 from sps2_mega.engine.executor import Executor
-from sps2_mega.engine.memory import activation_bytes, num_kv_blocks
+from sps2_mega.engine.prefill_choice import choose_transport, sparse_prefill
 from sps2_mega.errors import CheckpointError, ConfigError
-from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import (
     Compute,
@@ -50,6 +48,7 @@ class StartedRank:
     executor: Executor
     num_blocks: int
     max_model_len: int
+    transport: str
 
 
 def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -> StartedRank:
@@ -67,8 +66,11 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
             refuse(info, str(error))
         raise
     model = resolved.config
+    transport = choose_transport(config.transport, config.csa, model)
     store = open_store(info)
     topology = agree_topology(store, info, config.parallel)
+    tp_rank, _ = topology.coordinates(info.rank)
+    sparse = sparse_prefill(config, model, topology, tp_rank=tp_rank)
     lifeline = Lifeline.start(
         info,
         publish=lambda address: store.set("sps2/lifeline", address),
@@ -82,7 +84,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         joined = time.monotonic()
         gpt = _load_model(resolved, groups, compute, show_progress=show_progress)
         loaded = time.monotonic()
-        pool, num_blocks = _allocate_cache(config, model, groups, compute, info, max_model_len)
+        pool, num_blocks = allocate_cache(config, model, groups, compute, info, max_model_len)
         if info.rank == 0:
             log.info(
                 "%s: %d ranks (tp=%d sp=%d levels=%s) on %s in %s; joined in %.1f s, weights in %.1f s, "
@@ -103,7 +105,8 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         model,
         pool,
         groups,
-        transport=config.transport,
+        transport=transport,
+        sparse=sparse,
         dtype=compute.dtype,
         device=compute.device,
     )
@@ -114,6 +117,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         executor=executor,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
+        transport=transport,
     )
 
 
@@ -123,6 +127,7 @@ def _check_on_this_rank(
     """What can be refused without other ranks: (model, compute, longest sequence)."""
     resolved = resolve_model(config.model, tokenizer=config.tokenizer)
     check_tp(resolved.config, config.parallel.tp)
+    choose_transport(config.transport, config.csa, resolved.config)
     max_model_len = resolve_max_model_len(config.max_model_len, resolved.config)
     compute = choose_compute(config.device, config.dtype, resolved.config.dtype, info.local_rank)
     if compute.device.type == "cpu":
@@ -194,56 +199,3 @@ def _progress_bar(name: str, show: bool) -> Iterator[Callable[[int, int], None] 
             bar.update(done - bar.n)
 
         yield on_bytes
-
-
-def _allocate_cache(
-    config: EngineConfig,
-    model: ModelConfig,
-    groups: ParallelGroups,
-    compute: Compute,
-    info: LaunchInfo,
-    max_model_len: int,
-) -> tuple[KVPool, int]:
-    """The pool and its number of blocks, on which all ranks agree by the minimum."""
-    block_size, sp = config.cache.block_size, groups.sp.size
-    if block_size < 1:
-        raise ConfigError(f"block_size must be at least 1, got {block_size}")
-    num_kv_heads = num_query_groups(model, groups.tp.size) // groups.tp.size
-    bytes_per_block = KVPool.bytes_per_block(
-        num_layers=model.num_layers,
-        block_size=block_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=compute.dtype,
-    )
-    blocks_per_sequence = -(-max_model_len // block_size)
-    num_blocks = num_kv_blocks(
-        config.cache,
-        bytes_per_block=bytes_per_block,
-        free_bytes=_free_bytes(compute.device, info),
-        activation_bytes=activation_bytes(
-            model,
-            tp=groups.tp.size,
-            num_tokens=max(config.scheduler.max_prefill_tokens, max_model_len) // sp + 1,
-            itemsize=compute.dtype.itemsize,
-        ),
-        # Sequences are spread over ranks as equally as whole blocks allow; one block each for the rest.
-        useful_blocks=config.scheduler.max_running * (-(-blocks_per_sequence // sp) + 1),
-    )
-    num_blocks = minimum(num_blocks, groups.control)
-    pool = KVPool(
-        num_layers=model.num_layers,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=compute.dtype,
-        device=compute.device,
-    )
-    return pool, num_blocks
-
-
-def _free_bytes(device: torch.device, info: LaunchInfo) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available) // info.local_world_size

@@ -8,6 +8,7 @@ Lines and records are `batch_input`'s and `batch_records`'; the file on disk is 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -168,8 +169,15 @@ class BatchJob:
 def fingerprint(
     config: EngineConfig, sampling: Mapping[str, Any], input_sha256: str
 ) -> dict[str, Any]:
-    """What two runs must share so that their answers are the same; the number of ranks is not part of it."""
+    """What two runs must share so that their answers are the same. The number of ranks is part of it only
+    where the spans of sparse attention follow the ranks."""
+    csa = None
+    if not config.csa.exact:
+        csa = dataclasses.asdict(config.csa) | {"degrees": list(config.csa.degrees)}
+        spans = config.csa.spans
+        csa["spans"] = f"{config.parallel.sp} ranks" if spans is None else list(spans)
     return {
+        "csa": csa,
         "input_sha256": input_sha256,
         "model": _place(config.model),
         "tokenizer": None if config.tokenizer is None else _place(config.tokenizer),

@@ -90,7 +90,9 @@ def test_logits_are_those_of_transformers_at_any_tp(
         with torch.inference_mode():
             expected[case] = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
     # Weights of size one make logits of about a hundred.
-    scale = max(logits.abs().max().item() for references in expected.values() for logits in references)
+    scale = max(
+        logits.abs().max().item() for references in expected.values() for logits in references
+    )
     assert_logits(expected, roots, prompts, tp=tp, sp=1, tolerance=1e-5 * scale)
 
 

@@ -9,7 +9,13 @@ from engine_run import run_engine
 from sps2_mega.errors import Refusal
 from sps2_mega.types import FinishReason
 
-LAYOUTS = [(2, 1, "ulysses"), (1, 2, "gather"), (1, 3, "ulysses"), (2, 2, "ulysses"), (1, 4, "gather")]
+LAYOUTS = [
+    (2, 1, "ulysses"),
+    (1, 2, "gather"),
+    (1, 3, "ulysses"),
+    (2, 2, "ulysses"),
+    (1, 4, "gather"),
+]
 LENGTHS = (5, 1, 40, 16, 77, 200, 33, 129, 64)
 PARAMS = [
     dict(temperature=0.0),
@@ -108,9 +114,7 @@ def test_a_request_without_finite_logits_fails_alone(model, one_rank, sp):
     good = requests()
     bad = ([3, poison] * 40, dict(max_tokens=24))
     asked = [*good[:4], bad, *good[4:], *good]
-    outputs = run_engine(
-        model | dict(cache=dict(num_blocks=60)), asked, sp=sp, poison=poison
-    )
+    outputs = run_engine(model | dict(cache=dict(num_blocks=60)), asked, sp=sp, poison=poison)
     assert outputs[4].completions == []
     assert "no finite logits" in outputs[4].error
     assert_same(outputs[:4] + outputs[5:], one_rank + one_rank)

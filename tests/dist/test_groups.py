@@ -62,7 +62,9 @@ def disagree_on_rank(rank, port):
 
 
 def test_ranks_that_disagree_are_told_before_any_collective():
-    with pytest.raises(RankError, match="ranks disagree: rank 0 has tp=2 sp=1.*rank 1 has tp=1 sp=2"):
+    with pytest.raises(
+        RankError, match="ranks disagree: rank 0 has tp=2 sp=1.*rank 1 has tp=1 sp=2"
+    ):
         run_ranks(disagree_on_rank, 2, free_port())
 
 
@@ -106,11 +108,14 @@ def test_collectives_on_ragged_rows():
             ((9, 2, 3), [0.0] * 3 + [1.0] * 3 + [2.0] * 3),
             ((1, 2, 3), [1.0]),
         ]
-        assert received == [
-            [0.0, 10.0, 10.0],
-            [11.0, 11.0, 21.0, 21.0, 21.0],
-            [2.0, 2.0, 2.0, 2.0, 22.0],
-        ][rank]
+        assert (
+            received
+            == [
+                [0.0, 10.0, 10.0],
+                [11.0, 11.0, 21.0, 21.0, 21.0],
+                [2.0, 2.0, 2.0, 2.0, 22.0],
+            ][rank]
+        )
         assert whole == [[0, 1, 100, 101, 200, 201], [2, 3, 102, 103, 202, 203]]
         assert empty == (0, 6)
         assert texts == [True] * 4

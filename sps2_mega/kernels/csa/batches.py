@@ -50,6 +50,27 @@ def batch_pieces(pieces: Sequence[Piece]) -> list[Batch]:
     return batches
 
 
+def split_triangles(pieces: Sequence[Piece], longest: int) -> list[Piece]:
+    """The same work with triangles of at most `longest` queries: a longer one becomes two triangles and the
+    rectangle between them, cut so that all small triangles but the last are of one size."""
+    split: list[Piece] = []
+    for piece in pieces:
+        rows = len(piece.queries)
+        if not piece.causal or rows <= longest:
+            split.append(piece)
+            continue
+        half = longest
+        while 2 * half < rows:
+            half *= 2
+        corners = [
+            replace(piece, queries=piece.queries[part], keys=piece.keys[part])
+            for part in (slice(half), slice(half, None))
+        ]
+        split += split_triangles(corners, longest)
+        split.append(Piece(piece.queries[half:], piece.keys[:half], piece.kv_heads))
+    return split
+
+
 def _by_shape(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     groups: dict[tuple[object, ...], list[Piece]] = {}
     for piece in sorted(pieces, key=lambda piece: (not piece.causal, piece.queries[0])):

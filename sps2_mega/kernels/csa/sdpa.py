@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from sps2_mega.kernels.attention.sdpa import attend
-from sps2_mega.kernels.csa.batches import Batch, batch_pieces
+from sps2_mega.kernels.csa.batches import Batch, batch_pieces, split_triangles
 from sps2_mega.kernels.csa.piece import Piece
+
+# Along the diagonal torch's CPU kernel computes whole blocks of 512 keys: 256 per row for nothing, a fifth of
+# a triangle of 2048. Small triangles and the rectangles between them do with a quarter of that.
+_LONGEST_TRIANGLE_CPU = 128
 
 
 def attend_pieces(
@@ -38,6 +42,8 @@ def attend_pieces(
     out_TNH = torch.zeros(q_TNH.shape, device=q_TNH.device)
     lse_TN1 = torch.full((*q_TNH.shape[:2], 1), -torch.inf, device=q_TNH.device)
     q_TNH, k_SKH, v_SKH = (_unit_last_stride(x) for x in (q_TNH, k_SKH, v_SKH))
+    if q_TNH.device.type == "cpu":
+        pieces = split_triangles(pieces, _LONGEST_TRIANGLE_CPU)
     for batch in batch_pieces(pieces):
         _check_bounds(batch, q_TNH, k_SKH, q_start, k_start)
         of_queries = partial(

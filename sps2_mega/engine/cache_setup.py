@@ -1,0 +1,69 @@
+"""Making this rank's share of the KV cache: as many blocks as its memory holds and all ranks can have."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from sps2_mega.checkpoint.sharding import num_query_groups
+from sps2_mega.comm.collectives import minimum
+from sps2_mega.config import EngineConfig, ModelConfig
+from sps2_mega.engine.memory import activation_bytes, num_kv_blocks
+from sps2_mega.errors import ConfigError
+from sps2_mega.kv_cache.pool import KVPool
+from sps2_mega.mcore.init import Compute
+from sps2_mega.parallel.groups import ParallelGroups
+from sps2_mega.parallel.launcher import LaunchInfo
+
+
+def allocate_cache(
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    compute: Compute,
+    info: LaunchInfo,
+    max_model_len: int,
+) -> tuple[KVPool, int]:
+    """The pool and its number of blocks, on which all ranks agree by the minimum."""
+    block_size, sp = config.cache.block_size, groups.sp.size
+    if block_size < 1:
+        raise ConfigError(f"block_size must be at least 1, got {block_size}")
+    num_kv_heads = num_query_groups(model, groups.tp.size) // groups.tp.size
+    bytes_per_block = KVPool.bytes_per_block(
+        num_layers=model.num_layers,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=compute.dtype,
+    )
+    blocks_per_sequence = -(-max_model_len // block_size)
+    num_blocks = num_kv_blocks(
+        config.cache,
+        bytes_per_block=bytes_per_block,
+        free_bytes=_free_bytes(compute.device, info),
+        activation_bytes=activation_bytes(
+            model,
+            tp=groups.tp.size,
+            num_tokens=max(config.scheduler.max_prefill_tokens, max_model_len) // sp + 1,
+            itemsize=compute.dtype.itemsize,
+        ),
+        # Sequences are spread over ranks as equally as whole blocks allow; one block each for the rest.
+        useful_blocks=config.scheduler.max_running * (-(-blocks_per_sequence // sp) + 1),
+    )
+    num_blocks = minimum(num_blocks, groups.control)
+    pool = KVPool(
+        num_layers=model.num_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=compute.dtype,
+        device=compute.device,
+    )
+    return pool, num_blocks
+
+
+def _free_bytes(device: torch.device, info: LaunchInfo) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) // info.local_world_size
