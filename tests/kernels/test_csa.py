@@ -10,7 +10,7 @@ from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
 from sps2_mega.kernels.attention.reference import attend_run
 from sps2_mega.kernels.csa import reference, sdpa
-from sps2_mega.kernels.csa.batches import batch_pieces
+from sps2_mega.kernels.csa.batches import batch_pieces, split_triangles
 from sps2_mega.kernels.csa.piece import Piece
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -221,6 +221,33 @@ def test_batches_hold_every_pair_once_and_fresh_ones_come_first(
         seen.update(pairs)
     assert set(seen.values()) == {1}
     assert len(seen) == sum(piece.num_pairs * len(piece.kv_heads) for piece in pieces)
+
+
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 3), st.integers(1, 9))
+def test_split_triangles_are_small_and_hold_the_same_pairs(rows, step, offset, longest):
+    queries = range(offset, offset + rows * step, step)
+    keys = range(0, rows * step, step)
+    pieces = split_triangles([Piece(queries, keys, range(2), causal=True)], longest)
+    assert all(len(piece.queries) <= longest for piece in pieces if piece.causal)
+    pairs = [
+        (i, j)
+        for piece in pieces
+        for t, i in enumerate(piece.queries)
+        for j in (piece.keys[: t + 1] if piece.causal else piece.keys)
+    ]
+    assert sorted(pairs) == [(i, j) for t, i in enumerate(queries) for j in keys[: t + 1]]
+
+
+def test_long_triangles_equal_the_definition():
+    """Longer than what one call does on a CPU, whole and with a stride."""
+    for degrees in ((1, 4), (2, 3)):
+        pattern = csa(degrees, (300,), sinks=7, halo=33, tail=20)
+        qkv = random_qkv(811, 811, 2, 1, 8, torch.float32)
+        where = dict(length=811, layer=1)
+        assert_partial_close(
+            by_pieces(sdpa.attend_pieces, pattern, qkv, **where),
+            by_definition(pattern, qkv, **where),
+        )
 
 
 def test_cells_of_one_span_share_calls():
