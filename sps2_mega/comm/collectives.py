@@ -1,7 +1,8 @@
 """The collectives the runtime uses, on tensors whose row counts may differ between ranks (also zero).
 
 Groups are arguments; a group of one rank makes each of them a local no-op with the same return shape.
-Row counts of all ranks are always known from the plan, so no sizes are exchanged.
+Row counts of all ranks are always known from the plan, so no sizes are exchanged. What a rank sends of model
+data is counted on its group (`Group.traffic`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
         x = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
     gathered = x.new_empty(group.size * longest, *x.shape[1:])
     _all_gather_single(gathered, x.contiguous(), group=group.handle)
+    group.traffic.bytes_sent += x.nbytes * (group.size - 1)
     if min(counts) == longest:
         return gathered
     parts = gathered.split(longest)
@@ -45,6 +47,8 @@ def all_to_all_flat(
     if group.size == 1:
         return x
     received = x.new_empty(sum(receive_sizes))
+    kept = send_sizes[group.rank]
+    group.traffic.bytes_sent += (sum(send_sizes) - kept) * x.itemsize
     dist.all_to_all_single(received, x, list(receive_sizes), list(send_sizes), group=group.handle)
     return received
 
@@ -55,6 +59,7 @@ def all_gather_last_dim(x: Tensor, group: Group) -> Tensor:
         return x if group.size == 1 else x.new_empty(0, x.shape[-1] * group.size)
     gathered = x.new_empty(group.size, *x.shape)
     _all_gather_single(gathered.view(-1, x.shape[-1]), x.contiguous(), group=group.handle)
+    group.traffic.bytes_sent += x.nbytes * (group.size - 1)
     return gathered.movedim(0, -2).reshape(*x.shape[:-1], -1)
 
 

@@ -23,6 +23,7 @@ def allocate_cache(
     compute: Compute,
     info: LaunchInfo,
     max_model_len: int,
+    transport: str,
 ) -> tuple[KVPool, int]:
     """The pool and its number of blocks, on which all ranks agree by the minimum."""
     block_size, sp = config.cache.block_size, groups.sp.size
@@ -44,8 +45,10 @@ def allocate_cache(
         activation_bytes=activation_bytes(
             model,
             tp=groups.tp.size,
-            num_tokens=max(config.scheduler.max_prefill_tokens, max_model_len) // sp + 1,
+            sp=sp,
+            num_tokens=max(config.scheduler.max_prefill_tokens, max_model_len),
             itemsize=compute.dtype.itemsize,
+            gathers_keys=transport == "gather",
         ),
         # Sequences are spread over ranks as equally as whole blocks allow; one block each for the rest.
         useful_blocks=config.scheduler.max_running * (-(-blocks_per_sequence // sp) + 1),

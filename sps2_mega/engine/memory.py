@@ -10,13 +10,18 @@ from sps2_mega.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
-def activation_bytes(model: ModelConfig, *, tp: int, num_tokens: int, itemsize: int) -> int:
-    """Upper estimate of what one layer holds at once for `num_tokens` local tokens: residual stream and
-    its norm, q/k/v with their exchange buffers, and the MLP's inner tensors."""
-    heads = model.num_heads + 2 * max(model.num_kv_heads, tp)
+def activation_bytes(
+    model: ModelConfig, *, tp: int, sp: int, num_tokens: int, itemsize: int, gathers_keys: bool
+) -> int:
+    """Upper estimate of what one layer holds at once on a rank for a step of `num_tokens` tokens: residual
+    stream and its norm, q/k/v with their exchange buffers, and the MLP's inner tensors of its share; where
+    keys are gathered also K and V of all tokens, in the order they come and in sequence order."""
+    kv_heads = max(model.num_kv_heads, tp)
+    heads = model.num_heads + 2 * kv_heads
     inner = (3 if model.gated else 2) * model.ffn_hidden_size
     width = 4 * model.hidden_size + (3 * heads * model.head_dim + inner) // tp
-    return num_tokens * width * itemsize
+    gathered = 4 * kv_heads * model.head_dim // tp if gathers_keys and sp > 1 else 0
+    return (-(-num_tokens // sp) * width + num_tokens * gathered) * itemsize
 
 
 def num_kv_blocks(

@@ -84,7 +84,9 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         joined = time.monotonic()
         gpt = _load_model(resolved, groups, compute, show_progress=show_progress)
         loaded = time.monotonic()
-        pool, num_blocks = allocate_cache(config, model, groups, compute, info, max_model_len)
+        pool, num_blocks = allocate_cache(
+            config, model, groups, compute, info, max_model_len, transport
+        )
         if info.rank == 0:
             log.info(
                 "%s: %d ranks (tp=%d sp=%d levels=%s) on %s in %s; joined in %.1f s, weights in %.1f s, "

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that this rank has sent to other ranks over one group; what it keeps for itself does not count.
+    A gather counts as a ring of its shard to each other rank."""
+
+    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +25,7 @@ class Group:
     rank: int
     size: int
     handle: ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
 
 SINGLE = Group(rank=0, size=1)

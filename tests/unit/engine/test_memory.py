@@ -1,7 +1,7 @@
 import pytest
 
-from sps2_mega.config import CacheConfig
-from sps2_mega.engine.memory import num_kv_blocks
+from sps2_mega.config import CacheConfig, ModelConfig
+from sps2_mega.engine.memory import activation_bytes, num_kv_blocks
 from sps2_mega.errors import ConfigError
 
 MIB = 2**20
@@ -43,3 +43,24 @@ def test_what_cannot_work_is_said_with_numbers(cache, free, words):
         blocks(cache, free_bytes=free)
     for word in words:
         assert word in str(error.value)
+
+
+def test_gathered_keys_are_counted_for_all_tokens_and_only_where_they_are_gathered():
+    model = ModelConfig(
+        family="llama",
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=100,
+        max_position_embeddings=64,
+    )
+    options = dict(num_tokens=1001, itemsize=2)
+    ulysses = activation_bytes(model, tp=1, sp=4, gathers_keys=False, **options)
+    gather = activation_bytes(model, tp=1, sp=4, gathers_keys=True, **options)
+    assert gather - ulysses == 1001 * 4 * 2 * 8 * 2
+    alone = activation_bytes(model, tp=1, sp=1, gathers_keys=True, **options)
+    assert alone == activation_bytes(model, tp=1, sp=1, gathers_keys=False, **options)
+    assert ulysses * 1001 == alone * 251  # a rank's share is rounded up
