@@ -30,8 +30,6 @@ class BatchMaker:
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
         self._config = config
         self._stream = corpus.train_stream()
-        self._kinds = list(config.mix)
-        self._shares = np.array([config.mix[kind] for kind in self._kinds])
         longest = max(stage.length for stage in config.stages)
         self._long_files = [text for text in corpus.train.values() if len(text) > 2 * longest]
         sizes = np.array([len(text) for text in self._long_files], dtype=float)
@@ -40,7 +38,7 @@ class BatchMaker:
     def batch(self, step: int) -> Batch:
         rng = np.random.default_rng([self._config.seed, step])
         stage = self._config.stage_at(step)
-        documents = [self._document(rng, stage.length) for _ in range(stage.batch)]
+        documents = [self._document(rng, stage) for _ in range(stage.batch)]
         targets = np.stack([tokens for tokens, _ in documents]).astype(np.int64)
         first = np.full((stage.batch, 1), BOS)
         return Batch(
@@ -50,8 +48,9 @@ class BatchMaker:
             positions=np.stack([positions(rng, stage) for _ in range(stage.batch)]),
         )
 
-    def _document(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        kind = self._kinds[rng.choice(len(self._kinds), p=self._shares)]
+    def _document(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        length = stage.length
+        kind = list(stage.mix)[rng.choice(len(stage.mix), p=np.array(list(stage.mix.values())))]
         if kind == "code":
             start = rng.integers(len(self._stream) - length)
             tokens = self._stream[start : start + length]

@@ -45,13 +45,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """`steps` batches of `batch` sequences of `length` tokens."""
+    """`steps` batches of `batch` sequences of `length` tokens.
+
+    `mix` is the share of each kind of document: "code" or one of `tasks.KINDS`.
+    """
 
     length: int
     batch: int
     steps: int
     jump: float
     max_position: int
+    mix: dict[str, float]
 
     def __post_init__(self) -> None:
         if self.max_position < self.length:
@@ -65,12 +69,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One run on one kind of device. `mix` maps kinds of documents (`tasks.KINDS` and "code") to shares."""
+    """One run on one kind of device."""
 
     architecture: ModelConfig
     seed: int
     corpus: CorpusConfig
-    mix: dict[str, float]
     optimizer: OptimizerConfig
     stages: tuple[Stage, ...]
     compile: bool
@@ -105,14 +108,18 @@ def load_train_config(path: Path, device: str) -> TrainConfig:
     """
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     where = str(path)
-    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"stages", "compile"} | {"runs"}
+    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"stages", "compile"} | {
+        "mixes",
+        "runs",
+    }
     _check(given, known, where)
     if device not in given["runs"]:
         raise ConfigError(f"{where}: runs has no {device!r}, only {sorted(given['runs'])}")
     run = given["runs"][device]
     _check(run, {"compile", "stages"}, f"{where}: runs.{device}")
+    mixes = {name: _mix(mix, f"{where}: mixes.{name}") for name, mix in given["mixes"].items()}
     stages = tuple(
-        _build(Stage, stage, f"{where}: runs.{device}.stages[{i}]")
+        _stage(stage, mixes, f"{where}: runs.{device}.stages[{i}]")
         for i, stage in enumerate(run["stages"])
     )
     corpus = dict(given["corpus"])
@@ -126,7 +133,6 @@ def load_train_config(path: Path, device: str) -> TrainConfig:
         architecture=architecture,
         seed=given["seed"],
         corpus=_build(CorpusConfig, corpus, f"{where}: corpus"),
-        mix=_mix(given["mix"], where),
         optimizer=_build(OptimizerConfig, given["optimizer"], f"{where}: optimizer"),
         stages=stages,
         compile=run["compile"],
@@ -146,16 +152,27 @@ def _architecture(name: str, where: str) -> ModelConfig:
 def _mix(given: dict[str, float], where: str) -> dict[str, float]:
     from tools.train.tasks import KINDS
 
-    check_keys(given, {"code", *KINDS}, f"{where}: mix")
+    check_keys(given, {"code", *KINDS}, where)
     if abs(sum(given.values()) - 1) > 1e-6 or min(given.values()) < 0:
-        raise ConfigError(f"{where}: the shares of mix must sum to 1, got {sum(given.values()):g}")
+        raise ConfigError(f"{where}: the shares must sum to 1, got {sum(given.values()):g}")
     return dict(given)
+
+
+def _stage(given: dict[str, Any], mixes: dict[str, dict[str, float]], where: str) -> Stage:
+    if given.get("mix") not in mixes:
+        raise ConfigError(f"{where}: mix must be one of {sorted(mixes)}, got {given.get('mix')!r}")
+    return _build(Stage, given | {"mix": mixes[given["mix"]]}, where)
 
 
 def _build(cls: Any, given: dict[str, Any], where: str) -> Any:
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     _check(given, set(fields), where)
-    allowed = {"int": int, "float": (int, float), "tuple[str, ...]": tuple}
+    allowed = {
+        "int": int,
+        "float": (int, float),
+        "tuple[str, ...]": tuple,
+        "dict[str, float]": dict,
+    }
     for name, value in given.items():
         if not isinstance(value, allowed[fields[name]]) or isinstance(value, bool):
             raise ConfigError(f"{where}: {name} must be {fields[name]}, got {value!r}")

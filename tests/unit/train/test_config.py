@@ -33,8 +33,9 @@ def test_the_committed_file_has_growing_stages_for_both_devices(device: str) -> 
     [
         ({"sed": 1}, "sed"),
         ({"seed": None}, "seed"),
-        ({"mix": {"code": 0.5, "passkey": 0.4}}, "0.9"),
-        ({"mix": {"code": 0.5, "riddle": 0.5}}, "riddle"),
+        ({"mixes": {"early": {"code": 0.5, "passkey": 0.4}}}, "0.9"),
+        ({"mixes": {"early": {"code": 0.5, "riddle": 0.5}}}, "riddle"),
+        ({"mixes": {"early": {"code": 1.0}}}, "'late'"),
         ({"architecture": "sps2-huge"}, "sps2-huge"),
         ({"corpus": {"hold_out_every": 20}}, "max_file_bytes"),
         ({"optimizer": {"muon_lr": "fast"}}, "adam_lr"),

@@ -124,7 +124,7 @@ def test_a_batch_depends_on_seed_and_step_only(tmp_path: Path) -> None:
 
 
 def test_positions_jump_at_most_once_and_stay_below_the_limit() -> None:
-    stage = Stage(length=101, batch=1, steps=1, jump=0.8, max_position=999)
+    stage = Stage(length=101, batch=1, steps=1, jump=0.8, max_position=999, mix={})
     jumped = 0
     for seed in range(200):
         steps = np.diff(positions(np.random.default_rng(seed), stage))

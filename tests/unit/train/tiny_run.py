@@ -27,12 +27,14 @@ ARCHITECTURE = ModelConfig(
 )
 
 
+MIX = {"code": 0.4, "key_value": 0.3, "copy": 0.3}
+
+
 def run_config(**changes: object) -> TrainConfig:
     fields: dict = dict(
         architecture=ARCHITECTURE,
         seed=3,
         corpus=CorpusConfig(hold_out_every=3, max_file_bytes=50_000, exclude=("tests",)),
-        mix={"code": 0.4, "key_value": 0.3, "copy": 0.3},
         optimizer=OptimizerConfig(
             muon_lr=0.01,
             adam_lr=0.001,
@@ -44,8 +46,8 @@ def run_config(**changes: object) -> TrainConfig:
             max_grad_norm=1.0,
         ),
         stages=(
-            Stage(length=97, batch=3, steps=4, jump=0.5, max_position=301),
-            Stage(length=203, batch=1, steps=2, jump=0.0, max_position=203),
+            Stage(length=97, batch=3, steps=4, jump=0.5, max_position=301, mix=MIX),
+            Stage(length=203, batch=1, steps=2, jump=0.0, max_position=203, mix={"passkey": 1.0}),
         ),
         compile=False,
         log_every=2,
