@@ -234,7 +234,7 @@ def what_will_be_used(findings: list[Finding]) -> dict[str, str]:
     return {
         "device": f"cuda ({num_devices})" if cuda else "cpu",
         "communication": "nccl" if nccl else "gloo",
-        "dtype auto": "the checkpoint's",
+        "dtype auto": "the checkpoint's" if cuda else "float32",
         "layer norm": "apex" if cuda and apex_norm else "torch",
         "RMS norm": "torch",
         "linear layers": "megatron-core (Transformer Engine is not used)",

@@ -44,7 +44,10 @@ class _Sampling:
 
 
 class Executor:
-    """Runs StepPlans on this rank; holds the rank's share of all running sequences."""
+    """Runs StepPlans on this rank; holds the rank's share of all running sequences.
+
+    Public attributes are what it was made from, not to be changed.
+    """
 
     def __init__(
         self,
@@ -58,11 +61,25 @@ class Executor:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.model, self._config, self._pool, self._groups = model, config, pool, groups
-        self._transport, self._sparse = transport, sparse
-        self._dtype, self._device = dtype, device
+        self.model, self.config, self.pool, self.groups = model, config, pool, groups
+        self.transport, self.sparse = transport, sparse
+        self.dtype, self.device = dtype, device
         self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
         self._sampling: dict[int, _Sampling] = {}
+
+    def with_prefill(self, transport: str, sparse: SparsePrefill | None) -> Executor:
+        """Another executor on the same weights and cache that prefills otherwise, without any sequences.
+        Both write to the same blocks: one works while the other is idle."""
+        return Executor(
+            self.model,
+            self.config,
+            self.pool,
+            self.groups,
+            transport=transport,
+            sparse=sparse,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -78,11 +95,11 @@ class Executor:
             step = prefill_input(
                 plan.prefills,
                 self._tables,
-                self._pool,
-                self._groups.sp,
-                transport=self._transport,
-                sparse=self._sparse,
-                device=self._device,
+                self.pool,
+                self.groups.sp,
+                transport=self.transport,
+                sparse=self.sparse,
+                device=self.device,
             )
         else:
             seq_ids = [item.seq_id for item in plan.decodes]
@@ -94,18 +111,18 @@ class Executor:
             step = decode_input(
                 plan.decodes,
                 self._tables,
-                self._pool,
-                self._groups.sp,
-                window=self._config.sliding_window,
-                dtype=self._dtype,
-                device=self._device,
+                self.pool,
+                self.groups.sp,
+                window=self.config.sliding_window,
+                dtype=self.dtype,
+                device=self.device,
             )
         logits_RV = self.model(step.tokens_T, step.positions_T, step.rows_R, step.attention)
         output = self._sample(logits_RV, step, seq_ids, next_positions)
         for seq_id, token_id in zip(seq_ids, output.token_ids, strict=True):
             if token_id is None:
                 # Its NaN must not reach whoever gets the blocks next: masked slots are multiplied by zero.
-                self._pool.clear(self._tables.block_ids(seq_id))
+                self.pool.clear(self._tables.block_ids(seq_id))
         return output
 
     def _new_sampling(self, item: PrefillItem) -> _Sampling:
@@ -113,9 +130,9 @@ class Executor:
         if item.params.has_penalties:
             penalties = PenaltyState(
                 item.token_ids[: item.num_prompt_tokens],
-                self._config.vocab_size,
+                self.config.vocab_size,
                 output_ids=item.token_ids[item.num_prompt_tokens :],
-                device=self._device,
+                device=self.device,
             )
         return _Sampling(item.params, item.seed, item.num_prompt_tokens, penalties)
 
@@ -123,7 +140,7 @@ class Executor:
         self, logits_RV: Tensor, step: StepInput, seq_ids: list[int], next_positions: list[int]
     ) -> StepOutput:
         """Sample this rank's rows, then give every rank all tokens."""
-        mine = step.items_by_rank[self._groups.sp.rank]
+        mine = step.items_by_rank[self.groups.sp.rank]
         states = [self._sampling[seq_ids[index]] for index in mine]
         positions = [next_positions[index] for index in mine]
         token_ids, logprobs = sample(
@@ -134,7 +151,7 @@ class Executor:
             [state.penalties for state in states],
             [self._banned(state, at) for state, at in zip(states, positions, strict=True)],
         )
-        if self._groups.sp.size == 1:
+        if self.groups.sp.size == 1:
             return StepOutput(token_ids, logprobs)
         return self._exchange(token_ids, logprobs, step.items_by_rank, seq_ids)
 
@@ -142,7 +159,7 @@ class Executor:
         """Tokens that would end the sequence before `min_tokens`."""
         if position - state.num_prompt_tokens >= state.params.min_tokens:
             return ()
-        return self._config.eos_token_ids + state.params.stop_token_ids
+        return self.config.eos_token_ids + state.params.stop_token_ids
 
     def _exchange(
         self,
@@ -160,7 +177,7 @@ class Executor:
         num_top = max((count for count in wanted if count is not None), default=0)
         with_logprobs = any(count is not None for count in wanted)
         width = 2 + 2 * num_top if with_logprobs else 1
-        tp = self._groups.tp
+        tp = self.groups.tp
         rows = torch.zeros(len(token_ids) if tp.rank == 0 else 0, width, dtype=torch.float64)
         for row, token_id, logprob in zip(rows, token_ids, logprobs, strict=False):
             row[0] = _FAILED if token_id is None else token_id
@@ -172,7 +189,7 @@ class Executor:
                     [value for _, value in logprob.top], dtype=torch.float64
                 )
         counts = [len(items) if t == 0 else 0 for items in items_by_rank for t in range(tp.size)]
-        gathered = all_gather_rows(rows, counts, self._groups.control).tolist()
+        gathered = all_gather_rows(rows, counts, self.groups.control).tolist()
         order = [index for items in items_by_rank for index in items]
         output = StepOutput([None] * len(seq_ids), [None] * len(seq_ids))
         for index, values in zip(order, gathered, strict=True):

@@ -57,8 +57,9 @@ def build_gpt_model(
             position_embedding_type="learned_absolute" if model.rope is None else "none",
             parallel_output=True,
         )
-    # Norms are created in float32 whatever params_dtype says.
-    return gpt.to(dtype).eval()
+    # Norms are created in float32 whatever params_dtype says. Frozen weights take Megatron's plain linear
+    # path, without what it prepares (and warns about) for gradients.
+    return gpt.to(dtype).requires_grad_(False).eval()
 
 
 class GPT(nn.Module):
@@ -96,23 +97,36 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits [R, vocab] float32 of local rows `rows_R`; every rank of the TP group gets all columns.
 
-        T and R may be 0: the rank still takes part in every collective. Megatron's layers cannot take
-        0 tokens, so a placeholder goes through them and stops at the core attention.
+        T and R may be 0: the rank still takes part in every collective.
+        """
+        hidden = self.hidden(tokens_T, positions_T, attention)
+        return self.logits(hidden.index_select(0, rows_R))
+
+    @torch.inference_mode()
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: StepAttention) -> Tensor:
+        """What the last norm gives for each local token, [T, 1, hidden_size].
+
+        Megatron's layers cannot take 0 tokens, so without any a placeholder goes through them and stops at
+        the core attention; its one row is returned.
         """
         num_tokens = tokens_T.shape[0]
         if num_tokens == 0:
             tokens_T = positions_T = tokens_T.new_zeros(1)
         hidden = self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
         rope = None if self._inv_freq is None else angles(positions_T, self._inv_freq)
-        hidden = self.gpt.decoder(
+        return self.gpt.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=rope,
             packed_seq_params=self._carrier(attention=attention, num_tokens=num_tokens),
         )
+
+    @torch.inference_mode()
+    def logits(self, hidden_R1C: Tensor) -> Tensor:
+        """Logits [R, vocab] float32 of rows of `hidden`; the ranks of a TP group call it with the same rows."""
         shared = (
             self.gpt.shared_embedding_or_output_weight() if self._config.tie_embeddings else None
         )
-        logits, _ = self.gpt.output_layer(hidden.index_select(0, rows_R), weight=shared)
+        logits, _ = self.gpt.output_layer(hidden_R1C, weight=shared)
         logits = all_gather_last_dim(logits.squeeze(1), self._tp)
         return logits[:, : self._config.vocab_size].float()

@@ -8,6 +8,7 @@ from tolerances import DEVICES, assert_partial_close
 
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
+from sps2_mega.attention.volume import visible_keys
 from sps2_mega.kernels.attention.reference import attend_run
 from sps2_mega.kernels.csa import reference, sdpa
 from sps2_mega.kernels.csa.batches import batch_pieces, split_triangles
@@ -152,6 +153,29 @@ def test_views_of_a_packed_projection_are_read_in_place():
     assert_partial_close(by_pieces(sdpa.attend_pieces, pattern, views, **where), expected)
     reversed_width = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in views]
     assert_partial_close(by_pieces(sdpa.attend_pieces, pattern, reversed_width, **where), expected)
+
+
+def test_only_the_keys_that_travel_are_read():
+    """Rows that no query sees may hold anything, as in a buffer that only received what was sent."""
+    length, q_start, layer = 300, 128, 1
+    pattern = csa((1, 3), (64,), sinks=5, halo=10, tail=0)
+    q, k, v = random_qkv(length - q_start, length, 8, 4, 16, torch.float32)
+    needed = visible_keys(
+        pattern,
+        prompt_len=length,
+        queries=range(q_start, length),
+        keys=range(length),
+        kv_heads=range(4),
+        layer=layer,
+    )
+    hidden = torch.ones(length, 4, dtype=torch.bool)
+    for part in needed:
+        hidden[torch.tensor(part.keys)[:, None], torch.tensor(part.kv_heads)] = False
+    assert hidden.any()
+    where = dict(length=length, layer=layer, q_start=q_start)
+    expected = by_definition(pattern, (q, k, v), **where)
+    k[hidden], v[hidden] = torch.nan, torch.nan
+    assert_partial_close(by_pieces(sdpa.attend_pieces, pattern, (q, k, v), **where), expected)
 
 
 def test_keys_compacted_for_travel_give_the_same():
