@@ -6,7 +6,7 @@ import inspect
 import os
 
 import pytest
-from harness import run_ranks
+from harness import free_port, run_ranks
 
 from sps2_mega.checkpoint.model_file import model_files, read_model_file
 from sps2_mega.checkpoint.sharding import check_tp, local_shapes, num_parameters
@@ -44,7 +44,7 @@ def test_megatron_still_carries_our_step_to_the_core_attention():
     assert facts["compile_is_back"]
 
 
-def meta_shapes_on_rank(rank, configs, tp):
+def meta_shapes_on_rank(rank, port, configs, tp):
     """Names and shapes of each model's parameters on the meta device, for TP rank 0 of `tp`."""
     import torch
 
@@ -53,7 +53,8 @@ def meta_shapes_on_rank(rank, configs, tp):
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
 
-    info = from_environment(os.environ | {"MASTER_PORT": "0"}) if tp == 1 else from_environment()
+    os.environ["MASTER_PORT"] = str(port)  # a new one: the last job's store may still be closing
+    info = from_environment()
     store = open_store(info)
     topology = agree_topology(store, info, ParallelConfig(tp=tp))
     initialize(store, info, topology, device=torch.device("cpu"), timeout_s=60)
@@ -81,7 +82,7 @@ def test_every_model_configuration_builds_with_its_shapes(tp):
         except ConfigError:
             assert tp > 1
     assert len(configs) >= 7
-    for shapes in run_ranks(meta_shapes_on_rank, tp, configs, tp, timeout=200):
+    for shapes in run_ranks(meta_shapes_on_rank, tp, free_port(), configs, tp, timeout=200):
         for name, config in configs.items():
             assert shapes[name] == local_shapes(config, tp), name
 
@@ -89,7 +90,7 @@ def test_every_model_configuration_builds_with_its_shapes(tp):
 def test_built_parameter_counts_are_the_published_ones():
     """The unpadded count of the pure formula equals what Megatron builds, less the vocabulary's padding."""
     configs = shipped_configs()
-    (shapes,) = run_ranks(meta_shapes_on_rank, 1, configs, 1, timeout=200)
+    (shapes,) = run_ranks(meta_shapes_on_rank, 1, free_port(), configs, 1, timeout=200)
     for name, config in configs.items():
         built = 0
         for key, shape in shapes[name].items():
