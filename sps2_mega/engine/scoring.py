@@ -1,0 +1,167 @@
+"""How likely a given text is under an attention setting: log-probabilities at every position of a prefill.
+
+The prompt goes through the same input tensors, attention and model as a request's prefill does; only sampling
+is replaced. Every rank calls with the same arguments and gets the same results. Decides nothing about texts
+or measures (`tools/eval`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sps2_mega.attention.layout import PrefillLayout, build_layout
+from sps2_mega.attention.spans import SparsePrefill, local_kv_heads
+from sps2_mega.comm.collectives import all_gather_rows
+from sps2_mega.config import CSAConfig
+from sps2_mega.engine.batching import prefill_input
+from sps2_mega.engine.executor import Executor
+from sps2_mega.engine.local_tables import LocalTables
+from sps2_mega.engine.prefill_choice import choose_transport
+from sps2_mega.errors import RequestError
+from sps2_mega.kv_cache.ledger import BlockLedger
+from sps2_mega.parallel.groups import ParallelGroups
+from sps2_mega.types import PrefillItem, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScore:
+    """On the CPU, in position order. `logprobs_T[i]` (float64, one less than there are tokens) is the natural
+    log-probability of token i+1 after tokens 0..i; NaN where the model gave no finite logits.
+    `rows_PV` (float32) are whole rows of log-probabilities, at the positions that were asked for."""
+
+    logprobs_T: Tensor
+    rows_PV: Tensor
+
+
+def executor_with(executor: Executor, csa: CSAConfig, *, transport: str = "auto") -> Executor:
+    """An executor on the same weights and cache under another attention setting.
+
+    Raises:
+        ConfigError: the setting cannot be had with this model, transport or number of SP levels.
+    """
+    chosen = choose_transport(transport, csa, executor.config)
+    if csa.exact:
+        return executor.with_prefill(chosen, None)
+    groups = executor.groups
+    sparse = SparsePrefill(
+        csa=csa,
+        sp_levels=tuple(level.size for level in groups.sp_levels),
+        kv_heads=local_kv_heads(
+            executor.config.num_kv_heads, tp_rank=groups.tp.rank, tp=groups.tp.size
+        ),
+        block_size=executor.pool.block_size,
+    )
+    sparse.pattern(1)  # a pattern of any length shows whether the numbers fit
+    return executor.with_prefill(chosen, sparse)
+
+
+@torch.inference_mode()
+def score_prompt(
+    executor: Executor,
+    token_ids: list[int],
+    *,
+    row_positions: Sequence[int] = (),
+    rows_at_once: int = 512,
+) -> PromptScore:
+    """Scores one prompt. The executor must be idle: any block of its cache is written.
+
+    `row_positions` (ascending) are positions after which the whole distribution is wanted.
+    `rows_at_once` bounds the logits that exist at a time, in tokens.
+
+    Raises:
+        RequestError: the prompt has less than two tokens or does not fit the cache, or a position is outside.
+    """
+    num_tokens = len(token_ids)
+    if num_tokens < 2:
+        raise RequestError(f"a prompt to score needs at least 2 tokens, got {num_tokens}")
+    if any(not 0 <= position < num_tokens for position in row_positions):
+        raise RequestError(f"row positions must be in [0, {num_tokens}), got {list(row_positions)}")
+    item = _placed(executor, token_ids)
+    groups, pool = executor.groups, executor.pool
+    # Tables of its own: whatever this call places is forgotten with them.
+    tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
+    step = prefill_input(
+        [item],
+        tables,
+        pool,
+        groups.sp,
+        transport=executor.transport,
+        sparse=executor.sparse,
+        device=executor.device,
+    )
+    layout = build_layout(
+        [item.block_ranks], [num_tokens], block_size=pool.block_size, sp_size=groups.sp.size
+    )
+    positions = step.positions_T.cpu().numpy()
+    next_ids = np.asarray([*token_ids[1:], 0])[positions]
+    wanted = torch.from_numpy(np.isin(positions, row_positions))
+    hidden = executor.model.hidden(step.tokens_T, step.positions_T, step.attention)
+    logprobs, rows = [], []
+    for start in range(0, len(positions), rows_at_once):
+        part = slice(start, min(start + rows_at_once, len(positions)))
+        logprobs_RV = torch.log_softmax(executor.model.logits(hidden[part]), -1)
+        targets = torch.from_numpy(next_ids[part]).to(executor.device)
+        logprobs.append(logprobs_RV.gather(1, targets[:, None])[:, 0].double().cpu())
+        rows.append(logprobs_RV[wanted[part].to(executor.device)].cpu())
+    local_T = torch.cat([torch.empty(0, dtype=torch.float64), *logprobs])
+    local_PV = torch.cat([torch.empty(0, executor.config.vocab_size), *rows])
+    return PromptScore(
+        logprobs_T=_in_position_order(local_T, range(num_tokens), layout, groups)[:-1],
+        rows_PV=_in_position_order(local_PV, row_positions, layout, groups),
+    )
+
+
+def _placed(executor: Executor, token_ids: list[int]) -> PrefillItem:
+    """The prompt on blocks of an empty cache, spread as the transport prefers it."""
+    pool, sp = executor.pool, executor.groups.sp
+    balanced = executor.transport == "gather" and executor.sparse is None
+    ledger = BlockLedger(
+        num_blocks=pool.num_blocks,
+        sp_size=sp.size,
+        block_size=pool.block_size,
+        layout="zigzag" if balanced else "contiguous",
+    )
+    table = ledger.admit(0, len(token_ids), spare_blocks=0)
+    if table is None:
+        room = ledger.num_blocks * pool.block_size
+        raise RequestError(
+            f"a prompt of {len(token_ids)} tokens does not fit the KV cache of {room} tokens"
+        )
+    return PrefillItem(
+        seq_id=0,
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids),
+        block_ranks=list(table.ranks),
+        block_ids=list(table.block_ids),
+        params=SamplingParams(),
+        seed=0,
+    )
+
+
+def _in_position_order(
+    local: Tensor, positions: Sequence[int], layout: PrefillLayout, groups: ParallelGroups
+) -> Tensor:
+    """Rows of all ranks, one per position of `positions` (ascending). `local` are this rank's, ascending.
+
+    They go over the world's CPU group, to which only the first rank of each TP group contributes, since its
+    peers have the same rows.
+    """
+    asked = np.asarray(positions, dtype=np.int64)
+    held = []  # per sp rank: which of the positions are there
+    for rank in range(groups.sp.size):
+        there = np.zeros(len(asked), dtype=bool)
+        for run in layout.local_runs(rank):
+            there |= (asked >= run.start) & (asked < run.end)
+        held.append(np.flatnonzero(there))
+    tp = groups.tp
+    counts = [len(index) if t == 0 else 0 for index in held for t in range(tp.size)]
+    mine = local if tp.rank == 0 else local[:0]
+    gathered = all_gather_rows(mine, counts, groups.control)
+    ordered = torch.empty_like(gathered)
+    ordered[torch.from_numpy(np.concatenate(held))] = gathered
+    return ordered
