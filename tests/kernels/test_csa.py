@@ -92,7 +92,7 @@ def test_pieces_equal_the_definition(
     assert_partial_close(by_pieces(reference.attend_pieces, pattern, qkv, **where), expected)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=3),
     st.lists(st.integers(1, 40), min_size=2, max_size=2).map(sorted),
@@ -228,6 +228,7 @@ def unbatched(batch):
                     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 9), st.integers(1, 9), st.booleans())
 def test_batches_hold_every_pair_once_and_fresh_ones_come_first(
     degree, span, halo, kv_heads, sampled
@@ -247,6 +248,7 @@ def test_batches_hold_every_pair_once_and_fresh_ones_come_first(
     assert len(seen) == sum(piece.num_pairs * len(piece.kv_heads) for piece in pieces)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 3), st.integers(1, 9))
 def test_split_triangles_are_small_and_hold_the_same_pairs(rows, step, offset, longest):
     queries = range(offset, offset + rows * step, step)

@@ -69,7 +69,7 @@ def brute_force(pattern, length, queries, keys, heads, layer):
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(patterns(), runs())
 def test_every_visible_pair_is_in_exactly_one_piece(pattern, run):
     length, queries, keys, heads, layer = run
@@ -90,7 +90,7 @@ def test_every_visible_pair_is_in_exactly_one_piece(pattern, run):
             assert piece.queries.step == piece.keys.step
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(patterns(), runs())
 def test_exactly_the_visible_keys_travel(pattern, run):
     length, queries, keys, heads, layer = run
@@ -103,6 +103,7 @@ def test_exactly_the_visible_keys_travel(pattern, run):
     assert len(rows) == sum(part.num_rows for part in slices)
 
 
+@settings(deadline=None)
 @given(patterns(), runs())
 def test_a_key_range_and_a_query_range_can_be_cut_anywhere(pattern, run):
     length, queries, keys, heads, layer = run
@@ -116,6 +117,7 @@ def test_a_key_range_and_a_query_range_can_be_cut_anywhere(pattern, run):
     )
 
 
+@settings(deadline=None)
 @given(patterns(), runs(longest=40))
 def test_without_query_sampling_no_position_is_hidden_from_all_heads_and_layers(pattern, run):
     length, queries, *_ = run
