@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sps2_mega.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TRANSPORTS = ("auto", "ulysses", "gather")
+TRANSPORTS = ("auto", "ulysses", "gather", "ring")
 
 
 def flag(
@@ -176,7 +176,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = flag(
         "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
     )
-    transport: Literal["auto", "ulysses", "gather"] = flag(
+    transport: Literal["auto", "ulysses", "gather", "ring"] = flag(
         "auto",
         "how prefill moves data between SP ranks (auto: ulysses, or gather with CSA)",
         choices=TRANSPORTS,

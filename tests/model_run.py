@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from harness import free_port, run_ranks
 
-TRANSPORTS = ("ulysses", "gather")
+TRANSPORTS = ("ulysses", "gather", "ring")
 
 
 def assert_logits(
@@ -77,7 +77,9 @@ def logits_on_rank(
             dtype=torch.float32,
             device=cpu,
         )
-        for transport, layout_name in zip(TRANSPORTS, ("contiguous", "zigzag"), strict=True):
+        for transport, layout_name in zip(
+            TRANSPORTS, ("contiguous", "zigzag", "zigzag"), strict=True
+        ):
             free, items = [num_blocks] * sp, []
             for sequence, prompt in enumerate(prompts):
                 ranks = prompt_block_ranks(-(-len(prompt) // block_size), free, layout_name)

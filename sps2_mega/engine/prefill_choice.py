@@ -17,9 +17,9 @@ def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig) -> str:
     """
     if csa.exact:
         return "ulysses" if transport == "auto" else transport
-    if transport == "ulysses":
+    if transport not in ("auto", "gather"):
         raise ConfigError(
-            f"csa degrees {csa.degrees} move keys: use transport gather or auto, not ulysses"
+            f"csa degrees {csa.degrees} move keys: use transport gather or auto, not {transport}"
         )
     if model.sliding_window is not None:
         raise ConfigError(
@@ -32,7 +32,7 @@ def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig) -> str:
 def prompt_layout(transport: str, csa: CSAConfig) -> Layout:
     """How a prompt is spread over SP ranks. Zigzag balances causal work where every rank has its own queries;
     a sparse prompt's work is mostly its own cell, and its cells should not be torn apart."""
-    return "zigzag" if transport == "gather" and csa.exact else "contiguous"
+    return "zigzag" if transport in ("gather", "ring") and csa.exact else "contiguous"
 
 
 def sparse_prefill(

@@ -15,6 +15,7 @@ LAYOUTS = [
     (1, 3, "ulysses"),
     (2, 2, "ulysses"),
     (1, 4, "gather"),
+    (1, 3, "ring"),
 ]
 LENGTHS = (5, 1, 40, 16, 77, 200, 33, 129, 64)
 PARAMS = [

@@ -63,7 +63,7 @@ def disagree_on_rank(rank, port):
 
 def test_ranks_that_disagree_are_told_before_any_collective():
     with pytest.raises(
-        RankError, match="ranks disagree: rank 0 has tp=2 sp=1.*rank 1 has tp=1 sp=2"
+        RankError, match=r"ranks disagree: rank 0 has tp=2 sp=1.*rank 1 has tp=1 sp=2"
     ):
         run_ranks(disagree_on_rank, 2, free_port())
 

@@ -54,9 +54,10 @@ def bytes_on_rank(rank, port, sp, name):
 
 
 @pytest.mark.parametrize("sp", [2, 3])
-def test_gather_sends_its_keys_and_values_to_every_other_rank(sp):
+@pytest.mark.parametrize("name", ["gather", "ring"])
+def test_passing_keys_and_values_costs_a_shard_per_other_rank(sp, name):
     expected = 2 * TOKENS * KV_HEADS * WIDTH * ITEM * (sp - 1) // sp
-    assert run_ranks(bytes_on_rank, sp, free_port(), sp, "gather") == [expected] * sp
+    assert run_ranks(bytes_on_rank, sp, free_port(), sp, name) == [expected] * sp
 
 
 @pytest.mark.parametrize("sp", [2, 3])
