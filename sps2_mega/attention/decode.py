@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sps2_mega.attention.partials import bring_home
+from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.kernels.paged_decode.sdpa import Bucket, paged_decode
 from sps2_mega.kernels.paged_kv.reference import append
@@ -41,17 +42,10 @@ class DecodeAttention:
         self._counts, self._group = counts, group
 
     def attend(
-        self,
-        layer: int,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        *,
-        scale: float,
-        window: int | None,
+        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
     ) -> Tensor:
         k_cache, v_cache = self._pool.layer(layer)
         append(k_cache, v_cache, k_TKH, v_TKH, self._slots_T)
         q_BNH = all_gather_rows(q_TNH, self._counts, self._group)
-        out_BNH, lse_BN = paged_decode(q_BNH, k_cache, v_cache, self._buckets, scale=scale)
+        out_BNH, lse_BN = paged_decode(q_BNH, k_cache, v_cache, self._buckets, scale=rule.scale)
         return bring_home(out_BNH, lse_BN, self._counts, self._group)

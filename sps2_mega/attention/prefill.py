@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.transports import Transport
 from sps2_mega.kernels.paged_kv.reference import append
 from sps2_mega.kv_cache.pool import KVPool
@@ -16,14 +17,7 @@ class PrefillAttention:
         self._pool, self._slots_T, self._transport = pool, slots_T, transport
 
     def attend(
-        self,
-        layer: int,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        *,
-        scale: float,
-        window: int | None,
+        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
     ) -> Tensor:
         append(*self._pool.layer(layer), k_TKH, v_TKH, self._slots_T)
-        return self._transport.attend(layer, q_TNH, k_TKH, v_TKH, scale=scale, window=window)
+        return self._transport.attend(layer, q_TNH, k_TKH, v_TKH, rule)

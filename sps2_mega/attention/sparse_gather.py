@@ -21,6 +21,7 @@ from sps2_mega.attention.layout import PrefillLayout, Run
 from sps2_mega.attention.partials import bring_home
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
+from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.volume import visible_keys
 from sps2_mega.comm.collectives import all_gather_rows, all_to_all_flat
 from sps2_mega.kernels.csa.piece import Piece
@@ -69,16 +70,9 @@ class SparseGather:
         self._tail_counts = [sum(r.end - r.start for r in runs) for runs in self._tails]
 
     def attend(
-        self,
-        layer: int,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        *,
-        scale: float,
-        window: int | None,
+        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
     ) -> Tensor:
-        assert window is None, "CSA with a sliding window is refused at start-up"
+        assert rule.window is None, "CSA with a sliding window is refused at start-up"
         plan = self._plan(layer % self._period)
         k_SKH, v_SKH = self._fetch(plan, k_TKH, v_TKH)
         out_TNH = torch.empty_like(q_TNH)
@@ -87,9 +81,9 @@ class SparseGather:
             keys = slice(first, first + run.end)
             tokens = slice(run.local_start, run.local_start + run.end - run.start)
             out_TNH[tokens], _ = attend_pieces(
-                q_TNH[tokens], k_SKH[keys], v_SKH[keys], pieces, scale=scale, q_start=run.start
+                q_TNH[tokens], k_SKH[keys], v_SKH[keys], pieces, scale=rule.scale, q_start=run.start
             )
-        self._attend_tails(q_TNH, k_TKH, v_TKH, out_TNH, scale)
+        self._attend_tails(q_TNH, k_TKH, v_TKH, out_TNH, rule.scale)
         return out_TNH
 
     def rows_sent(self, layer: int) -> int:

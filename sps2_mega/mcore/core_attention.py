@@ -1,7 +1,7 @@
 """The one module that is swapped in Megatron's layers: it hands q, k, v to the step's attention.
 
 What the step's attention does (transport, cache, decode) is decided outside the model; this module only
-knows its layer, the softmax scale and the sliding window.
+knows its layer and its score rule.
 """
 
 from __future__ import annotations
@@ -10,17 +10,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from sps2_mega.attention.rule import ScoreRule
+
 
 class StepAttention(Protocol):
     def attend(
-        self,
-        layer: int,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        *,
-        scale: float,
-        window: int | None,
+        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
     ) -> Tensor:
         """Attention of this rank's tokens [T, N, H]; also keeps the new keys and values."""
         ...
@@ -29,12 +24,10 @@ class StepAttention(Protocol):
 class SPCoreAttention(nn.Module):
     """Megatron's `core_attention`: q [T, 1, N/tp, H], k and v [T, 1, K/tp, H] -> [T, 1, N/tp * H]."""
 
-    def __init__(
-        self, *, layer_number: int, scale: float, window: int | None, **_megatron: Any
-    ) -> None:
+    def __init__(self, *, layer_number: int, rule: ScoreRule, **_megatron: Any) -> None:
         super().__init__()
         self._layer = layer_number - 1
-        self._scale, self._window = scale, window
+        self._rule = rule
 
     def forward(
         self,
@@ -50,9 +43,7 @@ class SPCoreAttention(nn.Module):
         attention: StepAttention = packed_seq_params.attention
         num_tokens: int = packed_seq_params.num_tokens
         q_TNH, k_TKH, v_TKH = (x.squeeze(1)[:num_tokens] for x in (query, key, value))
-        out_TNH = attention.attend(
-            self._layer, q_TNH, k_TKH, v_TKH, scale=self._scale, window=self._window
-        )
+        out_TNH = attention.attend(self._layer, q_TNH, k_TKH, v_TKH, self._rule)
         if num_tokens < query.shape[0]:
             # The placeholder of a rank without tokens (see `GPT.forward`): nobody reads its output.
             out_TNH = query.new_zeros(query.squeeze(1).shape)

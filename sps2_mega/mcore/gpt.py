@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.checkpoint.sharding import padded_vocab_size
 from sps2_mega.comm.collectives import all_gather_last_dim
 from sps2_mega.config import ModelConfig
@@ -42,8 +43,10 @@ def build_gpt_model(
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=SPCoreAttention,
         params={
-            "scale": attention_factor(model.rope) ** 2 * model.head_dim**-0.5,
-            "window": model.sliding_window,
+            "rule": ScoreRule(
+                scale=attention_factor(model.rope) ** 2 * model.head_dim**-0.5,
+                window=model.sliding_window,
+            ),
         },
     )
     with torch.device("meta"), without_warnings():

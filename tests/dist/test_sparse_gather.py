@@ -12,6 +12,7 @@ from harness import free_port, run_ranks
 
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.pattern import CSAPattern
+from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.attention.sparse_gather import SparseGather
 from sps2_mega.config import CSAConfig
@@ -69,7 +70,7 @@ def on_one_rank(rank: int, sp: int, name: str, group: Group):
     )
     outs, sent = [], []
     for layer in (0, 5):
-        outs.append(transport.attend(layer, q[index], k[index], v[index], scale=SCALE, window=None))
+        outs.append(transport.attend(layer, q[index], k[index], v[index], ScoreRule(SCALE)))
         sent.append(transport.rows_sent(layer))
     return index, outs, sent
 

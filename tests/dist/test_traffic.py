@@ -10,6 +10,7 @@ from harness import free_port, run_ranks
 
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.pattern import CSAPattern
+from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.sparse_gather import SparseGather
 from sps2_mega.attention.transports import make_transport
 
@@ -47,7 +48,7 @@ def bytes_on_rank(rank, port, sp, name):
     q = torch.randn(local, HEADS, WIDTH)
     k, v = torch.randn(local, KV_HEADS, WIDTH), torch.randn(local, KV_HEADS, WIDTH)
     before = groups.sp.traffic.bytes_sent
-    transport.attend(0, q, k, v, scale=0.2, window=None)
+    transport.attend(0, q, k, v, ScoreRule(0.2))
     sent = groups.sp.traffic.bytes_sent - before
     finalize()
     return sent
