@@ -60,13 +60,13 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
     began = time.monotonic()
     check_degrees(tp=config.parallel.tp, sp=config.parallel.sp, world_size=info.world_size)
     try:
-        resolved, compute, max_model_len = _check_on_this_rank(config, info)
+        checked = _check_on_this_rank(config, info)
     except (ConfigError, CheckpointError) as error:
         if info.world_size > 1:
             refuse(info, str(error))
         raise
-    model = resolved.config
-    transport = choose_transport(config.transport, config.csa, model)
+    resolved, compute, transport = checked.resolved, checked.compute, checked.transport
+    model, max_model_len = resolved.config, checked.max_model_len
     store = open_store(info)
     topology = agree_topology(store, info, config.parallel)
     tp_rank, _ = topology.coordinates(info.rank)
@@ -123,18 +123,26 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
     )
 
 
-def _check_on_this_rank(
-    config: EngineConfig, info: LaunchInfo
-) -> tuple[ResolvedModel, Compute, int]:
-    """What can be refused without other ranks: (model, compute, longest sequence)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checked:
+    resolved: ResolvedModel
+    compute: Compute
+    transport: str
+    max_model_len: int
+
+
+def _check_on_this_rank(config: EngineConfig, info: LaunchInfo) -> _Checked:
+    """Everything that can be refused without other ranks."""
     resolved = resolve_model(config.model, tokenizer=config.tokenizer)
     check_tp(resolved.config, config.parallel.tp)
-    choose_transport(config.transport, config.csa, resolved.config)
+    transport = choose_transport(config.transport, config.csa, resolved.config)
     max_model_len = resolve_max_model_len(config.max_model_len, resolved.config)
     compute = choose_compute(config.device, config.dtype, resolved.config.dtype, info.local_rank)
     if compute.device.type == "cpu":
         torch.set_num_threads(config.threads or _threads_per_rank(info))
-    return resolved, compute, max_model_len
+    return _Checked(
+        resolved=resolved, compute=compute, transport=transport, max_model_len=max_model_len
+    )
 
 
 def resolve_max_model_len(asked: int | None, model: ModelConfig) -> int:
