@@ -1,0 +1,149 @@
+"""Retrieval probes: a prompt whose continuation can only be known from something far back in it.
+
+Decides the kinds of probes, their wording and when an answer is right. One answer stands at the very end, so
+a probe has a depth; documents with questions all over are `tools.train.tasks`'.
+
+    passkey        one number
+    key_value      ten names with numbers, one is asked for
+    reference      the same, and the name asked for is defined by another name: two hops
+    multi_needle   three numbers of one list, asked for in order; the first is at the depth
+    copy           48 letters without meaning, to be written again
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.errors import ConfigError
+from tools.eval.texts import Texts, bos_prefix
+from tools.train.document import Event, interleave
+from tools.train.tasks import digits, names
+
+TASKS = ("passkey", "key_value", "reference", "multi_needle", "copy")
+DEPTHS = (0.05, 0.275, 0.5, 0.725, 0.95)
+_NUM_NEEDLES = 3
+_COPY_LEN = 48
+_SHORTEST = 300  # bytes that the longest task and a little code need
+_ATTEMPTS = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """`prompt_ids` and the answer together are at most `length` tokens, and not much less."""
+
+    task: str
+    length: int
+    depth: float
+    prompt_ids: list[int]
+    answer: str
+    new_tokens: int
+
+
+def judge(answer: str, text: str) -> tuple[bool, float]:
+    """(whether `text` begins with the answer, the share of the answer that it begins with)."""
+    same = 0
+    for wanted, given in zip(answer, text, strict=False):
+        if wanted != given:
+            break
+        same += 1
+    return same == len(answer), same / len(answer)
+
+
+def make_probe(
+    task: str,
+    *,
+    length: int,
+    depth: float,
+    index: int,
+    seed: int,
+    texts: Texts,
+    tokenizer: Tokenizer,
+) -> Probe:
+    """Probe number `index`; the same arguments give the same probe.
+
+    Raises:
+        ConfigError: `length` is too short for the task.
+    """
+    numbers = [seed, length, int(1000 * depth), index, zlib.crc32(task.encode())]
+    prefix = bos_prefix(tokenizer)
+    wanted = length - len(prefix)
+    size = wanted
+    best: Probe | None = None
+    for _ in range(_ATTEMPTS):
+        if size < _SHORTEST:
+            break
+        prompt, answer = _text(task, size, depth, np.random.default_rng(numbers), texts)
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        answer_ids = tokenizer.encode(answer, add_special_tokens=False)
+        exact = len(ids) == len(prompt.encode())
+        if not exact:
+            # A tokenizer of words joins the last blank with the answer's first word.
+            ids = tokenizer.encode(prompt.rstrip(" "), add_special_tokens=False)
+        total = len(ids) + len(answer_ids)
+        if total <= wanted and (best is None or total > len(best.prompt_ids) - len(prefix)):
+            best = Probe(
+                task=task,
+                length=length,
+                depth=depth,
+                prompt_ids=prefix + ids,
+                answer=answer,
+                new_tokens=len(answer_ids) + (0 if exact else 2),
+            )
+        if 0.97 * wanted <= total <= wanted:
+            break
+        size = int(size * wanted / total * (1.0 if total < wanted else 0.99))
+    if best is None:
+        raise ConfigError(f"task {task} does not fit {length} tokens; take longer --lengths")
+    return best
+
+
+def _text(
+    task: str, num_bytes: int, depth: float, rng: np.random.Generator, texts: Texts
+) -> tuple[str, str]:
+    """(prompt, answer), together `num_bytes` long where the texts are ASCII."""
+    code = _code(texts, num_bytes, rng)
+    if task in ("passkey", "key_value", "reference"):
+        from tools.train.evaluate import probe
+
+        document = probe(task, num_bytes, depth, rng, {"code": code}).tobytes()
+        answer_len = 5
+    else:
+        events, answer = (_multi_needle if task == "multi_needle" else _copy)(rng, depth)
+        document = interleave(events, num_bytes, code)[0].tobytes()
+        answer_len = len(answer)
+    return document[:-answer_len].decode(errors="replace"), document[-answer_len:].decode()
+
+
+def _multi_needle(rng: np.random.Generator, depth: float) -> tuple[list[Event], str]:
+    (name,) = names(rng, 1)
+    places = [depth, *np.sort(rng.uniform(depth, max(depth, 0.97), _NUM_NEEDLES - 1))]
+    values = [digits(rng, 3) for _ in places]
+    events = [
+        Event(place, [(f"{name}.append({value})\n", 1.0)])
+        for place, value in zip(places, values, strict=True)
+    ]
+    answer = ", ".join(values)
+    return [*events, Event(1.0, [(f"assert {name} == [{answer}", 1.0)])], answer
+
+
+def _copy(rng: np.random.Generator, depth: float) -> tuple[list[Event], str]:
+    (tag,) = names(rng, 1)
+    span = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz_"), _COPY_LEN))
+    first = Event(depth, [(f"# begin {tag}\n{span}\n# end\n", 1.0)])
+    return [first, Event(1.0, [(f"# again {tag}\n{span}", 1.0)])], span
+
+
+def _code(texts: Texts, num_bytes: int, rng: np.random.Generator) -> np.ndarray:
+    """Twice `num_bytes` of one text, or of all texts one after the other where none is that long."""
+    long = [text for text in texts.values() if len(text) >= 2 * num_bytes]
+    if long:
+        text = long[rng.integers(len(long))]
+    else:
+        joined = b"\n".join(texts.values())
+        text = joined * (2 * num_bytes // max(1, len(joined)) + 1)
+    start = rng.integers(len(text) - 2 * num_bytes + 1)
+    return np.frombuffer(text[start : start + 2 * num_bytes], dtype=np.uint8)
