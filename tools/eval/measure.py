@@ -97,7 +97,8 @@ def text_measures(scores: TextScores, dense: TextScores, tail: int) -> dict[str,
         gap = dense_rows[:count].double() - rows[:count].double()
         divergences.append((dense_rows[:count].double().exp() * gap).sum(-1))
     nats = scores.nats_WT[:, body]
-    num_windows = len(delta_W)
+    num_windows, num_tokens = scores.nats_WT.shape
+    num_parts = min(NUM_BUCKETS, num_tokens)
     return {
         "bits_per_byte": _total_bits_per_byte(nats, scores.bytes_WT[:, body]),
         "delta_bits_per_byte": delta_W.mean().item(),
@@ -111,8 +112,8 @@ def text_measures(scores: TextScores, dense: TextScores, tail: int) -> dict[str,
         "by_position": [
             _total_bits_per_byte(part, part_bytes)
             for part, part_bytes in zip(
-                scores.nats_WT.tensor_split(NUM_BUCKETS, 1),
-                scores.bytes_WT.tensor_split(NUM_BUCKETS, 1),
+                scores.nats_WT.tensor_split(num_parts, 1),
+                scores.bytes_WT.tensor_split(num_parts, 1),
                 strict=True,
             )
         ],

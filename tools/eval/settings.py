@@ -127,13 +127,12 @@ def cost(csa: CSAConfig, length: int, model: ModelConfig) -> Cost:
     layers = range(min(model.num_layers, 4))
     cells = [
         range(start, min(start + csa.spans[0], length - csa.tail))
-        for start in range(csa.spans[0], length, csa.spans[0])
+        for start in range(csa.spans[0], length - csa.tail, csa.spans[0])
     ]
     moved = sum(
         part.num_rows
         for layer in layers
         for cell in cells
-        if cell
         for part in visible_keys(
             pattern,
             prompt_len=length,

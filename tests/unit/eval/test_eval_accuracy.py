@@ -1,0 +1,125 @@
+"""The command: the same measures on one rank and under a launcher on four, and what its files say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launched import launch_command
+
+from tools.eval.measure import TextScores, text_measures
+from tools.eval.report import heatmap, markdown
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / "tools" / "eval_accuracy.py"
+SMALL = [
+    *("--settings", "keys-d4", "paper-d2.4", "--lengths", "450", "--texts", "2"),
+    *("--halo", "20", "--tail", "30", "--tasks", "passkey", "copy", "--depths", "0.1", "0.6"),
+    *("--probes", "1", "--threads", "1", "--name", "small"),
+]
+
+
+def evaluate(command: list[str], output: Path, *flags: str) -> dict:
+    result = subprocess.run(
+        [*command, str(SCRIPT), *SMALL, "--output", str(output), *flags],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((output / "small.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return evaluate([sys.executable], folder), folder
+
+
+def test_four_ranks_measure_what_one_rank_does(one_rank, tmp_path):
+    expected, _ = one_rank
+    measured = evaluate(launch_command("torchrun", 4), tmp_path, "--sp", "2", "--tp", "2")
+    assert list(measured["settings"]) == ["dense", "keys-d4", "paper-d2.4"]
+    for name, by_length in expected["settings"].items():
+        theirs, ours = by_length["450"], measured["settings"][name]["450"]
+        for key in ("bits_per_byte", "perplexity", "kl_from_dense"):
+            assert ours["text"][key] == pytest.approx(theirs["text"][key], abs=1e-4)
+        assert ours["text"]["by_position"] == pytest.approx(theirs["text"]["by_position"], abs=1e-4)
+        assert (ours["tasks"], ours["cost"]) == (theirs["tasks"], theirs["cost"])
+
+
+def test_measures_are_sensible(one_rank):
+    result, folder = one_rank
+    dense, keys, paper = (result["settings"][name]["450"] for name in result["settings"])
+    assert 0.5 < dense["text"]["bits_per_byte"] < 4  # the bundled model has learned something
+    assert dense["text"]["kl_from_dense"] == 0 and dense["text"]["delta_bits_per_byte"] == 0
+    assert 0 < keys["text"]["kl_from_dense"] < paper["text"]["kl_from_dense"]
+    assert paper["cost"]["flops"] < keys["cost"]["flops"] < 1
+    assert dense["tasks"]["passkey"]["num_probes"] == 2
+    # Queries whose own cell begins at 0 see all keys; of the first eighth only the last one has another cell.
+    first, *others = zip(keys["text"]["by_position"], dense["text"]["by_position"], strict=True)
+    assert first[0] == pytest.approx(first[1], abs=1e-3)
+    assert max(abs(ours - exact) for ours, exact in others) > 2e-3
+    table = (folder / "small.md").read_text()
+    assert table == markdown(result)
+    assert "| `paper-d2.4` |" in table and "2 texts, 2 probes per task" in table
+
+
+def test_the_picture_has_a_panel_per_task_and_setting(one_rank, tmp_path):
+    pytest.importorskip("matplotlib")
+    result, _ = one_rank
+    heatmap(result, tmp_path / "small.png")
+    assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--settings", "keys"], ["'keys'"]),
+        (["--lengths", "200000"], ["200000 tokens", "data has"]),
+        (["--spans", "0"], ["span", "'0'"]),
+    ],
+)
+def test_what_cannot_run_is_refused(tmp_path, flags, words):
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *flags, "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 2
+    for word in words:
+        assert word in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_measures_by_hand():
+    """Two windows of 6 predicted tokens, of which the last two are the longest tail's."""
+    log2 = torch.log(torch.tensor(2.0)).double()
+    dense_rows = torch.log_softmax(torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]]), -1)
+    rows = torch.log_softmax(torch.tensor([[0.0, 0.0], [2.0, 0.0], [9.0, 0.0]]), -1)
+    num_bytes = torch.tensor([[1.0, 1, 2, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).double()
+    dense = TextScores(
+        nats_WT=torch.ones(2, 6).double() * log2,
+        bytes_WT=num_bytes,
+        rows=[dense_rows, dense_rows],
+        stride=2,
+    )
+    nats = torch.tensor([[2.0, 2, 2, 2, 9, 9], [3, 3, 3, 3, 9, 9]]).double() * log2
+    scores = TextScores(nats_WT=nats, bytes_WT=num_bytes, rows=[rows, rows], stride=2)
+    measured = text_measures(scores, dense, tail=2)
+    assert measured["bits_per_byte"] == pytest.approx((8 + 12) / (5 + 4))
+    deltas = [8 / 5 - 4 / 5, 12 / 4 - 4 / 4]
+    assert measured["delta_bits_per_byte"] == pytest.approx(sum(deltas) / 2)
+    assert measured["delta_standard_error"] == pytest.approx((deltas[1] - deltas[0]) / 2)
+    assert measured["perplexity"] == pytest.approx(2 ** (20 / 8))
+    p = dense_rows[0].exp()
+    kl = (p * (dense_rows[0] - rows[0])).sum().item()
+    assert measured["kl_from_dense"] == pytest.approx(kl / 2)  # the third row is in the tail
+    assert measured["num_tokens"] == 8
