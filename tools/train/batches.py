@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sps2_mega.errors import ConfigError
 from tools.train.config import Stage, TrainConfig
 from tools.train.corpus import BOS, Corpus
 from tools.train.tasks import make_document
@@ -25,13 +26,22 @@ class Batch:
 
 
 class BatchMaker:
-    """Holds the corpus; `batch(step)` is always the same for the same configuration."""
+    """Holds the corpus; `batch(step)` is always the same for the same configuration.
+
+    Raises:
+        ConfigError: no file is long enough to fill a document with code.
+    """
 
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
         self._config = config
         self._stream = corpus.train_stream()
         longest = max(stage.length for stage in config.stages)
         self._long_files = [text for text in corpus.train.values() if len(text) > 2 * longest]
+        if not self._long_files:
+            raise ConfigError(
+                f"tasks of {longest} bytes need a training file of more than {2 * longest} bytes,"
+                f" the longest has {max(map(len, corpus.train.values()))}"
+            )
         sizes = np.array([len(text) for text in self._long_files], dtype=float)
         self._file_shares = sizes / sizes.sum()
 

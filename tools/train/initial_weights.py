@@ -29,17 +29,18 @@ from tools.train.model import TinyLlama, inverse_frequencies
 
 RANDOM_STD = 0.02
 _EMBEDDING_STD = 0.05
-_ONE_SHARE = (
-    0.25  # of an embedding's energy: enough to be found after normalisation, not to drown the rest
-)
+# Dimension 0's share of an embedding's energy: enough to be found after normalisation, not to drown the rest.
+_ONE_SHARE = 0.25
 _LOCAL_SHARPNESS = 10.0  # logit of the right neighbour minus the next one is about 0.6 of it
 _MATCH_SHARPNESS = 2.0
 # Of a found token's identity, relative to that of the present token. Both query heads of a pair add to it, and
 # the codes that layer 0 added have made the stream sqrt(2) longer, which normalisation takes off again.
 _COPY_GAIN = 2.5
-# Bytes before that the keys of a KV head describe, and how many positions later than at the key the second query head
-# expects them (`= ` before the value, but `== ` before the question).
+# Which bytes before it the keys of a KV head describe. Some heads see whole names, some only the end.
 _REACH = ((1, 2, 3), (1, 2, 3, 4, 5, 6, 7, 8), (4, 5, 6, 7, 8), (1, 2, 3, 4, 5))
+# This query head expects them one byte further back than a repetition has them: a question (`name == `) is
+# one byte longer than the definition (`name = `).
+_SHIFTED_HEAD = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,8 @@ def initialise(model: TinyLlama, seed: int) -> None:
 
 
 def hidden_layout(hidden_size: int) -> HiddenLayout:
-    width = (
-        (hidden_size - 1) * 5 // (8 * 8)
-    )  # five eighths of the room are for the eight neighbours
+    """Five eighths of the room are for the eight neighbours."""
+    width = (hidden_size - 1) * 5 // (8 * 8)
     start = hidden_size - 8 * width
     before = tuple(slice(start + h * width, start + (h + 1) * width) for h in range(8))
     return HiddenLayout(identity=slice(1, start), before=before)
@@ -144,16 +144,14 @@ def _match_heads(
     share = math.ceil(width / config.num_kv_heads)
     for kv_head, reach in enumerate(_REACH):
         keys = attention.k_proj.weight[kv_head * dim : (kv_head + 1) * dim]
-        heads = [
-            attention.q_proj.weight[h * dim : (h + 1) * dim] for h in (2 * kv_head, 2 * kv_head + 1)
-        ]
         for back in reach:
             mix = _orthonormal(len(slow), len(code), generator)
             mix = mix * math.sqrt(_MATCH_SHARPNESS)
             keys[slow, layout.before[back - 1]] += mix
-            for number, queries in enumerate(heads):
-                # Beyond the first byte the third pair's second head expects the same distance as the key.
-                nearer = back - 1 if not (number == 1 and kv_head == 2) else back
+            for head in (2 * kv_head, 2 * kv_head + 1):
+                queries = attention.q_proj.weight[head * dim : (head + 1) * dim]
+                # What stood `back` before the key's token stands one nearer to the one that asks for it.
+                nearer = back if head == _SHIFTED_HEAD else back - 1
                 if nearer == 0:
                     queries[slow, layout.identity] += mix @ code
                 else:

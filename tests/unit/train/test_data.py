@@ -123,6 +123,12 @@ def test_a_batch_depends_on_seed_and_step_only(tmp_path: Path) -> None:
     assert not (other_seed.batch(3).targets == later[0].targets).all()
 
 
+def test_a_corpus_of_short_files_only_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    long = Stage(length=3001, batch=1, steps=1, jump=0.0, max_position=3001, mix={"code": 1.0})
+    with pytest.raises(ConfigError, match=r"3001 .* 6002"):
+        BatchMaker(run_config(stages=(long,)), corpus(tmp_path))
+
+
 def test_positions_jump_at_most_once_and_stay_below_the_limit() -> None:
     stage = Stage(length=101, batch=1, steps=1, jump=0.8, max_position=999, mix={})
     jumped = 0
