@@ -31,9 +31,11 @@ def engine_on_rank(
     sp: int,
     poison: int | None = None,
     abort: tuple[int, int] | None = None,
+    stagger: int = 0,
 ) -> list[Any] | None:
     """RequestOutputs by request, on rank 0. `poison` is a token whose embedding becomes NaN;
-    `abort=(request, step)` drops a request before a step: its output is then None."""
+    `abort=(request, step)` drops a request before a step: its output is then None. With `stagger` a request
+    comes that many steps after the one before."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
     from sps2_mega.engine.engine import Engine
     from sps2_mega.types import SamplingParams
@@ -53,12 +55,14 @@ def engine_on_rank(
         engine.run_worker()
         return None
     results: list[Any] = [None] * len(requests)
-    for number, (prompt, params) in enumerate(requests):
-        refusal = engine.add_request(str(number), prompt, SamplingParams(**params))
-        if refusal is not None:
-            results[number] = refusal
+    coming = list(enumerate(requests))
     step = 0
-    while engine.has_work():
+    while coming or engine.has_work():
+        while coming and coming[0][0] * stagger <= step:
+            number, (prompt, params) = coming.pop(0)
+            refusal = engine.add_request(str(number), prompt, SamplingParams(**params))
+            if refusal is not None:
+                results[number] = refusal
         if abort is not None and abort[1] == step:
             assert engine.abort(str(abort[0]))
         for output in engine.step():

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from sps2_mega.config import EngineConfig, parts_of_engine_config
 from sps2_mega.errors import ConfigError, RequestError
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.serving.drive import Submission, drive
@@ -24,8 +24,6 @@ from sps2_mega.types import RequestOutput, SamplingParams
 Prompt = str | list[int]
 Message = dict[str, Any]
 
-_NESTED = {"parallel": ParallelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
-
 
 class LLM:
     """A loaded model. Use it as a context manager or call `close`: ranks live until then."""
@@ -33,7 +31,8 @@ class LLM:
     def __init__(self, model: str, *, tp: int = 1, sp: int = 1, **options: Any) -> None:
         """Loads `model` (a folder or a name in model_configs/) on tp * sp ranks.
 
-        `options` are fields of EngineConfig and of its parts: dtype, seed, max_model_len, num_blocks, ...
+        `options` are fields of EngineConfig and of its parts: dtype, seed, max_model_len, num_blocks, ...;
+        a part can also be given whole, as csa=CSAConfig(...).
 
         Raises:
             ConfigError, CheckpointError: it cannot work; the message says why.
@@ -148,14 +147,18 @@ def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> E
     """
     left = dict(options)
     values: dict[str, Any] = {}
-    for part, cls in _NESTED.items():
+    nested = parts_of_engine_config()
+    for part, cls in nested.items():
+        if part in left and part != "parallel":
+            values[part] = left.pop(part)
+            continue
         names = {field.name for field in dataclasses.fields(cls)}
         given = {name: left.pop(name) for name in sorted(names & left.keys())}
         values[part] = cls(**given, **({"tp": tp, "sp": sp} if part == "parallel" else {}))
-    known = {field.name for field in dataclasses.fields(EngineConfig)} - _NESTED.keys() - {"model"}
+    known = {field.name for field in dataclasses.fields(EngineConfig)} - nested.keys() - {"model"}
     unknown = sorted(left.keys() - known)
     if unknown:
-        parts = {f.name for cls in _NESTED.values() for f in dataclasses.fields(cls)}
+        parts = {f.name for cls in nested.values() for f in dataclasses.fields(cls)}
         raise ConfigError(
             f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known | parts))}"
         )

@@ -9,15 +9,9 @@ import json
 import os
 import sys
 import threading
-from typing import Any
 
 from sps2_mega.comm.guard import guard
-from sps2_mega.config import (
-    CacheConfig,
-    EngineConfig,
-    ParallelConfig,
-    SchedulerConfig,
-)
+from sps2_mega.config import EngineConfig, engine_config_from_mapping
 from sps2_mega.parallel.launcher import from_environment
 
 
@@ -33,15 +27,7 @@ def main() -> int:
 
 def config_from_json(line: bytes) -> EngineConfig:
     """The inverse of `json.dumps(dataclasses.asdict(config))`."""
-    values: dict[str, Any] = json.loads(line)
-    parallel = values.pop("parallel")
-    levels = parallel.pop("sp_levels")
-    return EngineConfig(
-        parallel=ParallelConfig(sp_levels=None if levels is None else tuple(levels), **parallel),
-        cache=CacheConfig(**values.pop("cache")),
-        scheduler=SchedulerConfig(**values.pop("scheduler")),
-        **values,
-    )
+    return engine_config_from_mapping(json.loads(line))
 
 
 def _end_with_parent() -> None:

@@ -96,6 +96,15 @@ def test_same_tokens_alone_and_with_other_batch_limits(model, one_rank):
     assert_same(alone, one_rank[1:6:2])
 
 
+@pytest.mark.parametrize("stagger", [1, 3])
+@pytest.mark.parametrize(
+    ("tp", "sp", "transport"), [(1, 2, "ulysses"), (2, 2, "gather"), (1, 3, "ring")]
+)
+def test_requests_that_come_while_others_decode(model, one_rank, tp, sp, transport, stagger):
+    options = model | dict(transport=transport)
+    assert_same(run_engine(options, requests(), tp=tp, sp=sp, stagger=stagger), one_rank)
+
+
 def test_preempted_sequences_continue_with_the_same_tokens(model, one_rank):
     """The cache holds hardly more than the longest request, so that sequences keep pushing each other out."""
     for sp in (1, 2):
