@@ -264,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--halo", type=int, default=128)
     add("--tail", type=int, default=128)
     add("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="TOKENS")
-    add("--texts", type=_positive, default=8, help="held-out windows per length")
+    add("--texts", type=_positive, default=12, help="held-out windows per length")
     add("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     add("--depths", nargs="+", type=float, default=list(DEPTHS))
     add("--probes", type=_positive, default=4, help="per task, length and depth")

@@ -17,6 +17,7 @@ from sps2_mega.errors import ConfigError
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json")
 FIELDS = ("text", "content", "prompt")
 TRAINING = Path(__file__).resolve().parents[1] / "train" / "sps2-tiny.yaml"
+_CHOICE = 20  # windows to draw one from
 
 Texts = dict[str, bytes]
 
@@ -48,7 +49,8 @@ def windows(
 ) -> list[list[int]]:
     """Token lists of exactly `length` (with BOS where the tokenizer writes one), none of two texts.
 
-    Texts take turns in an order that follows from `seed`, and no token is in two windows.
+    They are drawn by `seed` from anywhere in the texts, since beginnings are not like the rest; no token is in
+    two of them. Texts are read until there is a choice, not all of a large collection.
 
     Raises:
         ConfigError: there are fewer than `count` windows.
@@ -57,29 +59,25 @@ def windows(
     room = length - len(prefix)
     if room < 2:
         raise ConfigError(f"a length of {length} tokens leaves nothing to predict")
-    order = np.random.default_rng([seed, length]).permutation(len(texts))
+    rng = np.random.default_rng([seed, length])
     names = list(texts)
-    bodies: list[list[int]] = []
-    for index in order:
+    found: list[list[int]] = []
+    for index in rng.permutation(len(names)):
         text = texts[names[index]].decode("utf-8", errors="replace")
         tokens = tokenizer.encode(text, add_special_tokens=False)
-        if len(tokens) >= room:
-            bodies.append(tokens)
-        if len(bodies) == count:
+        offset = int(rng.integers(len(tokens) % room + 1))
+        found += [
+            prefix + tokens[start : start + room]
+            for start in range(offset, len(tokens) - room + 1, room)
+        ]
+        if len(found) >= _CHOICE * count:
             break
-    most = max((len(tokens) // room for tokens in bodies), default=0)
-    found = [
-        prefix + tokens[turn * room : (turn + 1) * room]
-        for turn in range(most)
-        for tokens in bodies
-        if len(tokens) >= (turn + 1) * room
-    ]
     if len(found) < count:
         raise ConfigError(
             f"{count} texts of {length} tokens are needed, the data has {len(found)}: "
             "give more data, shorter lengths or fewer texts"
         )
-    return found[:count]
+    return [found[index] for index in rng.permutation(len(found))[:count]]
 
 
 def bos_prefix(tokenizer: Tokenizer) -> list[int]:
