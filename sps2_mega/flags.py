@@ -66,7 +66,9 @@ def add_flags(parser: argparse._ActionsContainer, config: type) -> None:
                 help=spec.help.replace("%", "%%"),
             )
             continue
-        text = spec.help if spec.default is None else f"{spec.help} (default: {_shown(spec.default)})"
+        text = (
+            spec.help if spec.default is None else f"{spec.help} (default: {_shown(spec.default)})"
+        )
         parser.add_argument(
             f"--{spec.name}",
             dest=spec.dest,

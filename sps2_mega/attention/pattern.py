@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from sps2_mega.errors import ConfigError
 
+MAX_DEGREE = 65536  # plans enumerate residues; more than this is a typing mistake, not a sparsity
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CSAPattern:
@@ -42,6 +44,10 @@ class CSAPattern:
         if not self.degrees or min(self.degrees) < 1:
             raise ConfigError(
                 f"csa degrees must be one number >= 1 per level, got {_joined(self.degrees)}"
+            )
+        if max(self.degrees) > MAX_DEGREE:
+            raise ConfigError(
+                f"csa degrees must be at most {MAX_DEGREE}, got {_joined(self.degrees)}"
             )
         if len(self.spans) != len(self.degrees) - 1:
             raise ConfigError(

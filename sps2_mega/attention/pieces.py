@@ -61,11 +61,10 @@ class _Heads:
     layer: int
 
     def classes(self, degree: int) -> Iterator[tuple[int, int, range]]:
-        """(g % degree, residue of the keys, held heads g counted from 0) of each class that is not empty."""
-        for rest in range(degree):
+        """(g % degree, residue of the keys, held heads g counted from 0) of each class that has heads."""
+        for rest in sorted({head % degree for head in self.held}):
             members = range((rest - self.held.start) % degree, len(self.held), degree)
-            if members:
-                yield rest, residue(rest, self.layer, degree), members
+            yield rest, residue(rest, self.layer, degree), members
 
 
 def _segments(pattern: CSAPattern, prompt_len: int, queries: range, keys: range) -> Iterator[range]:

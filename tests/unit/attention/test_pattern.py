@@ -203,6 +203,7 @@ def test_a_far_shard_sends_its_share_and_a_neighbour_the_halo_too():
     [
         (dict(degrees=()), "degrees must be one number >= 1 per level, got none"),
         (dict(degrees=(1, 0)), "got 1,0"),
+        (dict(degrees=(1, 10**9)), "at most 65536, got 1,1000000000"),
         (dict(degrees=(1, 2, 4)), "1,2,4 are 3 levels and need 2 spans .* got 1: 8"),
         (dict(spans=(0,)), "spans must be >= 1 .* got 0"),
         (dict(degrees=(1, 2, 4), spans=(16, 8)), "not decrease .* got 16,8"),
