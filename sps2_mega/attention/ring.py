@@ -19,6 +19,7 @@ class Ring:
 
     def __init__(self, layout: PrefillLayout, group: Group) -> None:
         self._layout, self._group = layout, group
+        self._runs = [layout.local_runs(rank) for rank in range(group.size)]
 
     def attend(
         self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
@@ -33,9 +34,9 @@ class Ring:
             pending = None
             if step + 1 < size:
                 pending = post_shift(kv_S2KH, self._layout.counts[(source - 1) % size], self._group)
-            for queries in self._layout.local_runs(me):
+            for queries in self._runs[me]:
                 rows = slice(queries.local_start, queries.local_start + queries.end - queries.start)
-                for keys in self._layout.local_runs(source):
+                for keys in self._runs[source]:
                     # Runs of two ranks never overlap, so later keys are invisible as a whole.
                     if keys.sequence != queries.sequence or keys.start > queries.start:
                         continue

@@ -68,6 +68,8 @@ class SparseGather:
         self._plans: dict[int, _LayerPlan] = {}
         self._tails = [self._tail_runs(rank) for rank in range(group.size)]
         self._tail_counts = [sum(r.end - r.start for r in runs) for runs in self._tails]
+        self._tail_index = self._make_tail_index()
+        self._tail_work = self._make_tail_work()
 
     def attend(
         self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
@@ -118,13 +120,36 @@ class SparseGather:
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, scale: float
     ) -> None:
         """Fill the rows of `out_TNH` that see all keys."""
-        mine = self._tails[self._group.rank]
-        none = torch.empty(0, dtype=torch.int64)
-        local = [torch.arange(r.local_start, r.local_start + r.end - r.start) for r in mine]
-        index = torch.cat([none, *local]).to(self._device)
-        q_BNH = all_gather_rows(q_TNH.index_select(0, index), self._tail_counts, self._group)
+        q_BNH = all_gather_rows(
+            q_TNH.index_select(0, self._tail_index), self._tail_counts, self._group
+        )
         out_BNH = torch.zeros_like(q_BNH)
         lse_BN = torch.full(q_BNH.shape[:2], -torch.inf, device=self._device)
+        for rows, tail, run, pieces in self._tail_work:
+            tokens = slice(run.local_start, run.local_start + run.end - run.start)
+            partial = attend_pieces(
+                q_BNH[rows],
+                k_TKH[tokens],
+                v_TKH[tokens],
+                pieces,
+                scale=scale,
+                q_start=tail.start,
+                k_start=run.start,
+            )
+            out_BNH[rows], lse_BN[rows] = merge_two(out_BNH[rows], lse_BN[rows], *partial)
+        home_TNH = bring_home(out_BNH, lse_BN, self._tail_counts, self._group)
+        out_TNH.index_copy_(0, self._tail_index, home_TNH)
+
+    def _make_tail_index(self) -> Tensor:
+        """Local token numbers of this rank's tail rows."""
+        mine = self._tails[self._group.rank]
+        local = [torch.arange(r.local_start, r.local_start + r.end - r.start) for r in mine]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *local]).to(self._device)
+
+    def _make_tail_work(self) -> list[tuple[slice, Run, Run, list[Piece]]]:
+        """(rows among all ranks' tail queries, their run, a run of local keys, pieces): the same in every layer,
+        since tails see all keys."""
+        work = []
         row = 0
         for tail in (tail for runs in self._tails for tail in runs):
             rows = slice(row, row + tail.end - tail.start)
@@ -137,21 +162,11 @@ class SparseGather:
                     prompt_len=self._layout.seq_lens[run.sequence],
                     queries=range(tail.start, tail.end),
                     keys=range(run.start, run.end),
-                    kv_heads=range(k_TKH.shape[1]),
+                    kv_heads=range(len(self._kv_heads)),
                     layer=0,
                 )
-                tokens = slice(run.local_start, run.local_start + run.end - run.start)
-                partial = attend_pieces(
-                    q_BNH[rows],
-                    k_TKH[tokens],
-                    v_TKH[tokens],
-                    pieces,
-                    scale=scale,
-                    q_start=tail.start,
-                    k_start=run.start,
-                )
-                out_BNH[rows], lse_BN[rows] = merge_two(out_BNH[rows], lse_BN[rows], *partial)
-        out_TNH.index_copy_(0, index, bring_home(out_BNH, lse_BN, self._tail_counts, self._group))
+                work.append((rows, tail, run, pieces))
+        return work
 
     def _tail_runs(self, rank: int) -> list[Run]:
         """The parts of a rank's runs whose queries see all keys."""
