@@ -5,7 +5,7 @@ a probe has a depth; documents with questions all over are `tools.train.tasks`'.
 
     passkey        one number
     key_value      ten names with numbers, one is asked for
-    reference      the same, and the name asked for is defined by another name: two hops
+    reference      the same, and the name asked for is defined by another name: that name and its number
     multi_needle   three numbers of one list, asked for in order; the first is at the depth
     copy           48 letters without meaning, to be written again
 """
@@ -109,13 +109,11 @@ def _text(
     if task in ("passkey", "key_value", "reference"):
         from tools.train.evaluate import probe
 
-        document = probe(task, num_bytes, depth, rng, {"code": code}).tobytes()
-        answer_len = 5
+        document, answer = probe(task, num_bytes, depth, rng, {"code": code})
     else:
         events, answer = (_multi_needle if task == "multi_needle" else _copy)(rng, depth)
-        document = interleave(events, num_bytes, code)[0].tobytes()
-        answer_len = len(answer)
-    return document[:-answer_len].decode(errors="replace"), document[-answer_len:].decode()
+        document, _ = interleave(events, num_bytes, code)
+    return document[: -len(answer)].tobytes().decode(errors="replace"), answer
 
 
 def _multi_needle(rng: np.random.Generator, depth: float) -> tuple[list[Event], str]:

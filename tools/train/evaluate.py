@@ -62,7 +62,7 @@ def retrieval(
     num_probes: int,
     seed: int,
 ) -> dict[str, float]:
-    """Share of probes whose five digits are all the likeliest bytes, in all and per depth.
+    """Share of probes whose answer is all the likeliest bytes, in all and per depth.
 
     `texts` fill the documents, which have `length` bytes with the answer.
     """
@@ -74,26 +74,30 @@ def retrieval(
         hits = 0.0
         for start in range(0, per_depth, group):
             seeds = range(start, min(start + group, per_depth))
-            documents = [
+            probes = [
                 probe(task, length, depth, np.random.default_rng([seed, length, int(1000 * depth), i]), texts)
                 for i in seeds
             ]  # fmt: skip
-            targets = torch.from_numpy(np.stack(documents).astype(np.int64)).to(device)
-            answers = _logits(model, targets)[:, -5:].argmax(-1)
-            hits += (answers == targets[:, -5:]).all(-1).sum().item()
+            documents = np.stack([document for document, _ in probes])
+            targets = torch.from_numpy(documents.astype(np.int64)).to(device)
+            right = _logits(model, targets).argmax(-1) == targets
+            hits += sum(
+                row[-len(answer) :].all().item()
+                for row, (_, answer) in zip(right, probes, strict=True)
+            )
         found[f"depth {depth:g}"] = hits / per_depth
     return {"all": sum(found.values()) / len(found), **found, "num_probes": per_depth * len(DEPTHS)}
 
 
 def probe(
     task: str, length: int, depth: float, rng: np.random.Generator, texts: dict[str, np.ndarray]
-) -> np.ndarray:
-    """Bytes [length]: code, what is needed at `depth`, the question, and the answer's five digits at the end.
+) -> tuple[np.ndarray, str]:
+    """Bytes [length]: code, what is needed at `depth`, the question, and the answer at the end; and the answer.
 
-    passkey: one number; key_value: ten names with numbers; reference: ten, and the name that is asked for
-    is another one's, defined half-way from there to the end.
+    passkey: one number of five digits; key_value: ten names with numbers; reference: ten, and the name that
+    is asked for is another one's, defined half-way from there to the end: that name and its number.
     """
-    value = digits(rng, 5)
+    value = answer = digits(rng, 5)
     if task == "passkey":
         events = [Event(depth, [(f"# The pass key is {value}.\n", 1.0)])]
         question = "# What is the pass key? The pass key is "
@@ -106,13 +110,13 @@ def probe(
         if task == "reference":
             line = f"{others[0]} = {asked}\n"
             events.append(Event((1 + depth) / 2, [(line, 1.0)]))
-            asked = others[0]
+            asked, answer = others[0], f"{asked} == {value}"
         question = f"assert {asked} == "
-    events.append(Event(1.0, [(question + value, 1.0)]))
+    events.append(Event(1.0, [(question + answer, 1.0)]))
     long = [text for text in texts.values() if len(text) >= 2 * length]
     file = long[rng.integers(len(long))]
     start = rng.integers(len(file) - 2 * length + 1)
-    return interleave(events, length, file[start : start + 2 * length])[0]
+    return interleave(events, length, file[start : start + 2 * length])[0], answer
 
 
 def _logits(model: TinyLlama, targets: Tensor) -> Tensor:

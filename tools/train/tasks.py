@@ -70,7 +70,8 @@ def key_value(rng: np.random.Generator, length: int) -> list[Event]:
 
 
 def reference(rng: np.random.Generator, length: int) -> list[Event]:
-    """As key_value, and some names are defined by another name: two hops to the value."""
+    """As key_value, and some names are defined by another name: two hops to the value, both of which are asked
+    for, `assert key_07c1 == key_ab3f == 71920`."""
     num_keys = int(rng.integers(2, max(3, min(8, length // 90))))
     return _definitions_and_questions(rng, length, num_keys, references=max(1, num_keys // 2))
 
@@ -82,22 +83,23 @@ def _definitions_and_questions(
     width = 5 if rng.random() < 0.7 else int(rng.integers(2, 9))
     known = names(rng, num_keys + references)
     last_definition, first_question = (0.9, 0.0) if rng.random() < 0.5 else (0.6, 0.6)
-    facts: list[tuple[str, str, float]] = []
+    facts: list[tuple[str, str, str, float]] = []  # name, name that it refers to, value, place
     events: list[Event] = []
     for name in known[:num_keys]:
         value, place = digits(rng, width), rng.uniform(0, last_definition)
         events.append(Event(place, _pieces(define, name, 0.0, (value, 0.0), end)))
-        facts.append((name, value, place))
+        facts.append((name, "", value, place))
     for name in known[num_keys:]:
-        target, value, place = facts[rng.integers(num_keys)]
+        target, _, value, place = facts[rng.integers(num_keys)]
         place = rng.uniform(place, max(place, last_definition))
         events.append(Event(place, _pieces(define, name, 0.0, (target, NAME), end)))
-        facts.append((name, value, place))
+        facts.append((name, target, value, place))
     asked = facts[num_keys:] * 2 + facts if references else facts
     for _ in range(int(rng.integers(max(1, length // 120), max(2, length // 55)))):
-        name, value, place = asked[rng.integers(len(asked))]
+        name, target, value, place = asked[rng.integers(len(asked))]
         place = rng.uniform(max(place, first_question), 1.0)
-        question = Event(place, [*_pieces(ask, name, NAME), *_answer(value), (ask_end, 1.0)])
+        hop = [(target, REST), (" == ", 1.0)] if target else []
+        question = Event(place, [*_pieces(ask, name, NAME), *hop, *_answer(value), (ask_end, 1.0)])
         if not room_for([*events, question], length):
             break
         events.append(question)

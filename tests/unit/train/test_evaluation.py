@@ -69,18 +69,21 @@ def test_baselines_agree_with_the_compressors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", [0.05, 0.5, 0.95])
 def test_a_probe_has_its_answer_at_the_asked_depth(task: str, depth: float) -> None:
     for seed in range(10):
-        text = evaluation.probe(task, 1500, depth, np.random.default_rng(seed), FILES).tobytes()
-        assert len(text) == 1500
-        answer, before = text[-5:], text[:-5]
-        at = before.index(answer)
-        assert answer.isdigit() and abs(at - depth * 1500) < 200
-        assert before.count(answer) == 1
+        document, answer = evaluation.probe(task, 1500, depth, np.random.default_rng(seed), FILES)
+        text = document.tobytes()
+        assert len(text) == 1500 and text.endswith(answer.encode())
+        before = text[: -len(answer)]
+        value = text[-5:]
+        at = before.index(value)
+        assert value.isdigit() and abs(at - depth * 1500) < 200
+        assert before.count(value) == 1
         if task == "passkey":
             continue
         asked = before.rsplit(b"assert ", 1)[1].removesuffix(b" == ")
         if task == "reference":
             asked = before.split(asked + b" = ")[1].split(b"\n")[0]
-        assert asked + b" = " + answer + b"\n" in before
+            assert answer.encode() == asked + b" == " + value
+        assert asked + b" = " + value + b"\n" in before
         assert before.count(b" = ") == (10 if task == "key_value" else 11)
 
 
