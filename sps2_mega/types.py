@@ -133,9 +133,12 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class PrefillItem:
-    """One sequence to prefill. Block b holds tokens [b*block_size, ..) on sp rank `block_ranks[b]`
-    under `block_ids[b]`. `num_prompt_tokens` < len(token_ids) when a preempted sequence is
-    recomputed: the rest are its own earlier outputs."""
+    """Tokens [start, end) of one sequence to prefill; those before are in the cache already. A token is sampled
+    after the last one only, in the step with `end == len(token_ids)`.
+
+    Block b holds tokens [b*block_size, ..) on sp rank `block_ranks[b]` under `block_ids[b]`.
+    `num_prompt_tokens` < len(token_ids) when a preempted sequence is recomputed: the rest are its own
+    earlier outputs."""
 
     seq_id: int
     token_ids: list[int]
@@ -144,6 +147,13 @@ class PrefillItem:
     block_ids: list[int]
     params: SamplingParams
     seed: int
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step ends with a new token."""
+        return self.end == len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +182,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One sampled token per item of the plan, in the plan's order. A token is None where the model gave no
+    """One sampled token per item of the plan that samples, in the plan's order. A token is None where the model gave no
     finite logits: that sequence has failed, the others go on. `logprobs[i]` is None unless asked."""
 
     token_ids: list[int | None]

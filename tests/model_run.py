@@ -88,7 +88,17 @@ def logits_on_rank(
                     free[block_rank] -= 1
                     ids.append(free[block_rank])
                 items.append(
-                    PrefillItem(sequence, prompt, len(prompt), ranks, ids, SamplingParams(), 0)
+                    PrefillItem(
+                        sequence,
+                        prompt,
+                        len(prompt),
+                        ranks,
+                        ids,
+                        SamplingParams(),
+                        0,
+                        0,
+                        len(prompt),
+                    )
                 )
             tables = LocalTables(rank=groups.sp.rank, block_size=block_size)
             step = prefill_input(items, tables, pool, groups.sp, transport=transport, device=cpu)
@@ -102,7 +112,7 @@ def logits_on_rank(
             )
             results[name, transport] = [
                 (run.sequence, run.start, logits[run.local_start :][: run.end - run.start].clone())
-                for run in layout.local_runs(groups.sp.rank)
+                for run in layout.queries.local_runs(groups.sp.rank)
             ]
     finalize()
     return results

@@ -18,24 +18,23 @@ class Gather:
 
     def __init__(self, layout: PrefillLayout, group: Group, device: torch.device) -> None:
         self._layout, self._group = layout, group
-        self._index = sequence_index(layout, device)
-        self._runs = layout.local_runs(group.rank)
-        self._seq_starts = layout.seq_starts()
+        self._index = sequence_index(layout.keys, device)
+        self._runs = layout.queries.local_runs(group.rank)
+        self._seq_starts = layout.keys.seq_starts()
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
         k_SKH, v_SKH = (
-            reorder(all_gather_rows(x, self._layout.counts, self._group), self._index)
-            for x in (k_TKH, v_TKH)
+            reorder(all_gather_rows(x, self._layout.keys.counts, self._group), self._index)
+            for x in (k_CKH, v_CKH)
         )
         out_TNH = torch.empty_like(q_TNH)
         for run in self._runs:
             first = self._seq_starts[run.sequence]
             keys = slice(first, first + run.end)
-            tokens = slice(run.local_start, run.local_start + run.end - run.start)
-            out_TNH[tokens], _ = attend_run(
-                q_TNH[tokens],
+            out_TNH[run.local], _ = attend_run(
+                q_TNH[run.local],
                 k_SKH[keys],
                 v_SKH[keys],
                 scale=rule.scale,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout import PrefillLayout
+from sps2_mega.attention.layout import TokenLayout
 
 
-def sequence_index(layout: PrefillLayout, device: torch.device) -> Tensor | None:
+def sequence_index(layout: TokenLayout, device: torch.device) -> Tensor | None:
     """`layout.rank_major_index` as a tensor; None when nothing has to move."""
     index = layout.rank_major_index()
     return None if index is None else torch.from_numpy(index).to(device)

@@ -19,28 +19,31 @@ class Ring:
 
     def __init__(self, layout: PrefillLayout, group: Group) -> None:
         self._layout, self._group = layout, group
-        self._runs = [layout.local_runs(rank) for rank in range(group.size)]
+        self._queries = layout.queries.local_runs(group.rank)
+        self._keys = [layout.keys.local_runs(rank) for rank in range(group.size)]
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
         size, me = self._group.size, self._group.rank
         # Partials of all steps add up in float32: rounding once per step would grow with the ring.
         out_TNH = torch.zeros(q_TNH.shape, dtype=torch.float32, device=q_TNH.device)
         lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, device=q_TNH.device)
-        kv_S2KH = torch.stack([k_TKH, v_TKH], 1)
+        kv_C2KH = torch.stack([k_CKH, v_CKH], 1)
         for step in range(size):
             source = (me - step) % size
             pending = None
             if step + 1 < size:
-                pending = post_shift(kv_S2KH, self._layout.counts[(source - 1) % size], self._group)
-            for queries in self._runs[me]:
-                rows = slice(queries.local_start, queries.local_start + queries.end - queries.start)
-                for keys in self._runs[source]:
-                    # Runs of two ranks never overlap, so later keys are invisible as a whole.
+                pending = post_shift(
+                    kv_C2KH, self._layout.keys.counts[(source - 1) % size], self._group
+                )
+            for queries in self._queries:
+                rows = queries.local
+                for keys in self._keys[source]:
+                    # Runs never overlap but where they are the same, so later keys are invisible as a whole.
                     if keys.sequence != queries.sequence or keys.start > queries.start:
                         continue
-                    shard = kv_S2KH[keys.local_start : keys.local_start + keys.end - keys.start]
+                    shard = kv_C2KH[keys.local]
                     out, lse = attend_run(
                         q_TNH[rows],
                         shard[:, 0],
@@ -52,5 +55,5 @@ class Ring:
                     )
                     out_TNH[rows], lse_TN[rows] = merge_two(out_TNH[rows], lse_TN[rows], out, lse)
             if pending is not None:
-                kv_S2KH = pending.wait()
+                kv_C2KH = pending.wait()
         return out_TNH.to(q_TNH.dtype)

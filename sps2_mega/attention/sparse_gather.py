@@ -60,10 +60,11 @@ class SparseGather:
         group: Group,
         device: torch.device,
     ) -> None:
-        self._layout, self._patterns, self._prompt_lens = layout, patterns, prompt_lens
+        assert layout.queries is layout.keys, "sparse prefill after cached tokens"
+        self._layout, self._patterns, self._prompt_lens = layout.keys, patterns, prompt_lens
         self._kv_heads, self._group, self._device = kv_heads, group, device
-        self._seq_starts = layout.seq_starts()
-        self._own_runs = layout.local_runs(group.rank)
+        self._seq_starts = layout.keys.seq_starts()
+        self._own_runs = layout.keys.local_runs(group.rank)
         self._period = math.lcm(*(d for pattern in patterns for d in pattern.degrees))
         self._plans: dict[int, _LayerPlan] = {}
         self._tails = [self._tail_runs(rank) for rank in range(group.size)]
@@ -159,7 +160,7 @@ class SparseGather:
                     continue
                 pieces = csa_pieces(
                     _ALL_KEYS,
-                    prompt_len=self._layout.seq_lens[run.sequence],
+                    prompt_len=self._layout.last[run.sequence],
                     queries=range(tail.start, tail.end),
                     keys=range(run.start, run.end),
                     kv_heads=range(len(self._kv_heads)),

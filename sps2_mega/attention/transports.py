@@ -24,9 +24,10 @@ from sps2_mega.parallel.groups import Group
 
 class Transport(Protocol):
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
-        """Causal attention of this rank's tokens (local order) -> out [T, N, H]."""
+        """Causal attention of this rank's queries over the keys of all ranks, both in their local order
+        -> out [T, N, H]. C = T where nothing was cached before."""
         ...
 
 

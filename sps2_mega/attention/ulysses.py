@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout import PrefillLayout, group_heads, split_heads
+from sps2_mega.attention.layout import PrefillLayout, TokenLayout, group_heads, split_heads
 from sps2_mega.attention.order import reorder, sequence_index
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.comm.collectives import all_to_all_flat
@@ -21,63 +23,59 @@ class Ulysses:
 
     def __init__(self, layout: PrefillLayout, group: Group, device: torch.device) -> None:
         self._layout, self._group = layout, group
-        self._index = sequence_index(layout, device)
-        self._inverse = None if self._index is None else torch.argsort(self._index)
-        self._seq_starts = layout.seq_starts()
+        queries, keys = layout.queries, layout.keys
+        self._query_index = sequence_index(queries, device)
+        self._key_index = sequence_index(keys, device)
+        self._inverse = None if self._query_index is None else torch.argsort(self._query_index)
+        self._sequences = list(
+            zip(queries.seq_starts(), keys.seq_starts(), queries.first, queries.last, strict=True)
+        )
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
-        num_heads, num_kv_heads = q_TNH.shape[1], k_TKH.shape[1]
+        num_heads, num_kv_heads = q_TNH.shape[1], k_CKH.shape[1]
         shares = split_heads(num_heads, num_kv_heads, self._group.size)
-        q_SnH, k_SkH, v_SkH = self._deal_heads(q_TNH, k_TKH, v_TKH, shares)
         heads, kv_heads = shares[self._group.rank]
+        kv_C2KH = torch.stack([k_CKH, v_CKH], 1)
+        kv_S2kH = self._deal(
+            kv_C2KH, [share for _, share in shares], self._layout.keys, self._key_index
+        )
+        q_SnH = self._deal(
+            q_TNH, [share for share, _ in shares], self._layout.queries, self._query_index
+        )
         out_SnH = torch.empty(q_SnH.shape, dtype=q_SnH.dtype, device=q_SnH.device)
-        for query_heads, keys_heads in _uniform_groups(heads, kv_heads, num_heads // num_kv_heads):
-            for first, length in zip(self._seq_starts, self._layout.seq_lens, strict=True):
-                tokens = slice(first, first + length)
-                out_SnH[tokens, query_heads], _ = attend_run(
-                    q_SnH[tokens, query_heads],
-                    k_SkH[tokens, keys_heads],
-                    v_SkH[tokens, keys_heads],
+        for query_heads, key_heads in _uniform_groups(heads, kv_heads, num_heads // num_kv_heads):
+            for first_query, first_key, start, end in self._sequences:
+                queries = slice(first_query, first_query + end - start)
+                keys = slice(first_key, first_key + end)
+                out_SnH[queries, query_heads], _ = attend_run(
+                    q_SnH[queries, query_heads],
+                    kv_S2kH[keys, 0, key_heads],
+                    kv_S2kH[keys, 1, key_heads],
                     scale=rule.scale,
-                    q_start=0,
+                    q_start=start,
                     window=rule.window,
                 )
         return self._return_heads(out_SnH, [len(heads) for heads, _ in shares], q_TNH.shape[0])
 
-    def _deal_heads(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, shares: list[tuple[range, range]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Local tokens of all heads -> all tokens (sequence order) of this rank's heads."""
+    def _deal(
+        self, x: Tensor, shares: list[range], layout: TokenLayout, index: Tensor | None
+    ) -> Tensor:
+        """Local tokens of all heads x [T, ..., heads, H] -> all tokens (sequence order) of this rank's heads."""
         if self._group.size == 1:
-            return (
-                reorder(q_TNH, self._index),
-                reorder(k_TKH, self._index),
-                reorder(v_TKH, self._index),
-            )
-        width = q_TNH.shape[2]
-        packed = torch.cat(
-            [
-                torch.cat(
-                    [q_TNH[:, _cut(heads)], k_TKH[:, _cut(kv_heads)], v_TKH[:, _cut(kv_heads)]], 1
-                ).flatten()
-                for heads, kv_heads in shares
-            ]
-        )
-        widths = [(len(heads) + 2 * len(kv_heads)) * width for heads, kv_heads in shares]
-        mine = widths[self._group.rank]
+            return reorder(x, index)
+        packed = torch.cat([x[..., _cut(share), :].flatten() for share in shares])
+        per_head = math.prod(x.shape[1:-2]) * x.shape[-1]
+        mine = len(shares[self._group.rank]) * per_head
         received = all_to_all_flat(
             packed,
-            [q_TNH.shape[0] * width_r for width_r in widths],
-            [count * mine for count in self._layout.counts],
+            [x.shape[0] * len(share) * per_head for share in shares],
+            [count * mine for count in layout.counts],
             self._group,
         )
-        heads, kv_heads = shares[self._group.rank]
-        received = received.view(sum(self._layout.counts), mine // width, width)
-        received = reorder(received, self._index)
-        q_SnH, k_SkH, v_SkH = received.split([len(heads), len(kv_heads), len(kv_heads)], 1)
-        return q_SnH, k_SkH, v_SkH
+        own = (*x.shape[1:-2], len(shares[self._group.rank]), x.shape[-1])
+        return reorder(received.view(sum(layout.counts), *own), index)
 
     def _return_heads(self, out_SnH: Tensor, heads_per_rank: list[int], num_tokens: int) -> Tensor:
         """The way back: all tokens of this rank's heads -> local tokens of all heads."""
@@ -88,7 +86,10 @@ class Ulysses:
         mine = heads_per_rank[self._group.rank] * width
         sizes = [num_tokens * heads * width for heads in heads_per_rank]
         received = all_to_all_flat(
-            out_SnH.flatten(), [count * mine for count in self._layout.counts], sizes, self._group
+            out_SnH.flatten(),
+            [count * mine for count in self._layout.queries.counts],
+            sizes,
+            self._group,
         )
         pieces = [
             piece.view(num_tokens, heads, width)

@@ -52,25 +52,28 @@ def prefill_input(
     """Enters the items' sequences into `tables` and lays out their tokens; with `sparse` prefill is CSA."""
     layout = build_layout(
         [item.block_ranks for item in items],
-        [len(item.token_ids) for item in items],
+        [item.end for item in items],
+        starts=[item.start for item in items],
         block_size=pool.block_size,
         sp_size=group.size,
     )
-    tokens, positions, slots = [], [], []
-    for run in layout.local_runs(group.rank):
-        item = items[run.sequence]
-        position = np.arange(run.start, run.end)
-        blocks = np.asarray(item.block_ids)[position // pool.block_size]
-        tokens.append(np.asarray(item.token_ids[run.start : run.end], dtype=np.int64))
-        positions.append(position)
-        slots.append(blocks * pool.block_size + position % pool.block_size)
+    tokens, positions, slots, cached_slots = [], [], [], []
+    for run in layout.queries.local_runs(group.rank):
+        token_ids = items[run.sequence].token_ids[run.start : run.end]
+        tokens.append(np.asarray(token_ids, dtype=np.int64))
+        positions.append(np.arange(run.start, run.end))
+        slots.append(_slots(items[run.sequence], positions[-1], pool.block_size))
+    for run in layout.keys.local_runs(group.rank):
+        if run.end <= items[run.sequence].start:
+            cached = np.arange(run.start, run.end)
+            cached_slots.append(_slots(items[run.sequence], cached, pool.block_size))
     items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
     rows = []
-    for run in layout.runs:
-        if run.end == layout.seq_lens[run.sequence]:
+    for run in layout.queries.runs:
+        if run.end == len(items[run.sequence].token_ids):
             items_by_rank[run.rank].append(run.sequence)
             if run.rank == group.rank:
-                rows.append(run.local_start + run.end - run.start - 1)
+                rows.append(run.local.stop - 1)
     chosen: Transport
     if sparse is None:
         chosen = make_transport(transport, layout, group, device)
@@ -79,12 +82,14 @@ def prefill_input(
         patterns = [sparse.pattern(length) for length in prompt_lens]
         chosen = SparseGather(layout, patterns, prompt_lens, sparse.kv_heads, group, device)
     for item in items:
-        tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
+        # A table is asked for only once its sequence decodes, when all of its tokens are there.
+        if item.samples:
+            tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
     return StepInput(
         tokens_T=_join(tokens, device),
         positions_T=_join(positions, device),
         rows_R=_tensor(rows, device),
-        attention=PrefillAttention(pool, _join(slots, device), chosen),
+        attention=PrefillAttention(pool, _join(slots, device), _join(cached_slots, device), chosen),
         items_by_rank=items_by_rank,
     )
 
@@ -128,6 +133,11 @@ def decode_input(
         attention=DecodeAttention(pool, _tensor(slots, device), buckets, counts, group),
         items_by_rank=items_by_rank,
     )
+
+
+def _slots(item: PrefillItem, positions: np.ndarray, block_size: int) -> np.ndarray:
+    """The cache slot of each token position, on the rank that holds it."""
+    return np.asarray(item.block_ids)[positions // block_size] * block_size + positions % block_size
 
 
 def _join(pieces: list[np.ndarray], device: torch.device) -> Tensor:

@@ -23,6 +23,8 @@ def encode(plan: StepPlan) -> bytes:
             _pack(item.block_ids),
             [getattr(item.params, name) for name in _PARAM_NAMES],
             item.seed,
+            item.start,
+            item.end,
         )
         for item in plan.prefills
     ]
@@ -44,8 +46,20 @@ def decode(payload: bytes) -> StepPlan:
                 block_ids=_unpack(block_ids),
                 params=SamplingParams(**dict(zip(_PARAM_NAMES, params, strict=True))),
                 seed=seed,
+                start=start,
+                end=end,
             )
-            for seq_id, token_ids, num_prompt_tokens, block_ranks, block_ids, params, seed in prefills
+            for (
+                seq_id,
+                token_ids,
+                num_prompt_tokens,
+                block_ranks,
+                block_ids,
+                params,
+                seed,
+                start,
+                end,
+            ) in prefills
         ],
         decodes=[DecodeItem(*item) for item in decodes],
         released=list(released),

@@ -265,4 +265,6 @@ def _prefill_item(sequence: Sequence, table: BlockTable) -> PrefillItem:
         list(table.block_ids),
         sequence.params,
         sequence.seed,
+        start=0,
+        end=sequence.num_tokens,
     )

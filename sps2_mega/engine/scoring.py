@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout import PrefillLayout, build_layout
+from sps2_mega.attention.layout import TokenLayout, build_layout
 from sps2_mega.attention.spans import SparsePrefill, local_kv_heads
 from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.config import CSAConfig
@@ -96,7 +96,7 @@ def score_prompt(
     )
     layout = build_layout(
         [item.block_ranks], [num_tokens], block_size=pool.block_size, sp_size=groups.sp.size
-    )
+    ).queries
     positions = step.positions_T.cpu().numpy()
     next_ids = np.asarray([*token_ids[1:], 0])[positions]
     wanted = torch.from_numpy(np.isin(positions, row_positions))
@@ -140,11 +140,13 @@ def _placed(executor: Executor, token_ids: list[int]) -> PrefillItem:
         block_ids=list(table.block_ids),
         params=SamplingParams(),
         seed=0,
+        start=0,
+        end=len(token_ids),
     )
 
 
 def _in_position_order(
-    local: Tensor, positions: Sequence[int], layout: PrefillLayout, groups: ParallelGroups
+    local: Tensor, positions: Sequence[int], layout: TokenLayout, groups: ParallelGroups
 ) -> Tensor:
     """Rows of all ranks, one per position of `positions` (ascending). `local` are this rank's, ascending.
 

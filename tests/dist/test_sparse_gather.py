@@ -51,12 +51,12 @@ def case(name: str, sp: int):
 def on_one_rank(rank: int, sp: int, name: str, group: Group):
     """Outputs of this rank's tokens and rows sent, for two layers, and where the tokens are."""
     sparse, layout, (q, k, v) = case(name, sp)
-    starts = layout.seq_starts()
+    starts = layout.keys.seq_starts()
     index = torch.cat(
         [torch.empty(0, dtype=torch.int64)]
         + [
             torch.arange(run.start, run.end) + starts[run.sequence]
-            for run in layout.local_runs(group.rank)
+            for run in layout.queries.local_runs(group.rank)
         ]
     )
     prompt_lens = [prompt for _, prompt in LENGTHS]
@@ -94,7 +94,7 @@ def by_definition(name: str, sp: int, layer: int) -> torch.Tensor:
     """Outputs in sequence order from a mask made pair by pair."""
     sparse, layout, (q, k, v) = case(name, sp)
     out = torch.empty_like(q)
-    for (tokens, prompt_len), first in zip(LENGTHS, layout.seq_starts(), strict=True):
+    for (tokens, prompt_len), first in zip(LENGTHS, layout.keys.seq_starts(), strict=True):
         pattern = sparse.pattern(prompt_len)
         rows = slice(first, first + tokens)
         for head in range(HEADS):
@@ -139,13 +139,13 @@ def test_only_visible_rows_travel():
     sparse, layout, _ = case(name, sp)
     for number, layer in enumerate((0, 5)):
         expected = [0] * sp
-        for key_run in layout.runs:
+        for key_run in layout.keys.runs:
             prompt_len = LENGTHS[key_run.sequence][1]
             pattern: CSAPattern = sparse.pattern(prompt_len)
             for target in range(sp):
                 asking = [
                     i
-                    for run in layout.local_runs(target)
+                    for run in layout.queries.local_runs(target)
                     if run.sequence == key_run.sequence
                     for i in range(run.start, min(run.end, prompt_len - pattern.tail))
                 ]

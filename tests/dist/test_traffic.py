@@ -44,7 +44,7 @@ def bytes_on_rank(rank, port, sp, name):
         transport = SparseGather(layout, [pattern], [TOKENS], range(KV_HEADS), groups.sp, cpu)
     else:
         transport = make_transport(name, layout, groups.sp, cpu)
-    local = layout.counts[groups.sp.rank]
+    local = layout.queries.counts[groups.sp.rank]
     q = torch.randn(local, HEADS, WIDTH)
     k, v = torch.randn(local, KV_HEADS, WIDTH), torch.randn(local, KV_HEADS, WIDTH)
     before = groups.sp.traffic.bytes_sent

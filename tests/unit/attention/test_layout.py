@@ -23,31 +23,50 @@ def placements(draw):
     return ranks, lengths, block_size, sp_size
 
 
-@given(placements())
-def test_every_token_is_in_exactly_one_place(placement):
+@given(placements(), st.data())
+def test_every_token_is_in_exactly_one_place(placement, data):
     ranks, lengths, block_size, sp_size = placement
-    layout = build_layout(ranks, lengths, block_size=block_size, sp_size=sp_size)
-    assert sum(layout.counts) == sum(lengths)
-    rank_major = []
-    for rank in range(sp_size):
-        local = 0
-        for run in layout.local_runs(rank):
-            assert run.local_start == local
-            local += run.end - run.start
-            for position in range(run.start, run.end):
-                assert ranks[run.sequence][position // block_size] == rank
-                rank_major.append((run.sequence, position))
-        assert local == layout.counts[rank]
-    in_sequence = [(s, p) for s, length in enumerate(lengths) for p in range(length)]
-    index = layout.rank_major_index()
-    index = np.arange(len(in_sequence)) if index is None else index
-    assert [rank_major[i] for i in index] == in_sequence
-    assert layout.seq_starts() == [in_sequence.index((s, 0)) for s in range(len(lengths))]
+    starts = [data.draw(st.integers(0, length - 1)) for length in lengths]
+    layout = build_layout(ranks, lengths, starts=starts, block_size=block_size, sp_size=sp_size)
+    zeros = [0] * len(lengths)
+    for tokens, firsts in ((layout.queries, starts), (layout.keys, zeros)):
+        expected = [(s, p) for s, end in enumerate(lengths) for p in range(firsts[s], end)]
+        assert sum(tokens.counts) == len(expected)
+        rank_major = []
+        for rank in range(sp_size):
+            local = {}
+            for run in tokens.local_runs(rank):
+                for offset, position in enumerate(range(run.start, run.end)):
+                    assert ranks[run.sequence][position // block_size] == rank
+                    local[run.local_start + offset] = (run.sequence, position)
+            assert sorted(local) == list(range(tokens.counts[rank]))
+            rank_major += [local[i] for i in range(len(local))]
+        index = tokens.rank_major_index()
+        index = np.arange(len(expected)) if index is None else index
+        assert [rank_major[i] for i in index] == expected
+        assert tokens.seq_starts() == [expected.index((s, p)) for s, p in enumerate(firsts)]
+
+
+@given(placements(), st.data())
+def test_local_keys_are_the_cached_ones_and_then_the_queries(placement, data):
+    ranks, lengths, block_size, sp_size = placement
+    starts = [data.draw(st.integers(0, length - 1)) for length in lengths]
+    layout = build_layout(ranks, lengths, starts=starts, block_size=block_size, sp_size=sp_size)
+    for rank, cached in enumerate(layout.cached_counts):
+        new = [run for run in layout.keys.local_runs(rank) if run.local_start >= cached]
+        queries = layout.queries.local_runs(rank)
+        assert [(r.sequence, r.start, r.end, r.local_start - cached) for r in new] == [
+            (r.sequence, r.start, r.end, r.local_start) for r in queries
+        ]
+        for run in layout.keys.local_runs(rank):
+            assert run in new or run.end <= starts[run.sequence]
 
 
 def test_orders_that_agree_need_no_index():
-    assert build_layout([[0, 0, 1]], [11], block_size=4, sp_size=2).rank_major_index() is None
-    assert build_layout([[1, 0]], [8], block_size=4, sp_size=2).rank_major_index() is not None
+    in_order = build_layout([[0, 0, 1]], [11], block_size=4, sp_size=2)
+    assert in_order.keys.rank_major_index() is None and in_order.queries is in_order.keys
+    turned = build_layout([[1, 0]], [8], block_size=4, sp_size=2)
+    assert turned.keys.rank_major_index() is not None
 
 
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 9))

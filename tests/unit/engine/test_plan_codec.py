@@ -6,7 +6,7 @@ def test_prefill_plan_survives():
     params = SamplingParams(
         max_tokens=None, seed=2**63 + 5, stop=("a", "é"), stop_token_ids=(3,), logprobs=2, top_p=0.1
     )
-    item = PrefillItem(7, [1, 2, 2**31], 2, [0, 1], [5, 0], params, 2**64 - 1)
+    item = PrefillItem(7, [1, 2, 2**31], 2, [0, 1], [5, 0], params, 2**64 - 1, 1, 2)
     plan = StepPlan(3, ForwardMode.PREFILL, [item], [], [1, 2])
     assert decode(encode(plan)) == plan
 
