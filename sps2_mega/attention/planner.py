@@ -1,0 +1,152 @@
+"""Which transport a prefill step takes: seconds from bytes, messages and arithmetic, then the least.
+
+    seconds per layer = communication + attention of the busiest rank      gather, ulysses, pass_q
+                        sum over steps of the longer of the two            ring, which overlaps them
+
+A pure function of the step and of what was measured of the machine, so all ranks choose alike without a word.
+It decides no placement: whatever lies where, each transport gives the same result.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from sps2_mega.attention.layout import split_heads
+from sps2_mega.attention.step_shape import StepShape, busiest
+from sps2_mega.attention.traffic import Matrix, bytes_moved, num_messages
+
+TRANSPORTS = ("ulysses", "gather", "ring", "pass_q")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One SP level: seconds of a small message, and what a rank sends per second while all ranks do."""
+
+    latency_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the planner knows of the ranks. `links[l]` joins the groups of `sp_levels[l]` ranks; of one rank,
+    attention does `flops_per_s` (a multiply and an add are two)."""
+
+    sp_levels: tuple[int, ...]
+    links: tuple[Link, ...]
+    flops_per_s: float
+
+    def __post_init__(self) -> None:
+        assert len(self.links) == len(self.sp_levels), (
+            f"{len(self.sp_levels)} SP levels need as many links, got {len(self.links)}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One transport in one layer of a step. `bytes_sent[r]` is sp rank r's; `pairs` counts (query, key, head)
+    of the busiest rank."""
+
+    transport: str
+    bytes_sent: tuple[int, ...]
+    messages: int
+    pairs: int
+    comm_s: float
+    compute_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The chosen transport, why (one sentence), and all estimates, fastest first."""
+
+    transport: str
+    reason: str
+    estimates: tuple[Estimate, ...]
+
+
+def choose(shape: StepShape, machine: Machine, candidates: Sequence[str] = TRANSPORTS) -> Choice:
+    """The fastest of the candidates; among equals the one named first."""
+    assert candidates, "there is nothing to choose from"
+    found = sorted((estimate(name, shape, machine) for name in candidates), key=_seconds)
+    best = found[0]
+    reason = (
+        f"{_ms(best.seconds)} per layer ({max(best.bytes_sent) / 1e6:.3g} MB in {_ms(best.comm_s)}, "
+        f"attention {_ms(best.compute_s)})"
+    )
+    if len(found) > 1:
+        others = ", ".join(f"{other.transport} {_ms(other.seconds)}" for other in found[1:])
+        reason += f"; {others}"
+    return Choice(transport=best.transport, reason=reason, estimates=tuple(found))
+
+
+def estimate(transport: str, shape: StepShape, machine: Machine) -> Estimate:
+    """Bytes, messages, pairs and seconds of one transport in one layer."""
+    moved = bytes_moved(transport, shape)
+    messages = num_messages(transport, shape.size)
+    flops_per_pair = 4 * shape.head_dim  # a score and a weighted value: H multiply-adds each
+    latency = max(link.latency_s for link in machine.links)
+    comm_s = messages * latency + link_seconds(moved, machine)
+    if transport == "ring":
+        # In step s rank r works on the keys of rank r - s; all wait for the slowest before they pass on.
+        steps = [
+            max(shape.pairs[r][(r - s) % shape.size] for r in range(shape.size)) * shape.num_heads
+            for s in range(shape.size)
+        ]
+        pairs = sum(steps)
+        per_hop = comm_s / max(1, shape.size - 1)
+        step_s = [count * flops_per_pair / machine.flops_per_s for count in steps]
+        seconds = sum(max(per_hop, compute) for compute in step_s[:-1]) + step_s[-1]
+    else:
+        pairs = _busiest_pairs(transport, shape)
+        seconds = comm_s + pairs * flops_per_pair / machine.flops_per_s
+    return Estimate(
+        transport=transport,
+        bytes_sent=tuple(map(sum, moved)),
+        messages=messages,
+        pairs=pairs,
+        comm_s=comm_s,
+        compute_s=pairs * flops_per_pair / machine.flops_per_s,
+        seconds=seconds,
+    )
+
+
+def link_seconds(moved: Matrix, machine: Machine) -> float:
+    """Seconds until all bytes have crossed: levels work at the same time, so the slowest one counts.
+
+    At level l the ranks of one inner group share what they send per second, so a single sender among them
+    (a ring has one per group) gets all of it.
+    """
+    bounds = [1, *accumulate(machine.sp_levels, operator.mul)]
+    slowest = 0.0
+    for level, link in enumerate(machine.links):
+        inner, outer = bounds[level], bounds[level + 1]
+        groups = len(moved) // inner
+        out, into = [0] * groups, [0] * groups
+        for sender, row in enumerate(moved):
+            for receiver, count in enumerate(row):
+                same_outer = sender // outer == receiver // outer
+                if count and same_outer and sender // inner != receiver // inner:
+                    out[sender // inner] += count
+                    into[receiver // inner] += count
+        slowest = max(slowest, max(out + into) / (inner * link.bytes_per_s))
+    return slowest
+
+
+def _busiest_pairs(transport: str, shape: StepShape) -> int:
+    if transport == "ulysses":
+        shares = split_heads(shape.num_heads, shape.num_kv_heads, shape.size)
+        return sum(map(sum, shape.pairs)) * max(len(heads) for heads, _ in shares)
+    if transport == "pass_q":
+        return busiest(list(zip(*shape.pairs, strict=True))) * shape.num_heads
+    return busiest(shape.pairs) * shape.num_heads
+
+
+def _seconds(found: Estimate) -> float:
+    return found.seconds
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,122 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sps2_mega.attention.layout import build_layout
+from sps2_mega.attention.planner import TRANSPORTS, Link, Machine, choose, estimate, link_seconds
+from sps2_mega.attention.step_shape import step_shape
+from sps2_mega.attention.traffic import bytes_moved
+
+
+def shape_of(ranks, *, tokens, start=0, sp=2, heads=8, kv_heads=8, width=64, itemsize=2):
+    layout = build_layout(
+        [ranks], [tokens], starts=[start], block_size=tokens // len(ranks), sp_size=sp
+    )
+    return step_shape(
+        layout, num_heads=heads, num_kv_heads=kv_heads, head_dim=width, itemsize=itemsize
+    )
+
+
+def machine(*, levels=(2,), rates=(1e9,), latency=0.0, flops=1e12):
+    links = tuple(Link(latency_s=latency, bytes_per_s=rate) for rate in rates)
+    return Machine(sp_levels=levels, links=links, flops_per_s=flops)
+
+
+def sent(name, shape):
+    return [sum(row) for row in bytes_moved(name, shape)]
+
+
+@pytest.mark.parametrize("sp", [2, 4])
+def test_equal_shares_cost_what_the_formulas_say(sp):
+    tokens, heads, kv_heads, width, item = 64 * sp, 8, 4, 64, 2
+    shape = shape_of(list(range(sp)), tokens=tokens, sp=sp, kv_heads=kv_heads)
+    others = sp - 1
+    kv = 2 * tokens * kv_heads * width * item * others // sp
+    assert sent("gather", shape) == sent("ring", shape) == [kv] * sp
+    ulysses = tokens // sp * (2 * heads + 2 * kv_heads) * width * item * others // sp
+    assert sent("ulysses", shape) == [ulysses] * sp
+    pass_q = tokens * heads * (2 * width * item + 4) * others // sp
+    assert sent("pass_q", shape) == [pass_q] * sp
+
+
+def test_more_ranks_than_kv_heads_send_each_rank_its_own_copy():
+    shape = shape_of([0, 1, 2, 3], tokens=64, sp=4, kv_heads=2)
+    expected = 16 * (2 * 8 + 2 * 4) * 64 * 2 * 3 // 4
+    assert sent("ulysses", shape) == [expected] * 4
+
+
+def test_seconds_by_hand():
+    """2 ranks with 4 tokens each, 2 heads of width 8, 4 bytes, 1000 bytes/s, 10 ms, 1280 FLOP/s."""
+    shape = shape_of([0, 1], tokens=8, heads=2, kv_heads=1, width=8, itemsize=4)
+    assert shape.pairs == ((10, 0), (16, 10))
+    found = {
+        name: estimate(name, shape, machine(rates=(1000.0,), latency=0.01, flops=1280.0))
+        for name in TRANSPORTS
+    }
+    # One KV head for two ranks: each gets its own copy. Keys 4*2*1, queries 4*1, outputs 4*1 rows of 32 B.
+    assert found["ulysses"].bytes_sent == (16 * 32,) * 2
+    assert found["ulysses"].seconds == pytest.approx(0.03 + 0.512 + 36 * 32 / 1280)
+    assert found["gather"].bytes_sent == (4 * 2 * 32,) * 2
+    assert found["gather"].seconds == pytest.approx(0.02 + 0.256 + 52 * 32 / 1280)
+    # The ring computes on its own 10 pairs (of two heads) while keys come in, then rank 1 on 16.
+    assert found["ring"].seconds == pytest.approx(max(0.266, 20 * 32 / 1280) + 32 * 32 / 1280)
+    assert found["pass_q"].bytes_sent == (4 * 2 * 32 + 4 * 2 * 36,) * 2
+    assert found["pass_q"].seconds == pytest.approx(0.02 + 0.544 + 52 * 32 / 1280)
+
+
+def test_few_new_tokens_over_a_long_cached_prefix_move_their_queries():
+    """DESIGN.md: pass-Q pays when T/S is below about K/N."""
+    slow = machine(rates=(1e6,))
+    short = shape_of([0, 1] * 32, tokens=4096, start=4000, heads=8, kv_heads=2)
+    assert choose(short, slow).transport == "pass_q"
+    fresh = shape_of([0, 1] * 32, tokens=4096, heads=8, kv_heads=2)
+    assert choose(fresh, slow, ("gather", "pass_q")).transport == "gather"
+
+
+def test_many_heads_prefer_ulysses_and_grouped_ones_pass_keys():
+    slow = machine(levels=(4,), rates=(1e6,))
+    equal = shape_of([0, 1, 2, 3, 3, 2, 1, 0], tokens=4096, sp=4, heads=32, kv_heads=32)
+    assert choose(equal, slow).transport == "ulysses"
+    grouped = shape_of([0, 1, 2, 3, 3, 2, 1, 0], tokens=4096, sp=4, heads=32, kv_heads=2)
+    assert choose(grouped, slow).transport in ("gather", "ring")
+
+
+def test_the_slowest_level_counts_and_a_node_shares_its_link():
+    """Two nodes of two ranks; 800 bytes to everybody."""
+    moved = [[0 if r == p else 800 for p in range(4)] for r in range(4)]
+    # A rank sends 800 inside; a node sends 2 * 2 * 800 over a link that gives each of its ranks 100 B/s.
+    assert link_seconds(moved, machine(levels=(2, 2), rates=(1e3, 100.0))) == 3200 / 200
+    assert link_seconds(moved, machine(levels=(2, 2), rates=(1.0, 100.0))) == 800
+    ring = [[800 if p == (r + 1) % 4 else 0 for p in range(4)] for r in range(4)]
+    assert link_seconds(ring, machine(levels=(2, 2), rates=(1e3, 100.0))) == 800 / 200
+
+
+def test_one_rank_moves_nothing():
+    shape = shape_of([0], tokens=5, sp=1)
+    chosen = choose(shape, machine(levels=(1,)))
+    assert chosen.transport == "ulysses"
+    assert all(e.bytes_sent == (0,) and e.messages == 0 for e in chosen.estimates)
+
+
+def test_the_reason_names_the_alternatives():
+    chosen = choose(shape_of([0, 1], tokens=64), machine(), ("gather", "ulysses"))
+    assert chosen.transport == "ulysses"
+    assert "gather" in chosen.reason and "MB" in chosen.reason
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=9),
+    st.integers(0, 36),
+    st.sampled_from([(1, 1), (6, 3), (5, 1), (8, 8)]),
+)
+def test_any_layout_has_finite_estimates_and_a_least_one(ranks, start, heads):
+    tokens = 4 * len(ranks)
+    shape = shape_of(
+        ranks, tokens=tokens, start=min(start, tokens - 1), sp=4, heads=heads[0], kv_heads=heads[1]
+    )
+    chosen = choose(shape, machine(levels=(2, 2), rates=(1e9, 1e8), latency=1e-5))
+    assert chosen.estimates[0].transport == chosen.transport
+    seconds = [found.seconds for found in chosen.estimates]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    everything = sum(map(sum, shape.pairs)) * heads[0]
+    assert all(found.pairs * 4 >= everything for found in chosen.estimates)
