@@ -1,0 +1,55 @@
+"""How large a tile of the strided attention kernel is, by head width and type: constants, no tuning at run time.
+
+A tile of queries holds the query heads of one KV head as extra rows, so `rows` counts (query, head) pairs.
+The numbers keep the query tile, the output in float32 and the keys and values in flight within
+registers and shared memory of one multiprocessor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_SHARED_BYTES = 160 * 1024  # what a program may use: data-centre cards since Ampere have it
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """`rows` of queries against `keys` at a time; `warps` and pipeline `stages` of the program."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def padded_width(width: int) -> int:
+    """The head width that a tile is allocated for: the next power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def tile_shape(width: int, itemsize: int) -> TileShape:
+    """Shape for heads of `width` elements of `itemsize` bytes.
+
+    Raises:
+        ValueError: heads wider than 256.
+    """
+    if not 1 <= width <= 256:
+        raise ValueError(f"head width {width}: the kernel has tiles for 1 to 256")
+    padded = padded_width(width)
+    if itemsize == 4:  # exact float32 products have no matrix unit: registers are the limit
+        return TileShape(rows=64, keys=32, warps=4, stages=1 if padded > 128 else 2)
+    rows, keys = (128, 64) if padded <= 128 else (64, 64)
+    free = _SHARED_BYTES - rows * padded * itemsize
+    stages = min(4, free // (2 * keys * padded * itemsize))
+    return TileShape(rows=rows, keys=keys, warps=8 if padded == 128 else 4, stages=stages)
+
+
+def num_parts(num_tiles: int, num_keys: int, num_processors: int) -> int:
+    """Into how many parts the keys of every tile are divided so that few tiles still fill the device.
+
+    A part has at least 1024 keys, which keeps the partial results small beside what is read.
+    """
+    if num_tiles == 0 or num_tiles >= num_processors:
+        return 1
+    wanted = -(-2 * num_processors // num_tiles)
+    return max(1, min(wanted, num_keys // 1024, 32))
