@@ -37,11 +37,17 @@ def tile_shape(width: int, itemsize: int) -> TileShape:
         raise ValueError(f"head width {width}: the kernel has tiles for 1 to 256")
     padded = padded_width(width)
     if itemsize == 4:  # exact float32 products have no matrix unit: registers are the limit
-        return TileShape(rows=64, keys=32, warps=4, stages=1 if padded > 128 else 2)
-    rows, keys = (128, 64) if padded <= 128 else (64, 64)
+        rows, keys = {256: (32, 16), 128: (32, 32)}.get(padded, (64, 32))
+        return TileShape(rows=rows, keys=keys, warps=8, stages=2)
+    rows, keys = 128, 32 if padded == 256 else 64
     free = _SHARED_BYTES - rows * padded * itemsize
     stages = min(4, free // (2 * keys * padded * itemsize))
-    return TileShape(rows=rows, keys=keys, warps=8 if padded == 128 else 4, stages=stages)
+    return TileShape(rows=rows, keys=keys, warps=8, stages=stages)
+
+
+def fits(width: int, itemsize: int, heads_per_group: int) -> bool:
+    """Whether the kernel has a tile for heads of this width with so many query heads per KV head."""
+    return 1 <= width <= 256 and heads_per_group <= tile_shape(width, itemsize).rows
 
 
 def num_parts(num_tiles: int, num_keys: int, num_processors: int) -> int:

@@ -11,7 +11,7 @@ Row r of a tile is query r // G and query head r % G of its G heads. Scores are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -109,12 +109,19 @@ def _tables(
     device: torch.device,
 ) -> tuple[Tensor, Tensor, int]:
     """Tiles and segments on the device, and the number of parts: made once per plan, used by every layer."""
-    sizes = dict(queries=queries, keys=keys, num_kv_heads=num_kv_heads, tile_queries=tile_queries)
-    plan = plan_tiles(pieces, **sizes)
+    plan_in = partial(
+        plan_tiles,
+        pieces,
+        queries=queries,
+        keys=keys,
+        num_kv_heads=num_kv_heads,
+        tile_queries=tile_queries,
+    )
+    plan = plan_in()
     most_keys = max((len(piece.keys) for piece in pieces if not piece.causal), default=0)
     parts = num_parts(len(plan.tiles), most_keys, num_processors(device))
     if parts > 1:
-        plan = plan_tiles(pieces, **sizes, num_parts=parts)
+        plan = plan_in(num_parts=parts)
     tiles, segments = (torch.from_numpy(x).to(device) for x in (plan.tiles, plan.segments))
     return tiles, segments, parts
 

@@ -1,0 +1,46 @@
+"""Which form of a kernel runs: Triton's, or the one made of torch's own operations.
+
+Each `kernels/*/dispatch.py` asks here once per call; what an operation gains from Triton, and so when it is
+asked for, is said there. Triton is optional: without it everything runs on torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+import logging
+from functools import cache
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+class Backend(enum.Enum):
+    TRITON = "triton"
+    TORCH = "torch"
+
+
+def choose(device: torch.device, forced: Backend | None) -> Backend:
+    """The forced backend, or else Triton on CUDA devices where it is installed.
+
+    Raises:
+        ValueError: Triton is forced and not installed.
+    """
+    if forced is Backend.TRITON and not _installed():
+        raise ValueError("the Triton kernels were asked for, and triton is not installed")
+    return forced or _default(device.type)
+
+
+@cache
+def _default(device_type: str) -> Backend:
+    if device_type != "cuda":
+        return Backend.TORCH
+    chosen = Backend.TRITON if _installed() else Backend.TORCH
+    log.info("kernels on CUDA: %s", chosen.value)
+    return chosen
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,73 @@
+"""One-token attention over a block table, on the form that suits the device.
+
+Our own kernel on CUDA reads the cache in place, whatever the lengths, from the block table as it is; torch's
+operations need rows gathered into buckets of similar length. Either is laid out once per step, from numpy, and
+used by every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sps2_mega.kernels.backend import Backend, choose
+from sps2_mega.kernels.paged_decode import sdpa
+
+
+@dataclass(frozen=True, slots=True)
+class TableRows:
+    """Row b sees tokens [start, end) of its blocks: int32 on the device, [B, M], [B] and [B]."""
+
+    block_table_BM: Tensor
+    starts_B: Tensor
+    ends_B: Tensor
+
+
+DecodeRows = TableRows | Sequence[sdpa.Bucket]
+
+
+def prepare(
+    block_table_BM: np.ndarray,
+    starts_B: np.ndarray,
+    ends_B: np.ndarray,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Backend | None = None,
+) -> DecodeRows:
+    """What `paged_decode` needs to know of a step's rows (numpy in, device tensors out)."""
+    if choose(device, backend) is Backend.TRITON:
+        rows, columns = block_table_BM.shape
+        # One copy to the device instead of three.
+        packed = np.concatenate([starts_B, ends_B, block_table_BM.ravel()]).astype(np.int32)
+        starts, ends, table = (
+            torch.from_numpy(packed).to(device).split([rows, rows, rows * columns])
+        )
+        return TableRows(table.view(rows, columns), starts, ends)
+    return sdpa.prepare(
+        block_table_BM, starts_B, ends_B, block_size=block_size, dtype=dtype, device=device
+    )
+
+
+def paged_decode(
+    q_BNH: Tensor, k_cache: Tensor, v_cache: Tensor, rows: DecodeRows, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `reference.paged_decode`, over rows from `prepare`."""
+    if isinstance(rows, TableRows):
+        from sps2_mega.kernels.paged_decode import triton
+
+        return triton.paged_decode(
+            q_BNH,
+            k_cache,
+            v_cache,
+            block_table_BM=rows.block_table_BM,
+            starts_B=rows.starts_B,
+            ends_B=rows.ends_B,
+            scale=scale,
+        )
+    return sdpa.paged_decode(q_BNH, k_cache, v_cache, rows, scale=scale)
