@@ -4,12 +4,14 @@
     ... compute on `current` ...
     current = pending.wait()
 
-What is posted must not be written until `wait` returns. A pending exchange that is dropped without `wait` is
-a mistake of ours and asserts.
+What is posted must not be written until `wait` returns. A pending exchange whose `wait` is called twice is a
+mistake of ours and asserts. On CUDA `wait` makes the current stream wait, not the program.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -19,17 +21,42 @@ from sps2_mega.parallel.groups import Group
 
 
 class Pending:
-    """One exchange under way; `wait` is called exactly once."""
+    """One exchange under way; `wait` is called exactly once. `posted_at` and, after `wait`, `finished_at` are of
+    `time.perf_counter()`; on CPU the latter is when the bytes were there, not when somebody waited for them."""
 
     def __init__(self, work: Any, received: Tensor, sent: Tensor) -> None:
+        self.posted_at = time.perf_counter()
+        self.finished_at: float | None = None
         self._work, self._received = work, received
         self._sent: Tensor | None = sent  # kept alive until it has left
+        if not received.is_cuda:
+            # Called by gloo's own thread, also while this one computes: torch's operators let others run.
+            work.get_future().add_done_callback(self._finish)
 
     def wait(self) -> Tensor:
         assert self._sent is not None, "wait() was called before"
         self._work.wait()
+        if self.finished_at is None:  # the callback may come a moment after `wait` returns
+            self.finished_at = time.perf_counter()
         self._sent = None
         return self._received
+
+    def _finish(self, _future: Any) -> None:
+        if self.finished_at is None:
+            self.finished_at = time.perf_counter()
+
+
+def post_all_to_all(
+    x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group
+) -> Pending:
+    """Exchange pieces of a flat tensor: piece r of x goes to rank r; pieces received are in rank order."""
+    assert group.size > 1, "a group of one rank has nothing to exchange"
+    received = x.new_empty(sum(receive_sizes))
+    work = dist.all_to_all_single(
+        received, x, list(receive_sizes), list(send_sizes), group=group.handle, async_op=True
+    )
+    group.traffic.bytes_sent += (sum(send_sizes) - send_sizes[group.rank]) * x.itemsize
+    return Pending(work, received, x)
 
 
 def post_shift(x: Tensor, receive_rows: int, group: Group) -> Pending:

@@ -1,0 +1,90 @@
+"""What a rank did in prefill steps, as events of the Chrome trace format, which Perfetto reads.
+
+One process row per rank. Thread rows: steps, `gather` and `scatter` (exchanges under way, several rows where they
+overlap, since events of one row must nest), and `compute` with the computations and the waits between them. Times are
+microseconds of one clock for all ranks; how clocks are compared and files written is `engine.tracing`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sps2_mega.attention.pipeline.metrics import Interval
+from sps2_mega.attention.pipeline.order import Phase, Stage
+
+_STEP_ROW, _COMPUTE_ROW = 0, 1
+# Rows of exchanges that overlap each other: gather 10, 11, ..; scatter 30, 31, ..
+_FIRST_ROW = {Phase.GATHER: 10, Phase.SCATTER: 30}
+_MAX_ROWS = 20
+
+
+@dataclass(slots=True)
+class TraceRecorder:
+    """Events of one rank. `offset_s` is added to its times to get those of rank 0."""
+
+    rank: int
+    offset_s: float = 0.0
+    events: list[dict[str, Any]] = field(default_factory=list)
+    _row_ends: dict[int, float] = field(default_factory=dict)
+
+    def step(self, name: str, span: Interval, **facts: Any) -> None:
+        """A whole step; `facts` are shown with it."""
+        self._add(name, "step", _STEP_ROW, span, **facts)
+
+    def exchange(self, layer: int, stage: Stage, flown: Interval, blocked: Interval) -> None:
+        """An exchange that was under way during `flown` and waited for during `blocked`, in seconds."""
+        first = _FIRST_ROW[stage.phase]
+        rows = range(first, first + _MAX_ROWS)
+        free = (row for row in rows if self._row_ends.get(row, flown[0]) <= flown[0])
+        row = next(free, rows[-1])
+        self._row_ends[row] = flown[1]
+        name = _name(stage, layer)
+        facts = {"layer": layer, "micro_batch": stage.micro_batch}
+        self._add(name, stage.phase, row, flown, **facts)
+        self._add(f"wait: {name}", "wait", _COMPUTE_ROW, blocked, **facts)
+
+    def computed(self, layer: int, stage: Stage, span: Interval) -> None:
+        """A micro-batch was computed during `span`, in seconds."""
+        facts = {"layer": layer, "micro_batch": stage.micro_batch}
+        self._add(_name(stage, layer), stage.phase, _COMPUTE_ROW, span, **facts)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Names of this rank's rows, then its events in the order of time."""
+        used = sorted({event["tid"] for event in self.events})
+        names = [self._metadata("process_name", 0, name=f"rank {self.rank}")]
+        names.append(self._metadata("process_sort_index", 0, sort_index=self.rank))
+        for row in used:
+            names.append(self._metadata("thread_name", row, name=_row_name(row)))
+            names.append(self._metadata("thread_sort_index", row, sort_index=row))
+        return names + sorted(self.events, key=lambda event: (event["ts"], -event["dur"]))
+
+    def _add(self, name: str, category: str, row: int, span: Interval, **facts: Any) -> None:
+        self.events.append(
+            {
+                "name": name,
+                "cat": str(category),
+                "ph": "X",
+                "pid": self.rank,
+                "tid": row,
+                "ts": round((span[0] + self.offset_s) * 1e6, 3),
+                "dur": round(max(0.0, span[1] - span[0]) * 1e6, 3),
+                "args": facts,
+            }
+        )
+
+    def _metadata(self, name: str, row: int, **facts: Any) -> dict[str, Any]:
+        return {"name": name, "ph": "M", "pid": self.rank, "tid": row, "args": facts}
+
+
+def _name(stage: Stage, layer: int) -> str:
+    what = stage.part or ("out" if stage.phase is Phase.SCATTER else "attention")
+    return f"{what} L{layer} m{stage.micro_batch}"
+
+
+def _row_name(row: int) -> str:
+    if row in (_STEP_ROW, _COMPUTE_ROW):
+        return "steps" if row == _STEP_ROW else "compute"
+    phase = Phase.GATHER if row < _FIRST_ROW[Phase.SCATTER] else Phase.SCATTER
+    number = row - _FIRST_ROW[phase]
+    return str(phase) if number == 0 else f"{phase} ({number + 1})"
