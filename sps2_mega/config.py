@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sps2_mega.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DECODE_ATTENTIONS = ("dense", "csa")
 TRANSPORTS = ("auto", "ulysses", "gather", "ring")
 
 
@@ -181,6 +182,11 @@ class EngineConfig:
         "auto",
         "how prefill moves data between SP ranks (auto: ulysses, or gather with CSA)",
         choices=TRANSPORTS,
+    )
+    decode_attention: Literal["dense", "csa"] = flag(
+        "dense",
+        "what generated tokens see: all keys, or with csa degrees what the pattern shows",
+        choices=DECODE_ATTENTIONS,
     )
     max_model_len: int | None = flag(None, "longest prompt plus output (default: the model's)")
     threads: int | None = flag(

@@ -251,6 +251,7 @@ FROZEN_FLAGS = {
     "csa-sinks",
     "csa-spans",
     "csa-tail",
+    "decode-attention",
     "device",
     "dtype",
     "kv-memory-fraction",

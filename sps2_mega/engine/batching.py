@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.decode import DecodeAttention
+from sps2_mega.attention.decode import DecodeAttention, DenseKeys, LocalKeys, SparseKeys
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.prefill import PrefillAttention
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.attention.sparse_gather import SparseGather
 from sps2_mega.attention.transports import Transport, make_transport
 from sps2_mega.engine.local_tables import LocalTables
+from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.kernels.paged_decode.sdpa import prepare
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.parallel.groups import Group
@@ -103,8 +104,10 @@ def decode_input(
     window: int | None,
     dtype: torch.dtype,
     device: torch.device,
+    sparse_tables: SparseTables | None = None,
 ) -> StepInput:
-    """Advances the items' sequences in `tables` by one token and lays out the step."""
+    """Advances the items' sequences in `tables` by one token and lays out the step; with `sparse_tables` new tokens
+    see what CSA shows them, else all keys."""
     items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
     tokens, positions, slots = [], [], []
     for index, item in enumerate(items):
@@ -118,19 +121,27 @@ def decode_input(
             positions.append(item.position)
             slots.append(tables.append_token(item.seq_id, item.position))
     order = [index for indices in items_by_rank for index in indices]
-    first_visible = None
-    if window is not None:
-        first_visible = np.array([max(0, items[index].position - window + 1) for index in order])
-    block_table, starts, ends = tables.view([items[index].seq_id for index in order], first_visible)
-    buckets = prepare(
-        block_table, starts, ends, block_size=pool.block_size, dtype=dtype, device=device
-    )
+    seq_ids = [items[index].seq_id for index in order]
+    keys: LocalKeys
+    if sparse_tables is None:
+        first_visible = None
+        if window is not None:
+            first_visible = np.array([max(0, items[i].position - window + 1) for i in order])
+        block_table, starts, ends = tables.view(seq_ids, first_visible)
+        keys = DenseKeys(
+            prepare(
+                block_table, starts, ends, block_size=pool.block_size, dtype=dtype, device=device
+            )
+        )
+    else:
+        step = sparse_tables.step(seq_ids, [items[index].position for index in order])
+        keys = SparseKeys(step.layer_slots, step.num_classes)
     counts = [len(indices) for indices in items_by_rank]
     return StepInput(
         tokens_T=_tensor(tokens, device),
         positions_T=_tensor(positions, device),
         rows_R=torch.arange(len(tokens), device=device),
-        attention=DecodeAttention(pool, _tensor(slots, device), buckets, counts, group),
+        attention=DecodeAttention(pool, _tensor(slots, device), keys, counts, group),
         items_by_rank=items_by_rank,
     )
 

@@ -18,6 +18,7 @@ from sps2_mega.engine.batching import StepInput, decode_input, prefill_input
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.penalties import PenaltyState
 from sps2_mega.engine.sampler import sample
+from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.groups import ParallelGroups
@@ -58,6 +59,7 @@ class Executor:
         *,
         transport: str,
         sparse: SparsePrefill | None,
+        sparse_decode: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -65,6 +67,9 @@ class Executor:
         self.transport, self.sparse = transport, sparse
         self.dtype, self.device = dtype, device
         self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
+        self._sparse_tables: SparseTables | None = None
+        if sparse_decode and sparse is not None:
+            self._sparse_tables = SparseTables(self._tables, sparse, block_size=pool.block_size)
         self._sampling: dict[int, _Sampling] = {}
 
     def with_prefill(self, transport: str, sparse: SparsePrefill | None) -> Executor:
@@ -86,12 +91,16 @@ class Executor:
         """All ranks return the same output, in the plan's order."""
         for seq_id in plan.released:
             self._tables.remove(seq_id)
+            if self._sparse_tables is not None:
+                self._sparse_tables.remove(seq_id)
             del self._sampling[seq_id]
         if plan.mode is ForwardMode.PREFILL:
             seq_ids = [item.seq_id for item in plan.prefills]
             next_positions = [len(item.token_ids) for item in plan.prefills]
             for prefill in plan.prefills:
                 self._sampling[prefill.seq_id] = self._new_sampling(prefill)
+                if self._sparse_tables is not None:
+                    self._sparse_tables.add(prefill.seq_id, prefill.num_prompt_tokens)
             step = prefill_input(
                 plan.prefills,
                 self._tables,
@@ -116,6 +125,7 @@ class Executor:
                 window=self.config.sliding_window,
                 dtype=self.dtype,
                 device=self.device,
+                sparse_tables=self._sparse_tables,
             )
         logits_RV = self.model(step.tokens_T, step.positions_T, step.rows_R, step.attention)
         output = self._sample(logits_RV, step, seq_ids, next_positions)

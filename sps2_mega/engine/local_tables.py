@@ -70,6 +70,14 @@ class LocalTables:
         row = self._rows[seq_id]
         return self._block_ids[row, : self._num_blocks[row]].copy()
 
+    def block_map(self, seq_id: int) -> np.ndarray:
+        """The id of each block of a sequence up to this rank's last one; -1 where another rank holds it."""
+        row = self._rows[seq_id]
+        indices = self._block_indices[row, : self._num_blocks[row]]
+        blocks = np.full(int(indices[-1]) + 1 if len(indices) else 0, -1, dtype=np.int64)
+        blocks[indices] = self._block_ids[row, : self._num_blocks[row]]
+        return blocks
+
     def remove(self, seq_id: int) -> None:
         row = self._rows.pop(seq_id)
         del self._last_block[seq_id]

@@ -109,6 +109,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         groups,
         transport=transport,
         sparse=sparse,
+        sparse_decode=config.decode_attention == "csa",
         dtype=compute.dtype,
         device=compute.device,
     )
