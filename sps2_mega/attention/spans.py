@@ -5,11 +5,10 @@ Decides nothing about visibility (`pattern`) or work (`pieces`).
 
 from __future__ import annotations
 
-import itertools
-import operator
 from dataclasses import dataclass
 
 from sps2_mega.attention.pattern import CSAPattern, topology_spans
+from sps2_mega.attention.works import Work, group_sizes_of, prefill_works
 from sps2_mega.config import CSAConfig
 
 
@@ -24,7 +23,18 @@ class SparsePrefill:
     csa: CSAConfig
     sp_levels: tuple[int, ...]
     kv_heads: range
+    num_heads: int
     block_size: int
+    transports: tuple[str, ...] = ("gather",)
+
+    def works(self) -> list[Work]:
+        """Raises ConfigError where transports and SP levels do not fit."""
+        return prefill_works(
+            self.transports,
+            self.sp_levels,
+            num_heads=self.num_heads,
+            num_kv_heads=len(self.kv_heads),
+        )
 
     def pattern(self, prompt_len: int) -> CSAPattern:
         """The pattern of a prompt; topology spans are whole blocks, as equal as blocks allow.
@@ -34,7 +44,7 @@ class SparsePrefill:
         """
         spans = self.csa.spans
         if spans is None:
-            group_sizes = [1, *itertools.accumulate(self.sp_levels, operator.mul)]
+            group_sizes = group_sizes_of(self.sp_levels)
             blocks = -(-prompt_len // self.block_size)
             shard_len = max(1, -(-blocks // group_sizes[-1])) * self.block_size
             spans = topology_spans(shard_len, group_sizes)

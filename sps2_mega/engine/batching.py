@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sps2_mega.attention.decode import DecodeAttention, DenseKeys, LocalKeys, SparseKeys
 from sps2_mega.attention.layout import build_layout
+from sps2_mega.attention.leveled import Leveled
 from sps2_mega.attention.prefill import PrefillAttention
 from sps2_mega.attention.spans import SparsePrefill
-from sps2_mega.attention.sparse_gather import SparseGather
 from sps2_mega.attention.transports import Transport, make_transport
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.sparse_tables import SparseTables
@@ -81,7 +81,15 @@ def prefill_input(
     else:
         prompt_lens = [item.num_prompt_tokens for item in items]
         patterns = [sparse.pattern(length) for length in prompt_lens]
-        chosen = SparseGather(layout, patterns, prompt_lens, sparse.kv_heads, group, device)
+        chosen = Leveled(
+            layout,
+            patterns,
+            prompt_lens,
+            sparse.works(),
+            kv_heads=sparse.kv_heads,
+            group=group,
+            device=device,
+        )
     for item in items:
         # A table is asked for only once its sequence decodes, when all of its tokens are there.
         if item.samples:

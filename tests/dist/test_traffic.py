@@ -9,10 +9,11 @@ import torch
 from harness import free_port, run_ranks
 
 from sps2_mega.attention.layout import build_layout
+from sps2_mega.attention.leveled import Leveled
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.rule import ScoreRule
-from sps2_mega.attention.sparse_gather import SparseGather
 from sps2_mega.attention.transports import make_transport
+from sps2_mega.attention.works import prefill_works
 
 TOKENS, BLOCK, HEADS, KV_HEADS, WIDTH, ITEM = 96, 8, 12, 6, 16, 4
 TAIL, SINKS, HALO, DEGREE = 8, 2, 4, 3
@@ -41,7 +42,16 @@ def bytes_on_rank(rank, port, sp, name):
             tail=TAIL,
             sample_queries=False,
         )
-        transport = SparseGather(layout, [pattern], [TOKENS], range(KV_HEADS), groups.sp, cpu)
+        works = prefill_works(("gather",), (sp,), num_heads=HEADS, num_kv_heads=KV_HEADS)
+        transport = Leveled(
+            layout,
+            [pattern],
+            [TOKENS],
+            works,
+            kv_heads=range(KV_HEADS),
+            group=groups.sp,
+            device=cpu,
+        )
     else:
         transport = make_transport(name, layout, groups.sp, cpu)
     local = layout.queries.counts[groups.sp.rank]
@@ -80,18 +90,15 @@ def test_csa_sends_one_far_key_in_d_plus_halo_sinks_and_tail(sp):
         return sum(j in always or j % DEGREE == head % DEGREE for j in keys for head in heads)
 
     sent = run_ranks(bytes_on_rank, sp, free_port(), sp, "csa")
-    tail_counts = [0] * (sp - 1) + [TAIL]
     for rank in range(sp):
         keys = range(rank * shard, (rank + 1) * shard)
         expected = 0
         for target in range(rank + 1, sp):
             halo = set(range(target * shard - HALO, target * shard))
             expected += rows(keys, halo | set(range(SINKS))) * row
-        # The tail: queries are gathered padded to the longest share, partials return (out, lse).
-        expected += TAIL * HEADS * WIDTH * ITEM * (sp - 1)
-        expected += sum(
-            count * HEADS * (WIDTH * ITEM + 4)
-            for owner, count in enumerate(tail_counts)
-            if owner != rank
-        )
+        # The tail is on the last rank: its queries go to the others, which return (out, lse).
+        if rank == sp - 1:
+            expected += TAIL * HEADS * WIDTH * ITEM * (sp - 1)
+        else:
+            expected += TAIL * HEADS * (WIDTH * ITEM + 4)
         assert sent[rank] == expected
