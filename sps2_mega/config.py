@@ -118,10 +118,21 @@ class CacheConfig:
     memory_fraction: float = flag(
         0.85, "share of the free device memory for the KV cache", name="kv-memory-fraction"
     )
+    no_prefix_caching: bool = flag(False, "do not share the KV blocks of common prefixes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
+    """`policy` sps2: whole prompts, before the next decode step; sarathi: every step decodes all running sequences
+    and fills up with chunks of prompts to `chunk_tokens` (arXiv 2403.02310)."""
+
+    policy: Literal["sps2", "sarathi"] = flag(
+        "sps2",
+        "sps2: whole prompts go before decodes; sarathi: chunks of prompts ride along with decodes",
+        name="scheduler",
+        choices=("sps2", "sarathi"),
+    )
+    chunk_tokens: int = flag(512, "tokens of a step with --scheduler sarathi, decodes included")
     max_running: int = flag(64, "sequences decoded together at most", name="max-num-seqs")
     max_prefill_tokens: int = flag(
         8192, "prompt tokens batched into one prefill step (a longer prompt goes alone)"
@@ -129,6 +140,12 @@ class SchedulerConfig:
     max_waiting: int | None = flag(
         None, "length of the waiting queue (default: no limit)", name="max-queue"
     )
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("sps2", "sarathi"):
+            raise ConfigError(f"scheduler must be sps2 or sarathi, got {self.policy!r}")
+        if self.chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ class FinishReason(enum.StrEnum):
 class ForwardMode(enum.IntEnum):
     PREFILL = 0
     DECODE = 1
+    HYBRID = 2  # both in one step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,8 @@ class Sequence:
     `seed` is always set (the engine draws one where the client gave none), so that a preempted or
     moved sequence continues with the same random numbers. `max_tokens` is already resolved.
     Times are seconds of `time.monotonic()`; `token_times[i]` is when output token i was committed.
+    `num_cached_tokens` of the prompt were found in the cache when the sequence first ran; `spans` are what CSA took
+    from the ranks for it then (None: as configured).
     """
 
     seq_id: int
@@ -125,10 +128,17 @@ class Sequence:
     scheduled_time: float | None = None
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    spans: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens_from(self, position: int) -> list[int]:
+        """Prompt and output tokens from a position on, as a new list."""
+        outputs_from = max(0, position - len(self.prompt_token_ids))
+        return self.prompt_token_ids[position:] + self.output_token_ids[outputs_from:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +148,8 @@ class PrefillItem:
 
     Block b holds tokens [b*block_size, ..) on sp rank `block_ranks[b]` under `block_ids[b]`.
     `num_prompt_tokens` < len(token_ids) when a preempted sequence is recomputed: the rest are its own
-    earlier outputs."""
+    earlier outputs. The first `num_shared_tokens` are in blocks that other sequences may use too, so this one never
+    writes there. `spans` are the CSA spans to use where they come from the ranks; None: as configured."""
 
     seq_id: int
     token_ids: list[int]
@@ -149,6 +160,13 @@ class PrefillItem:
     seed: int
     start: int
     end: int
+    num_shared_tokens: int = 0
+    spans: tuple[int, ...] | None = None
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that this step computes."""
+        return self.end - self.start
 
     @property
     def samples(self) -> bool:
@@ -170,7 +188,7 @@ class DecodeItem:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What every rank executes in one step. Exactly one of `prefills` and `decodes` is non-empty.
+    """What every rank executes in one step: `prefills`, `decodes` or, as `mode` says, both, of different sequences.
     `released` are sequences whose state ranks drop before the step (finished, aborted or preempted)."""
 
     step: int
@@ -179,11 +197,17 @@ class StepPlan:
     decodes: list[DecodeItem]
     released: list[int]
 
+    @property
+    def sampled(self) -> list[int]:
+        """The sequences that get a token, in the order of the step's output: prefills, then decodes."""
+        ids = [item.seq_id for item in self.prefills if item.samples]
+        return ids + [item.seq_id for item in self.decodes]
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One sampled token per item of the plan that samples, in the plan's order. A token is None where the model gave no
-    finite logits: that sequence has failed, the others go on. `logprobs[i]` is None unless asked."""
+    """One token per sequence in `StepPlan.sampled`, in that order. A token is None where the model gave no finite
+    logits: that sequence has failed, the others go on. `logprobs[i]` is None unless asked."""
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprob | None]
@@ -215,9 +239,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A finished request: `completions` has n entries, or `error` says why there are none."""
+    """A finished request: `completions` has n entries, or `error` says why there are none. `num_cached_tokens` of
+    the prompt were in the cache when its first sample began."""
 
     request_id: str
     prompt_token_ids: list[int]
     completions: list[Completion]
     error: str | None = None
+    num_cached_tokens: int = 0

@@ -245,6 +245,7 @@ def test_command_line_flags_are_the_frozen_ones():
 
 FROZEN_FLAGS = {
     "block-size",
+    "chunk-tokens",
     "csa-degrees",
     "csa-halo",
     "csa-sample-queries",
@@ -260,7 +261,9 @@ FROZEN_FLAGS = {
     "max-prefill-tokens",
     "max-queue",
     "model",
+    "no-prefix-caching",
     "num-kv-blocks",
+    "scheduler",
     "seed",
     "sp",
     "sp-levels",

@@ -3,20 +3,23 @@
 prefill   a rank gets the tokens of the blocks placed on it; the last token of a sequence is sampled
           on the rank that holds it
 decode    a rank gets the sequences whose last block it holds
+hybrid    a rank gets its tokens of both kinds, those of prefill first
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sps2_mega.attention.decode import DecodeAttention, DenseKeys, LocalKeys, SparseKeys
+from sps2_mega.attention.hybrid import HybridAttention
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.leveled import Leveled
+from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.prefill import PrefillAttention
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.attention.transports import Transport, make_transport
@@ -30,13 +33,13 @@ from sps2_mega.types import DecodeItem, PrefillItem
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """What one rank feeds to the model. `rows_R` are the local tokens to sample after;
-    `items_by_rank[r]` are the plan's items sampled on sp rank r, in the order of its rows."""
+    """What one rank feeds to the model. `rows_R` are the local tokens to sample after; `items_by_rank[r]` says which
+    entries of `StepPlan.sampled` are sampled on sp rank r, in the order of its rows."""
 
     tokens_T: Tensor
     positions_T: Tensor
     rows_R: Tensor
-    attention: PrefillAttention | DecodeAttention
+    attention: PrefillAttention | DecodeAttention | HybridAttention
     items_by_rank: list[list[int]]
 
 
@@ -70,9 +73,11 @@ def prefill_input(
             cached_slots.append(_slots(items[run.sequence], cached, pool.block_size))
     items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
     rows = []
+    num_sampled = 0
     for run in layout.queries.runs:
         if run.end == len(items[run.sequence].token_ids):
-            items_by_rank[run.rank].append(run.sequence)
+            items_by_rank[run.rank].append(num_sampled)
+            num_sampled += 1
             if run.rank == group.rank:
                 rows.append(run.local.stop - 1)
     chosen: Transport
@@ -80,12 +85,13 @@ def prefill_input(
         chosen = make_transport(transport, layout, group, device)
     else:
         prompt_lens = [item.num_prompt_tokens for item in items]
-        patterns = [sparse.pattern(length) for length in prompt_lens]
+        patterns = [pattern_of(sparse, item) for item in items]
         chosen = Leveled(
             layout,
             patterns,
             prompt_lens,
-            sparse.works(),
+            sparse.transports,
+            sparse.sp_levels,
             kv_heads=sparse.kv_heads,
             group=group,
             device=device,
@@ -152,6 +158,30 @@ def decode_input(
         attention=DecodeAttention(pool, _tensor(slots, device), keys, counts, group),
         items_by_rank=items_by_rank,
     )
+
+
+def hybrid_input(prefill: StepInput, decode: StepInput) -> StepInput:
+    """Both in one pass through the model; the two must be of different sequences, as in one StepPlan."""
+    assert isinstance(prefill.attention, PrefillAttention)
+    assert isinstance(decode.attention, DecodeAttention)
+    num_prefill_tokens = len(prefill.tokens_T)
+    num_sampled = sum(map(len, prefill.items_by_rank))
+    return StepInput(
+        tokens_T=torch.cat([prefill.tokens_T, decode.tokens_T]),
+        positions_T=torch.cat([prefill.positions_T, decode.positions_T]),
+        rows_R=torch.cat([prefill.rows_R, decode.rows_R + num_prefill_tokens]),
+        attention=HybridAttention(prefill.attention, decode.attention, num_prefill_tokens),
+        items_by_rank=[
+            first + [num_sampled + index for index in second]
+            for first, second in zip(prefill.items_by_rank, decode.items_by_rank, strict=True)
+        ],
+    )
+
+
+def pattern_of(sparse: SparsePrefill, item: PrefillItem) -> CSAPattern:
+    """The sequence's CSA pattern: its spans are recorded where it may share a prefix with prompts of other lengths."""
+    pattern = sparse.pattern(item.num_prompt_tokens)
+    return pattern if item.spans is None else replace(pattern, spans=item.spans)
 
 
 def _slots(item: PrefillItem, positions: np.ndarray, block_size: int) -> np.ndarray:

@@ -9,8 +9,10 @@ Rank 0 drives: plan -> broadcast -> every rank executes -> commit. The other ran
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.output_processor import OutputProcessor
@@ -21,6 +23,7 @@ from sps2_mega.engine.seeds import derive_seed, derive_seed_from_text
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
+from sps2_mega.kv_cache.block_chain import chain_root
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import finalize
 from sps2_mega.parallel.launcher import from_environment
@@ -38,12 +41,14 @@ _SHUTDOWN = b""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0, 1]."""
+    """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0, 1]. Of prompts,
+    `prompt_tokens` were computed and `cached_tokens` found in the cache."""
 
     num_running: int
     num_waiting: int
     kv_usage: float
     prompt_tokens: int
+    cached_tokens: int
     output_tokens: int
 
 
@@ -85,13 +90,15 @@ class Engine:
             vocab_size=self.model_config.vocab_size,
             eos_token_ids=self.model_config.eos_token_ids,
             layout=prompt_layout(rank.transport, config.csa),
+            prefix_root=None if config.cache.no_prefix_caching else chain_root(config.csa),
+            topology_spans=_topology_spans(rank.executor.sparse),
         )
         self.max_model_len = self._scheduler.max_len
         self._outputs = OutputProcessor(self.tokenizer)
         self._samples: dict[str, list[Sequence]] = {}
         self._sequences: dict[int, Sequence] = {}
         self._next_seq_id = 0
-        self._prompt_tokens = self._output_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
 
     def add_request(
         self,
@@ -162,6 +169,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             kv_usage=self._scheduler.kv_usage,
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
         )
 
@@ -175,7 +183,7 @@ class Engine:
                 broadcast_bytes(encode(plan), self._control)
             output = self._execute(plan)
             ended = self._scheduler.commit(plan, output, time.monotonic())
-            self._prompt_tokens += sum(item.num_prompt_tokens for item in plan.prefills)
+            self._count_prompt_tokens(plan)
             self._output_tokens += len(output.token_ids)
             return self._collect(plan, ended)
 
@@ -201,10 +209,18 @@ class Engine:
         self._rank.lifeline.step_end()
         return output
 
+    def _count_prompt_tokens(self, plan: StepPlan) -> None:
+        """Outputs that a preempted sequence computes again do not count."""
+        for item in plan.prefills:
+            prompt = item.num_prompt_tokens
+            self._prompt_tokens += min(item.end, prompt) - min(item.start, prompt)
+            if item.start == item.num_shared_tokens:
+                self._cached_tokens += min(item.start, prompt)
+
     def _collect(self, plan: StepPlan, ended: list[Sequence]) -> list[RequestOutput]:
         """Look for stop strings in what goes on, and hand out requests whose last sample ended."""
-        for item in plan.prefills or plan.decodes:
-            sequence = self._sequences[item.seq_id]
+        for seq_id in plan.sampled:
+            sequence = self._sequences[seq_id]
             if sequence.finish_reason is FinishReason.ERROR:
                 continue
             if self._outputs.check_stop(sequence) and sequence.finish_reason is None:
@@ -223,3 +239,10 @@ class Engine:
         self._closed = True
         self._rank.lifeline.close()
         finalize()
+
+
+def _topology_spans(sparse: SparsePrefill | None) -> Callable[[int], tuple[int, ...]] | None:
+    """The CSA spans of a prompt length, where they come from the ranks."""
+    if sparse is None or sparse.csa.spans is not None:
+        return None
+    return lambda prompt_len: sparse.pattern(prompt_len).spans

@@ -14,7 +14,13 @@ from torch import Tensor
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.config import ModelConfig
-from sps2_mega.engine.batching import StepInput, decode_input, prefill_input
+from sps2_mega.engine.batching import (
+    StepInput,
+    decode_input,
+    hybrid_input,
+    pattern_of,
+    prefill_input,
+)
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.penalties import PenaltyState
 from sps2_mega.engine.sampler import sample
@@ -23,7 +29,7 @@ from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.types import (
-    ForwardMode,
+    DecodeItem,
     PrefillItem,
     SamplingParams,
     StepOutput,
@@ -88,52 +94,69 @@ class Executor:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
-        """All ranks return the same output, in the plan's order."""
+        """All ranks return the same output, one entry per sequence in `plan.sampled`."""
         for seq_id in plan.released:
             self._tables.remove(seq_id)
             if self._sparse_tables is not None:
                 self._sparse_tables.remove(seq_id)
             del self._sampling[seq_id]
-        if plan.mode is ForwardMode.PREFILL:
-            seq_ids = [item.seq_id for item in plan.prefills]
-            next_positions = [len(item.token_ids) for item in plan.prefills]
-            for prefill in plan.prefills:
-                self._sampling[prefill.seq_id] = self._new_sampling(prefill)
-                if self._sparse_tables is not None:
-                    self._sparse_tables.add(prefill.seq_id, prefill.num_prompt_tokens)
-            step = prefill_input(
-                plan.prefills,
-                self._tables,
-                self.pool,
-                self.groups.sp,
-                transport=self.transport,
-                sparse=self.sparse,
-                device=self.device,
-            )
-        else:
-            seq_ids = [item.seq_id for item in plan.decodes]
-            next_positions = [item.position + 1 for item in plan.decodes]
-            for item in plan.decodes:
-                penalties = self._sampling[item.seq_id].penalties
-                if penalties is not None:
-                    penalties.append(item.token_id)
-            step = decode_input(
-                plan.decodes,
-                self._tables,
-                self.pool,
-                self.groups.sp,
-                window=self.config.sliding_window,
-                dtype=self.dtype,
-                device=self.device,
-                sparse_tables=self._sparse_tables,
-            )
+        parts = []
+        if plan.prefills:
+            parts.append(self._prefill_input(plan.prefills))
+        if plan.decodes:
+            parts.append(self._decode_input(plan.decodes))
+        step = parts[0] if len(parts) == 1 else hybrid_input(*parts)
         logits_RV = self.model(step.tokens_T, step.positions_T, step.rows_R, step.attention)
-        output = self._sample(logits_RV, step, seq_ids, next_positions)
-        for seq_id, token_id in zip(seq_ids, output.token_ids, strict=True):
-            if token_id is None:
-                # Its NaN must not reach whoever gets the blocks next: masked slots are multiplied by zero.
-                self.pool.clear(self._tables.block_ids(seq_id))
+        ends = {item.seq_id: item.end for item in plan.prefills}
+        ends |= {item.seq_id: item.position + 1 for item in plan.decodes}
+        sampled = plan.sampled
+        output = self._sample(logits_RV, step, sampled, [ends[seq_id] for seq_id in sampled])
+        if None in output.token_ids:
+            self._clear_failed(plan, output)
         return output
+
+    def _prefill_input(self, items: list[PrefillItem]) -> StepInput:
+        for item in items:
+            if not item.samples:
+                continue
+            self._sampling[item.seq_id] = self._new_sampling(item)
+            if self._sparse_tables is not None and self.sparse is not None:
+                self._sparse_tables.add(item.seq_id, pattern_of(self.sparse, item))
+        return prefill_input(
+            items,
+            self._tables,
+            self.pool,
+            self.groups.sp,
+            transport=self.transport,
+            sparse=self.sparse,
+            device=self.device,
+        )
+
+    def _decode_input(self, items: list[DecodeItem]) -> StepInput:
+        for item in items:
+            penalties = self._sampling[item.seq_id].penalties
+            if penalties is not None:
+                penalties.append(item.token_id)
+        return decode_input(
+            items,
+            self._tables,
+            self.pool,
+            self.groups.sp,
+            window=self.config.sliding_window,
+            dtype=self.dtype,
+            device=self.device,
+            sparse_tables=self._sparse_tables,
+        )
+
+    def _clear_failed(self, plan: StepPlan, output: StepOutput) -> None:
+        """NaN of a failed sequence must not reach whoever gets its blocks next: masked slots are multiplied by zero.
+        Blocks that it shares, or that gave finite logits before, have none and may be in use."""
+        first_own = {item.seq_id: item.num_shared_tokens for item in plan.prefills}
+        first_own |= {item.seq_id: item.position for item in plan.decodes}
+        for seq_id, token_id in zip(plan.sampled, output.token_ids, strict=True):
+            if token_id is None:
+                first = first_own[seq_id] // self.pool.block_size
+                self.pool.clear(self._tables.block_ids(seq_id, first=first))
 
     def _new_sampling(self, item: PrefillItem) -> _Sampling:
         penalties = None

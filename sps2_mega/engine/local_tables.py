@@ -65,10 +65,11 @@ class LocalTables:
         self._num_tokens[self._rows[seq_id]] += 1
         return block_id * self._block_size + position % self._block_size
 
-    def block_ids(self, seq_id: int) -> np.ndarray:
-        """Ids of this rank's blocks of a sequence."""
+    def block_ids(self, seq_id: int, *, first: int) -> np.ndarray:
+        """Ids of this rank's blocks of a sequence, from its block number `first` on."""
         row = self._rows[seq_id]
-        return self._block_ids[row, : self._num_blocks[row]].copy()
+        count = self._num_blocks[row]
+        return self._block_ids[row, :count][self._block_indices[row, :count] >= first]
 
     def block_map(self, seq_id: int) -> np.ndarray:
         """The id of each block of a sequence up to this rank's last one; -1 where another rank holds it."""

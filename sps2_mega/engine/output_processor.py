@@ -65,6 +65,8 @@ class OutputProcessor:
         """Takes a sequence with a finish reason; returns the request's output with its last sample."""
         request = self._request_of.pop(sequence.seq_id)
         request.completions[sequence.seq_id] = self._completion(sequence, request)
+        if sequence.seq_id == request.seq_ids[0]:
+            request.num_cached_tokens = sequence.num_cached_tokens
         if len(request.completions) < len(request.seq_ids):
             return None
         del self._requests[request.request_id]
@@ -75,6 +77,7 @@ class OutputProcessor:
             prompt_token_ids=request.prompt_token_ids,
             completions=[] if failed else completions,
             error=_NOT_FINITE if failed else None,
+            num_cached_tokens=request.num_cached_tokens,
         )
 
     def drop(self, request_id: str) -> None:
@@ -148,3 +151,4 @@ class _Request:
     prompt_token_ids: list[int]
     seq_ids: list[int]
     completions: dict[int, Completion] = field(default_factory=dict)
+    num_cached_tokens: int = 0

@@ -25,6 +25,8 @@ def encode(plan: StepPlan) -> bytes:
             item.seed,
             item.start,
             item.end,
+            item.num_shared_tokens,
+            item.spans,
         )
         for item in plan.prefills
     ]
@@ -48,6 +50,8 @@ def decode(payload: bytes) -> StepPlan:
                 seed=seed,
                 start=start,
                 end=end,
+                num_shared_tokens=num_shared_tokens,
+                spans=spans,
             )
             for (
                 seq_id,
@@ -59,6 +63,8 @@ def decode(payload: bytes) -> StepPlan:
                 seed,
                 start,
                 end,
+                num_shared_tokens,
+                spans,
             ) in prefills
         ],
         decodes=[DecodeItem(*item) for item in decodes],

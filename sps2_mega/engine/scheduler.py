@@ -1,21 +1,23 @@
-"""What the next step does: continuous batching, first come first served, prefill before decode.
+"""What the next step does: continuous batching, first come first served.
 
-Decides which sequences run, wait or are preempted. Does not decide where blocks go (`kv_cache`), nor when
-a request is refused or a sequence is over (`admission`). Pure Python without a clock or torch, so a
-simulator can drive the very same scheduler.
+Decides which sequences run, wait or are preempted, by one of two policies: whole prompts before decodes, or chunks of
+prompts together with decodes (Sarathi-Serve's stall-free batches, arXiv 2403.02310). Does not decide where
+blocks go (`kv_cache`), who shares a prefix (`prefix_sharing`), nor when a request is refused or a sequence is
+over (`admission`). Pure Python without a clock or torch, so a simulator can drive the very same scheduler.
 
-    add -> waiting -> plan: prefill -> running -> plan: decode, decode, ... -> commit: finished
-              ^----------- preempted, when no block is free -----------'
+    sps2      prefill A, B    decode A B    prefill C (all of it)    decode A B C    ...
+    sarathi   A, part of B    decode A + rest of B    decode A B + part of C    decode A B + part of C    ...
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Callable
 
 from sps2_mega.config import SchedulerConfig
 from sps2_mega.engine.admission import Limits, finish_reason, refusal
+from sps2_mega.engine.prefix_sharing import PrefixSharing
+from sps2_mega.engine.sequence_states import SequenceStates
 from sps2_mega.errors import Refusal
-from sps2_mega.kv_cache.block_table import BlockTable
 from sps2_mega.kv_cache.ledger import BlockLedger
 from sps2_mega.kv_cache.placement import Layout
 from sps2_mega.types import (
@@ -30,10 +32,9 @@ from sps2_mega.types import (
 
 
 class Scheduler:
-    """A sequence is either waiting, without blocks, or running, with blocks for all tokens but the last.
+    """`plan` and `commit` alternate; `add`, `finish` and `abort` may come at any time between them.
 
-    `plan` and `commit` alternate; `add`, `finish` and `abort` may come at any time between them. Blocks of a
-    dropped sequence are reused at once: ranks execute plans in order, and forget what a plan lists as
+    Blocks of a dropped sequence are reused at once: ranks execute plans in order, and forget what a plan lists as
     `released` before they execute it.
     """
 
@@ -48,8 +49,12 @@ class Scheduler:
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
         layout: Layout = "contiguous",
+        prefix_root: bytes | None = None,
+        topology_spans: Callable[[int], tuple[int, ...]] | None = None,
     ) -> None:
-        """`num_blocks` is per sp rank; `layout` is how a prompt is spread, as the transport prefers it."""
+        """`num_blocks` is per sp rank; `layout` is how a whole prompt is spread, as the transport prefers it.
+        `prefix_root` (`block_chain.chain_root`) switches prefix caching on; `topology_spans` gives the CSA spans of a
+        prompt length where they come from the ranks."""
         self._config = config
         self._limits = Limits(
             max_model_len=max_model_len,
@@ -57,33 +62,38 @@ class Scheduler:
             vocab_size=vocab_size,
             eos_token_ids=frozenset(eos_token_ids),
         )
+        self._chunked = config.policy == "sarathi"
         self._ledger = BlockLedger(
-            num_blocks=num_blocks, sp_size=sp_size, block_size=block_size, layout=layout
+            num_blocks=num_blocks,
+            sp_size=sp_size,
+            block_size=block_size,
+            layout="striped" if self._chunked else layout,
+            # A chunk is then about one run of tokens on every rank.
+            stripe=max(1, config.chunk_tokens // (block_size * sp_size)),
         )
-        self._waiting: deque[Sequence] = deque()
-        # In order of arrival, as insertion order: the youngest is preempted first and comes back first.
-        self._running: dict[int, Sequence] = {}
-        self._known: set[int] = set()  # ids of all that wait or run
-        self._released: list[int] = []
+        sharing = None
+        if prefix_root is not None:
+            sharing = PrefixSharing(self._ledger, root=prefix_root, topology_spans=topology_spans)
+        self._states = SequenceStates(self._ledger, sharing)
         self._planned: list[Sequence] | None = None
         self._step = 0
         self._idle_checked = True
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._states.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._states.running)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._known)
+        return len(self._states) > 0
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV cache blocks of all sp ranks that are in use, in [0, 1]."""
+        """Share of the KV cache blocks of all sp ranks that running sequences use, in [0, 1]."""
         return 1.0 - self._ledger.num_free / max(1, self._ledger.num_blocks)
 
     @property
@@ -93,36 +103,40 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> Refusal | None:
         """Queue a sequence, or say why not. The scheduler alone changes it from now on."""
-        if sequence.seq_id in self._known:
+        if sequence.seq_id in self._states:
             return Refusal.DUPLICATE_ID
         reason = refusal(sequence, self._limits)
         if reason is not None:
             return reason
         max_waiting = self._config.max_waiting
-        if max_waiting is not None and len(self._waiting) >= max_waiting:
+        if max_waiting is not None and self.num_waiting >= max_waiting:
             return Refusal.QUEUE_FULL
-        self._known.add(sequence.seq_id)
-        self._waiting.append(sequence)
+        self._states.add(sequence)
         return None
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when there is nothing to do. `now` is time.monotonic() in seconds."""
         assert self._planned is None, "plan() came before the last plan was committed"
-        if not self._known:
+        if not self.has_work:
             self._check_when_idle()
             return None
         self._idle_checked = False
-        prefills = self._plan_prefills(now)
-        decodes = [] if prefills else self._plan_decodes()
-        released, self._released = self._released, []
-        items: list[PrefillItem] | list[DecodeItem] = prefills or decodes
-        self._planned = [self._running[item.seq_id] for item in items]
+        if self._chunked:
+            prefills, decodes = self._plan_hybrid(now)
+        else:
+            prefills = self._plan_newcomers(now, self._config.max_prefill_tokens)
+            decodes = [] if prefills else self._plan_decodes()
+        assert prefills or decodes, "sequences wait for an empty KV cache"
         self._step += 1
         mode = ForwardMode.PREFILL if prefills else ForwardMode.DECODE
-        return StepPlan(self._step, mode, prefills, decodes, released)
+        if prefills and decodes:
+            mode = ForwardMode.HYBRID
+        plan = StepPlan(self._step, mode, prefills, decodes, self._states.take_released())
+        self._planned = [self._states.running[seq_id] for seq_id in plan.sampled]
+        return plan
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[Sequence]:
-        """Append one token per item of the plan; returns the sequences that ended with it.
+        """Append one token per sequence in `plan.sampled`; returns the sequences that ended with it.
 
         Tokens of sequences that were finished or aborted since the plan are dropped. A sequence for which
         there is no token has failed.
@@ -138,12 +152,13 @@ class Scheduler:
         for sequence, token_id, logprob in zip(
             planned, output.token_ids, output.logprobs, strict=True
         ):
-            if self._running.get(sequence.seq_id) is not sequence:
+            if self._states.running.get(sequence.seq_id) is not sequence:
                 continue
             if token_id is None:
                 self.finish(sequence.seq_id, FinishReason.ERROR)
                 finished.append(sequence)
                 continue
+            self._states.cached(sequence)
             sequence.output_token_ids.append(token_id)
             sequence.token_times.append(now)
             if logprob is not None:
@@ -156,17 +171,9 @@ class Scheduler:
 
     def finish(self, seq_id: int, reason: FinishReason) -> bool:
         """End a waiting or running sequence (the engine found a stop string); False when it is not here."""
-        if seq_id not in self._known:
+        if seq_id not in self._states:
             return False
-        self._known.remove(seq_id)
-        sequence = self._running.get(seq_id)
-        if sequence is not None:
-            self._release(sequence)
-        else:
-            index = next(i for i, waiting in enumerate(self._waiting) if waiting.seq_id == seq_id)
-            sequence = self._waiting[index]
-            del self._waiting[index]
-        sequence.finish_reason = reason
+        self._states.end(seq_id, reason)
         return True
 
     def abort(self, seq_id: int) -> bool:
@@ -175,46 +182,53 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Recount sequences and blocks. Raises AssertionError when something was lost or is held twice."""
-        self._ledger.check_integrity()
-        assert self._ledger.num_sequences == len(self._running), "blocks without a running sequence"
-        known = [sequence.seq_id for sequence in self._waiting] + list(self._running)
-        assert sorted(known) == sorted(self._known), "a sequence is lost or in two states"
-        for seq_id, sequence in self._running.items():
-            # Between plan and commit the planned sequences have a block for the token being fed already.
-            spare = self._ledger.table(seq_id).capacity - (sequence.num_tokens - 1)
-            assert 0 <= spare <= self._ledger.block_size, (
-                f"sequence {seq_id} has {spare} unused token slots"
-            )
+        self._states.check_integrity()
 
-    def _plan_prefills(self, now: float) -> list[PrefillItem]:
+    def _plan_hybrid(self, now: float) -> tuple[list[PrefillItem], list[DecodeItem]]:
+        """All running decodes, and as much of prompts as the step's token budget leaves."""
+        num_waiting = self.num_waiting
+        decodes = self._plan_decodes()
+        preempting = self.num_waiting > num_waiting
+        budget = self._config.chunk_tokens - len(decodes)
         items: list[PrefillItem] = []
-        num_tokens = 0
-        while self._waiting and len(self._running) < self._config.max_running:
-            sequence = self._waiting[0]
-            if items and num_tokens + sequence.num_tokens > self._config.max_prefill_tokens:
+        for sequence in self._states.prefilling:
+            if budget > 0:
+                items.append(self._states.next_chunk(sequence, budget))
+                budget -= items[-1].num_new_tokens
+        if not preempting:
+            items += self._plan_newcomers(now, budget)
+        return items, decodes
+
+    def _plan_newcomers(self, now: float, budget: int) -> list[PrefillItem]:
+        """Prompts in order while `budget` tokens last: chunks of them, or whole ones, the first at any length."""
+        items: list[PrefillItem] = []
+        waiting, index = self._states.waiting, 0
+        while budget > 0 and self.num_running < self._config.max_running:
+            if index >= min(len(waiting), self._config.max_running):
                 break
-            # One free block for each running sequence: without it the newcomer would soon be preempted.
-            table = self._ledger.admit(
-                sequence.seq_id, sequence.num_tokens, spare_blocks=len(self._running)
-            )
-            if table is None:
+            prefix = self._states.look_up(waiting[index])
+            if prefix is None:
+                index += 1  # it comes when its prefix is there; the next one may go ahead
+                continue
+            missing = waiting[index].num_tokens - len(prefix.blocks) * self._ledger.block_size
+            if not self._chunked and items and missing > budget:
                 break
-            self._waiting.popleft()
-            self._running[sequence.seq_id] = sequence
-            if sequence.scheduled_time is None:
-                sequence.scheduled_time = now
-            num_tokens += sequence.num_tokens
-            items.append(_prefill_item(sequence, table))
+            sequence = self._states.admit(index, prefix, now)
+            if sequence is None:
+                break
+            items.append(self._states.next_chunk(sequence, budget if self._chunked else missing))
+            budget -= items[-1].num_new_tokens
         return items
 
     def _plan_decodes(self) -> list[DecodeItem]:
-        assert self._running, "sequences wait for an empty KV cache"
         items = []
         # Oldest first, so that it is never preempted for a younger one.
-        for seq_id in list(self._running):
-            sequence = self._running.get(seq_id)
+        for seq_id in list(self._states.running):
+            sequence = self._states.running.get(seq_id)
             if sequence is None:
                 break  # preempted in this loop, and all that are younger too
+            if self._states.is_prefilling(seq_id):
+                continue
             position = sequence.num_tokens - 1
             new_block = None
             if position == self._ledger.table(seq_id).capacity:
@@ -231,21 +245,9 @@ class Scheduler:
             if new_block is not None:
                 return new_block
             # Alone in the cache a sequence always finds a block: `Limits.max_len` ends it before.
-            assert len(self._running) > 1, f"sequence {seq_id} outgrew the KV cache"
-            youngest = next(reversed(self._running))
-            self._preempt(self._running[youngest])
-            if youngest == seq_id:
+            assert self.num_running > 1, f"sequence {seq_id} outgrew the KV cache"
+            if self._states.preempt_youngest() == seq_id:
                 return None
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
-        sequence.num_preemptions += 1
-        self._waiting.appendleft(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        del self._running[sequence.seq_id]
-        self._ledger.release(sequence.seq_id)
-        self._released.append(sequence.seq_id)
 
     def _check_when_idle(self) -> None:
         if self._idle_checked:
@@ -253,18 +255,3 @@ class Scheduler:
         self.check_integrity()
         assert self._ledger.num_free == self._ledger.num_blocks, "KV cache blocks leaked"
         self._idle_checked = True
-
-
-def _prefill_item(sequence: Sequence, table: BlockTable) -> PrefillItem:
-    # Copies: the plan must not change when the sequence grows.
-    return PrefillItem(
-        sequence.seq_id,
-        sequence.prompt_token_ids + sequence.output_token_ids,
-        len(sequence.prompt_token_ids),
-        list(table.ranks),
-        list(table.block_ids),
-        sequence.params,
-        sequence.seed,
-        start=0,
-        end=sequence.num_tokens,
-    )

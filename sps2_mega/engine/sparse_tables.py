@@ -33,8 +33,8 @@ class SparseTables:
         self._rows: dict[int, _Row] = {}
         self.num_classes = num_classes(sparse.csa.degrees)
 
-    def add(self, seq_id: int, prompt_len: int) -> None:
-        self._rows[seq_id] = _Row(self._sparse.pattern(prompt_len))
+    def add(self, seq_id: int, pattern: CSAPattern) -> None:
+        self._rows[seq_id] = _Row(pattern)
 
     def remove(self, seq_id: int) -> None:
         del self._rows[seq_id]

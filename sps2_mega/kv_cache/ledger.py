@@ -1,26 +1,43 @@
 """Who holds which KV cache block on which sp rank: one allocator per rank, one block table per sequence.
 
-Decides nothing about order or priority (that is the scheduler's); asks `placement` where blocks go.
-Rank 0 keeps the only ledger; the other ranks learn the outcome from the step plan.
+Decides nothing about order or priority (that is the scheduler's) nor about who may share what
+(`engine.prefix_sharing`); asks `placement` where blocks go. Rank 0 keeps the only ledger; the other ranks learn the
+outcome from the step plan.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+
 from sps2_mega.kv_cache.allocator import BlockAllocator
 from sps2_mega.kv_cache.block_table import BlockTable
 from sps2_mega.kv_cache.placement import Layout, next_block_rank, prompt_block_ranks
+from sps2_mega.kv_cache.prefix_cache import CachedBlock, PrefixCache, Spans
 
 
 class BlockLedger:
-    """Every used block belongs to the table of a sequence that is in the ledger, and to no other."""
+    """Every used block belongs to the tables of sequences that are in the ledger: to one, or as a findable
+    block of a common prefix to several."""
 
-    __slots__ = ("_allocators", "_layout", "_num_tails", "_tables", "block_size")
+    __slots__ = (
+        "_allocators",
+        "_layout",
+        "_num_tails",
+        "_prefixes",
+        "_stripe",
+        "_tables",
+        "block_size",
+    )
 
-    def __init__(self, *, num_blocks: int, sp_size: int, block_size: int, layout: Layout) -> None:
-        """`num_blocks` is per sp rank."""
+    def __init__(
+        self, *, num_blocks: int, sp_size: int, block_size: int, layout: Layout, stripe: int = 1
+    ) -> None:
+        """`num_blocks` is per sp rank; `stripe` is how many blocks in a row layout `striped` puts on one."""
         self.block_size = block_size
-        self._layout = layout
+        self._layout, self._stripe = layout, stripe
         self._allocators = [BlockAllocator(num_blocks) for _ in range(sp_size)]
+        self._prefixes = PrefixCache()
         self._num_tails = [0] * sp_size  # sequences whose last block is on the rank
         self._tables: dict[int, BlockTable] = {}
 
@@ -47,17 +64,36 @@ class BlockLedger:
     def table(self, seq_id: int) -> BlockTable:
         return self._tables[seq_id]
 
-    def admit(self, seq_id: int, num_tokens: int, *, spare_blocks: int) -> BlockTable | None:
-        """A table with room for `num_tokens` (>= 1) tokens; None if fewer than `spare_blocks` stayed free."""
+    def find_prefix(
+        self, chain: Sequence[bytes], accepts: Callable[[Spans], bool]
+    ) -> list[CachedBlock]:
+        """The longest findable beginning of a chain of block digests, under spans that `accepts` allows."""
+        return self._prefixes.find(chain, accepts)
+
+    def admit(
+        self,
+        seq_id: int,
+        num_tokens: int,
+        *,
+        spare_blocks: int,
+        prefix: Sequence[CachedBlock] = (),
+    ) -> BlockTable | None:
+        """A table with room for `num_tokens` (>= 1) tokens that begins with the shared blocks of `prefix`; None
+        if fewer than `spare_blocks` stayed free."""
         assert seq_id not in self._tables, f"sequence {seq_id} has blocks already"
         assert num_tokens >= 1, f"sequence {seq_id} has no tokens"
-        num_blocks = self.blocks_for(num_tokens)
-        if num_blocks + spare_blocks > self.num_free:
+        num_blocks = self.blocks_for(num_tokens) - len(prefix)
+        assert num_blocks >= 1, f"sequence {seq_id} would have nothing to compute"
+        evictable = sum(self._allocators[b.sp_rank].is_evictable(b.block_id) for b in prefix)
+        if num_blocks + evictable + spare_blocks > self.num_free:
             return None
-        ranks = prompt_block_ranks(num_blocks, self.free_per_rank, self._layout)
-        assert ranks is not None, "placement refuses what the free blocks allow"
-        ids = [iter(a.allocate(ranks.count(rank))) for rank, a in enumerate(self._allocators)]
         table = BlockTable(self.block_size)
+        for block in prefix:
+            self._allocators[block.sp_rank].share([block.block_id])
+            table.append(block.sp_rank, block.block_id)
+        ranks = prompt_block_ranks(num_blocks, self.free_per_rank, self._layout, self._stripe)
+        assert ranks is not None, "placement refuses what the free blocks allow"
+        ids = [iter(self._take(rank, ranks.count(rank))) for rank in range(len(self._allocators))]
         table.extend(ranks, [next(ids[rank]) for rank in ranks])
         self._tables[seq_id] = table
         self._num_tails[table.last_rank] += 1
@@ -71,26 +107,53 @@ class BlockLedger:
         if rank is None:
             self._num_tails[table.last_rank] += 1
             return None
-        (block_id,) = self._allocators[rank].allocate(1)
+        (block_id,) = self._take(rank, 1)
         table.append(rank, block_id)
         self._num_tails[rank] += 1
         return rank, block_id
 
+    def publish(self, seq_id: int, chain: Sequence[bytes], spans: Spans) -> None:
+        """Make the first `len(chain)` blocks of a sequence findable, which must be full; where a prefix is
+        findable already, in whatever blocks, only what follows it."""
+        table = self._tables[seq_id]
+        for index in range(self._prefixes.num_findable(chain, spans), len(chain)):
+            place = table.ranks[index], table.block_ids[index]
+            self._prefixes.add(chain, index, spans, place)
+            self._allocators[place[0]].keep(place[1])
+
     def release(self, seq_id: int) -> None:
-        """Give back all blocks of a sequence."""
+        """Give back all blocks of a sequence; findable ones stay so until they are evicted."""
         table = self._tables.pop(seq_id)
         self._num_tails[table.last_rank] -= 1
         for rank, allocator in enumerate(self._allocators):
-            allocator.free([block_id for _, block_id in table.local_blocks(rank)])
+            # Last block first, so that of a prefix the end is evicted before the beginning.
+            allocator.free([block_id for _, block_id in reversed(table.local_blocks(rank))])
 
     def check_integrity(self) -> None:
-        """Recount all blocks from the tables. Raises AssertionError when one is lost or held twice."""
+        """Recount all blocks from the tables. Raises AssertionError when one is lost or held without a table."""
+        self._prefixes.check_integrity()
+        findable = self._prefixes.places()
+        kept = {(r, b) for r, allocator in enumerate(self._allocators) for b in allocator.kept()}
+        assert kept == findable, "kept blocks are not the findable ones"
         for rank, allocator in enumerate(self._allocators):
             allocator.check_integrity()
-            held = [b for table in self._tables.values() for _, b in table.local_blocks(rank)]
-            assert len(held) == len(set(held)), f"a block of sp rank {rank} is in two block tables"
+            held = Counter(b for t in self._tables.values() for _, b in t.local_blocks(rank))
             assert len(held) == allocator.num_used, (
                 f"sp rank {rank}: {allocator.num_used} blocks are used, block tables hold {len(held)}"
             )
+            for block_id, count in held.items():
+                assert allocator.ref_count(block_id) == count, (
+                    f"sp rank {rank}: block {block_id} has {allocator.ref_count(block_id)} holders, "
+                    f"it is in {count} block tables"
+                )
             tails = sum(table.last_rank == rank for table in self._tables.values())
             assert tails == self._num_tails[rank], f"sp rank {rank}: last blocks are miscounted"
+
+    def _take(self, rank: int, num_blocks: int) -> list[int]:
+        """Blocks of a rank, which has so many free ones; evicts where too few of them are empty."""
+        allocator = self._allocators[rank]
+        while allocator.num_empty < num_blocks:
+            # What follows it cannot be found without it, on whatever rank it is.
+            for other, block_id in self._prefixes.remove((rank, allocator.next_to_evict())):
+                self._allocators[other].forget(block_id)
+        return allocator.allocate(num_blocks)

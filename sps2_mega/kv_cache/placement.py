@@ -3,7 +3,7 @@
 Decides ranks only; ids come from each rank's allocator. Any placement gives the same result, so these
 rules are about balance: of memory, of causal attention work, and of the linear layers in decode.
 
-    6 blocks, 2 ranks   contiguous  0 0 0 1 1 1      zigzag  0 0 1 1 1 0
+    6 blocks, 2 ranks   contiguous  0 0 0 1 1 1      zigzag  0 0 1 1 1 0      striped  0 1 0 1 0 1
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-Layout = Literal["contiguous", "zigzag"]
+Layout = Literal["contiguous", "zigzag", "striped"]
 
 
 def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
@@ -33,19 +33,29 @@ def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
     return sizes
 
 
-def prompt_block_ranks(num_blocks: int, free: Sequence[int], layout: Layout) -> list[int] | None:
+def prompt_block_ranks(
+    num_blocks: int, free: Sequence[int], layout: Layout, stripe: int = 1
+) -> list[int] | None:
     """The sp rank of each block of a prompt, in block order; None when it does not fit.
 
     `contiguous`: each rank has one run of blocks, in rank order. `zigzag`: rank r of P has runs r and
     2P-1-r of 2P, an early and a late one, so that causal attention costs every rank about the same.
+    `striped`: ranks take turns, `stripe` blocks at a time, so that each chunk of a prompt is on all ranks.
     """
     sizes = shard_sizes(num_blocks, free)
     if sizes is None:
         return None
     if layout == "contiguous":
         runs = list(enumerate(sizes))
+    elif layout == "striped":
+        runs = [
+            (rank, min(stripe, size - first))
+            for first in range(0, max(sizes), stripe)
+            for rank, size in enumerate(sizes)
+            if first < size
+        ]
     else:
-        assert layout == "zigzag", f"layout must be contiguous or zigzag, got {layout!r}"
+        assert layout == "zigzag", f"layout must be contiguous, zigzag or striped, got {layout!r}"
         early = [(rank, size - size // 2) for rank, size in enumerate(sizes)]
         late = [(rank, size // 2) for rank, size in enumerate(sizes)]
         runs = early + late[::-1]

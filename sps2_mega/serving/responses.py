@@ -60,11 +60,17 @@ def chat_body(
     }
 
 
-def usage(output: RequestOutput) -> dict[str, int]:
-    """Token counts; the prompt counts once, however many samples it has."""
+def usage(output: RequestOutput) -> dict[str, Any]:
+    """Token counts; the prompt counts once, however many samples it has. `cached_tokens` of it were in the KV
+    cache when the first sample began."""
     prompt = len(output.prompt_token_ids)
     new = sum(len(completion.token_ids) for completion in output.completions)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": output.num_cached_tokens},
+    }
 
 
 def timings_record(timings: Timings) -> dict[str, float | None]:

@@ -30,7 +30,7 @@ def check(*, degrees, spans, sinks, halo, block_size, prompt_len, new_tokens, kv
         tables = LocalTables(rank=rank, block_size=block_size)
         tables.add(7, ranks[:known], ids[:known], prompt_len)
         sparse_tables = SparseTables(tables, sparse, block_size=block_size)
-        sparse_tables.add(7, prompt_len)
+        sparse_tables.add(7, sparse.pattern(prompt_len))
         held.append((tables, sparse_tables))
     pattern = sparse.pattern(prompt_len)
     decode = type(pattern)(

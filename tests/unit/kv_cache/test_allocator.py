@@ -70,7 +70,7 @@ def test_shared_blocks_are_free_only_after_the_last_holder():
 
 def test_integrity_check_sees_a_lost_block():
     allocator = BlockAllocator(3)
-    allocator._free.pop()
+    allocator._empty.pop()
     with pytest.raises(AssertionError, match="disagree on blocks"):
         allocator.check_integrity()
 

@@ -78,8 +78,8 @@ def test_block_ranks_agree_with_shard_sizes(num_blocks, free, layout):
 
 
 def test_unknown_layout_is_a_bug():
-    with pytest.raises(AssertionError, match="striped"):
-        prompt_block_ranks(3, [9], "striped")
+    with pytest.raises(AssertionError, match="diagonal"):
+        prompt_block_ranks(3, [9], "diagonal")
 
 
 @pytest.mark.parametrize(

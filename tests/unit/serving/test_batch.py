@@ -74,7 +74,12 @@ def test_simple_lines(files, tokenizer) -> None:
         "id", "text", "token_ids", "finish_reason", "usage", "timings", "logprobs",
     ]  # fmt: skip
     assert record["text"] == "yyy"
-    assert record["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert record["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert record["timings"].keys() == {"queue_s", "ttft_s", "per_token_s", "total_s"}
     assert record["logprobs"][0] == {
         "token_id": record["token_ids"][0], "token": "y", "logprob": -0.5, "top": [],

@@ -41,7 +41,12 @@ def build(body, output, tokenizer):
 
 def test_completion_shape(tokenizer) -> None:
     body = build(completion_body, finished(tokenizer, ["ab", "c"], logprobs=False), tokenizer)
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert (body["id"], body["object"], body["created"], body["model"]) == (
         "id-1",
         "text_completion",
