@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import shutil
@@ -15,6 +16,19 @@ for entry in (TESTS, TESTS.parent):
     if str(entry) not in sys.path:
         sys.path.insert(0, str(entry))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the cores among them
+
+
+def nvidia_driver() -> bool:
+    """Whether CUDA programs can start here, told without importing torch."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+if not nvidia_driver():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels then run on the CPU
 
 import harness  # noqa: E402  (needs the path set above)
 import netns  # noqa: E402

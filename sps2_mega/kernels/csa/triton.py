@@ -141,7 +141,8 @@ def _check(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, scale: float) -> None:
         raise ValueError(f"scale {scale}: the kernel needs a positive one")
 
 
-@triton.jit
+# Numbers that change from step to step are not compiled in, or each new one would compile the kernel again.
+@triton.jit(do_not_specialize=["q_minus_k", "num_q"])
 def _attend_kernel(
     q,
     k,

@@ -129,7 +129,8 @@ def _finish(acc_RH, sum_R, shift_R):
     return acc_RH / safe_R[:, None], lse_R
 
 
-@triton.jit
+# Numbers that change from step to step are not compiled in, or each new one would compile the kernel again.
+@triton.jit(do_not_specialize=["num_partials", "num_rows", "lse_stride_p"])
 def _merge_kernel(
     out,
     lse,
@@ -171,7 +172,7 @@ def _merge_kernel(
     tl.store(merged_lse + row_R, lse_R, mask=inside_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _merge_two_kernel(
     out_a,
     lse_a,

@@ -11,6 +11,8 @@ once. Shapes: B rows, N query heads, K KV heads, H head width; C chunks; in the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -58,8 +60,7 @@ def paged_decode(
     if num_chunks > 1:
         out_C = torch.empty((num_chunks, *q_BNH.shape), dtype=torch.float32, device=q_BNH.device)
         lse_C = torch.empty((num_chunks, num_rows, num_heads), device=q_BNH.device)
-    group = num_heads // num_kv_heads
-    padded = max(16, triton.next_power_of_2(width))
+    tile = _tile(width, num_heads // num_kv_heads, q_BNH.dtype)
     q_BNH = q_BNH if q_BNH.stride(2) == 1 else q_BNH.contiguous()
     _decode_kernel[(num_kv_heads, num_chunks, num_rows)](
         q_BNH,
@@ -71,22 +72,17 @@ def paged_decode(
         out_C,
         lse_C,
         scale * _LOG2_E,
+        chunk,
         num_rows,
         num_heads,
         *q_BNH.stride()[:2],
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         *block_table_BM.stride(),
-        CHUNK=chunk,
         BLOCK_SIZE=block_size,
-        GROUP=group,
-        PADDED_GROUP=max(16, triton.next_power_of_2(group)),
-        WIDTH=width,
-        PADDED_WIDTH=padded,
-        TOKENS=64 if padded * q_BNH.element_size() <= 256 else 32,
-        PRECISION="ieee" if q_BNH.dtype == torch.float32 else "tf32",
+        **tile.constants,
         num_warps=4,
-        num_stages=3 if padded * q_BNH.element_size() <= 512 else 2,
+        num_stages=tile.stages,
     )
     if num_chunks > 1:
         _merge_chunks_kernel[(num_rows, triton.cdiv(num_heads, _MERGED_ROWS))](
@@ -96,14 +92,40 @@ def paged_decode(
             ends_B,
             out,
             lse,
+            chunk,
             num_rows,
             num_heads,
-            CHUNK=chunk,
             WIDTH=width,
-            PADDED_WIDTH=padded,
+            PADDED_WIDTH=tile.constants["PADDED_WIDTH"],
             HEADS=_MERGED_ROWS,
         )
     return out, lse
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """What the kernel is compiled for: names and numbers, and pipeline stages."""
+
+    constants: dict[str, int | str]
+    stages: int
+
+
+def _tile(width: int, group: int, dtype: torch.dtype) -> _Tile:
+    """Tokens at a time, so many that a few programs together keep a multiprocessor's reads in flight."""
+    padded = max(16, triton.next_power_of_2(width))
+    exact = dtype == torch.float32
+    tokens = max(16, min(64, (4096 if exact else 8192) // padded))
+    return _Tile(
+        constants=dict(
+            GROUP=group,
+            PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+            WIDTH=width,
+            PADDED_WIDTH=padded,
+            TOKENS=tokens,
+            PRECISION="ieee" if exact else "tf32",
+        ),
+        stages=3,
+    )
 
 
 def _check(
@@ -140,7 +162,8 @@ def _check(
         raise ValueError(f"scale {scale}: the kernel needs a positive one")
 
 
-@triton.jit
+# Numbers that change from step to step are not compiled in, or each new one would compile the kernel again.
+@triton.jit(do_not_specialize=["num_rows", "chunk_tokens", "table_stride_b"])
 def _decode_kernel(
     q,
     k_cache,
@@ -151,6 +174,7 @@ def _decode_kernel(
     out,
     lse,
     scale,
+    chunk_tokens,
     num_rows,
     num_heads,
     q_stride_b,
@@ -163,7 +187,6 @@ def _decode_kernel(
     v_stride_k,
     table_stride_b,
     table_stride_m,
-    CHUNK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -176,8 +199,8 @@ def _decode_kernel(
     chunk = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     start, stop = tl.load(starts + row), tl.load(ends + row)
-    begin = start + chunk * CHUNK
-    end = tl.minimum(stop, begin + CHUNK)
+    begin = start + chunk * chunk_tokens
+    end = tl.minimum(stop, begin + chunk_tokens)
 
     g_G = tl.arange(0, PADDED_GROUP)
     h_H = tl.arange(0, PADDED_WIDTH)
@@ -230,7 +253,7 @@ def _decode_kernel(
     tl.store(lse + at_G, lse_G, mask=(g_G < GROUP) & written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "chunk_tokens"])
 def _merge_chunks_kernel(
     out_C,
     lse_C,
@@ -238,9 +261,9 @@ def _merge_chunks_kernel(
     ends,
     out,
     lse,
+    chunk_tokens,
     num_rows,
     num_heads,
-    CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
@@ -249,7 +272,7 @@ def _merge_chunks_kernel(
     head_R = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     h_H = tl.arange(0, PADDED_WIDTH)
     num_tokens = tl.load(ends + row) - tl.load(starts + row)
-    num_chunks = (tl.maximum(num_tokens, 1) + CHUNK - 1) // CHUNK
+    num_chunks = (tl.maximum(num_tokens, 1) + chunk_tokens - 1) // chunk_tokens
     inside_R = head_R < num_heads
     inside_RH = inside_R[:, None] & (h_H < WIDTH)[None, :]
     at_R = row * num_heads + head_R
