@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sps2_mega.attention.gather import Gather
 from sps2_mega.attention.layout import PrefillLayout
+from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.ring import Ring
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.ulysses import Ulysses
@@ -32,12 +33,16 @@ class Transport(Protocol):
 
 
 def make_transport(
-    name: str, layout: PrefillLayout, group: Group, device: torch.device
+    name: str,
+    layout: PrefillLayout,
+    group: Group,
+    device: torch.device,
+    pipeline: Pipeline | None = None,
 ) -> Transport:
-    """The transport called `name` in the configuration, for one step."""
+    """The transport called `name` in the configuration, for one step. Without `pipeline` nothing overlaps."""
     if name == "gather":
         return Gather(layout, group, device)
     if name == "ring":
         return Ring(layout, group)
     assert name == "ulysses", f"unknown transport {name!r}"
-    return Ulysses(layout, group, device)
+    return Ulysses(layout, group, device, pipeline)

@@ -152,12 +152,14 @@ def initialize(
         if len(topology.sp_levels) > 1
         else [sp]
     )
+    sp_group = _group(sp)
     return ParallelGroups(
         global_rank=info.rank,
         world_size=info.world_size,
         control=_group(control),
         tp=_group(parallel_state.get_tensor_model_parallel_group()),
-        sp=_group(sp),
+        sp=sp_group,
+        sp_back=_way_back(sp_group, topology, timeout),
         sp_levels=tuple(_group(level) for level in levels),
     )
 
@@ -170,6 +172,14 @@ def finalize() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _way_back(sp: Group, topology: Topology, timeout: timedelta) -> Group:
+    """A second communicator over the ranks of `sp`. Every rank makes those of all SP groups, in the same order."""
+    if topology.sp == 1:
+        return sp
+    handle, _ = dist.new_subgroups_by_enumeration(topology.sp_groups(), timeout=timeout)
+    return Group(rank=sp.rank, size=sp.size, handle=handle, traffic=sp.traffic)
 
 
 def _group(handle: dist.ProcessGroup) -> Group:

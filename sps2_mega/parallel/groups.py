@@ -34,16 +34,24 @@ SINGLE = Group(rank=0, size=1)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelGroups:
     """All groups of this rank. `control` spans the world on CPU tensors (plans and sampled tokens);
-    `tp`, `sp` and `sp_levels` carry model data on the compute device."""
+    `tp`, `sp` and `sp_levels` carry model data on the compute device. `sp_back` has the ranks of `sp` and a
+    communicator of its own, for results that return while inputs still come in; both count the same traffic."""
 
     global_rank: int
     world_size: int
     control: Group
     tp: Group
     sp: Group
+    sp_back: Group
     sp_levels: tuple[Group, ...]
 
 
 SINGLE_RANK = ParallelGroups(
-    global_rank=0, world_size=1, control=SINGLE, tp=SINGLE, sp=SINGLE, sp_levels=(SINGLE,)
+    global_rank=0,
+    world_size=1,
+    control=SINGLE,
+    tp=SINGLE,
+    sp=SINGLE,
+    sp_back=SINGLE,
+    sp_levels=(SINGLE,),
 )

@@ -88,7 +88,7 @@ def inputs_by_heads_and_queries(head_groups: int, query_parts: int) -> list[tupl
     """Inputs of attention cut by KV heads, and each group of heads by query tokens: micro-batch
     `group * query_parts + part`. Keys first, then the first queries, then values: scores need no values. All
     other queries of the group meet keys and values that are there."""
-    first = ("k", "q", "v")
+    first: tuple[str, ...] = ("k", "q", "v")
     return ([first] + [("q",)] * (query_parts - 1)) * head_groups
 
 

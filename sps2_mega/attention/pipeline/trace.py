@@ -52,11 +52,11 @@ class TraceRecorder:
     def rows(self) -> list[dict[str, Any]]:
         """Names of this rank's rows, then its events in the order of time."""
         used = sorted({event["tid"] for event in self.events})
-        names = [self._metadata("process_name", 0, name=f"rank {self.rank}")]
-        names.append(self._metadata("process_sort_index", 0, sort_index=self.rank))
+        names = [self._label("process_name", 0, {"name": f"rank {self.rank}"})]
+        names.append(self._label("process_sort_index", 0, {"sort_index": self.rank}))
         for row in used:
-            names.append(self._metadata("thread_name", row, name=_row_name(row)))
-            names.append(self._metadata("thread_sort_index", row, sort_index=row))
+            names.append(self._label("thread_name", row, {"name": _row_name(row)}))
+            names.append(self._label("thread_sort_index", row, {"sort_index": row}))
         return names + sorted(self.events, key=lambda event: (event["ts"], -event["dur"]))
 
     def _add(self, name: str, category: str, row: int, span: Interval, **facts: Any) -> None:
@@ -73,7 +73,7 @@ class TraceRecorder:
             }
         )
 
-    def _metadata(self, name: str, row: int, **facts: Any) -> dict[str, Any]:
+    def _label(self, name: str, row: int, facts: dict[str, Any]) -> dict[str, Any]:
         return {"name": name, "ph": "M", "pid": self.rank, "tid": row, "args": facts}
 
 
