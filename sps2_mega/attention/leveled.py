@@ -3,8 +3,8 @@
     for each work   rows in -> attention over a compact buffer -> partials back      (`work_plan`)
     then            partials of all works are merged by LSE in float32
 
-Pieces of work do not overlap, so their order does not matter for the result; what overlaps in time is decided by
-the caller of `post`, `compute` and `merge`.
+Works are the micro-batches of the pipeline: what needs nothing from others is computed first, while the rest comes
+in; works whose results travel come early, those that only take keys last.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.layout import PrefillLayout
+from sps2_mega.attention.partial_sum import PartialSum
 from sps2_mega.attention.pattern import CSAPattern
+from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
+from sps2_mega.attention.pipeline.order import stage_order
+from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, num_micro_batches
 from sps2_mega.attention.rule import ScoreRule
-from sps2_mega.attention.work_plan import BackPlan, RowPlan, WorkPlan, WorkPlanner
-from sps2_mega.attention.works import Work
-from sps2_mega.comm.collectives import all_to_all_flat
+from sps2_mega.attention.work_plan import RowPlan, WorkPlan, WorkPlanner
+from sps2_mega.attention.works import Work, prefill_works
+from sps2_mega.comm.exchange import Pending, post_all_to_all
 from sps2_mega.kernels.csa.sdpa import attend_pieces
-from sps2_mega.kernels.lse.reference import merge_two
 from sps2_mega.parallel.groups import Group
 
 
@@ -30,7 +33,8 @@ class Leveled:
     """One step's prefill over sequences with one pattern each.
 
     `prompt_lens[s]` may be less than the sequence's length: what follows are its own earlier outputs, which see
-    all keys as generated tokens do. `kv_heads` are this TP rank's, numbered over all ranks.
+    all keys as generated tokens do. `transports` name one for each SP level of `sp_levels`, or one for all.
+    `kv_heads` are this TP rank's, numbered over all ranks.
     """
 
     def __init__(
@@ -38,126 +42,193 @@ class Leveled:
         layout: PrefillLayout,
         patterns: Sequence[CSAPattern],
         prompt_lens: Sequence[int],
-        works: Sequence[Work],
+        transports: Sequence[str],
+        sp_levels: Sequence[int],
         *,
         kv_heads: range,
         group: Group,
         device: torch.device,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        self._group = group
-        self._planner = WorkPlanner(
-            layout,
-            patterns,
-            [
-                length if pattern.exact else max(0, length - pattern.tail)
-                for pattern, length in zip(patterns, prompt_lens, strict=True)
-            ],
-            kv_heads=kv_heads,
-            num_heads=works[0].num_heads,
-            rank=group.rank,
-            device=device,
-        )
-        self._works = [work for work in works if self._planner.needs(work)]
+        self._group, self._layout, self._patterns = group, layout, patterns
+        self._transports, self._sp_levels = transports, sp_levels
+        self._kv_heads, self._device = kv_heads, device
+        self._pipeline = pipeline or plain_pipeline(device)
+        self._tail_starts = [
+            length if pattern.exact else max(0, length - pattern.tail)
+            for pattern, length in zip(patterns, prompt_lens, strict=True)
+        ]
         self._period = math.lcm(*(d for pattern in patterns for d in pattern.degrees))
         self._plans: dict[tuple[Work, int], WorkPlan] = {}
+        self._planner: WorkPlanner | None = None
+        self._works: list[Work] = []
 
     def attend(
         self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
         assert rule.window is None, "works know no sliding window; it is refused at start-up"
-        total = PartialSum(q_TNH)
-        for work in self._works:
-            plan = self.plan(work, layer)
-            q_BnH, k_RkH, v_RkH = q_TNH, k_CKH, v_CKH
-            if plan.keys is not None:
-                both = torch.cat([k_CKH, v_CKH], -1)
-                k_RkH, v_RkH = bring_rows(both, plan.keys, self._group).chunk(2, -1)
-            if plan.queries is not None:
-                q_BnH = bring_rows(q_TNH, plan.queries, self._group)
-            partial = compute(plan, q_BnH, k_RkH, v_RkH, rule.scale)
-            if plan.back is None:
-                total.add(*partial)
-            else:
-                total.add_rows(plan.back.home, *send_back(plan.back, *partial, self._group))
-        return total.result()
+        if self._planner is None:
+            self._prepare(q_TNH)
+        run = _LayerRun(
+            self._works,
+            [self._plan(work, layer) for work in self._works],
+            (q_TNH, k_CKH, v_CKH),
+            rule.scale,
+            self._group,
+            self._pipeline.back or self._group,
+        )
+        overlap = self._pipeline.settings.mode != "off"
+        stages = stage_order(
+            [work.inputs for work in self._works], ahead=2 * overlap, behind=1 * overlap
+        )
+        self._pipeline.run(stages, run, layer)
+        return run.total.result()
 
-    def plan(self, work: Work, layer: int) -> WorkPlan:
+    def _prepare(self, q_TNH: Tensor) -> None:
+        """What depends on the number and width of heads, which the first layer tells."""
+        num_heads, width = q_TNH.shape[1:]
+        self._planner = WorkPlanner(
+            self._layout,
+            self._patterns,
+            self._tail_starts,
+            kv_heads=self._kv_heads,
+            num_heads=num_heads,
+            rank=self._group.rank,
+            device=self._device,
+        )
+        # Of all ranks together, so that all cut alike.
+        queries, keys = self._layout.queries, self._layout.keys
+        pairs = sum(
+            (last - first) * (last + first) // 2
+            for first, last in zip(queries.first, queries.last, strict=True)
+        )
+        degree = min(pattern.degrees[-1] for pattern in self._patterns)
+        size = self._group.size
+        parts = num_micro_batches(
+            self._pipeline.settings,
+            num_bytes=2
+            * sum(keys.counts)
+            * len(self._kv_heads)
+            * width
+            * q_TNH.itemsize
+            * (size - 1)
+            // (size * degree),
+            flops=4 * pairs * num_heads * width // (size * degree),
+            smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
+        )
+        works = prefill_works(
+            self._transports,
+            self._sp_levels,
+            num_heads=num_heads,
+            num_kv_heads=len(self._kv_heads),
+            kv_parts=parts,
+        )
+        self._works = [work for work in works if self._planner.needs(work)]
+
+    def _plan(self, work: Work, layer: int) -> WorkPlan:
         """The plan of a work in a layer; layers with the same remainder for each degree share it."""
+        assert self._planner is not None
         key = work, 0 if work.queries == "tail" else layer % self._period
         if key not in self._plans:
             self._plans[key] = self._planner.plan(*key)
         return self._plans[key]
 
 
-class PartialSum:
-    """Attention of this rank's queries [T, N, H] as partials come in, in float32."""
+class _LayerRun:
+    """The tensors of one layer: a micro-batch of the pipeline is a work."""
 
-    def __init__(self, like_TNH: Tensor) -> None:
-        self._dtype = like_TNH.dtype
-        self._out_TNH = torch.zeros(like_TNH.shape, device=like_TNH.device)
-        self._lse_TN = torch.full(like_TNH.shape[:2], -torch.inf, device=like_TNH.device)
+    def __init__(
+        self,
+        works: Sequence[Work],
+        plans: Sequence[WorkPlan],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        group: Group,
+        back: Group,
+    ) -> None:
+        self._works, self._plans, self._scale = works, plans, scale
+        self._q_TNH, self._k_CKH, self._v_CKH = qkv
+        self._group, self._back = group, back
+        self._kv_CKW: Tensor | None = None
+        self._queries: dict[int, Tensor] = {}
+        self._keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._partials: dict[int, tuple[Tensor, Tensor]] = {}
+        self.total = PartialSum(self._q_TNH)
 
-    def add(self, out_TNH: Tensor, lse_TN: Tensor) -> None:
-        """A partial of all queries and heads."""
-        self._out_TNH, self._lse_TN = merge_two(self._out_TNH, self._lse_TN, out_TNH, lse_TN)
-
-    def add_rows(self, rows: Sequence[Tensor], out_RH: Tensor, lse_R: Tensor) -> None:
-        """Partials of single (token, head) rows, set after set; within a set no row occurs twice."""
-        flat_out, flat_lse = self._out_TNH.flatten(0, 1), self._lse_TN.flatten()
-        counts = [len(numbers) for numbers in rows]
-        for numbers, out, lse in zip(rows, out_RH.split(counts), lse_R.split(counts), strict=True):
-            if len(numbers):
-                merged = merge_two(flat_out[numbers], flat_lse[numbers], out, lse)
-                flat_out[numbers], flat_lse[numbers] = merged
-
-    def result(self) -> Tensor:
-        return self._out_TNH.to(self._dtype)
-
-
-def bring_rows(x_TnW: Tensor, plan: RowPlan, group: Group) -> Tensor:
-    """Rows of all ranks, local x [T, heads, W] of this one, as the plan's buffer [rows, heads, W]."""
-    own = x_TnW.flatten(0, 1)
-    width = x_TnW.shape[-1]
-    received = all_to_all_flat(
-        own.index_select(0, plan.send).flatten(),
-        [count * width for count in plan.send_counts],
-        [count * width for count in plan.receive_counts],
-        group,
-    ).view(-1, width)
-    return torch.cat([own, received]).index_select(0, plan.gather).view(*plan.shape, width)
-
-
-def compute(
-    plan: WorkPlan, q_BnH: Tensor, k_RkH: Tensor, v_RkH: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out [B, n, H] in q's type and lse [B, n] of all blocks; what has no pieces is 0 and -inf."""
-    out_BnH = torch.zeros_like(q_BnH, memory_format=torch.contiguous_format)
-    lse_Bn = torch.full(q_BnH.shape[:2], -torch.inf, device=q_BnH.device)
-    for block in plan.blocks:
-        out_BnH[:, block.heads], lse_Bn[:, block.heads] = attend_pieces(
-            q_BnH[:, block.heads],
-            k_RkH[:, block.kv_heads],
-            v_RkH[:, block.kv_heads],
-            block.pieces,
-            scale=scale,
+    def post_gather(self, micro_batch: int, part: str) -> Pending | None:
+        x_TnW, plan = self._moved(micro_batch, part)
+        width = x_TnW.shape[-1]
+        return post_all_to_all(
+            x_TnW.flatten(0, 1).index_select(0, plan.send).flatten(),
+            [count * width for count in plan.send_counts],
+            [count * width for count in plan.receive_counts],
+            self._group,
         )
-    return out_BnH, lse_Bn
 
+    def arrived(self, micro_batch: int, part: str, received: Tensor) -> None:
+        x_TnW, plan = self._moved(micro_batch, part)
+        width = x_TnW.shape[-1]
+        rows = torch.cat([x_TnW.flatten(0, 1), received.view(-1, width)])
+        buffer = rows.index_select(0, plan.gather).view(*plan.shape, width)
+        if part == "q":
+            self._queries[micro_batch] = buffer
+        else:
+            k_RkH, v_RkH = buffer.chunk(2, -1)
+            self._keys[micro_batch] = k_RkH, v_RkH
 
-def send_back(
-    plan: BackPlan, out_BnH: Tensor, lse_Bn: Tensor, group: Group
-) -> tuple[Tensor, Tensor]:
-    """Rows of the buffer to those that asked -> this rank's rows as (out [R, H], lse [R]), in the order of
-    `plan.home`. Partials travel as bytes in one exchange: out in its own type and lse in float32."""
-    out_RH = out_BnH.flatten(0, 1).index_select(0, plan.pick)
-    lse_R = lse_Bn.flatten().index_select(0, plan.pick)
-    packed = torch.cat([out_RH.view(torch.uint8), lse_R.unsqueeze(-1).view(torch.uint8)], -1)
-    width = packed.shape[-1]
-    received = all_to_all_flat(
-        packed.flatten(),
-        [count * width for count in plan.counts],
-        [len(rows) * width for rows in plan.home],
-        group,
-    ).view(-1, width)
-    out = received[:, :-4].contiguous().view(out_BnH.dtype)
-    return out, received[:, -4:].contiguous().view(torch.float32).squeeze(-1)
+    def compute(self, micro_batch: int) -> None:
+        plan = self._plans[micro_batch]
+        q_BnH = self._queries.pop(micro_batch, self._q_TNH)
+        k_RkH, v_RkH = self._keys.pop(micro_batch, (self._k_CKH, self._v_CKH))
+        out_BnH = torch.zeros(q_BnH.shape, dtype=q_BnH.dtype, device=q_BnH.device)
+        lse_Bn = torch.full(q_BnH.shape[:2], -torch.inf, device=q_BnH.device)
+        for block in plan.blocks:
+            out_BnH[:, block.heads], lse_Bn[:, block.heads] = attend_pieces(
+                q_BnH[:, block.heads],
+                k_RkH[:, block.kv_heads],
+                v_RkH[:, block.kv_heads],
+                block.pieces,
+                scale=self._scale,
+            )
+        if plan.back is not None:
+            self._partials[micro_batch] = out_BnH, lse_Bn
+        else:
+            for block in plan.blocks:
+                self.total.add(block.heads, out_BnH[:, block.heads], lse_Bn[:, block.heads])
+
+    def post_scatter(self, micro_batch: int) -> Pending | None:
+        """Partials travel as bytes in one exchange: out in its own type and lse in float32."""
+        plan = self._plans[micro_batch].back
+        if plan is None:
+            return None
+        out_BnH, lse_Bn = self._partials.pop(micro_batch)
+        out_RH = out_BnH.flatten(0, 1).index_select(0, plan.pick)
+        lse_R1 = lse_Bn.flatten().index_select(0, plan.pick).unsqueeze(-1)
+        packed = torch.cat([out_RH.view(torch.uint8), lse_R1.view(torch.uint8)], -1)
+        width = packed.shape[-1]
+        return post_all_to_all(
+            packed.flatten(),
+            [count * width for count in plan.counts],
+            [len(rows) * width for rows in plan.home],
+            self._back,
+        )
+
+    def returned(self, micro_batch: int, received: Tensor) -> None:
+        plan = self._plans[micro_batch].back
+        assert plan is not None
+        width = self._q_TNH.shape[-1] * self._q_TNH.itemsize + 4
+        packed = received.view(-1, width)
+        out_RH = packed[:, :-4].contiguous().view(self._q_TNH.dtype)
+        lse_R = packed[:, -4:].contiguous().view(torch.float32).squeeze(-1)
+        self.total.add_rows(plan.home, out_RH, lse_R)
+
+    def _moved(self, micro_batch: int, part: str) -> tuple[Tensor, RowPlan]:
+        """The local rows that a part takes from, and its plan."""
+        plan = self._plans[micro_batch]
+        if part == "q":
+            assert plan.queries is not None
+            return self._q_TNH, plan.queries
+        assert plan.keys is not None
+        if self._kv_CKW is None:
+            self._kv_CKW = torch.cat([self._k_CKH, self._v_CKH], -1)
+        return self._kv_CKW, plan.keys

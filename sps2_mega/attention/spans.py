@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sps2_mega.attention.pattern import CSAPattern, topology_spans
-from sps2_mega.attention.works import Work, group_sizes_of, prefill_works
+from sps2_mega.attention.works import group_sizes_of
 from sps2_mega.config import CSAConfig
 
 
@@ -23,18 +23,8 @@ class SparsePrefill:
     csa: CSAConfig
     sp_levels: tuple[int, ...]
     kv_heads: range
-    num_heads: int
     block_size: int
     transports: tuple[str, ...] = ("gather",)
-
-    def works(self) -> list[Work]:
-        """Raises ConfigError where transports and SP levels do not fit."""
-        return prefill_works(
-            self.transports,
-            self.sp_levels,
-            num_heads=self.num_heads,
-            num_kv_heads=len(self.kv_heads),
-        )
 
     def pattern(self, prompt_len: int) -> CSAPattern:
         """The pattern of a prompt; topology spans are whole blocks, as equal as blocks allow.

@@ -63,6 +63,12 @@ class Work:
     def queries_stay(self) -> bool:
         return self.kind in ("own", "gather", "ring")
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What comes in before it can be computed: `kv`, `q`."""
+        keys = () if self.keys_stay else ("kv",)
+        return keys if self.queries_stay else (*keys, "q")
+
     def takes(self, at: int, a: int, b: int) -> bool:
         """Whether rank `at` computes queries of rank a against keys of rank b."""
         level = level_of(a, b, self.group_sizes)
@@ -127,7 +133,8 @@ def prefill_works(
     num_kv_heads: int,
     kv_parts: int = 1,
 ) -> list[Work]:
-    """All works of one prefill, each pair of ranks in one of them for each kind of queries; the tail's is last.
+    """All works of one prefill, each pair of ranks in one of them for each kind of queries, in the order in which
+    they are best computed: what needs nothing first, then what has results to return, the smallest first.
 
     `transports` names one transport per SP level, innermost first, or one for all of them. With `kv_parts`
     every exchange is cut into that many, by KV heads, of which an even share is not needed.
@@ -165,7 +172,10 @@ def prefill_works(
             works += [
                 work(kind, level=level, distance=step, kv_part=(part, parts)) for step in steps
             ]
-    return [*works, work("pass_q", queries="tail")] if group_sizes[-1] > 1 else works
+    if group_sizes[-1] > 1:
+        works.append(work("pass_q", queries="tail"))
+    order = {"own": 0, "pass_q": 1, "ulysses": 2, "gather": 3, "ring": 3}
+    return sorted(works, key=lambda work: (order[work.kind], work.queries == "body"))
 
 
 def _ring_distances(group_sizes: Sequence[int], level: int) -> list[int]:

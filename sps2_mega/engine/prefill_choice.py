@@ -49,7 +49,6 @@ def sparse_prefill(
         csa=config.csa,
         sp_levels=topology.sp_levels,
         kv_heads=local_kv_heads(model.num_kv_heads, tp_rank=tp_rank, tp=topology.tp),
-        num_heads=model.num_heads // topology.tp,
         block_size=config.cache.block_size,
     )
     sparse.pattern(1)  # a pattern of any length shows whether the numbers fit

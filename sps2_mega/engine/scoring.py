@@ -54,7 +54,6 @@ def executor_with(executor: Executor, csa: CSAConfig, *, transport: str = "auto"
         kv_heads=local_kv_heads(
             executor.config.num_kv_heads, tp_rank=groups.tp.rank, tp=groups.tp.size
         ),
-        num_heads=executor.config.num_heads // groups.tp.size,
         block_size=executor.pool.block_size,
     )
     sparse.pattern(1)  # a pattern of any length shows whether the numbers fit

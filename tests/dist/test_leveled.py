@@ -12,8 +12,12 @@ from harness import free_port, run_ranks
 
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.leveled import Leveled
+from sps2_mega.attention.pipeline.executor import Pipeline
+from sps2_mega.attention.pipeline.settings import PIPELINE_OFF, PipelineSettings
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.spans import SparsePrefill
+from sps2_mega.attention.works import prefill_works
+from sps2_mega.comm.lanes import make_lanes
 from sps2_mega.config import CSAConfig
 from sps2_mega.parallel.groups import SINGLE, Group
 
@@ -38,7 +42,6 @@ def case(name: str, levels: tuple[int, ...], transports=("gather",), in_order=CO
         csa=csa,
         sp_levels=levels,
         kv_heads=range(3, 6),
-        num_heads=HEADS,
         block_size=BLOCK_SIZE,
         transports=transports,
     )
@@ -74,26 +77,30 @@ def local_index(runs, counts, layout):
 
 
 def on_one_rank(case_of: tuple, group: Group):
-    """Which queries this rank has, their outputs in two layers, and the bytes sent in each."""
+    """Which queries this rank has, their outputs in two layers without and with pipeline, and the bytes sent."""
     sparse, layout, (q, k, v) = case(*case_of)
     me = group.rank
     queries = local_index(layout.queries.local_runs(me), layout.queries.counts[me], layout)
     keys = local_index(layout.keys.local_runs(me), layout.keys.counts[me], layout)
     prompt_lens = [prompt for _, prompt, _ in LENGTHS]
-    transport = Leveled(
-        layout,
-        [sparse.pattern(n) for n in prompt_lens],
-        prompt_lens,
-        sparse.works(),
-        kv_heads=sparse.kv_heads,
-        group=group,
-        device=torch.device("cpu"),
-    )
+    cpu = torch.device("cpu")
     outs, sent = [], []
-    for layer in LAYERS:
-        before = group.traffic.bytes_sent
-        outs.append(transport.attend(layer, q[queries], k[keys], v[keys], ScoreRule(SCALE)))
-        sent.append(group.traffic.bytes_sent - before)
+    for settings in (PIPELINE_OFF, PipelineSettings(mode="on", micro_batches=2)):
+        transport = Leveled(
+            layout,
+            [sparse.pattern(n) for n in prompt_lens],
+            prompt_lens,
+            sparse.transports,
+            sparse.sp_levels,
+            kv_heads=sparse.kv_heads,
+            group=group,
+            device=cpu,
+            pipeline=Pipeline(make_lanes(cpu), settings=settings),
+        )
+        for layer in LAYERS:
+            before = group.traffic.bytes_sent
+            outs.append(transport.attend(layer, q[queries], k[keys], v[keys], ScoreRule(SCALE)))
+            sent.append(group.traffic.bytes_sent - before)
     return queries, outs, sent
 
 
@@ -170,10 +177,10 @@ def test_outputs_are_those_of_the_definition(name, levels, transports):
     expected = [by_definition(name, levels, layer) for layer in LAYERS]
     cases = [(name, levels, t, order) for t in transports for order in (CONTIGUOUS, SCATTERED)]
     for case_of, results in zip(cases, run_cases(levels, cases), strict=True):
-        for number in range(len(LAYERS)):
-            seen = torch.zeros(len(expected[number]))
+        for number, wanted_SNH in enumerate(expected * 2):
+            seen = torch.zeros(len(wanted_SNH))
             for index, outs, _ in results:
-                wanted = expected[number][index]
+                wanted = wanted_SNH[index]
                 torch.testing.assert_close(
                     outs[number], wanted, rtol=0, atol=5e-6, msg=str(case_of)
                 )
@@ -184,10 +191,17 @@ def test_outputs_are_those_of_the_definition(name, levels, transports):
                 assert (seen[first + cached : first + tokens] == 1).all()
 
 
-def expected_bytes(case_of: tuple, layer: int) -> list[int]:
+def expected_bytes(case_of: tuple, layer: int, kv_parts: int) -> list[int]:
     """Counted pair by pair, per rank: a row goes to a rank once if what is computed there needs it."""
     sparse, layout, _ = case(*case_of)
-    works, kv, item = sparse.works(), range(len(sparse.kv_heads)), 4
+    kv, item = range(len(sparse.kv_heads)), 4
+    works = prefill_works(
+        sparse.transports,
+        sparse.sp_levels,
+        num_heads=HEADS,
+        num_kv_heads=len(kv),
+        kv_parts=kv_parts,
+    )
     ranks = range(len(layout.keys.counts))
     sent = [0 for _ in ranks]
     key_rank = {(r.sequence, p): r.rank for r in layout.keys.runs for p in range(r.start, r.end)}
@@ -236,8 +250,9 @@ def expected_bytes(case_of: tuple, layer: int) -> list[int]:
 def test_only_visible_rows_travel(name, levels, transports):
     cases = [(name, levels, transports, order) for order in (CONTIGUOUS, SCATTERED)]
     for case_of, results in zip(cases, run_cases(levels, cases), strict=True):
-        for number, layer in enumerate(LAYERS):
-            assert [sent[number] for _, _, sent in results] == expected_bytes(case_of, layer)
+        cuts = [(layer, kv_parts) for kv_parts in (1, 2) for layer in LAYERS]
+        for number, cut in enumerate(cuts):
+            assert [sent[number] for _, _, sent in results] == expected_bytes(case_of, *cut)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from sps2_mega.attention.leveled import Leveled
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.transports import make_transport
-from sps2_mega.attention.works import prefill_works
 
 TOKENS, BLOCK, HEADS, KV_HEADS, WIDTH, ITEM = 96, 8, 12, 6, 16, 4
 TAIL, SINKS, HALO, DEGREE = 8, 2, 4, 3
@@ -42,12 +41,12 @@ def bytes_on_rank(rank, port, sp, name):
             tail=TAIL,
             sample_queries=False,
         )
-        works = prefill_works(("gather",), (sp,), num_heads=HEADS, num_kv_heads=KV_HEADS)
         transport = Leveled(
             layout,
             [pattern],
             [TOKENS],
-            works,
+            ("gather",),
+            (sp,),
             kv_heads=range(KV_HEADS),
             group=groups.sp,
             device=cpu,
