@@ -1,49 +1,16 @@
-"""Random histories of the scheduler against a model of the ranks: nothing leaks, nothing is lost."""
+"""Random histories of the scheduler against a model of the ranks: nothing leaks, nothing is lost, and nobody reads
+another prefix's keys. Both policies, with and without shared prefixes, failures included."""
 
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from scheduled_ranks import Ranks
 
 from sps2_mega.config import SchedulerConfig
 from sps2_mega.engine.scheduler import Scheduler
-from sps2_mega.kv_cache.block_table import BlockTable
 from sps2_mega.types import FinishReason, SamplingParams, Sequence, StepOutput
 
 EOS, VOCAB = 3, 17
-
-
-class Ranks:
-    """What every rank remembers; executing a plan checks that it can be executed."""
-
-    def __init__(self, block_size: int, num_blocks: int, sp_size: int) -> None:
-        self.block_size, self.num_blocks, self.sp_size = block_size, num_blocks, sp_size
-        self.tables: dict[int, BlockTable] = {}
-        self.tokens: dict[int, list[int]] = {}  # cached so far
-
-    def execute(self, plan) -> None:
-        for seq_id in plan.released:
-            del self.tables[seq_id], self.tokens[seq_id]
-        assert bool(plan.prefills) != bool(plan.decodes)
-        for item in plan.prefills:
-            assert item.seq_id not in self.tables
-            table = BlockTable(self.block_size)
-            table.extend(item.block_ranks, item.block_ids)
-            assert table.capacity - self.block_size < len(item.token_ids) <= table.capacity
-            self.tables[item.seq_id], self.tokens[item.seq_id] = table, list(item.token_ids)
-        for item in plan.decodes:
-            table, tokens = self.tables[item.seq_id], self.tokens[item.seq_id]
-            assert item.position == len(tokens), "every position is fed exactly once, in order"
-            if item.new_block is not None:
-                table.append(*item.new_block)
-            table.locate(item.position)
-            tokens.append(item.token_id)
-        used = [
-            (rank, block)
-            for t in self.tables.values()
-            for rank, block in zip(t.ranks, t.block_ids, strict=True)
-        ]
-        assert len(used) == len(set(used)), "a block is owned twice"
-        assert all(0 <= r < self.sp_size and 0 <= b < self.num_blocks for r, b in used)
 
 
 class SchedulerHistories(RuleBasedStateMachine):
@@ -57,6 +24,9 @@ class SchedulerHistories(RuleBasedStateMachine):
         max_prefill_tokens=st.integers(1, 40),
         max_model_len=st.integers(2, 60),
         layout=st.sampled_from(["contiguous", "zigzag"]),
+        chunk_tokens=st.one_of(st.none(), st.integers(1, 20)),
+        sharing=st.booleans(),
+        spans_of=st.sampled_from([None, lambda length: (-(-length // 8) * 4,)]),
     )
     def start(
         self,
@@ -67,8 +37,14 @@ class SchedulerHistories(RuleBasedStateMachine):
         max_prefill_tokens,
         max_model_len,
         layout,
+        chunk_tokens,
+        sharing,
+        spans_of,
     ):
-        config = SchedulerConfig(max_running=max_running, max_prefill_tokens=max_prefill_tokens)
+        policy = {} if chunk_tokens is None else dict(policy="sarathi", chunk_tokens=chunk_tokens)
+        config = SchedulerConfig(
+            max_running=max_running, max_prefill_tokens=max_prefill_tokens, **policy
+        )
         self.scheduler = Scheduler(
             config,
             block_size=block_size,
@@ -78,21 +54,32 @@ class SchedulerHistories(RuleBasedStateMachine):
             vocab_size=VOCAB,
             eos_token_ids=(EOS,),
             layout=layout,
+            prefix_root=b"settings" if sharing else None,
+            topology_spans=spans_of,
         )
+        self.chunk_tokens, self.sharing, self.spans_of = chunk_tokens, sharing, spans_of
         self.max_running = max_running
         self.ranks = Ranks(block_size, num_blocks, sp_size)
         self.live: dict[int, Sequence] = {}
         self.plan = None
         self.next_id = 0
+        self.texts: list[list[int]] = []
 
     @rule(
         target=ids,
-        prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30),
+        prompt=st.one_of(
+            st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30),
+            st.integers(1, 30).map(lambda length: [i % 5 for i in range(length)]),
+        ),
+        repeat=st.booleans(),
         max_tokens=st.one_of(st.none(), st.integers(1, 25)),
         ignore_eos=st.booleans(),
     )
-    def add(self, prompt, max_tokens, ignore_eos):
+    def add(self, prompt, repeat, max_tokens, ignore_eos):
+        """Sometimes what an earlier request and its answer were, and more: a second turn."""
         self.next_id += 1
+        if repeat and self.texts:
+            prompt = (self.texts[self.next_id % len(self.texts)] + prompt)[:40]
         sequence = Sequence(
             seq_id=self.next_id,
             prompt_token_ids=prompt,
@@ -116,12 +103,28 @@ class SchedulerHistories(RuleBasedStateMachine):
         self.ranks.execute(self.plan)
         if any(seq_id in self.live for seq_id in self.plan.released):
             event("preempted")
-        running = self.live.keys() & self.ranks.tables.keys()
-        waiting = self.live.keys() - running
-        assert not waiting or max(running) < min(waiting), "first come, first served"
+        if self.chunk_tokens is None:
+            assert bool(self.plan.prefills) != bool(self.plan.decodes)
+            assert all(item.samples for item in self.plan.prefills)
+        else:
+            num_new = sum(item.num_new_tokens for item in self.plan.prefills)
+            assert num_new + len(self.plan.decodes) <= max(
+                self.chunk_tokens, len(self.plan.decodes)
+            )
+            if self.plan.prefills and self.plan.decodes:
+                event("hybrid")
+        if not self.sharing:
+            running = {s.seq_id for s in self.scheduler._states.running.values()}
+            waiting = self.live.keys() - running
+            assert not waiting or max(running) < min(waiting), "first come, first served"
         for item in self.plan.prefills:
             sequence = self.live[item.seq_id]
             assert item.token_ids == sequence.prompt_token_ids + sequence.output_token_ids
+            if item.num_shared_tokens:
+                event("shared")
+            if self.sharing and self.spans_of is not None:
+                own = self.spans_of(item.num_prompt_tokens)
+                assert 2 * item.spans[0] >= own[0], "cells less than half as large"
         for item in self.plan.decodes:
             sequence = self.live[item.seq_id]
             cached = self.ranks.tokens[item.seq_id]
@@ -130,16 +133,24 @@ class SchedulerHistories(RuleBasedStateMachine):
     @rule(data=st.data())
     def commit(self, data):
         if self.plan is not None:
-            num_items = len(self.plan.prefills + self.plan.decodes)
-            tokens = st.lists(st.integers(0, VOCAB - 1), min_size=num_items, max_size=num_items)
+            num_items = len(self.plan.sampled)
+            token = st.one_of(st.integers(0, VOCAB - 1), st.integers(0, VOCAB - 1), st.none())
+            tokens = st.lists(token, min_size=num_items, max_size=num_items)
             self.commit_tokens(data.draw(tokens))
 
     def commit_tokens(self, tokens):
         plan, self.plan = self.plan, None
+        for seq_id, token in zip(plan.sampled, tokens, strict=True):
+            if token is None:
+                self.ranks.fail(plan, seq_id)
         output = StepOutput(tokens, [None] * len(tokens))
         for sequence in self.scheduler.commit(plan, output, 1.0):
-            assert sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
             assert len(sequence.token_times) == len(sequence.output_token_ids)
+            if sequence.finish_reason is FinishReason.ERROR:
+                assert tokens[plan.sampled.index(sequence.seq_id)] is None
+            else:
+                assert sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+                self.texts.append(sequence.prompt_token_ids + sequence.output_token_ids)
             del self.live[sequence.seq_id]
 
     @rule(num_steps=st.integers(1, 12), token_id=st.integers(EOS, EOS + 1))
@@ -147,7 +158,7 @@ class SchedulerHistories(RuleBasedStateMachine):
         for _ in range(num_steps):
             self.make_plan()
             if self.plan is not None:
-                self.commit_tokens([token_id] * len(self.plan.prefills + self.plan.decodes))
+                self.commit_tokens([token_id] * len(self.plan.sampled))
 
     @rule(seq_id=consumes(ids), by_stop_string=st.booleans())
     def end(self, seq_id, by_stop_string):
@@ -176,7 +187,7 @@ class SchedulerHistories(RuleBasedStateMachine):
             self.make_plan()
             if self.plan is None:
                 break
-            self.commit_tokens([5] * len(self.plan.prefills + self.plan.decodes))
+            self.commit_tokens([5] * len(self.plan.sampled))
         assert not self.live and self.scheduler.kv_usage == 0.0
 
 
