@@ -260,6 +260,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        "XDG_CACHE_HOME": str(Path(tempfile.gettempdir()) / f"sps2-tests-{os.getpid()}"),
     }
 
 

@@ -17,31 +17,9 @@ from itertools import accumulate
 from sps2_mega.attention.layout import split_heads
 from sps2_mega.attention.step_shape import StepShape, busiest
 from sps2_mega.attention.traffic import Matrix, bytes_moved, num_messages
+from sps2_mega.parallel.machine import Machine
 
 TRANSPORTS = ("ulysses", "gather", "ring", "pass_q")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """One SP level: seconds of a small message, and what a rank sends per second while all ranks do."""
-
-    latency_s: float
-    bytes_per_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What the planner knows of the ranks. `links[l]` joins the groups of `sp_levels[l]` ranks; of one rank,
-    attention does `flops_per_s` (a multiply and an add are two)."""
-
-    sp_levels: tuple[int, ...]
-    links: tuple[Link, ...]
-    flops_per_s: float
-
-    def __post_init__(self) -> None:
-        assert len(self.links) == len(self.sp_levels), (
-            f"{len(self.sp_levels)} SP levels need as many links, got {len(self.links)}"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from sps2_mega.attention.prefill import PrefillAttention
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.attention.transports import Transport, make_transport
 from sps2_mega.engine.local_tables import LocalTables
+from sps2_mega.engine.prefill_planner import PrefillPlanner
 from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.kernels.paged_decode.sdpa import prepare
 from sps2_mega.kv_cache.pool import KVPool
@@ -51,9 +52,11 @@ def prefill_input(
     *,
     transport: str,
     sparse: SparsePrefill | None = None,
+    planner: PrefillPlanner | None = None,
     device: torch.device,
 ) -> StepInput:
-    """Enters the items' sequences into `tables` and lays out their tokens; with `sparse` prefill is CSA."""
+    """Enters the items' sequences into `tables` and lays out their tokens; with `sparse` prefill is CSA,
+    else with `planner` a transport `auto` is chosen for this step."""
     layout = build_layout(
         [item.block_ranks for item in items],
         [item.end for item in items],
@@ -82,6 +85,8 @@ def prefill_input(
                 rows.append(run.local.stop - 1)
     chosen: Transport
     if sparse is None:
+        if transport == "auto" and planner is not None:
+            transport = planner.transport(layout)
         chosen = make_transport(transport, layout, group, device)
     else:
         prompt_lens = [item.num_prompt_tokens for item in items]

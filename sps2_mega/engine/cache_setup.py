@@ -48,7 +48,7 @@ def allocate_cache(
             sp=sp,
             num_tokens=max(config.scheduler.max_prefill_tokens, max_model_len),
             itemsize=compute.dtype.itemsize,
-            gathers_keys=transport == "gather",
+            gathers_keys=transport in ("gather", "auto"),
         ),
         # Sequences are spread over ranks as equally as whole blocks allow; one block each for the rest.
         useful_blocks=config.scheduler.max_running * (-(-blocks_per_sequence // sp) + 1),

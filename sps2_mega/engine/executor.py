@@ -23,6 +23,7 @@ from sps2_mega.engine.batching import (
 )
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.penalties import PenaltyState
+from sps2_mega.engine.prefill_planner import PrefillPlanner
 from sps2_mega.engine.sampler import sample
 from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.kv_cache.pool import KVPool
@@ -65,12 +66,13 @@ class Executor:
         *,
         transport: str,
         sparse: SparsePrefill | None,
+        planner: PrefillPlanner | None = None,
         sparse_decode: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.model, self.config, self.pool, self.groups = model, config, pool, groups
-        self.transport, self.sparse = transport, sparse
+        self.transport, self.sparse, self.planner = transport, sparse, planner
         self.dtype, self.device = dtype, device
         self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
         self._sparse_tables: SparseTables | None = None
@@ -88,6 +90,7 @@ class Executor:
             self.groups,
             transport=transport,
             sparse=sparse,
+            planner=self.planner,
             dtype=self.dtype,
             device=self.device,
         )
@@ -129,6 +132,7 @@ class Executor:
             self.groups.sp,
             transport=self.transport,
             sparse=self.sparse,
+            planner=self.planner,
             device=self.device,
         )
 

@@ -1,4 +1,7 @@
-"""How prefill attends in this job: transport and sparse pattern, from configuration, model and ranks."""
+"""How prefill attends in this job: transport and sparse pattern, from configuration, model and ranks.
+
+`auto` on several SP ranks stays `auto` for exact attention: `PrefillPlanner` then decides step by step.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from sps2_mega.kv_cache.placement import Layout
 from sps2_mega.parallel.topology import Topology
 
 
-def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig) -> str:
-    """Resolve `auto`.
+def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig, *, sp: int = 1) -> str:
+    """Resolve `auto` where nothing is left to decide per step.
 
     Raises:
         ConfigError: CSA is asked for where it cannot be had.
     """
     if csa.exact:
-        return "ulysses" if transport == "auto" else transport
+        return "ulysses" if transport == "auto" and sp == 1 else transport
     if transport not in ("auto", "gather"):
         raise ConfigError(
             f"csa degrees {csa.degrees} move keys: use transport gather or auto, not {transport}"
@@ -31,8 +34,9 @@ def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig) -> str:
 
 def prompt_layout(transport: str, csa: CSAConfig) -> Layout:
     """How a prompt is spread over SP ranks. Zigzag balances causal work where every rank has its own queries;
-    a sparse prompt's work is mostly its own cell, and its cells should not be torn apart."""
-    return "zigzag" if transport in ("gather", "ring") and csa.exact else "contiguous"
+    a sparse prompt's work is mostly its own cell, and its cells should not be torn apart. `auto` cannot know
+    yet: zigzag costs ulysses a reordering of rows, contiguous would cost the others up to half of their speed."""
+    return "zigzag" if transport in ("gather", "ring", "auto") and csa.exact else "contiguous"
 
 
 def sparse_prefill(

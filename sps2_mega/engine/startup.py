@@ -14,13 +14,15 @@ import torch
 
 from sps2_mega.checkpoint.load import load_weights
 from sps2_mega.checkpoint.resolve import ResolvedModel, resolve_model
-from sps2_mega.checkpoint.sharding import check_tp
+from sps2_mega.checkpoint.sharding import check_tp, num_query_groups
 from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.comm.lifeline import Lifeline
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.cache_setup import allocate_cache
 from sps2_mega.engine.executor import Executor
+from sps2_mega.engine.machine_probe import machine_facts
 from sps2_mega.engine.prefill_choice import choose_transport, sparse_prefill
+from sps2_mega.engine.prefill_planner import PLANNED_TRANSPORTS, PrefillPlanner
 from sps2_mega.errors import CheckpointError, ConfigError
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import (
@@ -32,7 +34,7 @@ from sps2_mega.mcore.init import (
     refuse,
 )
 from sps2_mega.parallel.groups import ParallelGroups
-from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.parallel.launcher import LaunchInfo, cache_folder
 from sps2_mega.parallel.topology import check_degrees
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,9 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         pool, num_blocks = allocate_cache(
             config, model, groups, compute, info, max_model_len, transport
         )
+        planner = None
+        if transport == "auto":
+            planner = _prefill_planner(model, groups, compute, info)
         if info.rank == 0:
             log.info(
                 "%s: %d ranks (tp=%d sp=%d levels=%s) on %s in %s; joined in %.1f s, weights in %.1f s, "
@@ -109,6 +114,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         groups,
         transport=transport,
         sparse=sparse,
+        planner=planner,
         sparse_decode=config.decode_attention == "csa",
         dtype=compute.dtype,
         device=compute.device,
@@ -136,13 +142,38 @@ def _check_on_this_rank(config: EngineConfig, info: LaunchInfo) -> _Checked:
     """Everything that can be refused without other ranks."""
     resolved = resolve_model(config.model, tokenizer=config.tokenizer)
     check_tp(resolved.config, config.parallel.tp)
-    transport = choose_transport(config.transport, config.csa, resolved.config)
+    transport = choose_transport(config.transport, config.csa, resolved.config, sp=config.parallel.sp)
     max_model_len = resolve_max_model_len(config.max_model_len, resolved.config)
     compute = choose_compute(config.device, config.dtype, resolved.config.dtype, info.local_rank)
     if compute.device.type == "cpu":
         torch.set_num_threads(config.threads or _threads_per_rank(info))
     return _Checked(
         resolved=resolved, compute=compute, transport=transport, max_model_len=max_model_len
+    )
+
+
+def _prefill_planner(
+    model: ModelConfig, groups: ParallelGroups, compute: Compute, info: LaunchInfo
+) -> PrefillPlanner:
+    """All ranks call it together: the machine may have to be measured."""
+    tp = groups.tp.size
+    machine = machine_facts(
+        groups,
+        head_dim=model.head_dim,
+        dtype=compute.dtype,
+        device=compute.device,
+        network=info.master_addr,
+        folder=cache_folder(),
+    )
+    return PrefillPlanner(
+        machine=machine,
+        candidates=PLANNED_TRANSPORTS,
+        num_heads=model.num_heads // tp,
+        num_kv_heads=num_query_groups(model, tp) // tp,
+        head_dim=model.head_dim,
+        itemsize=compute.dtype.itemsize,
+        window=model.sliding_window,
+        log_choices=info.rank == 0,
     )
 
 

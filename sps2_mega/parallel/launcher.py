@@ -1,4 +1,4 @@
-"""What the launcher told this process: the only reader of the launchers' environment variables.
+"""What the launcher and the user's session told this process: the only reader of environment variables.
 
     launcher    node size         node rank    recognised by
     torchrun    LOCAL_WORLD_SIZE  GROUP_RANK   TORCHELASTIC_RUN_ID or GROUP_RANK
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from sps2_mega.errors import ConfigError
@@ -115,6 +116,13 @@ def from_environment(environ: Mapping[str, str] | None = None) -> LaunchInfo:
         master_port=_integer(environ, "MASTER_PORT"),
         launcher=launcher,
     )
+
+
+def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Where this user's caches of the project go: below XDG_CACHE_HOME, default ~/.cache."""
+    environ = os.environ if environ is None else environ
+    home = environ.get("XDG_CACHE_HOME", "").strip()
+    return Path(home or Path.home() / ".cache") / "sps2_mega"
 
 
 def _recognise(environ: Mapping[str, str]) -> Launcher:

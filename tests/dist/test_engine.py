@@ -16,6 +16,8 @@ LAYOUTS = [
     (2, 2, "ulysses"),
     (1, 4, "gather"),
     (1, 3, "ring"),
+    (2, 2, "auto"),
+    (1, 3, "auto"),
 ]
 LENGTHS = (5, 1, 40, 16, 77, 200, 33, 129, 64)
 PARAMS = [

@@ -3,9 +3,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sps2_mega.attention.layout import build_layout
-from sps2_mega.attention.planner import TRANSPORTS, Link, Machine, choose, estimate, link_seconds
+from sps2_mega.attention.planner import TRANSPORTS, choose, estimate, link_seconds
 from sps2_mega.attention.step_shape import step_shape
 from sps2_mega.attention.traffic import bytes_moved
+from sps2_mega.parallel.machine import Link, Machine
 
 
 def shape_of(ranks, *, tokens, start=0, sp=2, heads=8, kv_heads=8, width=64, itemsize=2):

@@ -1,0 +1,83 @@
+"""Measures the links of each SP level: latency of a small exchange and bandwidth of a larger one.
+
+All groups of a level exchange at the same time, as they do in prefill, so that what ranks share is shared here
+too. Messages grow until one takes long enough to be timed, so a slow link is done after the first few.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sps2_mega.comm.collectives import all_to_all_flat, minimum
+from sps2_mega.parallel.groups import Group
+from sps2_mega.parallel.machine import Link
+
+_SMALL_ROUNDS = 7
+_FIRST_BYTES = 128 * 2**10
+_LAST_BYTES = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
+_LONG_ENOUGH_S = {"cpu": 0.02, "cuda": 0.004}
+_FREE_LINK = Link(latency_s=0.0, bytes_per_s=float("inf"))
+
+
+def measure_links(
+    levels: Sequence[Group], control: Group, device: torch.device
+) -> tuple[Link, ...]:
+    """One link per level, the slowest that any rank saw; all ranks call it together and get the same.
+
+    `control` is the CPU group of all ranks. A level of one rank has no link: no latency, endless bandwidth.
+    """
+    return tuple(_measure(group, control, device) for group in levels)
+
+
+def agree_least(value: float, control: Group) -> float:
+    """The least of all ranks' non-negative values, to nine digits."""
+    return minimum(round(value * 1e9), control) / 1e9
+
+
+def agree_most(value: float, control: Group) -> float:
+    """The largest of all ranks' non-negative values, to nine digits."""
+    return -minimum(-round(value * 1e9), control) / 1e9
+
+
+def _measure(group: Group, control: Group, device: torch.device) -> Link:
+    if group.size == 1:
+        return _FREE_LINK
+    _exchange_s(group, group.size, device)  # connections are made at first use
+    latency = min(_exchange_s(group, group.size, device) for _ in range(_SMALL_ROUNDS))
+    latency = agree_most(latency, control)
+    num_bytes = _FIRST_BYTES
+    seconds = 0.0
+    while True:
+        before = seconds
+        seconds = agree_most(_exchange_s(group, num_bytes, device), control)
+        if seconds > _LONG_ENOUGH_S[device.type] or num_bytes >= _LAST_BYTES[device.type]:
+            break
+        num_bytes *= 2
+    # A shaped link lets a first burst pass for nothing; both last messages together have little of it.
+    sent, taken = num_bytes, seconds
+    if before:
+        sent, taken = num_bytes + num_bytes // 2, before + seconds
+    moving = max(taken - latency * (2 if before else 1), taken / 10)
+    return Link(latency_s=latency, bytes_per_s=sent / moving)
+
+
+def _exchange_s(group: Group, num_bytes: int, device: torch.device) -> float:
+    """Seconds until `num_bytes` have gone from each rank to its peers, in equal parts, and as many have come."""
+    part = max(1, num_bytes // (group.size - 1))
+    sizes = [part] * group.size
+    sizes[group.rank] = 0
+    payload = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    _finish(payload)
+    began = time.perf_counter()
+    _finish(all_to_all_flat(payload, sizes, sizes, group))
+    return time.perf_counter() - began
+
+
+def _finish(x: Tensor) -> None:
+    """Waits for the device: only then has a time a meaning."""
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)

@@ -1,0 +1,134 @@
+"""The machine's numbers for the planner: measured once, then read from a file of the user's cache directory.
+
+Rank 0 alone reads and writes the file and tells the others, so all ranks plan with the same numbers. A file that
+cannot be read or written only means measuring again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from sps2_mega.comm.collectives import all_gather_rows, broadcast_bytes
+from sps2_mega.comm.probe import agree_least, measure_links
+from sps2_mega.kernels.attention.sdpa import attend_run
+from sps2_mega.parallel.groups import Group, ParallelGroups
+from sps2_mega.parallel.machine import Machine
+
+log = logging.getLogger(__name__)
+
+_MAX_AGE_S = 24 * 3600.0
+_FLOPS = {"cpu": 1.5e8, "cuda": 2e11}  # of the timed attention: milliseconds on either
+
+
+def machine_facts(
+    groups: ParallelGroups,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    network: str,
+    folder: Path,
+) -> Machine:
+    """Numbers that all ranks share; all ranks call it together.
+
+    Other hosts, another `network` (an address of it) or another shape of the job are measured anew; `folder` keeps
+    the results.
+    """
+    place = f"{_hosts(groups.control)} {network}"
+    path = folder / f"machine-{_key(groups, head_dim, dtype, device, place)}.json"
+    known = None
+    if groups.global_rank == 0:
+        known = _read(path)
+    told = broadcast_bytes(known.to_json().encode() if known else b"", groups.control)
+    if told:
+        return Machine.from_json(told.decode())
+    began = time.monotonic()
+    machine = Machine(
+        sp_levels=tuple(level.size for level in groups.sp_levels),
+        links=measure_links(groups.sp_levels, groups.control, device),
+        flops_per_s=attention_flops_per_s(head_dim, dtype, device, groups.control),
+    )
+    if groups.global_rank == 0:
+        log.info("measured in %.2f s: %s", time.monotonic() - began, describe(machine))
+        _write(path, machine)
+    return machine
+
+
+def describe(machine: Machine) -> str:
+    links = ", ".join(
+        f"{link.bytes_per_s / 1e9:.3g} GB/s and {link.latency_s * 1e6:.0f} us among {size} ranks"
+        for size, link in zip(machine.sp_levels, machine.links, strict=True)
+        if size > 1
+    )
+    return f"{links or 'no links'}; attention at {machine.flops_per_s / 1e9:.3g} GFLOP/s per rank"
+
+
+def attention_flops_per_s(
+    head_dim: int, dtype: torch.dtype, device: torch.device, control: Group
+) -> float:
+    """Speed of causal attention on the slowest rank while all compute; a multiply and an add are two."""
+    heads = 4 if device.type == "cpu" else 16
+    tokens = max(64, int((_FLOPS[device.type] / (2 * heads * head_dim)) ** 0.5))
+    q, k, v = torch.zeros(3, tokens, heads, head_dim, dtype=dtype, device=device)
+    seconds = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        attend_run(q, k, v, scale=1.0, q_start=0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # only then has the time a meaning
+        seconds = min(seconds, time.perf_counter() - began)
+    flops = tokens * (tokens + 1) // 2 * heads * 4 * head_dim
+    return agree_least(flops / seconds / 1e9, control) * 1e9
+
+
+def _hosts(control: Group) -> list[str]:
+    """The host name of each rank, cut to 64 bytes."""
+    name = socket.gethostname().encode()[:64].ljust(64)
+    rows = all_gather_rows(
+        torch.frombuffer(bytearray(name), dtype=torch.uint8)[None], [1] * control.size, control
+    )
+    return [bytes(row.tolist()).decode(errors="replace").strip() for row in rows]
+
+
+def _key(
+    groups: ParallelGroups, head_dim: int, dtype: torch.dtype, device: torch.device, place: str
+) -> str:
+    facts = (
+        place,
+        groups.tp.size,
+        [level.size for level in groups.sp_levels],
+        head_dim,
+        str(dtype),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        torch.get_num_threads(),
+        torch.__version__,
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> Machine | None:
+    try:
+        if time.time() - path.stat().st_mtime > _MAX_AGE_S:
+            return None
+        return Machine.from_json(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s is not used and measured again: %s", path, error)
+        return None
+
+
+def _write(path: Path, machine: Machine) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(machine.to_json())
+        part.replace(path)
+    except OSError as error:
+        log.info("the measured machine is not kept: %s", error)

@@ -1,0 +1,49 @@
+"""What was measured of the machine: the links of each SP level and the speed of attention on one rank.
+
+Plain numbers that all ranks agree on; measuring is `comm.probe` and `engine.machine_probe`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One SP level: seconds of a small message, and what a rank sends per second while all ranks do."""
+
+    latency_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """`links[l]` joins the groups of `sp_levels[l]` ranks; attention does `flops_per_s` on each rank (a
+    multiply and an add are two)."""
+
+    sp_levels: tuple[int, ...]
+    links: tuple[Link, ...]
+    flops_per_s: float
+
+    def __post_init__(self) -> None:
+        assert len(self.links) == len(self.sp_levels), (
+            f"{len(self.sp_levels)} SP levels need as many links, got {len(self.links)}"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Machine:
+        """Raises ValueError where the text is not what `to_json` writes."""
+        try:
+            values = json.loads(text)
+            return Machine(
+                sp_levels=tuple(values["sp_levels"]),
+                links=tuple(Link(**link) for link in values["links"]),
+                flops_per_s=float(values["flops_per_s"]),
+            )
+        except (KeyError, TypeError, AssertionError) as error:
+            raise ValueError(f"not a measured machine: {error!r}") from error
