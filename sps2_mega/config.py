@@ -14,6 +14,7 @@ from sps2_mega.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DECODE_ATTENTIONS = ("dense", "csa")
+PIPELINES = ("auto", "on", "off")
 TRANSPORTS = ("auto", "ulysses", "gather", "ring")
 
 
@@ -200,6 +201,14 @@ class EngineConfig:
         "how prefill moves data between SP ranks (auto: ulysses, or gather with CSA)",
         choices=TRANSPORTS,
     )
+    pipeline: Literal["auto", "on", "off"] = flag(
+        "auto",
+        "prefill computes while data travels (auto: where prompts are long enough to gain)",
+        choices=PIPELINES,
+    )
+    micro_batches: int | None = flag(
+        None, "parts of a layer's prefill attention (default: from prompt and model)"
+    )
     decode_attention: Literal["dense", "csa"] = flag(
         "dense",
         "what generated tokens see: all keys, or with csa degrees what the pattern shows",
@@ -208,6 +217,9 @@ class EngineConfig:
     max_model_len: int | None = flag(None, "longest prompt plus output (default: the model's)")
     threads: int | None = flag(
         None, "CPU threads per rank (default: the node's cores shared by its ranks)"
+    )
+    trace: str | None = flag(
+        None, "file for a Perfetto trace of prefill steps, all ranks (default: no trace)"
     )
     seed: int = flag(0, "seed of requests that have none of their own")
     step_timeout: float = flag(600.0, "seconds after which a step that does not end fails the job")

@@ -99,3 +99,24 @@ def broadcast_bytes(payload: bytes | None, group: Group) -> bytes:
         rest_view[:] = payload[capacity:]
     dist.broadcast(rest, group=group.handle, group_src=0)
     return bytes(view[8:]) + bytes(rest_view)
+
+
+def gather_bytes(payload: bytes, group: Group) -> list[bytes] | None:
+    """Every rank's `payload` in rank order on rank 0 of a CPU group, None elsewhere."""
+    if group.size == 1:
+        return [payload]
+    if group.rank > 0:
+        dist.send(torch.tensor([len(payload)]), group=group.handle, group_dst=0)
+        if payload:
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            dist.send(data, group=group.handle, group_dst=0)
+        return None
+    payloads = [payload]
+    for rank in range(1, group.size):
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, group=group.handle, group_src=rank)
+        data = torch.empty(int(size.item()), dtype=torch.uint8)
+        if len(data):
+            dist.recv(data, group=group.handle, group_src=rank)
+        payloads.append(data.numpy().tobytes())
+    return payloads

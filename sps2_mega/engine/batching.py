@@ -20,6 +20,7 @@ from sps2_mega.attention.hybrid import HybridAttention
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.leveled import Leveled
 from sps2_mega.attention.pattern import CSAPattern
+from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.prefill import PrefillAttention
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.attention.transports import Transport, make_transport
@@ -52,6 +53,7 @@ def prefill_input(
     *,
     transport: str,
     sparse: SparsePrefill | None = None,
+    pipeline: Pipeline | None = None,
     planner: PrefillPlanner | None = None,
     device: torch.device,
 ) -> StepInput:
@@ -87,7 +89,7 @@ def prefill_input(
     if sparse is None:
         if transport == "auto" and planner is not None:
             transport = planner.transport(layout)
-        chosen = make_transport(transport, layout, group, device)
+        chosen = make_transport(transport, layout, group, device, pipeline)
     else:
         prompt_lens = [item.num_prompt_tokens for item in items]
         patterns = [pattern_of(sparse, item) for item in items]
@@ -100,6 +102,7 @@ def prefill_input(
             kv_heads=sparse.kv_heads,
             group=group,
             device=device,
+            pipeline=pipeline,
         )
     for item in items:
         # A table is asked for only once its sequence decodes, when all of its tokens are there.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sps2_mega.attention.spans import SparsePrefill
+from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.output_processor import OutputProcessor
@@ -42,7 +43,8 @@ _SHUTDOWN = b""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0, 1]. Of prompts,
-    `prompt_tokens` were computed and `cached_tokens` found in the cache."""
+    `prompt_tokens` were computed and `cached_tokens` found in the cache. `prefill_comm` is rank 0's communication in
+    all prefill steps."""
 
     num_running: int
     num_waiting: int
@@ -50,6 +52,7 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    prefill_comm: CommSeconds = CommSeconds()
 
 
 class Engine:
@@ -76,6 +79,7 @@ class Engine:
         self._rank = rank
         self._executor, self._control = rank.executor, rank.groups.control
         self._closed = False
+        self._prefill_comm = CommSeconds()
         if not self.is_driver:
             self.max_model_len = rank.max_model_len
             return
@@ -171,6 +175,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
+            prefill_comm=self._prefill_comm,
         )
 
     def step(self) -> list[RequestOutput]:
@@ -206,6 +211,10 @@ class Engine:
     def _execute(self, plan: StepPlan) -> StepOutput:
         self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
         output = self._executor.execute(plan)
+        if plan.prefills:
+            self._prefill_comm += self._executor.prefill_comm
+            if self._rank.trace is not None:
+                self._rank.trace.flush()
         self._rank.lifeline.step_end()
         return output
 
@@ -237,6 +246,9 @@ class Engine:
 
     def _leave(self) -> None:
         self._closed = True
+        if self._rank.trace is not None:
+            with failing(self._rank.lifeline):
+                self._rank.trace.finish()
         self._rank.lifeline.close()
         finalize()
 

@@ -6,11 +6,14 @@ sizes are exchanged.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
+from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.config import ModelConfig
@@ -54,7 +57,8 @@ class _Sampling:
 class Executor:
     """Runs StepPlans on this rank; holds the rank's share of all running sequences.
 
-    Public attributes are what it was made from, not to be changed.
+    Public attributes are what it was made from, not to be changed, and `prefill_comm`: this rank's communication in
+    the last step that had prefills.
     """
 
     def __init__(
@@ -68,12 +72,15 @@ class Executor:
         sparse: SparsePrefill | None,
         planner: PrefillPlanner | None = None,
         sparse_decode: bool = False,
+        pipeline: Pipeline | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.model, self.config, self.pool, self.groups = model, config, pool, groups
         self.transport, self.sparse, self.planner = transport, sparse, planner
         self.dtype, self.device = dtype, device
+        self.pipeline = pipeline or plain_pipeline(device)
+        self.prefill_comm = CommSeconds()
         self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
         self._sparse_tables: SparseTables | None = None
         if sparse_decode and sparse is not None:
@@ -91,6 +98,7 @@ class Executor:
             transport=transport,
             sparse=sparse,
             planner=self.planner,
+            pipeline=self.pipeline,
             dtype=self.dtype,
             device=self.device,
         )
@@ -103,6 +111,7 @@ class Executor:
             if self._sparse_tables is not None:
                 self._sparse_tables.remove(seq_id)
             del self._sampling[seq_id]
+        began = time.perf_counter()
         parts = []
         if plan.prefills:
             parts.append(self._prefill_input(plan.prefills))
@@ -116,6 +125,10 @@ class Executor:
         output = self._sample(logits_RV, step, sampled, [ends[seq_id] for seq_id in sampled])
         if None in output.token_ids:
             self._clear_failed(plan, output)
+        if plan.prefills:
+            num_tokens = sum(item.end - item.start for item in plan.prefills)
+            name = f"prefill {plan.step}"
+            self.prefill_comm = self.pipeline.end_step(name, began, num_tokens=num_tokens)
         return output
 
     def _prefill_input(self, items: list[PrefillItem]) -> StepInput:
@@ -132,6 +145,7 @@ class Executor:
             self.groups.sp,
             transport=self.transport,
             sparse=self.sparse,
+            pipeline=self.pipeline,
             planner=self.planner,
             device=self.device,
         )

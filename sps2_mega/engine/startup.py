@@ -23,6 +23,8 @@ from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.machine_probe import machine_facts
 from sps2_mega.engine.prefill_choice import choose_transport, sparse_prefill
 from sps2_mega.engine.prefill_planner import PLANNED_TRANSPORTS, PrefillPlanner
+from sps2_mega.engine.prefill_pipeline import check_pipeline, make_pipeline
+from sps2_mega.engine.tracing import TraceFile
 from sps2_mega.errors import CheckpointError, ConfigError
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import (
@@ -48,6 +50,7 @@ class StartedRank:
     groups: ParallelGroups
     lifeline: Lifeline
     executor: Executor
+    trace: TraceFile | None
     num_blocks: int
     max_model_len: int
     transport: str
@@ -83,6 +86,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         groups = initialize(
             store, info, topology, device=compute.device, timeout_s=config.step_timeout
         )
+        pipeline, trace = make_pipeline(config, groups, compute.device)
         joined = time.monotonic()
         gpt = _load_model(resolved, groups, compute, show_progress=show_progress)
         loaded = time.monotonic()
@@ -116,6 +120,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         sparse=sparse,
         planner=planner,
         sparse_decode=config.decode_attention == "csa",
+        pipeline=pipeline,
         dtype=compute.dtype,
         device=compute.device,
     )
@@ -124,6 +129,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         groups=groups,
         lifeline=lifeline,
         executor=executor,
+        trace=trace,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         transport=transport,
@@ -142,6 +148,7 @@ def _check_on_this_rank(config: EngineConfig, info: LaunchInfo) -> _Checked:
     """Everything that can be refused without other ranks."""
     resolved = resolve_model(config.model, tokenizer=config.tokenizer)
     check_tp(resolved.config, config.parallel.tp)
+    check_pipeline(config, info.rank)
     transport = choose_transport(config.transport, config.csa, resolved.config, sp=config.parallel.sp)
     max_model_len = resolve_max_model_len(config.max_model_len, resolved.config)
     compute = choose_compute(config.device, config.dtype, resolved.config.dtype, info.local_rank)

@@ -2,7 +2,7 @@
 
     pipeline = Pipeline(make_lanes(device), back=groups.sp_back, settings=...)     once per engine
     pipeline.run(stage_order(...), work, layer)             per layer; `work` knows the tensors
-    pipeline.take_seconds()                                 per step
+    pipeline.end_step("prefill 7", began)                   per step
 
 The order is `order`'s, what travels and is computed is the transport's (a `PipelineWork`), streams and clocks are
 `comm.lanes`'.
@@ -10,6 +10,7 @@ The order is `order`'s, what travels and is computed is the transport's (a `Pipe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -92,8 +93,16 @@ class Pipeline:
             if flight is not None:
                 flight.forget()
 
+    def end_step(self, name: str, began: float, **facts: int) -> CommSeconds:
+        """Communication of the step that began at `began` (of `time.perf_counter()`) and ends now. On CUDA it waits
+        for the last exchange. `facts` are shown with the step in the trace."""
+        seconds = self.take_seconds()
+        if self._trace is not None:
+            self._trace.step(name, (began, time.perf_counter()), overlap=seconds.overlap, **facts)
+        return seconds
+
     def take_seconds(self) -> CommSeconds:
-        """Communication since the last call. On CUDA it waits for the last exchange."""
+        """Communication since the last call or step."""
         in_flight: list[Interval] = []
         exposed = 0.0
         at = self._clock.seconds

@@ -25,7 +25,8 @@ class TraceRecorder:
 
     rank: int
     offset_s: float = 0.0
-    events: list[dict[str, Any]] = field(default_factory=list)
+    _events: list[dict[str, Any]] = field(default_factory=list)
+    _named: set[int] = field(default_factory=set)
     _row_ends: dict[int, float] = field(default_factory=dict)
 
     def step(self, name: str, span: Interval, **facts: Any) -> None:
@@ -49,18 +50,22 @@ class TraceRecorder:
         facts = {"layer": layer, "micro_batch": stage.micro_batch}
         self._add(_name(stage, layer), stage.phase, _COMPUTE_ROW, span, **facts)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Names of this rank's rows, then its events in the order of time."""
-        used = sorted({event["tid"] for event in self.events})
-        names = [self._label("process_name", 0, {"name": f"rank {self.rank}"})]
-        names.append(self._label("process_sort_index", 0, {"sort_index": self.rank}))
-        for row in used:
-            names.append(self._label("thread_name", row, {"name": _row_name(row)}))
-            names.append(self._label("thread_sort_index", row, {"sort_index": row}))
-        return names + sorted(self.events, key=lambda event: (event["ts"], -event["dur"]))
+    def take_events(self) -> list[dict[str, Any]]:
+        """Events since the last call; names of rows come before their first event."""
+        new, self._events = self._events, []
+        labels: list[dict[str, Any]] = []
+        if not self._named:
+            labels.append(self._label("process_name", 0, {"name": f"rank {self.rank}"}))
+            labels.append(self._label("process_sort_index", 0, {"sort_index": self.rank}))
+        for row in sorted({event["tid"] for event in new} - self._named):
+            labels.append(self._label("thread_name", row, {"name": _row_name(row)}))
+            labels.append(self._label("thread_sort_index", row, {"sort_index": row}))
+            self._named.add(row)
+        # A row's events in the order of time, an outer one before those inside it.
+        return labels + sorted(new, key=lambda event: (event["ts"], -event["dur"]))
 
     def _add(self, name: str, category: str, row: int, span: Interval, **facts: Any) -> None:
-        self.events.append(
+        self._events.append(
             {
                 "name": name,
                 "cat": str(category),
