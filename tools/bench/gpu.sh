@@ -16,8 +16,10 @@ step "$PYTHON" tools/doctor.py
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     step "$PYTHON" -m pytest -q -m gpu
     step "$PYTHON" tools/bench/generate.py --dtype bfloat16 --save --name generate-gpu
+    step "$PYTHON" tools/bench/kernels.py --save
 else
     step "$PYTHON" tools/bench/generate.py --requests 4 --new-tokens 8 --repeats 1
+    step "$PYTHON" tools/bench/kernels.py --tiny
 fi
 [ -z "${OUT:-}" ] || cp -r docs/results "$OUT/"
 exit $failed

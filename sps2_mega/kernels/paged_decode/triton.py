@@ -114,7 +114,7 @@ def _tile(width: int, group: int, dtype: torch.dtype) -> _Tile:
     """Tokens at a time, so many that a few programs together keep a multiprocessor's reads in flight."""
     padded = max(16, triton.next_power_of_2(width))
     exact = dtype == torch.float32
-    tokens = max(16, min(64, (4096 if exact else 8192) // padded))
+    tokens = max(16, min(64, (2048 if exact else 8192) // padded))
     return _Tile(
         constants=dict(
             GROUP=group,

@@ -1,0 +1,313 @@
+"""Attention kernels on one CUDA device against torch's own, side by side in one run.
+
+    python tools/bench/kernels.py [--save] [--repeats 7]
+    python tools/bench/kernels.py --tiny     starts everything on a CPU; its numbers mean nothing
+
+csa     one layer's prefill attention, Llama-3-8B heads, bfloat16, 128K tokens, 8 cells, degrees 1,4 and 1,8.
+        share_of_ideal = best dense library time x FLOPs ratio / time of CSA; the target is >= 0.85
+decode  one layer's paged decode attention. share_of_copy = bytes of K and V per second / copy bandwidth;
+        the target is >= 0.85 from 64K tokens in the batch. torch reads the same bytes from one dense tensor
+merge   partials of a prefill merged by LSE, and share_of_copy of the bytes read and written
+append  new tokens into the paged cache, likewise
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.bench import machine
+
+HEADS, KV_HEADS, WIDTH = 32, 8, 128  # Llama-3-8B
+LIBRARIES = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured: full sizes, or sizes at which all of it just starts."""
+
+    prompt: int
+    cells: int
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    merged_tokens: int
+    copied_bytes: int
+    rotated_bytes: int  # decode cycles through so much memory that no cache holds it
+
+
+FULL = Sizes(131072, 8, (8192, 32768, 131072), (1, 8, 32, 64), 16384, 2**32, 2**30)
+TINY = Sizes(24, 3, (20,), (3,), 5, 2**16, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where and how often everything runs; `backends` are the forms of our kernels that exist here."""
+
+    device: Any
+    dtype: Any
+    sizes: Sizes
+    backends: tuple[Any, ...]
+    repeats: int
+
+    def randn(self, *shape: int) -> Any:
+        import torch
+
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def times(self, contestants: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        """Medians of all contestants that can run; the others are left out."""
+        from tools.bench import device_time
+
+        runnable = {}
+        for name, work in contestants.items():
+            try:
+                work()
+                runnable[name] = work
+            except (
+                RuntimeError
+            ) as error:  # a library without a kernel for this shape, or out of memory
+                print(f"  {name} left out: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        return device_time.medians(runnable, self.device, self.repeats)
+
+
+def libraries(attend: Callable[[], Any], device: Any) -> dict[str, Callable[[], Any]]:
+    """The same call through each of torch's attention libraries."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def through(backend: Any) -> Any:
+        with sdpa_kernel(backend):
+            return attend()
+
+    names = LIBRARIES[:3] if device.type == "cuda" else ("FLASH_ATTENTION",)
+    return {f"torch {name}": partial(through, getattr(SDPBackend, name)) for name in names}
+
+
+def best_library(times: dict[str, float]) -> float:
+    return min(taken for name, taken in times.items() if name.startswith("torch "))
+
+
+def csa(bench: Bench, far_degree: int) -> dict[str, Any]:
+    import torch
+
+    from sps2_mega.attention.pattern import CSAPattern
+    from sps2_mega.attention.pieces import csa_pieces
+    from sps2_mega.attention.volume import flops_ratio
+    from sps2_mega.kernels.csa.dispatch import attend_pieces
+
+    tokens = bench.sizes.prompt
+    cell = -(-tokens // bench.sizes.cells)
+    pattern = CSAPattern(
+        degrees=(1, far_degree),
+        spans=(cell,),
+        sinks=min(16, cell // 8),
+        halo=min(128, cell // 8),
+        tail=min(128, cell // 8),
+        sample_queries=False,
+    )
+    where = dict(prompt_len=tokens, kv_heads=range(KV_HEADS), layer=0)
+    pieces = csa_pieces(pattern, queries=range(tokens), **where)
+    q, k, v = (bench.randn(tokens, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    scale = WIDTH**-0.5
+    dense = partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        is_causal=True,
+        scale=scale,
+        enable_gqa=True,
+    )
+    ours = {
+        f"csa {form.value}": partial(attend_pieces, q, k, v, pieces, scale=scale, backend=form)
+        for form in bench.backends
+    }
+    times = bench.times(libraries(dense, bench.device) | ours)
+    ratio = flops_ratio(pattern, **where)
+    flops = 4 * WIDTH * HEADS * (tokens * (tokens + 1) // 2)
+    result: dict[str, Any] = {"degrees": [1, far_degree], "flops_ratio": ratio, "seconds": times}
+    result["tflops_per_s"] = {
+        name: 1e-12 * flops * (ratio if name in ours else 1.0) / taken
+        for name, taken in times.items()
+    }
+    result["share_of_ideal"] = {
+        name: best_library(times) * ratio / times[name] for name in ours if name in times
+    }
+    if len(ours) > 1:
+        outs = [work()[0] for work in ours.values()]
+        result["max_difference"] = (outs[0] - outs[1]).abs().max().item()
+    return result
+
+
+def decode(bench: Bench, batch: int, context: int, bandwidth: float) -> dict[str, Any] | None:
+    """None where the device has no room."""
+    import numpy as np
+    import torch
+
+    from sps2_mega.kernels.paged_decode import dispatch
+    from tools.bench.device_time import in_graph
+
+    block_size, scale = 16, WIDTH**-0.5
+    per_row = -(-context // block_size)
+    num_bytes = 2 * batch * context * KV_HEADS * WIDTH * bench.dtype.itemsize
+    copies = max(1, bench.sizes.rotated_bytes // num_bytes)
+    if bench.device.type == "cuda" and 2.5 * copies * num_bytes > torch.cuda.mem_get_info()[0]:
+        return None
+    num_blocks = copies * batch * per_row
+    k_cache, v_cache = (bench.randn(num_blocks, block_size, KV_HEADS, WIDTH) for _ in range(2))
+    tables = np.random.default_rng(0).permutation(num_blocks).reshape(copies, batch, per_row)
+    q = bench.randn(batch, HEADS, WIDTH)
+    contestants = {}
+    for form in bench.backends:
+        rows = [
+            dispatch.prepare(
+                table,
+                np.zeros(batch, dtype=np.int64),
+                np.full(batch, context),
+                block_size=block_size,
+                dtype=bench.dtype,
+                device=bench.device,
+                backend=form,
+            )
+            for table in tables
+        ]
+        works = [partial(dispatch.paged_decode, q, k_cache, v_cache, r, scale=scale) for r in rows]
+        contestants[f"paged {form.value}"] = works
+    dense_k, dense_v = (
+        x.view(-1)[: copies * batch * context * KV_HEADS * WIDTH]
+        .view(copies, batch, KV_HEADS, context, WIDTH)
+        for x in (k_cache, v_cache)
+    )  # fmt: skip
+    for name, _ in libraries(lambda: None, bench.device).items():
+        contestants[name] = [
+            libraries(
+                partial(
+                    torch.nn.functional.scaled_dot_product_attention,
+                    q.unsqueeze(2),
+                    dense_k[copy],
+                    dense_v[copy],
+                    scale=scale,
+                    enable_gqa=True,
+                ),
+                bench.device,
+            )[name]
+            for copy in range(copies)
+        ]
+    ready = {}
+    for name, works in contestants.items():
+        try:
+            ready[name] = in_graph(works, bench.device)
+        except RuntimeError as error:
+            print(f"  {name} left out: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+    times = {name: taken / copies for name, taken in bench.times(ready).items()}
+    return {
+        "batch": batch,
+        "context": context,
+        "seconds": times,
+        "share_of_copy": {name: num_bytes / taken / bandwidth for name, taken in times.items()},
+    }
+
+
+def merge(bench: Bench, partials: int, bandwidth: float) -> dict[str, Any]:
+    import torch
+
+    from sps2_mega.kernels.lse import dispatch
+
+    tokens = bench.sizes.merged_tokens
+    out = bench.randn(partials, tokens, HEADS, WIDTH)
+    lse = torch.randn(partials, tokens, HEADS, device=bench.device)
+    times = bench.times(
+        {
+            f"merge {form.value}": partial(dispatch.merge, out, lse, backend=form)
+            for form in bench.backends
+        }
+    )
+    moved = (out.numel() * bench.dtype.itemsize + lse.numel() * 4) * (1 + 1 / partials)
+    shares = {name: moved / taken / bandwidth for name, taken in times.items()}
+    return {"partials": partials, "seconds": times, "share_of_copy": shares}
+
+
+def append(bench: Bench, bandwidth: float) -> dict[str, Any]:
+    import torch
+
+    from sps2_mega.kernels.paged_kv import dispatch
+
+    tokens, block_size = bench.sizes.merged_tokens, 16
+    num_blocks = -(-tokens // block_size)
+    k_cache, v_cache = (bench.randn(num_blocks, block_size, KV_HEADS, WIDTH) for _ in range(2))
+    packed = bench.randn(tokens, HEADS + 2 * KV_HEADS, WIDTH)
+    _, k, v = packed.split([HEADS, KV_HEADS, KV_HEADS], 1)
+    slots = torch.arange(tokens, device=bench.device)
+    times = bench.times(
+        {
+            f"append {form.value}": partial(
+                dispatch.append, k_cache, v_cache, k, v, slots, backend=form
+            )
+            for form in bench.backends
+        }
+    )
+    moved = 4 * k.numel() * bench.dtype.itemsize
+    shares = {name: moved / taken / bandwidth for name, taken in times.items()}
+    return {"tokens": tokens, "seconds": times, "share_of_copy": shares}
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    from tools.bench.device_time import copy_bandwidth
+
+    bandwidth = copy_bandwidth(bench.device, bench.sizes.copied_bytes, bench.repeats)
+    result: dict[str, Any] = {"copy_bytes_per_s": bandwidth}
+    result["csa"] = [csa(bench, degree) for degree in (4, 8)]
+    shapes = [(b, c) for c in bench.sizes.contexts for b in bench.sizes.batches]
+    result["decode"] = [decode(bench, *shape, bandwidth) for shape in shapes]
+    result["merge"] = [merge(bench, partials, bandwidth) for partials in (2, 8)]
+    result["append"] = append(bench, bandwidth)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes; works on a CPU")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--save", action="store_true", help="write docs/results/NAME.json")
+    parser.add_argument("--name", default="gpu-kernels", help="of the result file")
+    arguments = parser.parse_args()
+
+    import torch
+
+    on_cuda = torch.cuda.is_available()
+    if not on_cuda and not arguments.tiny:
+        parser.error("no CUDA device: only --tiny runs on a CPU")
+    if not on_cuda:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
+    from sps2_mega.kernels.backend import Backend
+
+    has_triton = importlib.util.find_spec("triton") is not None
+    torch.manual_seed(0)
+    bench = Bench(
+        device=torch.device("cuda" if on_cuda else "cpu"),
+        # The interpreter cannot multiply bfloat16, and few CPU libraries multiply float16.
+        dtype=torch.bfloat16 if on_cuda else torch.float32,
+        sizes=TINY if arguments.tiny else FULL,
+        backends=tuple(Backend) if has_triton else (Backend.TORCH,),
+        repeats=1 if arguments.tiny else arguments.repeats,
+    )
+    head: dict[str, Any] = {"heads, kv_heads, width": (HEADS, KV_HEADS, WIDTH)}
+    if arguments.tiny:
+        head["warning"] = "tiny sizes: shows that everything starts, the times mean nothing"
+    with torch.inference_mode():
+        result = head | run(bench)
+    print(json.dumps(result, indent=2))
+    if arguments.save:
+        print("written:", machine.save(arguments.name, {"arguments": vars(arguments)} | result))
+
+
+if __name__ == "__main__":
+    main()
