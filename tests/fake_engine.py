@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
@@ -19,6 +20,7 @@ class Stats:
     kv_usage: float = 0.5
     prompt_tokens: int = 0
     output_tokens: int = 0
+    prefill_comm: CommSeconds = field(default_factory=CommSeconds)
 
 
 class FakeEngine:

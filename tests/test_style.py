@@ -260,10 +260,12 @@ FROZEN_FLAGS = {
     "max-num-seqs",
     "max-prefill-tokens",
     "max-queue",
+    "micro-batches",
     "model",
     "no-prefix-caching",
     "num-kv-blocks",
     "scheduler",
+    "pipeline",
     "seed",
     "sp",
     "sp-levels",
@@ -271,6 +273,7 @@ FROZEN_FLAGS = {
     "threads",
     "tokenizer",
     "tp",
+    "trace",
     "transport",
 }
 

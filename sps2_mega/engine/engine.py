@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.attention.pipeline.metrics import CommSeconds
+from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.output_processor import OutputProcessor
@@ -52,7 +52,7 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    prefill_comm: CommSeconds = CommSeconds()
+    prefill_comm: CommSeconds
 
 
 class Engine:

@@ -22,8 +22,8 @@ from sps2_mega.engine.cache_setup import allocate_cache
 from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.machine_probe import machine_facts
 from sps2_mega.engine.prefill_choice import choose_transport, sparse_prefill
-from sps2_mega.engine.prefill_planner import PLANNED_TRANSPORTS, PrefillPlanner
 from sps2_mega.engine.prefill_pipeline import check_pipeline, make_pipeline
+from sps2_mega.engine.prefill_planner import PLANNED_TRANSPORTS, PrefillPlanner
 from sps2_mega.engine.tracing import TraceFile
 from sps2_mega.errors import CheckpointError, ConfigError
 from sps2_mega.mcore.gpt import GPT
@@ -149,7 +149,9 @@ def _check_on_this_rank(config: EngineConfig, info: LaunchInfo) -> _Checked:
     resolved = resolve_model(config.model, tokenizer=config.tokenizer)
     check_tp(resolved.config, config.parallel.tp)
     check_pipeline(config, info.rank)
-    transport = choose_transport(config.transport, config.csa, resolved.config, sp=config.parallel.sp)
+    transport = choose_transport(
+        config.transport, config.csa, resolved.config, sp=config.parallel.sp
+    )
     max_model_len = resolve_max_model_len(config.max_model_len, resolved.config)
     compute = choose_compute(config.device, config.dtype, resolved.config.dtype, info.local_rank)
     if compute.device.type == "cpu":

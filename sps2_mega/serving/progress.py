@@ -13,6 +13,7 @@ from typing import IO, Protocol
 
 from tqdm import tqdm
 
+from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.metrics import DurationHistogram, StepMeter
 from sps2_mega.types import RequestOutput
 
@@ -20,13 +21,14 @@ _PLAIN_INTERVAL = 5.0
 
 
 class Snapshot(Protocol):
-    """The engine's counts; tokens are cumulative, `kv_usage` is in [0, 1]."""
+    """The engine's counts; tokens and seconds are cumulative, `kv_usage` is in [0, 1]."""
 
     num_running: int
     num_waiting: int
     kv_usage: float
     prompt_tokens: int
     output_tokens: int
+    prefill_comm: CommSeconds
 
 
 @dataclass(slots=True)
@@ -39,6 +41,7 @@ class RunTotals:
     prompt_tokens: int = 0
     output_tokens: int = 0
     steps: StepMeter = field(default_factory=StepMeter)
+    prefill_comm: CommSeconds = field(default_factory=CommSeconds)
     ttft: DurationHistogram = field(default_factory=DurationHistogram)
     tbt: DurationHistogram = field(default_factory=DurationHistogram)
 
@@ -65,6 +68,7 @@ class RunTotals:
             ("wall time", f"{time.monotonic() - self.began:.2f} s"),
             ("prefill", f"{self.steps.prefill_rate:,.1f} tokens/s"),
             ("decode", f"{self.steps.decode_rate:,.1f} tokens/s"),
+            *self._comm_rows(),
             ("TTFT p50 / p99", _percentiles(self.ttft)),
             ("TBT p50 / p99", _percentiles(self.tbt)),
         ]
@@ -72,6 +76,14 @@ class RunTotals:
         values = max(len(value) for _, value in rows)
         rule = "-" * (width + values + 3)
         return "\n".join([rule, *(f"{name:<{width}} | {value}" for name, value in rows), rule])
+
+    def _comm_rows(self) -> list[tuple[str, str]]:
+        """Nothing where no rank talks to another one."""
+        comm = self.prefill_comm
+        if comm.total_comm_s == 0:
+            return []
+        waited = f"{comm.exposed_comm_s:.2f} of {comm.total_comm_s:.2f} s"
+        return [("prefill waits for data", f"{waited} ({comm.overlap:.0%} hidden)")]
 
 
 class Progress:
@@ -94,6 +106,7 @@ class Progress:
             output_tokens=stats.output_tokens - (before.output_tokens if before else 0),
             seconds=seconds,
         )
+        self._totals.prefill_comm = stats.prefill_comm
         self._last = stats
         self._show()
 
@@ -126,7 +139,9 @@ class Progress:
 
     def _state(self) -> str:
         steps, last = self._totals.steps, self._last
-        rates = f"prefill {steps.prefill_rate:,.0f} tok/s, decode {steps.decode_rate:,.0f} tok/s"
+        comm = self._totals.prefill_comm
+        hidden = f" ({comm.overlap:.0%} of communication hidden)" if comm.total_comm_s else ""
+        rates = f"prefill {steps.prefill_rate:,.0f} tok/s{hidden}, decode {steps.decode_rate:,.0f} tok/s"
         if last is None:
             return rates
         return f"{rates}, {last.num_running} running, {last.num_waiting} waiting, KV {last.kv_usage:.0%}"
