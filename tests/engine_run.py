@@ -32,10 +32,12 @@ def engine_on_rank(
     poison: int | None = None,
     abort: tuple[int, int] | None = None,
     stagger: int = 0,
+    waves: tuple[int, ...] = (),
 ) -> list[Any] | None:
     """RequestOutputs by request, on rank 0. `poison` is a token whose embedding becomes NaN;
     `abort=(request, step)` drops a request before a step: its output is then None. With `stagger` a request
-    comes that many steps after the one before."""
+    comes that many steps after the one before; requests from each number in `waves` on come when all before are
+    finished."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
     from sps2_mega.engine.engine import Engine
     from sps2_mega.types import SamplingParams
@@ -59,6 +61,8 @@ def engine_on_rank(
     step = 0
     while coming or engine.has_work():
         while coming and coming[0][0] * stagger <= step:
+            if coming[0][0] in waves and engine.has_work():
+                break
             number, (prompt, params) = coming.pop(0)
             refusal = engine.add_request(str(number), prompt, SamplingParams(**params))
             if refusal is not None:
