@@ -20,8 +20,8 @@ from torch import Tensor
 from sps2_mega.attention.partials import bring_home
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.comm.collectives import all_gather_rows
-from sps2_mega.kernels.paged_decode.sdpa import Bucket, paged_decode
-from sps2_mega.kernels.paged_kv.reference import append
+from sps2_mega.kernels.paged_decode.dispatch import DecodeRows, paged_decode
+from sps2_mega.kernels.paged_kv.dispatch import append
 from sps2_mega.kernels.slot_decode.sdpa import SlotBatch, prepare, slot_decode
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.parallel.groups import Group
@@ -36,15 +36,15 @@ class LocalKeys(Protocol):
 
 
 class DenseKeys:
-    """All tokens that this rank holds; the sliding window, if any, is already in the buckets."""
+    """All tokens that this rank holds; the sliding window, if any, is already in the rows."""
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self._buckets = buckets
+    def __init__(self, rows: DecodeRows) -> None:
+        self._rows = rows
 
     def attend(
         self, layer: int, q_BNH: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return paged_decode(q_BNH, k_cache, v_cache, self._buckets, scale=scale)
+        return paged_decode(q_BNH, k_cache, v_cache, self._rows, scale=scale)
 
 
 class SparseKeys:

@@ -25,7 +25,7 @@ from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.work_plan import RowPlan, WorkPlan, WorkPlanner
 from sps2_mega.attention.works import Work, prefill_works
 from sps2_mega.comm.exchange import Pending, post_all_to_all
-from sps2_mega.kernels.csa.sdpa import attend_pieces
+from sps2_mega.kernels.csa.dispatch import attend_pieces
 from sps2_mega.parallel.groups import Group
 
 
@@ -168,7 +168,9 @@ class _LayerRun:
     def arrived(self, micro_batch: int, part: str, received: Tensor) -> None:
         x_TnW, plan = self._moved(micro_batch, part)
         width = x_TnW.shape[-1]
-        rows = torch.cat([x_TnW.flatten(0, 1), received.view(-1, width)])
+        rows = x_TnW.flatten(0, 1)
+        if len(received):
+            rows = torch.cat([rows, received.view(-1, width)])
         buffer = rows.index_select(0, plan.gather).view(*plan.shape, width)
         if part == "q":
             self._queries[micro_batch] = buffer
@@ -178,6 +180,8 @@ class _LayerRun:
 
     def compute(self, micro_batch: int) -> None:
         plan = self._plans[micro_batch]
+        if plan.keys is not None and micro_batch not in self._keys:
+            self.arrived(micro_batch, "kv", self._k_CKH.new_empty(0))
         q_BnH = self._queries.pop(micro_batch, self._q_TNH)
         k_RkH, v_RkH = self._keys.pop(micro_batch, (self._k_CKH, self._v_CKH))
         out_BnH = torch.zeros(q_BnH.shape, dtype=q_BnH.dtype, device=q_BnH.device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sps2_mega.kernels.lse.reference import merge_two
+from sps2_mega.kernels.lse.dispatch import merge_two
 
 
 class PartialSum:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sps2_mega.comm.collectives import all_to_all_flat
-from sps2_mega.kernels.lse.reference import merge
+from sps2_mega.kernels.lse.dispatch import merge
 from sps2_mega.parallel.groups import Group
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.transports import Transport
-from sps2_mega.kernels.paged_kv.reference import append
+from sps2_mega.kernels.paged_kv.dispatch import append
 from sps2_mega.kv_cache.pool import KVPool
 
 

@@ -9,7 +9,7 @@ from sps2_mega.attention.layout import PrefillLayout
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.comm.exchange import post_shift
 from sps2_mega.kernels.attention.sdpa import attend_run
-from sps2_mega.kernels.lse.reference import merge_two
+from sps2_mega.kernels.lse.dispatch import merge_two
 from sps2_mega.parallel.groups import Group
 
 

@@ -27,7 +27,7 @@ from sps2_mega.attention.transports import Transport, make_transport
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.prefill_planner import PrefillPlanner
 from sps2_mega.engine.sparse_tables import SparseTables
-from sps2_mega.kernels.paged_decode.sdpa import prepare
+from sps2_mega.kernels.paged_decode.dispatch import prepare
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.parallel.groups import Group
 from sps2_mega.types import DecodeItem, PrefillItem

@@ -43,6 +43,16 @@ def test_views_are_read_by_their_strides(device):
     assert_partial_close(kernels.merge(turned, views[1]), expected)
     two = kernels.merge_two(views[0][0], views[1][0], views[0][2], views[1][2])
     assert_partial_close(two, reference.merge_two(*(x[i] for i in (0, 2) for x in views)))
+    assert_partial_close(
+        kernels.merge_two(*(x[i, 2] for i in (0, 2) for x in views)), (two[0][2], two[1][2])
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sum_in_float32_takes_partials_of_16_bits(device):
+    out, lse = partials(2, 5, 2, 16, torch.float16, device)
+    pair = (out[0].float(), lse[0], out[1], lse[1])
+    assert_partial_close(kernels.merge_two(*pair), reference.merge_two(*pair))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -99,7 +99,7 @@ def attend_pieces(
     return out_TNH.to(q_TNH.dtype), lse_TN
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _tables(
     pieces: tuple[Piece, ...],
     queries: range,

@@ -47,7 +47,11 @@ def merge(out_PTNH: Tensor, lse_PTN: Tensor) -> tuple[Tensor, Tensor]:
 def merge_two(
     out_a_TNH: Tensor, lse_a_TN: Tensor, out_b_TNH: Tensor, lse_b_TN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.merge_two`."""
+    """Same contract as `reference.merge_two`; rows [R, H] with lse [R] count as heads of one token."""
+    if out_a_TNH.dim() == 2:
+        one_token = (x.unsqueeze(0) for x in (out_a_TNH, lse_a_TN, out_b_TNH, lse_b_TN))
+        merged_1RH, lse_1R = merge_two(*one_token)
+        return merged_1RH[0], lse_1R[0]
     out_a_TNH, out_b_TNH = _unit_last_stride(out_a_TNH), _unit_last_stride(out_b_TNH)
     merged_TNH, lse_TN = _like(out_a_TNH)
     if merged_TNH.numel():
