@@ -1,0 +1,105 @@
+"""Chunks of prompts that ride along with decodes give the tokens of whole prompts, on every layout."""
+
+from __future__ import annotations
+
+import families
+import pytest
+from engine_run import run_engine
+
+# 7 and 50 divide neither the prompts nor the blocks; with 7, most steps have one or two new tokens.
+LAYOUTS = [
+    (1, 1, "ulysses", 7),
+    (2, 1, "ulysses", 50),
+    (1, 2, "gather", 7),
+    (1, 3, "ring", 50),
+    (1, 4, "ulysses", 7),
+    (2, 2, "ring", 50),
+    (1, 4, "gather", 50),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama3")
+    families.save_family("llama3-rope", folder)
+    return dict(model=str(folder), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """The long prompts come while others decode; two share a prefix, one has two samples."""
+    texts = families.prompts((33, 1, 200, 16, 7, 129, 400, 5), seed=6)
+    params = [
+        dict(max_tokens=60, temperature=0.0, ignore_eos=True),
+        dict(max_tokens=50, seed=1, ignore_eos=True),
+        dict(max_tokens=20, seed=2, n=2, logprobs=2),
+        dict(max_tokens=24, temperature=0.0, presence_penalty=0.5),
+        dict(max_tokens=1, seed=4),
+        dict(max_tokens=9, seed=5, ignore_eos=True, repetition_penalty=1.2),
+        dict(max_tokens=12, seed=6),
+        dict(max_tokens=30, seed=7, ignore_eos=True),
+    ]
+    texts[7] = texts[5][:100] + texts[7]
+    return list(zip(texts, params, strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(model, requests):
+    return run_engine(model | dict(cache=dict(no_prefix_caching=True)), requests)
+
+
+def assert_same(outputs, expected):
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert output.error is None
+        for completion, reference in zip(output.completions, wanted.completions, strict=True):
+            assert completion.token_ids == reference.token_ids
+            for entry, other in zip(
+                completion.logprobs or [], reference.logprobs or [], strict=True
+            ):
+                assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(("tp", "sp", "transport", "chunk_tokens"), LAYOUTS, ids=str)
+def test_chunks_give_the_tokens_of_whole_prompts(
+    model, requests, expected, tp, sp, transport, chunk_tokens
+):
+    options = model | dict(
+        transport=transport, scheduler=dict(policy="sarathi", chunk_tokens=chunk_tokens)
+    )
+    outputs = run_engine(options, requests, tp=tp, sp=sp, stagger=2)
+    assert_same(outputs, expected)
+
+
+def test_without_shared_prefixes_and_with_odd_blocks(model, requests, expected):
+    scheduler = dict(policy="sarathi", chunk_tokens=64, max_running=3)
+    cache = dict(no_prefix_caching=True, block_size=5, num_blocks=400)
+    options = model | dict(transport="gather", scheduler=scheduler, cache=cache)
+    assert_same(run_engine(options, requests, sp=3, stagger=1), expected)
+
+
+def test_preemption_in_the_middle_of_a_prompt(model, requests, expected):
+    options = model | dict(
+        scheduler=dict(policy="sarathi", chunk_tokens=30), cache=dict(num_blocks=15)
+    )
+    assert_same(run_engine(options, requests, sp=2, stagger=1), expected)
+
+
+def test_abort_in_the_middle_of_a_prompt(model, requests, expected):
+    options = model | dict(scheduler=dict(policy="sarathi", chunk_tokens=30))
+    for step in (16, 20):
+        outputs = run_engine(options, requests, sp=2, stagger=2, abort=(6, step))
+        assert outputs[6] is None
+        assert_same(outputs[:6] + outputs[7:], expected[:6] + expected[7:])
+
+
+def test_a_chunked_prompt_without_finite_logits_fails_alone(model, requests, expected):
+    poison = families.VOCAB - 1
+    texts = families.prompts((90, 20), seed=7)
+    bad = ([*texts[0], poison, *texts[1]], dict(max_tokens=24))
+    asked = [*requests[:3], bad, (texts[0] + [3], dict(max_tokens=24)), *requests[3:]]
+    scheduler = dict(policy="sarathi", chunk_tokens=40)
+    options = model | dict(scheduler=scheduler, cache=dict(num_blocks=60), transport="ring")
+    outputs = run_engine(options, asked, sp=2, poison=poison, stagger=1)
+    assert "no finite logits" in outputs[3].error
+    assert outputs[4].error is None
+    assert_same(outputs[:3] + outputs[5:], expected)
