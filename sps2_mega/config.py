@@ -170,6 +170,9 @@ class CSAConfig:
         "stride queries too, as the paper does: cheaper, less accurate",
         name="csa-sample-queries",
     )
+    block: int = flag(
+        1, "neighbouring far keys that are kept or dropped together", name="csa-block"
+    )
 
     @property
     def exact(self) -> bool:

@@ -246,6 +246,7 @@ def test_command_line_flags_are_the_frozen_ones():
 FROZEN_FLAGS = {
     "block-size",
     "chunk-tokens",
+    "csa-block",
     "csa-degrees",
     "csa-halo",
     "csa-sample-queries",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from sps2_mega.attention.key_blocks import key_ranges
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
 
@@ -39,4 +40,4 @@ def _seen(pattern: CSAPattern, position: int, head_class: int, keys: range) -> l
         layer=0,
         keys=keys,
     )
-    return [piece.keys for piece in pieces]
+    return [part for piece in pieces for part in key_ranges(piece.keys)]

@@ -13,49 +13,57 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sps2_mega.attention.key_blocks import KeyBlocks
 from sps2_mega.attention.pattern import residue
-from sps2_mega.attention.work_rows import NO_ROWS, Asked, TokenPlaces, join_intervals
+from sps2_mega.attention.work_rows import (
+    NO_ROWS,
+    Asked,
+    TokenPlaces,
+    join_intervals,
+    kept_keys,
+    kept_positions,
+)
 
 
 class KeySegments:
-    """Segments for the keys of all `asked` pieces: intervals of rows of one sequence and degree."""
+    """Segments for the keys of all `asked` pieces: intervals of rows of one sequence, degree and block size."""
 
     def __init__(self, asked: Sequence[Asked]) -> None:
-        intervals: dict[tuple[int, int], set[tuple[int, int]]] = {}
+        intervals: dict[tuple[int, int, int], set[tuple[int, int]]] = {}
         for one in asked:
             for piece in one.pieces:
-                degree = piece.keys.step
-                interval = (piece.keys[0] // degree, piece.keys[-1] // degree)
-                intervals.setdefault((one.run.sequence, degree), set()).add(interval)
+                kept = kept_keys(piece.keys)
+                kind = one.run.sequence, kept.degree, kept.block
+                intervals.setdefault(kind, set()).add((kept.first, kept.stop - 1))
         self.num_rows = 0
-        # Per sequence and degree: first rows in compact numbers, and in the buffer.
-        self._segments: dict[tuple[int, int], tuple[list[int], list[int], list[int]]] = {}
-        for key, members in intervals.items():
+        # Per kind the first and last number of each segment, and its first row in the buffer.
+        self._segments: dict[tuple[int, int, int], tuple[list[int], list[int], list[int]]] = {}
+        for kind, members in intervals.items():
             lows, highs, starts = [], [], []
             for low, high in join_intervals(members):
                 lows.append(low)
                 highs.append(high)
                 starts.append(self.num_rows)
                 self.num_rows += high - low + 1
-            self._segments[key] = lows, highs, starts
+            self._segments[kind] = lows, highs, starts
 
-    def rows(self, sequence: int, keys: range) -> range:
+    def rows(self, sequence: int, keys: range | KeyBlocks) -> range:
         """Buffer rows of the keys of a piece: neighbours."""
-        lows, _, starts = self._segments[sequence, keys.step]
-        number = keys.start // keys.step
-        place = bisect_right(lows, number) - 1
-        first = starts[place] + number - lows[place]
+        kept = kept_keys(keys)
+        lows, _, starts = self._segments[sequence, kept.degree, kept.block]
+        place = bisect_right(lows, kept.first) - 1
+        first = starts[place] + kept.first - lows[place]
         return range(first, first + len(keys))
 
     def codes(self, places: TokenPlaces, kv_heads: range, held: range, layer: int) -> np.ndarray:
         """The code of each (row, KV head) of the buffer, row by row. `kv_heads` are numbered among the `held` ones,
         those over all ranks. Rows without a key of a head get some code."""
         found = [NO_ROWS]
-        for (sequence, degree), (lows, highs, _) in self._segments.items():
-            residues = [residue(held.start + head, layer, degree) for head in kv_heads]
+        for (sequence, degree, block), (lows, highs, _) in self._segments.items():
+            residues = np.array([residue(held.start + head, layer, degree) for head in kv_heads])
             for low, high in zip(lows, highs, strict=True):
-                positions = np.arange(low, high + 1)[:, None] * degree + np.array(residues)
-                tokens = places.tokens(sequence, positions)
+                numbers = np.arange(low, high + 1)[:, None]
+                tokens = places.tokens(sequence, kept_positions(numbers, degree, block, residues))
                 codes = tokens * len(held) + np.arange(kv_heads.start, kv_heads.stop)
                 found.append(codes.ravel())
         return np.concatenate(found)

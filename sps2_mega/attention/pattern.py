@@ -25,7 +25,7 @@ class CSAPattern:
     """`degrees[l]`: at level l a KV head sees one key of `degrees[l]`; all 1 is exact attention.
 
     `spans` are the tokens of one cell of each level but the last, which has no end, so there is one span
-    less than there are degrees. Always seen are the first `sinks` tokens and the `halo` keys right before
+    less than there are degrees. Keys are kept or dropped by blocks of `block` neighbours. Always seen are the first `sinks` tokens and the `halo` keys right before
     the query's own cell of level 0; the last `tail` queries of a prompt see all keys. With
     `sample_queries` a query takes part in level l only for the KV heads g with i % d_l == g % d_l.
 
@@ -39,6 +39,7 @@ class CSAPattern:
     halo: int
     tail: int
     sample_queries: bool
+    block: int = 1
 
     def __post_init__(self) -> None:
         if not self.degrees or min(self.degrees) < 1:
@@ -64,6 +65,14 @@ class CSAPattern:
         for name in ("sinks", "halo", "tail"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"csa {name} must be >= 0 tokens, got {getattr(self, name)}")
+        if self.block < 1:
+            raise ConfigError(f"csa block must be >= 1 token, got {self.block}")
+        if self.block > 1 and (self.degrees[0] > 1 or self.sample_queries):
+            # The own cell is a triangle, which a stride of blocks would cut into steps.
+            raise ConfigError(
+                f"csa block {self.block} keeps blocks of far keys: it needs degree 1 in the own cell, got degrees "
+                f"{_joined(self.degrees)}, and no sampled queries"
+            )
 
     @property
     def exact(self) -> bool:
@@ -98,11 +107,11 @@ class CSAPattern:
         degree = self.degrees[self.level(i, j)]
         if self.sample_queries and i % degree != kv_head % degree:
             return False
-        return j % degree == residue(kv_head, layer, degree)
+        return j // self.block % degree == residue(kv_head, layer, degree)
 
 
 def residue(kv_head: int, layer: int, degree: int) -> int:
-    """Which keys KV head `kv_head` of `layer` keeps at a level of this degree: those with j % degree ==
+    """Which keys KV head `kv_head` of `layer` keeps at a level of this degree: those with j // block % degree ==
     residue. It rotates with the layer, so that fewer heads than `degree` still cover all positions."""
     return (kv_head + layer) % degree
 

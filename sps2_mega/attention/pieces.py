@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from sps2_mega.attention.key_blocks import BlockPiece, CSAPiece, KeyBlocks, key_blocks
 from sps2_mega.attention.pattern import CSAPattern, residue
 from sps2_mega.kernels.csa.piece import Piece
 
@@ -29,7 +30,7 @@ def csa_pieces(
     kv_heads: range,
     layer: int,
     keys: range | None = None,
-) -> list[Piece]:
+) -> list[CSAPiece]:
     """The pieces of `queries` against `keys` (neighbouring positions, default: all keys up to the last
     query): each visible (i, j) of each KV head is in exactly one.
 
@@ -42,7 +43,7 @@ def csa_pieces(
     if not kv_heads:
         return []
     heads = _Heads(kv_heads, layer)
-    found: list[Piece] = []
+    found: list[CSAPiece] = []
     for segment in _segments(pattern, prompt_len, queries, keys):
         dense = pattern.exact or segment.start >= prompt_len - pattern.tail
         for band, degree in _bands(pattern, segment.start, keys, dense):
@@ -111,12 +112,17 @@ def _bands(
 
 def _rectangles(
     pattern: CSAPattern, segment: range, band: range, degree: int, heads: _Heads
-) -> Iterator[Piece]:
+) -> Iterator[CSAPiece]:
     if degree == 1:
         yield Piece(segment, band, range(len(heads.held)))
         return
     for rest, key_rest, members in heads.classes(degree):
         queries = _every(segment, degree, rest) if pattern.sample_queries else segment
+        if pattern.block > 1:
+            blocks = key_blocks(band, degree=degree, residue=key_rest, block=pattern.block)
+            if queries and blocks:
+                yield BlockPiece(queries, blocks, members)
+            continue
         keys = _every(band, degree, key_rest)
         if queries and keys:
             yield Piece(queries, keys, members)
@@ -143,10 +149,10 @@ def _every(positions: range, degree: int, rest: int) -> range:
     return range(positions.start + (rest - positions.start) % degree, positions.stop, degree)
 
 
-def _join_queries(found: list[Piece]) -> list[Piece]:
+def _join_queries(found: list[CSAPiece]) -> list[CSAPiece]:
     """Join rectangles on the same keys whose queries continue each other (the sinks of all segments)."""
-    last: dict[tuple[range, range], int] = {}
-    joined: list[Piece] = []
+    last: dict[tuple[range | KeyBlocks, range], int] = {}
+    joined: list[CSAPiece] = []
     for piece in found:
         place = last.get((piece.keys, piece.kv_heads))
         if place is not None and not piece.causal:

@@ -45,6 +45,7 @@ class SparsePrefill:
             halo=self.csa.halo,
             tail=self.csa.tail,
             sample_queries=self.csa.sample_queries,
+            block=self.csa.block,
         )
 
 

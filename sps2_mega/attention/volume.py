@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sps2_mega.attention.key_blocks import key_ranges
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
 
@@ -86,7 +87,14 @@ def visible_keys(
     # Heads seen by the same pieces need the same keys, so the work is done once for each such set.
     seen_by: dict[tuple[range, ...], list[int]] = {}
     for head in range(len(kv_heads)):
-        seen = tuple(dict.fromkeys(piece.keys for piece in pieces if head in piece.kv_heads))
+        seen = tuple(
+            dict.fromkeys(
+                part
+                for piece in pieces
+                if head in piece.kv_heads
+                for part in key_ranges(piece.keys)
+            )
+        )
         seen_by.setdefault(seen, []).append(head)
     heads_of: dict[range, list[int]] = {}
     for seen, heads in seen_by.items():

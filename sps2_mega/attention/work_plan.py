@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sps2_mega.attention.key_blocks import CSAPiece
 from sps2_mega.attention.key_segments import KeySegments
 from sps2_mega.attention.layout import PrefillLayout, Run
 from sps2_mega.attention.pattern import CSAPattern
@@ -66,7 +67,8 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class WorkPlan:
-    """`queries` and `back`, or `keys`, are None where these stay: pieces then number local tokens."""
+    """`queries` and `back`, or `keys`, are None where these stay: pieces then number local tokens. Where a work's
+    keys stay and `keys` is not None, the buffer is made of own rows alone and nothing is exchanged."""
 
     queries: RowPlan | None
     keys: RowPlan | None
@@ -129,7 +131,7 @@ class WorkPlanner:
         if not work.queries_stay:
             queries, back, query_row = self._move_queries(work, layer, asked, heads)
         segments = None
-        if not work.keys_stay:
+        if self._brings_keys(work):
             segments = KeySegments(asked)
             keys = self._move_keys(work, layer, asked, kv_heads, segments)
         head_0, kv_0 = (heads.start if queries else 0), (kv_heads.start if keys else 0)
@@ -140,7 +142,7 @@ class WorkPlanner:
                     _shift(piece.queries, query_row(one.run) - one.run.start),
                     segments.rows(one.run.sequence, piece.keys)
                     if segments
-                    else _shift(piece.keys, one.key_run.local_start - one.key_run.start),
+                    else _local_keys(piece, one.key_run),
                     piece.kv_heads,
                     piece.causal,
                 )
@@ -189,11 +191,15 @@ class WorkPlanner:
                 break
             if holding not in (None, run.rank) or not work.takes(at, queries.rank, run.rank):
                 continue
-            if found and not work.keys_stay and found[-1][0].stop == run.start:
+            if found and self._brings_keys(work) and found[-1][0].stop == run.start:
                 found[-1] = (range(found[-1][0].start, run.end), found[-1][1])
             else:
                 found.append((range(run.start, run.end), run))
         return found
+
+    def _brings_keys(self, work: Work) -> bool:
+        """Whether keys are brought together in a buffer: such as come from elsewhere, and blocks of far keys."""
+        return not work.keys_stay or any(pattern.block > 1 for pattern in self._patterns)
 
     def _move_keys(
         self, work: Work, layer: int, asked: list[Asked], kv_heads: range, segments: KeySegments
@@ -274,6 +280,11 @@ class WorkPlanner:
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)
+
+
+def _local_keys(piece: CSAPiece, run: Run) -> range:
+    assert isinstance(piece.keys, range), "blocks of keys are brought together first"
+    return _shift(piece.keys, run.local_start - run.start)
 
 
 def _first_local(run: Run) -> int:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sps2_mega.attention.key_blocks import CSAPiece, KeyBlocks
 from sps2_mega.attention.layout import Run, TokenLayout
-from sps2_mega.kernels.csa.piece import Piece
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
 
@@ -30,7 +30,7 @@ class Asked:
     key_run: Run
     heads: range
     kv_heads: range
-    pieces: list[Piece]
+    pieces: list[CSAPiece]
 
 
 class TokenPlaces:
@@ -58,7 +58,7 @@ class TokenPlaces:
 def key_codes(asked: Iterable[Asked], places: TokenPlaces, num_kv_heads: int) -> np.ndarray:
     """Sorted codes of all key rows that the pieces read, each once."""
     wanted = (
-        (one.run.sequence, piece.keys, _shift(piece.kv_heads, one.kv_heads.start))
+        (one.run.sequence, kept_keys(piece.keys), _shift(piece.kv_heads, one.kv_heads.start))
         for one in asked
         for piece in one.pieces
     )
@@ -74,8 +74,16 @@ def query_codes(asked: Iterable[Asked], places: TokenPlaces, num_heads: int) -> 
             for kv_head in piece.kv_heads:
                 first = one.heads.start + kv_head * per_kv_head
                 heads = range(first, first + per_kv_head)
-                wanted.append((one.run.sequence, piece.queries, heads))
+                wanted.append((one.run.sequence, kept_keys(piece.queries), heads))
     return _codes(wanted, places, num_heads)
+
+
+def kept_keys(keys: range | KeyBlocks) -> KeyBlocks:
+    """A range as blocks of one position, so that there is one form of keys."""
+    if isinstance(keys, KeyBlocks):
+        return keys
+    number, residue = divmod(keys.start, keys.step)
+    return KeyBlocks(number, number + len(keys), keys.step, residue, 1)
 
 
 def rows_of(codes: np.ndarray, places: TokenPlaces, num_heads: int) -> np.ndarray:
@@ -102,20 +110,29 @@ class Finder:
 
 
 def _codes(
-    wanted: Iterable[tuple[int, range, range]], places: TokenPlaces, num_heads: int
+    wanted: Iterable[tuple[int, KeyBlocks, range]], places: TokenPlaces, num_heads: int
 ) -> np.ndarray:
-    # The far keys of neighbouring cells are nested ranges: joined first, they are enumerated once.
-    ranges: dict[tuple[int, int, int, range], list[range]] = {}
-    for sequence, positions, heads in wanted:
-        step = positions.step
-        ranges.setdefault((sequence, step, positions.start % step, heads), []).append(positions)
+    # The far keys of neighbouring cells are nested: joined first, they are enumerated once.
+    intervals: dict[tuple[int, int, int, int, range], set[tuple[int, int]]] = {}
+    for sequence, kept, heads in wanted:
+        kind = (sequence, kept.degree, kept.block, kept.residue, heads)
+        intervals.setdefault(kind, set()).add((kept.first, kept.stop - 1))
     found = [NO_ROWS]
-    for (sequence, step, _, heads), members in ranges.items():
-        for start, last in join_intervals((part.start, part[-1]) for part in members):
-            tokens = places.tokens(sequence, range(start, last + 1, step))
-            members_heads = np.arange(heads.start, heads.stop, heads.step)
-            found.append((tokens[:, None] * num_heads + members_heads).ravel())
+    for (sequence, degree, block, residue, heads), members in intervals.items():
+        head_numbers = np.arange(heads.start, heads.stop, heads.step)
+        for low, high in join_intervals(members):
+            positions = kept_positions(np.arange(low, high + 1), degree, block, residue)
+            tokens = places.tokens(sequence, positions)
+            found.append((tokens[:, None] * num_heads + head_numbers).ravel())
     return np.unique(np.concatenate(found))
+
+
+def kept_positions(
+    numbers: np.ndarray, degree: int, block: int, residue: int | np.ndarray
+) -> np.ndarray:
+    """Positions of kept keys by their numbers (`KeyBlocks`)."""
+    groups, offsets = np.divmod(numbers, block)
+    return (groups * degree + residue) * block + offsets
 
 
 def join_intervals(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ def chain_root(csa: CSAConfig) -> bytes:
     settings = (
         "exact"
         if csa.exact
-        else repr((csa.degrees, csa.spans, csa.sinks, csa.halo, csa.tail, csa.sample_queries))
+        else repr(csa)
     )
     return hashlib.sha256(settings.encode()).digest()
 

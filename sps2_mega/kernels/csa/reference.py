@@ -26,6 +26,7 @@ def attend_csa(
     halo: int,
     exact_from: int,
     sample_queries: bool,
+    block: int = 1,
     layer: int,
     first_kv_head: int = 0,
     q_start: int = 0,
@@ -51,7 +52,7 @@ def attend_csa(
             joined_TS = torch.ones_like(inner_TS)
             if level < len(spans):
                 joined_TS = i_T1 // spans[level] == j_1S // spans[level]
-            kept_TS = (j_1S % degree == (g + layer) % degree).expand_as(inner_TS)
+            kept_TS = (j_1S // block % degree == (g + layer) % degree).expand_as(inner_TS)
             if sample_queries:
                 kept_TS = kept_TS & (i_T1 % degree == g % degree)
             seen_TS |= joined_TS & ~inner_TS & kept_TS

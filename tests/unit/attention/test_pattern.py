@@ -16,7 +16,7 @@ from sps2_mega.attention.volume import (
 from sps2_mega.errors import ConfigError
 
 
-def csa(degrees=(1, 4), spans=(8,), sinks=0, halo=0, tail=0, sample_queries=False):
+def csa(degrees=(1, 4), spans=(8,), sinks=0, halo=0, tail=0, sample_queries=False, block=1):
     return CSAPattern(
         degrees=degrees,
         spans=spans,
@@ -24,6 +24,7 @@ def csa(degrees=(1, 4), spans=(8,), sinks=0, halo=0, tail=0, sample_queries=Fals
         halo=halo,
         tail=tail,
         sample_queries=sample_queries,
+        block=block,
     )
 
 
@@ -31,13 +32,17 @@ def csa(degrees=(1, 4), spans=(8,), sinks=0, halo=0, tail=0, sample_queries=Fals
 def patterns(draw):
     degrees = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     spans = draw(st.lists(st.integers(1, 25), min_size=len(degrees) - 1, max_size=len(degrees) - 1))
+    block = draw(st.integers(1, 7))
+    if block > 1:
+        degrees[0] = 1
     return csa(
         tuple(degrees),
         tuple(sorted(spans)),
         sinks=draw(st.integers(0, 12)),
         halo=draw(st.integers(0, 30)),
         tail=draw(st.integers(0, 9)),
-        sample_queries=draw(st.booleans()),
+        sample_queries=draw(st.booleans()) if block == 1 else False,
+        block=block,
     )
 
 
@@ -54,7 +59,8 @@ def runs(draw, longest=61):
 
 def pairs_of(piece):
     for t, i in enumerate(piece.queries):
-        for j in piece.keys[: t + 1] if piece.causal else piece.keys:
+        keys = list(piece.keys)
+        for j in keys[: t + 1] if piece.causal else keys:
             for head in piece.kv_heads:
                 yield i, j, head
 
