@@ -1,14 +1,24 @@
-"""Transport `gather`: keys and values go to every rank at once, queries stay."""
+"""Transport `gather`: keys and values go to every rank at once, queries stay.
+
+A micro-batch is one group of KV heads with all queries: what one group computes hides the way of the next.
+"""
 
 from __future__ import annotations
+
+
+import itertools
 
 import torch
 from torch import Tensor
 
 from sps2_mega.attention.layout import PrefillLayout
 from sps2_mega.attention.order import reorder, sequence_index
+from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
+from sps2_mega.attention.pipeline.order import stage_order
+from sps2_mega.attention.pipeline.parts import seen_keys
+from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, num_micro_batches
 from sps2_mega.attention.rule import ScoreRule
-from sps2_mega.comm.collectives import all_gather_rows
+from sps2_mega.comm.exchange import Pending, post_all_gather
 from sps2_mega.kernels.attention.sdpa import attend_run
 from sps2_mega.parallel.groups import Group
 
@@ -16,29 +26,102 @@ from sps2_mega.parallel.groups import Group
 class Gather:
     """All-gather of K and V; bytes sent per rank and layer: 2 * S * K * H * e * (P-1)/P."""
 
-    def __init__(self, layout: PrefillLayout, group: Group, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: PrefillLayout,
+        group: Group,
+        device: torch.device,
+        pipeline: Pipeline | None = None,
+    ) -> None:
         self._layout, self._group = layout, group
+        self._pipeline = pipeline or plain_pipeline(device)
         self._index = sequence_index(layout.keys, device)
-        self._runs = layout.queries.local_runs(group.rank)
-        self._seq_starts = layout.keys.seq_starts()
 
     def attend(
         self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
-        k_SKH, v_SKH = (
-            reorder(all_gather_rows(x, self._layout.keys.counts, self._group), self._index)
-            for x in (k_CKH, v_CKH)
+        num_groups = self._num_head_groups(q_TNH, k_CKH, rule)
+        kv_heads = k_CKH.shape[1]
+        bounds = [kv_heads * g // num_groups for g in range(num_groups + 1)]
+        head_groups = [range(*pair) for pair in itertools.pairwise(bounds)]
+        work = _LayerWork(
+            self._layout, self._index, head_groups, (q_TNH, k_CKH, v_CKH), rule, self._group
         )
-        out_TNH = torch.empty_like(q_TNH)
-        for run in self._runs:
-            first = self._seq_starts[run.sequence]
+        ahead = int(self._pipeline.settings.mode != "off")
+        stages = stage_order([("k", "v")] * num_groups, ahead=ahead, returns=False)
+        self._pipeline.run(stages, work, layer)
+        return work.out_TNH
+
+    def _num_head_groups(self, q_TNH: Tensor, k_CKH: Tensor, rule: ScoreRule) -> int:
+        """From what all ranks know alike: the mean over ranks."""
+        size, (kv_heads, width) = self._group.size, k_CKH.shape[1:]
+        rows = 2 * sum(self._layout.keys.counts) * kv_heads * (size - 1) // size
+        pairs = seen_keys(self._layout.queries, window=rule.window)
+        wanted = num_micro_batches(
+            self._pipeline.settings,
+            num_bytes=rows * width * k_CKH.itemsize,
+            flops=4 * pairs * q_TNH.shape[1] * width // size,
+            smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
+        )
+        return min(wanted, kv_heads)
+
+
+class _LayerWork:
+    """One layer's tensors on their way (`PipelineWork`); all of them stay until the layer is done."""
+
+    def __init__(
+        self,
+        layout: PrefillLayout,
+        index: Tensor | None,
+        head_groups: list[range],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        rule: ScoreRule,
+        group: Group,
+    ) -> None:
+        self._layout, self._index, self._group, self._rule = layout, index, group, rule
+        self._q_TNH, k_CKH, v_CKH = qkv
+        self._own = {"k": k_CKH, "v": v_CKH}
+        self._head_groups = head_groups
+        self._repeats = self._q_TNH.shape[1] // k_CKH.shape[1]
+        self._keys: dict[tuple[int, str], Tensor] = {}
+        self.out_TNH = torch.empty_like(self._q_TNH)
+
+    def post_gather(self, micro_batch: int, part: str) -> Pending | None:
+        heads = self._head_groups[micro_batch]
+        x = self._own[part][:, heads.start : heads.stop]
+        longest = max(self._layout.keys.counts)
+        if self._group.size == 1 or longest == 0:
+            self._keys[micro_batch, part] = reorder(x, self._index)
+            return None
+        return post_all_gather(x, longest, self._group)
+
+    def arrived(self, micro_batch: int, part: str, received: Tensor) -> None:
+        counts = self._layout.keys.counts
+        longest = max(counts)
+        if min(counts) < longest:
+            shards = zip(received.split(longest), counts, strict=True)
+            received = torch.cat([shard[:count] for shard, count in shards])
+        self._keys[micro_batch, part] = reorder(received, self._index)
+
+    def compute(self, micro_batch: int) -> None:
+        kv_heads = self._head_groups[micro_batch]
+        heads = slice(kv_heads.start * self._repeats, kv_heads.stop * self._repeats)
+        k_SKH, v_SKH = self._keys[micro_batch, "k"], self._keys[micro_batch, "v"]
+        seq_starts = self._layout.keys.seq_starts()
+        for run in self._layout.queries.local_runs(self._group.rank):
+            first = seq_starts[run.sequence]
             keys = slice(first, first + run.end)
-            out_TNH[run.local], _ = attend_run(
-                q_TNH[run.local],
+            self.out_TNH[run.local, heads], _ = attend_run(
+                self._q_TNH[run.local, heads],
                 k_SKH[keys],
                 v_SKH[keys],
-                scale=rule.scale,
+                scale=self._rule.scale,
                 q_start=run.start,
-                window=rule.window,
+                window=self._rule.window,
             )
-        return out_TNH
+
+    def post_scatter(self, micro_batch: int) -> Pending | None:
+        raise AssertionError("queries stay, so nothing returns")
+
+    def returned(self, micro_batch: int, received: Tensor) -> None:
+        raise AssertionError("queries stay, so nothing returns")

@@ -2,6 +2,7 @@
 
     Gather    keys and values go to every rank at once, queries stay
     Ring      keys and values go round, one rank further per step (pass-KV, arXiv 2310.01889)
+    PassQ     queries go to every rank at once, keys and values stay
     Ulysses   heads are dealt to ranks by all-to-all, each rank sees every token (arXiv 2309.14509)
 
 A transport is made per step from the layout; indices are computed then, not in each layer.
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sps2_mega.attention.gather import Gather
 from sps2_mega.attention.layout import PrefillLayout
+from sps2_mega.attention.pass_q import PassQ
 from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.ring import Ring
 from sps2_mega.attention.rule import ScoreRule
@@ -41,8 +43,10 @@ def make_transport(
 ) -> Transport:
     """The transport called `name` in the configuration, for one step. Without `pipeline` nothing overlaps."""
     if name == "gather":
-        return Gather(layout, group, device)
+        return Gather(layout, group, device, pipeline)
     if name == "ring":
-        return Ring(layout, group)
+        return Ring(layout, group, device, pipeline)
+    if name == "pass_q":
+        return PassQ(layout, group)
     assert name == "ulysses", f"unknown transport {name!r}"
     return Ulysses(layout, group, device, pipeline)

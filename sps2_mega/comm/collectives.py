@@ -16,7 +16,7 @@ from torch import Tensor
 from sps2_mega.parallel.groups import Group
 
 # torch 2.13 renamed it and warns about the old name.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
@@ -32,7 +32,7 @@ def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     if x.shape[0] < longest:
         x = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
     gathered = x.new_empty(group.size * longest, *x.shape[1:])
-    _all_gather_single(gathered, x.contiguous(), group=group.handle)
+    all_gather_single(gathered, x.contiguous(), group=group.handle)
     group.traffic.bytes_sent += x.nbytes * (group.size - 1)
     if min(counts) == longest:
         return gathered
@@ -58,7 +58,7 @@ def all_gather_last_dim(x: Tensor, group: Group) -> Tensor:
     if group.size == 1 or x.shape[0] == 0:
         return x if group.size == 1 else x.new_empty(0, x.shape[-1] * group.size)
     gathered = x.new_empty(group.size, *x.shape)
-    _all_gather_single(gathered.view(-1, x.shape[-1]), x.contiguous(), group=group.handle)
+    all_gather_single(gathered.view(-1, x.shape[-1]), x.contiguous(), group=group.handle)
     group.traffic.bytes_sent += x.nbytes * (group.size - 1)
     return gathered.movedim(0, -2).reshape(*x.shape[:-1], -1)
 

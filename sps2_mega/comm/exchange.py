@@ -14,9 +14,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sps2_mega.comm.collectives import all_gather_single
 from sps2_mega.parallel.groups import Group
 
 
@@ -57,6 +59,21 @@ def post_all_to_all(
     )
     group.traffic.bytes_sent += (sum(send_sizes) - send_sizes[group.rank]) * x.itemsize
     return Pending(work, received, x)
+
+
+def post_all_gather(x: Tensor, longest: int, group: Group) -> Pending:
+    """Every rank's rows of x [.., ...], each padded to `longest` rows, in rank order: [size * longest, ...].
+
+    Ragged shards travel padded: neither gloo nor NCCL gathers ragged tensors natively.
+    """
+    assert group.size > 1, "a group of one rank has nothing to exchange"
+    if x.shape[0] < longest:
+        x = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
+    x = x.contiguous()
+    gathered = x.new_empty(group.size * longest, *x.shape[1:])
+    work = all_gather_single(gathered, x, group=group.handle, async_op=True)
+    group.traffic.bytes_sent += x.nbytes * (group.size - 1)
+    return Pending(work, gathered, x)
 
 
 def post_shift(x: Tensor, receive_rows: int, group: Group) -> Pending:
