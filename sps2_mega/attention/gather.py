@@ -5,7 +5,6 @@ A micro-batch is one group of KV heads with all queries: what one group computes
 
 from __future__ import annotations
 
-
 import itertools
 
 import torch
