@@ -15,7 +15,7 @@ from sps2_mega.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DECODE_ATTENTIONS = ("dense", "csa")
 PIPELINES = ("auto", "on", "off")
-TRANSPORTS = ("auto", "ulysses", "gather", "ring")
+TRANSPORTS = ("auto", "ulysses", "gather", "ring", "pass_q")
 
 
 def flag(
@@ -199,9 +199,9 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = flag(
         "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
     )
-    transport: Literal["auto", "ulysses", "gather", "ring"] = flag(
+    transport: Literal["auto", "ulysses", "gather", "ring", "pass_q"] = flag(
         "auto",
-        "how prefill moves data between SP ranks (auto: ulysses, or gather with CSA)",
+        "how prefill moves data between SP ranks (auto: planned step by step, or gather with CSA)",
         choices=TRANSPORTS,
     )
     pipeline: Literal["auto", "on", "off"] = flag(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from harness import free_port, run_ranks
 
-TRANSPORTS = ("ulysses", "gather", "ring")
+TRANSPORTS = ("ulysses", "gather", "ring", "pass_q")
 
 
 def assert_logits(
@@ -78,7 +78,7 @@ def logits_on_rank(
             device=cpu,
         )
         for transport, layout_name in zip(
-            TRANSPORTS, ("contiguous", "zigzag", "zigzag"), strict=True
+            TRANSPORTS, ("contiguous", "zigzag", "zigzag", "zigzag"), strict=True
         ):
             free, items = [num_blocks] * sp, []
             for sequence, prompt in enumerate(prompts):

@@ -36,7 +36,8 @@ def prompt_layout(transport: str, csa: CSAConfig) -> Layout:
     """How a prompt is spread over SP ranks. Zigzag balances causal work where every rank has its own queries;
     a sparse prompt's work is mostly its own cell, and its cells should not be torn apart. `auto` cannot know
     yet: zigzag costs ulysses a reordering of rows, contiguous would cost the others up to half of their speed."""
-    return "zigzag" if transport in ("gather", "ring", "auto") and csa.exact else "contiguous"
+    balanced = transport in ("gather", "ring", "pass_q", "auto")
+    return "zigzag" if balanced and csa.exact else "contiguous"
 
 
 def sparse_prefill(

@@ -15,8 +15,6 @@ from sps2_mega.parallel.machine import Machine
 
 log = logging.getLogger(__name__)
 
-PLANNED_TRANSPORTS = ("ulysses", "gather", "ring")  # what one-level exact prefill can be asked for
-
 
 @dataclass(slots=True, kw_only=True)
 class PrefillPlanner:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from sps2_mega.attention.planner import TRANSPORTS
 from sps2_mega.checkpoint.load import load_weights
 from sps2_mega.checkpoint.resolve import ResolvedModel, resolve_model
 from sps2_mega.checkpoint.sharding import check_tp, num_query_groups
@@ -23,7 +24,7 @@ from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.machine_probe import machine_facts
 from sps2_mega.engine.prefill_choice import choose_transport, sparse_prefill
 from sps2_mega.engine.prefill_pipeline import check_pipeline, make_pipeline
-from sps2_mega.engine.prefill_planner import PLANNED_TRANSPORTS, PrefillPlanner
+from sps2_mega.engine.prefill_planner import PrefillPlanner
 from sps2_mega.engine.tracing import TraceFile
 from sps2_mega.errors import CheckpointError, ConfigError
 from sps2_mega.mcore.gpt import GPT
@@ -176,7 +177,7 @@ def _prefill_planner(
     )
     return PrefillPlanner(
         machine=machine,
-        candidates=PLANNED_TRANSPORTS,
+        candidates=TRANSPORTS,
         num_heads=model.num_heads // tp,
         num_kv_heads=num_query_groups(model, tp) // tp,
         head_dim=model.head_dim,

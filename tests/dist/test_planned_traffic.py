@@ -7,6 +7,7 @@ import torch
 from harness import free_port, run_ranks
 
 from sps2_mega.attention.layout import build_layout
+from sps2_mega.attention.planner import TRANSPORTS
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.step_shape import step_shape
 from sps2_mega.attention.traffic import bytes_moved
@@ -48,7 +49,7 @@ def bytes_on_rank(rank, port, steps, names, heads, kv_heads):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (4, 1)], ids=str)
 def test_every_transport_sends_what_was_planned(heads, kv_heads):
-    names = ("ulysses", "gather", "ring")
+    names = TRANSPORTS
     counted = run_ranks(bytes_on_rank, 3, free_port(), STEPS, names, heads, kv_heads)
     for step, (ranks, ends, starts) in STEPS.items():
         layout = build_layout(ranks, ends, starts=starts, block_size=BLOCK, sp_size=3)

@@ -5,7 +5,7 @@ import pytest
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.config import CSAConfig
 from sps2_mega.engine.prefill_choice import choose_transport, prompt_layout
-from sps2_mega.engine.prefill_planner import PLANNED_TRANSPORTS, PrefillPlanner
+from sps2_mega.engine.prefill_planner import PrefillPlanner
 from sps2_mega.parallel.launcher import cache_folder
 from sps2_mega.parallel.machine import Link, Machine
 
@@ -17,7 +17,7 @@ def planner(*, heads, kv_heads, log_choices=True):
             links=(Link(latency_s=1e-5, bytes_per_s=1e7),),
             flops_per_s=1e11,
         ),
-        candidates=PLANNED_TRANSPORTS,
+        candidates=("ulysses", "gather", "ring"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=64,
