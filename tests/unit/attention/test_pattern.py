@@ -216,6 +216,9 @@ def test_a_far_shard_sends_its_share_and_a_neighbour_the_halo_too():
         (dict(sinks=-1), "sinks must be >= 0 tokens, got -1"),
         (dict(halo=-2), "halo must be >= 0 tokens, got -2"),
         (dict(tail=-3), "tail must be >= 0 tokens, got -3"),
+        (dict(block=0), "block must be >= 1 token, got 0"),
+        (dict(degrees=(2, 4), block=16), "block 16 .* degree 1 in the own cell, got degrees 2,4"),
+        (dict(block=2, sample_queries=True), "block 2 .* no sampled queries"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_numbers(changes, message):
