@@ -5,6 +5,7 @@
 
 csa     one layer's prefill attention, Llama-3-8B heads, bfloat16, 128K tokens, 8 cells, degrees 1,4 and 1,8.
         share_of_ideal = best dense library time x FLOPs ratio / time of CSA; the target is >= 0.85
+        csa_tiles are other sizes of the kernel's tiles
 decode  one layer's paged decode attention. share_of_copy = bytes of K and V per second / copy bandwidth;
         the target is >= 0.85 from 64K tokens in the batch. torch reads the same bytes from one dense tensor
 merge   partials of a prefill merged by LSE, and share_of_copy of the bytes read and written
@@ -19,7 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,37 @@ class Sizes:
     merged_tokens: int
     copied_bytes: int
     rotated_bytes: int  # decode cycles through so much memory that no cache holds it
+    tiles: tuple[tuple[int, int, int, int], ...]  # rows, keys, warps, stages
 
 
-FULL = Sizes(131072, 8, (8192, 32768, 131072), (1, 8, 32, 64), 16384, 2**32, 2**30)
-TINY = Sizes(24, 3, (20,), (3,), 5, 2**16, 1)
+FULL = Sizes(
+    prompt=131072,
+    cells=8,
+    contexts=(8192, 32768, 131072),
+    batches=(1, 8, 32, 64),
+    merged_tokens=16384,
+    copied_bytes=2**32,
+    rotated_bytes=2**30,
+    tiles=(
+        (128, 64, 8, 3),
+        (128, 64, 8, 4),
+        (128, 64, 4, 3),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (64, 64, 4, 3),
+        (64, 128, 4, 2),
+    ),
+)
+TINY = Sizes(
+    prompt=24,
+    cells=3,
+    contexts=(20,),
+    batches=(3,),
+    merged_tokens=5,
+    copied_bytes=2**16,
+    rotated_bytes=1,
+    tiles=((64, 16, 4, 2),),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +90,19 @@ class Bench:
         import torch
 
         return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def pattern(self, far_degree: int) -> Any:
+        from sps2_mega.attention.pattern import CSAPattern
+
+        cell = -(-self.sizes.prompt // self.sizes.cells)
+        return CSAPattern(
+            degrees=(1, far_degree),
+            spans=(cell,),
+            sinks=min(16, cell // 8),
+            halo=min(128, cell // 8),
+            tail=min(128, cell // 8),
+            sample_queries=False,
+        )
 
     def times(self, contestants: dict[str, Callable[[], Any]]) -> dict[str, float]:
         """Medians of all contestants that can run; the others are left out."""
@@ -98,21 +139,12 @@ def best_library(times: dict[str, float]) -> float:
 def csa(bench: Bench, far_degree: int) -> dict[str, Any]:
     import torch
 
-    from sps2_mega.attention.pattern import CSAPattern
     from sps2_mega.attention.pieces import csa_pieces
     from sps2_mega.attention.volume import flops_ratio
     from sps2_mega.kernels.csa.dispatch import attend_pieces
 
     tokens = bench.sizes.prompt
-    cell = -(-tokens // bench.sizes.cells)
-    pattern = CSAPattern(
-        degrees=(1, far_degree),
-        spans=(cell,),
-        sinks=min(16, cell // 8),
-        halo=min(128, cell // 8),
-        tail=min(128, cell // 8),
-        sample_queries=False,
-    )
+    pattern = bench.pattern(far_degree)
     where = dict(prompt_len=tokens, kv_heads=range(KV_HEADS), layer=0)
     pieces = csa_pieces(pattern, queries=range(tokens), **where)
     q, k, v = (bench.randn(tokens, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
@@ -143,6 +175,30 @@ def csa(bench: Bench, far_degree: int) -> dict[str, Any]:
         outs = [work()[0] for work in ours.values()]
         result["max_difference"] = (outs[0] - outs[1]).abs().max().item()
     return result
+
+
+def tile_shapes(bench: Bench) -> list[dict[str, Any]]:
+    """CSA at degrees 1,4 with other tiles than the kernel's constants: what those are chosen from."""
+    from unittest.mock import patch
+
+    from sps2_mega.attention.pieces import csa_pieces
+    from sps2_mega.kernels.csa import triton as kernel
+    from sps2_mega.kernels.csa.tile_shape import TileShape
+
+    tokens = bench.sizes.prompt
+    pattern = bench.pattern(4)
+    where = dict(prompt_len=tokens, kv_heads=range(KV_HEADS), layer=0)
+    pieces = csa_pieces(pattern, queries=range(tokens), **where)
+    q, k, v = (bench.randn(tokens, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    found = []
+    for rows, keys, warps, stages in bench.sizes.tiles:
+        shape = TileShape(rows=rows, keys=keys, warps=warps, stages=stages)
+        with patch.object(kernel, "tile_shape", lambda *_, shape=shape: shape):
+            times = bench.times(
+                {"csa triton": partial(kernel.attend_pieces, q, k, v, pieces, scale=WIDTH**-0.5)}
+            )
+        found.append(asdict(shape) | {"seconds": times})
+    return found
 
 
 def decode(bench: Bench, batch: int, context: int, bandwidth: float) -> dict[str, Any] | None:
@@ -258,11 +314,14 @@ def append(bench: Bench, bandwidth: float) -> dict[str, Any]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
+    from sps2_mega.kernels.backend import Backend
     from tools.bench.device_time import copy_bandwidth
 
     bandwidth = copy_bandwidth(bench.device, bench.sizes.copied_bytes, bench.repeats)
     result: dict[str, Any] = {"copy_bytes_per_s": bandwidth}
     result["csa"] = [csa(bench, degree) for degree in (4, 8)]
+    if Backend.TRITON in bench.backends:
+        result["csa_tiles"] = tile_shapes(bench)
     shapes = [(b, c) for c in bench.sizes.contexts for b in bench.sizes.batches]
     result["decode"] = [decode(bench, *shape, bandwidth) for shape in shapes]
     result["merge"] = [merge(bench, partials, bandwidth) for partials in (2, 8)]
