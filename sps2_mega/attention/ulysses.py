@@ -26,6 +26,7 @@ from sps2_mega.attention.pipeline.parts import (
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,
+    WINDOW,
     Cut,
     cut_by_heads_and_queries,
     num_micro_batches,
@@ -87,7 +88,11 @@ class Ulysses:
         )
         return _Plan(
             cut=cut,
-            stages=stage_order(inputs_by_heads_and_queries(cut.head_groups, cut.query_parts)),
+            stages=stage_order(
+                inputs_by_heads_and_queries(cut.head_groups, cut.query_parts),
+                ahead=WINDOW,
+                behind=WINDOW,
+            ),
             shares=head_groups(num_heads, num_kv_heads, size, cut.head_groups),
             parts=[
                 _PlacedPart.of(part, self._device)

@@ -16,6 +16,10 @@ from sps2_mega.errors import ConfigError
 
 MAX_AUTO = 8
 
+# Micro-batches that may be under way in each direction. With 1, keys and values of the next heads, several times the
+# bytes of a part of queries, would have only one part's computation to hide behind.
+WINDOW = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineSettings:
