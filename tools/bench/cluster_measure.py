@@ -1,0 +1,209 @@
+"""Measures all systems on one model and one prompt length, over all link rates.
+
+Decides what is measured in which order: systems take turns at every rate, so that all meet the same machine, and all
+get the same prompts. Answers are compared with those of one rank.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sps2_mega.config import EngineConfig
+from sps2_mega.serving.llm import engine_config
+from tools.bench.cluster_figures import (
+    Sample,
+    balanced_rate,
+    end_share,
+    hidden_of_hideable,
+    middle_of,
+    paired,
+    stages_of,
+    summary,
+)
+from tools.bench.cluster_jobs import Jobs
+from tools.bench.cluster_nodes import Cluster, Link, rate_name
+from tools.bench.cluster_systems import Shape, System
+
+_BLOCK = 16
+_IDLE_S = 7200.0  # a job may wait as long for its turn
+TOLERANCE = 1e-4  # of log-probabilities, float32
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Samples of every system at every rate, and the largest difference of its answers from one rank's."""
+
+    shape: Shape
+    tokens: int
+    systems: list[System]
+    samples: dict[str, dict[float | None, list[Sample]]] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
+    tuning: dict[str, float] = field(default_factory=dict)
+    balance: float | None = None
+
+
+class Measurement:
+    """Jobs of all systems, running side by side from `start` on."""
+
+    def __init__(
+        self, cluster: Cluster, jobs: Jobs, run: Run, *, model: str, latency_s: float, folder: Path
+    ) -> None:
+        self._cluster, self._jobs, self.run = cluster, jobs, run
+        self._model, self._latency_s, self._folder = model, latency_s, folder
+        self._answers: dict[tuple[str, int], dict[int, float]] = {}
+
+    def start(self) -> None:
+        """Starts all jobs and lets each run once, so that nothing is measured for the first time."""
+        self.set_rate(None)
+        for system in self.run.systems:
+            self._jobs.start(system.name, self._config(system))
+        self._jobs.wait_ready()
+        say(f"{self.run.shape.name}, {self.run.tokens} tokens: {len(self.run.systems)} systems")
+        for system in self.run.systems:
+            self._prefill(system, repeat=0)
+
+    def find_balance(self, rates: Sequence[float | None]) -> None:
+        """One look at dense Ulysses at each rate; the balanced rate becomes `run.balance`."""
+        system = next((s for s in self.run.systems if s.name == "ulysses"), None)
+        if system is None:
+            return
+        samples = {}
+        for rate in rates:
+            if rate is not None:
+                self.set_rate(rate)
+                samples[rate] = self._prefill(system, repeat=0)
+        found = balanced_rate(samples)
+        if found is not None:
+            self.run.balance = float(f"{found:.2g}")
+        say(f"communication equals computation at {rate_name(found) if found else 'no rate given'}")
+
+    def keep_best_chunk_size(self, rates: Sequence[float | None]) -> None:
+        """Ends all chunked systems but the one with the least sum of times over `rates`, one look each."""
+        rivals = [s for s in self.run.systems if s.name.startswith("tp-chunked-")]
+        if len(rivals) < 2:
+            return
+        times = dict.fromkeys((s.name for s in rivals), 0.0)
+        for rate in rates:
+            self.set_rate(rate)
+            for system in rivals:
+                times[system.name] += self._prefill(system, repeat=0).ttft_s
+        self.run.tuning = times
+        best = min(times, key=lambda name: times[name])
+        say(f"chunk sizes: {times}")
+        for system in rivals:
+            if system.name != best:
+                self._jobs.end(system.name)
+                self.run.systems.remove(system)
+
+    def measure(self, rate: float | None, repeats: int) -> None:
+        """All systems in turn, `repeats` times; every other time in the opposite order."""
+        self.set_rate(rate)
+        for repeat in range(1, repeats + 1):
+            order = self.run.systems if repeat % 2 else self.run.systems[::-1]
+            for system in order:
+                sample = self._prefill(system, repeat=repeat)
+                self.run.samples.setdefault(system.name, {}).setdefault(rate, []).append(sample)
+        times = {
+            name: round(middle_of(by_rate[rate]).ttft_s, 2)
+            for name, by_rate in self.run.samples.items()
+        }
+        say(f"{rate_name(rate)}: {times}")
+
+    def set_rate(self, rate: float | None) -> None:
+        self._cluster.set_link(Link(bits_per_s=rate, latency_s=self._latency_s))
+
+    def _config(self, system: System) -> EngineConfig:
+        degrees = system.degrees(len(self._cluster.nodes))
+        blocks = -(-(self.run.tokens + 1) // _BLOCK)
+        config = engine_config(
+            self._model,
+            **degrees,
+            options={
+                "num_blocks": -(-blocks // degrees["sp"]) + 2,
+                "no_prefix_caching": True,  # every prompt is really computed
+                "dtype": "float32",
+                "device": "cpu",
+                "threads": 1,
+                "max_model_len": self.run.tokens + 1,
+                "step_timeout": _IDLE_S,
+                **system.options,
+            },
+        )
+        if not system.traced:
+            return config
+        return replace(config, trace=str(self._folder / f"{system.name}.trace"))
+
+    def _prefill(self, system: System, *, repeat: int) -> Sample:
+        tokens = prompt(self.run.tokens, self.run.shape.vocab_size, seed=repeat)
+        measured = self._jobs.prefill(system.name, tokens)
+        self._compare(system, repeat, measured.logprobs)
+        return Sample(
+            ttft_s=measured.ttft_s,
+            exposed_comm_s=measured.exposed_comm_s,
+            total_comm_s=measured.total_comm_s,
+            **stages_of(measured.events),
+        )
+
+    def _compare(self, system: System, repeat: int, logprobs: dict[int, float]) -> None:
+        """With the first system that answered the same prompt by the same rule, which is one rank alone."""
+        expected = self._answers.setdefault((system.answer, repeat), logprobs)
+        # Of the likeliest tokens only: the last ones of the list may be another choice among equals.
+        shared = expected.keys() & logprobs.keys()
+        difference = max((abs(expected[t] - logprobs[t]) for t in shared), default=float("inf"))
+        known = self.run.differences.get(system.name, 0.0)
+        self.run.differences[system.name] = max(known, difference)
+
+
+def result_of(run: Run, ranks: int) -> dict[str, Any]:
+    """What goes into the result file."""
+    return {
+        "model": run.shape.about,
+        "tokens": run.tokens,
+        "balanced_rate": None if run.balance is None else rate_name(run.balance),
+        "chunk_sizes_ttft_s": run.tuning,
+        "max_logprob_difference": run.differences,
+        "at_balance": {} if run.balance is None else at_rate(run, run.balance, ranks),
+        "curves": {
+            name: {rate_name(rate): summary(samples) for rate, samples in by_rate.items()}
+            for name, by_rate in run.samples.items()
+        },
+    }
+
+
+def at_rate(run: Run, rate: float, ranks: int) -> dict[str, float]:
+    """Comparisons at one rate, of those systems that were measured."""
+    here = {name: by_rate[rate] for name, by_rate in run.samples.items() if rate in by_rate}
+    found = {}
+    if {"ulysses", "ulysses-pipelined"} <= here.keys():
+        plain, pipelined = middle_of(here["ulysses"]), middle_of(here["ulysses-pipelined"])
+        ends = end_share(
+            pipelined,
+            num_heads=run.shape.num_heads,
+            num_kv_heads=run.shape.num_kv_heads,
+            ranks=ranks,
+            tokens=run.tokens,
+        )
+        found["ulysses ttft, pipelined / plain"] = paired(
+            here["ulysses-pipelined"], here["ulysses"]
+        )
+        found["share of bytes that cannot be hidden"] = ends
+        found["hidden / could be hidden"] = hidden_of_hideable(plain, pipelined, ends)
+    for name in here:
+        if name.startswith("tp") and "csa-pipelined" in here:
+            found[f"ttft {name} / csa-pipelined"] = paired(here[name], here["csa-pipelined"])
+    return found
+
+
+def prompt(length: int, vocab_size: int, *, seed: int) -> list[int]:
+    """Random tokens, the same for the same numbers."""
+    generator = random.Random(seed)
+    return [generator.randrange(vocab_size) for _ in range(length)]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,67 @@
+"""A rank of an emulated cluster: configuration as argument, on rank 0 prompts from stdin and measures to stdout.
+
+`python tools/bench/cluster_rank.py CONFIG`, both in JSON; started by `cluster_jobs`. It ends when stdin closes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+NUM_LOGPROBS = 8
+
+
+def prefill(engine: Any, number: int, tokens: list[int]) -> dict[str, Any]:
+    """Measures of one prompt, all of which is computed: seconds, and the likeliest first tokens."""
+    from sps2_mega.types import SamplingParams
+
+    before = engine.stats()
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=NUM_LOGPROBS, ignore_eos=True)
+    refused = engine.add_request(str(number), tokens, params)
+    if refused is not None:
+        return {"error": f"{refused.value} (prompt of {len(tokens)} tokens)"}
+    outputs: list[Any] = []
+    while engine.has_work():
+        outputs += engine.step()
+    after = engine.stats()
+    computed = after.prompt_tokens - before.prompt_tokens
+    assert computed == len(tokens), f"{computed} of {len(tokens)} prompt tokens were computed"
+    [answer] = outputs[0].completions
+    comm, earlier = after.prefill_comm, before.prefill_comm
+    return {
+        "ttft_s": answer.timings.ttft_s,
+        "exposed_comm_s": comm.exposed_comm_s - earlier.exposed_comm_s,
+        "total_comm_s": comm.total_comm_s - earlier.total_comm_s,
+        "logprobs": [[token, value] for token, value in answer.logprobs[0].top],
+    }
+
+
+def main() -> int:
+    from sps2_mega.comm.guard import guard
+    from sps2_mega.config import engine_config_from_mapping
+    from sps2_mega.engine.engine import Engine
+    from sps2_mega.parallel.launcher import from_environment
+
+    with guard(from_environment()):
+        engine = Engine.start(engine_config_from_mapping(json.loads(sys.argv[1])))
+        if not engine.is_driver:
+            engine.run_worker()
+            return 0
+        _answer({"ready": True})
+        for number, line in enumerate(sys.stdin):
+            _answer(prefill(engine, number, json.loads(line)))
+        engine.shutdown()
+    return 0
+
+
+def _answer(values: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
