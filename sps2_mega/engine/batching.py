@@ -67,15 +67,16 @@ def prefill_input(
         sp_size=group.size,
     )
     tokens, positions, slots, cached_slots = [], [], [], []
+    block_ids = [np.asarray(item.block_ids) for item in items]
     for run in layout.queries.local_runs(group.rank):
         token_ids = items[run.sequence].token_ids[run.start : run.end]
         tokens.append(np.asarray(token_ids, dtype=np.int64))
         positions.append(np.arange(run.start, run.end))
-        slots.append(_slots(items[run.sequence], positions[-1], pool.block_size))
+        slots.append(_slots(block_ids[run.sequence], positions[-1], pool.block_size))
     for run in layout.keys.local_runs(group.rank):
         if run.end <= items[run.sequence].start:
             cached = np.arange(run.start, run.end)
-            cached_slots.append(_slots(items[run.sequence], cached, pool.block_size))
+            cached_slots.append(_slots(block_ids[run.sequence], cached, pool.block_size))
     items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
     rows = []
     num_sampled = 0
@@ -192,9 +193,9 @@ def pattern_of(sparse: SparsePrefill, item: PrefillItem) -> CSAPattern:
     return pattern if item.spans is None else replace(pattern, spans=item.spans)
 
 
-def _slots(item: PrefillItem, positions: np.ndarray, block_size: int) -> np.ndarray:
-    """The cache slot of each token position, on the rank that holds it."""
-    return np.asarray(item.block_ids)[positions // block_size] * block_size + positions % block_size
+def _slots(block_ids: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
+    """The cache slot of each token position of a sequence, on the rank that holds it."""
+    return block_ids[positions // block_size] * block_size + positions % block_size
 
 
 def _join(pieces: list[np.ndarray], device: torch.device) -> Tensor:

@@ -1,4 +1,7 @@
-"""StepPlan <-> bytes, so that one broadcast carries it: msgpack of nested lists, nothing executable."""
+"""StepPlan <-> bytes, so that one broadcast carries it: msgpack of nested lists, nothing executable.
+
+Of a prompt that is computed in chunks, or behind a long cached prefix, only those tokens travel that the step reads.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,20 @@ import msgpack
 
 from sps2_mega.types import DecodeItem, ForwardMode, PrefillItem, SamplingParams, StepPlan
 
+NOT_SENT = -1  # in `PrefillItem.token_ids` of other ranks
+
 _PARAM_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def encode(plan: StepPlan) -> bytes:
     """Token and block lists travel as 64-bit integers: a prompt of a million tokens is 8 MB."""
+    reads = [_tokens_read(item) for item in plan.prefills]
     prefills = [
         (
             item.seq_id,
-            _pack(item.token_ids),
+            _pack(item.token_ids[read.start : read.stop]),
+            read.start,
+            len(item.token_ids),
             item.num_prompt_tokens,
             _pack(item.block_ranks),
             _pack(item.block_ids),
@@ -28,13 +36,14 @@ def encode(plan: StepPlan) -> bytes:
             item.num_shared_tokens,
             item.spans,
         )
-        for item in plan.prefills
+        for item, read in zip(plan.prefills, reads, strict=True)
     ]
     decodes = [(i.seq_id, i.token_id, i.position, i.new_block) for i in plan.decodes]
     return msgpack.packb((plan.step, int(plan.mode), prefills, decodes, plan.released))
 
 
 def decode(payload: bytes) -> StepPlan:
+    """The plan again; tokens that the step does not read are NOT_SENT."""
     step, mode, prefills, decodes, released = msgpack.unpackb(payload, use_list=False)
     return StepPlan(
         step=step,
@@ -42,7 +51,7 @@ def decode(payload: bytes) -> StepPlan:
         prefills=[
             PrefillItem(
                 seq_id=seq_id,
-                token_ids=_unpack(token_ids),
+                token_ids=_placed(_unpack(token_ids), first, num_tokens),
                 num_prompt_tokens=num_prompt_tokens,
                 block_ranks=_unpack(block_ranks),
                 block_ids=_unpack(block_ids),
@@ -56,6 +65,8 @@ def decode(payload: bytes) -> StepPlan:
             for (
                 seq_id,
                 token_ids,
+                first,
+                num_tokens,
                 num_prompt_tokens,
                 block_ranks,
                 block_ids,
@@ -70,6 +81,18 @@ def decode(payload: bytes) -> StepPlan:
         decodes=[DecodeItem(*item) for item in decodes],
         released=list(released),
     )
+
+
+def _tokens_read(item: PrefillItem) -> range:
+    """Positions whose tokens other ranks need: what they compute, and for penalties everything."""
+    if item.samples and item.params.has_penalties:
+        return range(len(item.token_ids))
+    return range(item.start, item.end)
+
+
+def _placed(token_ids: list[int], first: int, num_tokens: int) -> list[int]:
+    after = num_tokens - first - len(token_ids)
+    return [NOT_SENT] * first + token_ids + [NOT_SENT] * after
 
 
 def _pack(values: list[int]) -> bytes:

@@ -66,7 +66,7 @@ def test_zigzag_balances_causal_work(num_ranks):
 
 
 @settings(deadline=None)  # the machine may be busy
-@given(st.integers(0, 130), FREE, st.sampled_from(["contiguous", "zigzag"]))
+@given(st.integers(0, 130), FREE, st.sampled_from(["contiguous", "zigzag", "striped"]))
 def test_block_ranks_agree_with_shard_sizes(num_blocks, free, layout):
     ranks = prompt_block_ranks(num_blocks, free, layout)
     sizes = shard_sizes(num_blocks, free)
@@ -75,6 +75,14 @@ def test_block_ranks_agree_with_shard_sizes(num_blocks, free, layout):
     else:
         assert [ranks.count(rank) for rank in range(len(free))] == sizes
         assert len(ranks) == num_blocks
+
+
+def test_stripes_put_every_chunk_on_all_ranks():
+    assert prompt_block_ranks(7, [9, 9], "striped") == [0, 1, 0, 1, 0, 1, 0]
+    assert prompt_block_ranks(9, [9, 9], "striped", 2) == [0, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert prompt_block_ranks(7, [2, 9, 1], "striped", 3) == [0, 0, 1, 1, 1, 2, 1]
+    ranks = prompt_block_ranks(64, [64] * 4, "striped", 2)
+    assert all(set(ranks[first : first + 8]) == {0, 1, 2, 3} for first in range(56))
 
 
 def test_unknown_layout_is_a_bug():
