@@ -4,6 +4,7 @@ import io
 
 from fake_engine import Stats
 
+from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.serving import progress
 from sps2_mega.serving.drive import failed
 from sps2_mega.serving.progress import Progress, RunTotals
@@ -83,6 +84,18 @@ def test_closing_table() -> None:
     assert table["output tokens"] == "3"
     low, high = (float(part) for part in table["TBT p50 / p99"].removesuffix(" ms").split(" / "))
     assert (abs(low - 10) < 0.2, abs(high - 30) < 0.6) == (True, True)
+
+
+def test_hidden_communication_is_shown_where_there_is_any(monkeypatch) -> None:
+    stream, totals = io.StringIO(), RunTotals()
+    monkeypatch.setattr(progress, "_PLAIN_INTERVAL", 0.0)
+    shown = Progress(1, totals, stream=stream)
+    assert "hidden" not in totals.table()
+    counts = stats(100, 2)
+    counts.prefill_comm = CommSeconds(exposed_comm_s=0.5, total_comm_s=2.0)
+    shown.step(counts, 0.5)
+    assert "prefill 200 tok/s (75% of communication hidden)" in stream.getvalue()
+    assert "prefill waits for data | 0.50 of 2.00 s (75% hidden)" in totals.table()
 
 
 def test_table_of_nothing() -> None:
