@@ -1,7 +1,8 @@
 """Which transport a prefill step takes: seconds from bytes, messages and arithmetic, then the least.
 
-    seconds per layer = communication + attention of the busiest rank      gather, ulysses, pass_q
-                        sum over steps of the longer of the two            ring, which overlaps them
+    seconds per layer = communication + attention of the busiest rank
+    with overlap        the longer of the two, and 1/M of the shorter      gather, ulysses in M micro-batches
+                        sum over steps of the longer of the two            ring
 
 A pure function of the step and of what was measured of the machine, so all ranks choose alike without a word.
 It decides no placement: whatever lies where, each transport gives the same result.
@@ -15,11 +16,19 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from sps2_mega.attention.layout import split_heads
+from sps2_mega.attention.pipeline.settings import (
+    CPU_PART,
+    CUDA_PART,
+    PipelineSettings,
+    num_micro_batches,
+)
 from sps2_mega.attention.step_shape import StepShape, busiest
 from sps2_mega.attention.traffic import Matrix, bytes_moved, num_messages
 from sps2_mega.parallel.machine import Machine
 
 TRANSPORTS = ("ulysses", "gather", "ring", "pass_q")
+
+_FASTEST_CPU_FLOPS_PER_S = 1e13  # a rank above it is a GPU, where smaller parts do not pay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +40,7 @@ class Estimate:
     bytes_sent: tuple[int, ...]
     messages: int
     pairs: int
+    micro_batches: int
     comm_s: float
     compute_s: float
     seconds: float
@@ -45,10 +55,18 @@ class Choice:
     estimates: tuple[Estimate, ...]
 
 
-def choose(shape: StepShape, machine: Machine, candidates: Sequence[str] = TRANSPORTS) -> Choice:
+def choose(
+    shape: StepShape,
+    machine: Machine,
+    candidates: Sequence[str] = TRANSPORTS,
+    *,
+    overlap: bool = True,
+) -> Choice:
     """The fastest of the candidates; among equals the one named first."""
     assert candidates, "there is nothing to choose from"
-    found = sorted((estimate(name, shape, machine) for name in candidates), key=_seconds)
+    found = sorted(
+        (estimate(name, shape, machine, overlap=overlap) for name in candidates), key=_seconds
+    )
     best = found[0]
     reason = (
         f"{_ms(best.seconds)} per layer ({max(best.bytes_sent) / 1e6:.3g} MB in {_ms(best.comm_s)}, "
@@ -60,13 +78,16 @@ def choose(shape: StepShape, machine: Machine, candidates: Sequence[str] = TRANS
     return Choice(transport=best.transport, reason=reason, estimates=tuple(found))
 
 
-def estimate(transport: str, shape: StepShape, machine: Machine) -> Estimate:
-    """Bytes, messages, pairs and seconds of one transport in one layer."""
+def estimate(
+    transport: str, shape: StepShape, machine: Machine, *, overlap: bool = True
+) -> Estimate:
+    """Bytes, messages, pairs and seconds of one transport in one layer; `overlap`: with the pipeline on."""
     moved = bytes_moved(transport, shape)
     messages = num_messages(transport, shape.size)
     flops_per_pair = 4 * shape.head_dim  # a score and a weighted value: H multiply-adds each
     latency = max(link.latency_s for link in machine.links)
     comm_s = messages * latency + link_seconds(moved, machine)
+    micro_batches = 1
     if transport == "ring":
         # In step s rank r works on the keys of rank r - s; all wait for the slowest before they pass on.
         steps = [
@@ -74,19 +95,33 @@ def estimate(transport: str, shape: StepShape, machine: Machine) -> Estimate:
             for s in range(shape.size)
         ]
         pairs = sum(steps)
-        per_hop = comm_s / max(1, shape.size - 1)
-        step_s = [count * flops_per_pair / machine.flops_per_s for count in steps]
-        seconds = sum(max(per_hop, compute) for compute in step_s[:-1]) + step_s[-1]
     else:
         pairs = _busiest_pairs(transport, shape)
-        seconds = comm_s + pairs * flops_per_pair / machine.flops_per_s
+    compute_s = pairs * flops_per_pair / machine.flops_per_s
+    if not overlap or transport == "pass_q":
+        seconds = comm_s + compute_s
+    elif transport == "ring":
+        per_hop = comm_s / max(1, shape.size - 1)
+        step_s = [count * flops_per_pair / machine.flops_per_s for count in steps]
+        seconds = sum(max(per_hop, step) for step in step_s[:-1]) + step_s[-1]
+    else:
+        micro_batches = num_micro_batches(
+            PipelineSettings(),
+            num_bytes=max(map(sum, moved)),
+            flops=pairs * flops_per_pair,
+            smallest=CPU_PART if machine.flops_per_s < _FASTEST_CPU_FLOPS_PER_S else CUDA_PART,
+        )
+        if transport == "gather":  # it is cut by KV heads alone
+            micro_batches = min(micro_batches, shape.num_kv_heads)
+        seconds = max(comm_s, compute_s) + min(comm_s, compute_s) / micro_batches
     return Estimate(
         transport=transport,
         bytes_sent=tuple(map(sum, moved)),
         messages=messages,
         pairs=pairs,
+        micro_batches=micro_batches,
         comm_s=comm_s,
-        compute_s=pairs * flops_per_pair / machine.flops_per_s,
+        compute_s=compute_s,
         seconds=seconds,
     )
 

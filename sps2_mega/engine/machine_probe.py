@@ -23,7 +23,7 @@ from sps2_mega.parallel.machine import Machine
 log = logging.getLogger(__name__)
 
 _MAX_AGE_S = 24 * 3600.0
-_FLOPS = {"cpu": 1.5e8, "cuda": 2e11}  # of the timed attention: milliseconds on either
+_FLOPS = {"cpu": 6e8, "cuda": 2e11}  # of the timed attention: milliseconds on either
 
 
 def machine_facts(

@@ -51,7 +51,9 @@ def test_seconds_by_hand():
     shape = shape_of([0, 1], tokens=8, heads=2, kv_heads=1, width=8, itemsize=4)
     assert shape.pairs == ((10, 0), (16, 10))
     found = {
-        name: estimate(name, shape, machine(rates=(1000.0,), latency=0.01, flops=1280.0))
+        name: estimate(
+            name, shape, machine(rates=(1000.0,), latency=0.01, flops=1280.0), overlap=False
+        )
         for name in TRANSPORTS
     }
     # One KV head for two ranks: each gets its own copy. Keys 4*2*1, queries 4*1, outputs 4*1 rows of 32 B.
@@ -59,10 +61,24 @@ def test_seconds_by_hand():
     assert found["ulysses"].seconds == pytest.approx(0.03 + 0.512 + 36 * 32 / 1280)
     assert found["gather"].bytes_sent == (4 * 2 * 32,) * 2
     assert found["gather"].seconds == pytest.approx(0.02 + 0.256 + 52 * 32 / 1280)
-    # The ring computes on its own 10 pairs (of two heads) while keys come in, then rank 1 on 16.
-    assert found["ring"].seconds == pytest.approx(max(0.266, 20 * 32 / 1280) + 32 * 32 / 1280)
+    # With overlap it computes on its own 10 pairs (of two heads) while keys come in, then rank 1 on 16.
+    assert found["ring"].seconds == pytest.approx(0.266 + 52 * 32 / 1280)
+    slow = machine(rates=(1000.0,), latency=0.01, flops=1280.0)
+    overlapped = estimate("ring", shape, slow)
+    assert overlapped.seconds == pytest.approx(max(0.266, 20 * 32 / 1280) + 32 * 32 / 1280)
+    assert estimate("gather", shape, slow).micro_batches == 1  # too little to cut
     assert found["pass_q"].bytes_sent == (4 * 2 * 32 + 4 * 2 * 36,) * 2
     assert found["pass_q"].seconds == pytest.approx(0.02 + 0.544 + 52 * 32 / 1280)
+
+
+def test_the_pipeline_hides_all_but_one_micro_batch_of_the_shorter():
+    shape = shape_of([0, 1, 1, 0], tokens=4096)
+    with_it = estimate("ulysses", shape, machine(rates=(1e8,), flops=1e11))
+    without = estimate("ulysses", shape, machine(rates=(1e8,), flops=1e11), overlap=False)
+    assert with_it.micro_batches > 1 == without.micro_batches
+    assert without.seconds == pytest.approx(without.comm_s + without.compute_s)
+    shorter, longer = sorted((with_it.comm_s, with_it.compute_s))
+    assert with_it.seconds == pytest.approx(longer + shorter / with_it.micro_batches)
 
 
 def test_few_new_tokens_over_a_long_cached_prefix_move_their_queries():
