@@ -20,6 +20,7 @@ from sps2_mega.kernels.csa.tile_shape import padded_width, tile_shape
 from sps2_mega.kernels.csa.tiles import SEGMENT_COLUMNS, TILE_COLUMNS
 from sps2_mega.kernels.lse import triton as lse
 from sps2_mega.kernels.paged_decode import triton as paged_decode
+from sps2_mega.kernels.paged_decode.tile_shape import tile_shape as decode_shape
 from sps2_mega.kernels.paged_kv import triton as paged_kv
 
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -84,7 +85,7 @@ def build_csa(dtype, width, group, arch):
 
 
 def build_decode(dtype, width, group, arch):
-    shape = paged_decode._tile(width, group, dtype)
+    shape = decode_shape(width, group, dtype)
     pointers = dict.fromkeys(["q", "k_cache", "v_cache"], SHORT[dtype]) | {
         "out": "fp32",
         "lse": "fp32",
@@ -93,10 +94,19 @@ def build_decode(dtype, width, group, arch):
     build(
         paged_decode._decode_kernel,
         pointers,
-        dict(BLOCK_SIZE=16, table_stride_m=1) | shape.constants,
+        dict(
+            BLOCK_SIZE=16,
+            table_stride_m=1,
+            GROUP=group,
+            PADDED_GROUP=shape.heads,
+            WIDTH=width,
+            PADDED_WIDTH=shape.width,
+            TOKENS=shape.tokens,
+            PRECISION=shape.precision,
+        ),
         arch=arch,
         floats=["scale"],
-        num_warps=4,
+        num_warps=shape.warps,
         num_stages=shape.stages,
     )
     merged = {"out_C": "fp32", "lse_C": "fp32", "lse": "fp32", "out": SHORT[dtype]}

@@ -11,8 +11,6 @@ once. Shapes: B rows, N query heads, K KV heads, H head width; C chunks; in the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from sps2_mega.kernels.lse.triton import merge_rows
 from sps2_mega.kernels.paged_decode.chunks import chunk_len
+from sps2_mega.kernels.paged_decode.tile_shape import tile_shape
 from sps2_mega.kernels.processors import num_processors
 
 _LOG2_E = 1.4426950408889634
@@ -60,7 +59,8 @@ def paged_decode(
     if num_chunks > 1:
         out_C = torch.empty((num_chunks, *q_BNH.shape), dtype=torch.float32, device=q_BNH.device)
         lse_C = torch.empty((num_chunks, num_rows, num_heads), device=q_BNH.device)
-    tile = _tile(width, num_heads // num_kv_heads, q_BNH.dtype)
+    group = num_heads // num_kv_heads
+    shape = tile_shape(width, group, q_BNH.dtype)
     q_BNH = q_BNH if q_BNH.stride(2) == 1 else q_BNH.contiguous()
     _decode_kernel[(num_kv_heads, num_chunks, num_rows)](
         q_BNH,
@@ -80,9 +80,14 @@ def paged_decode(
         *v_cache.stride()[:3],
         *block_table_BM.stride(),
         BLOCK_SIZE=block_size,
-        **tile.constants,
-        num_warps=4,
-        num_stages=tile.stages,
+        GROUP=group,
+        PADDED_GROUP=shape.heads,
+        WIDTH=width,
+        PADDED_WIDTH=shape.width,
+        TOKENS=shape.tokens,
+        PRECISION=shape.precision,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
     )
     if num_chunks > 1:
         _merge_chunks_kernel[(num_rows, triton.cdiv(num_heads, _MERGED_ROWS))](
@@ -96,36 +101,10 @@ def paged_decode(
             num_rows,
             num_heads,
             WIDTH=width,
-            PADDED_WIDTH=tile.constants["PADDED_WIDTH"],
+            PADDED_WIDTH=shape.width,
             HEADS=_MERGED_ROWS,
         )
     return out, lse
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """What the kernel is compiled for: names and numbers, and pipeline stages."""
-
-    constants: dict[str, int | str]
-    stages: int
-
-
-def _tile(width: int, group: int, dtype: torch.dtype) -> _Tile:
-    """Tokens at a time, so many that a few programs together keep a multiprocessor's reads in flight."""
-    padded = max(16, triton.next_power_of_2(width))
-    exact = dtype == torch.float32
-    tokens = max(16, min(64, (2048 if exact else 8192) // padded))
-    return _Tile(
-        constants=dict(
-            GROUP=group,
-            PADDED_GROUP=max(16, triton.next_power_of_2(group)),
-            WIDTH=width,
-            PADDED_WIDTH=padded,
-            TOKENS=tokens,
-            PRECISION="ieee" if exact else "tf32",
-        ),
-        stages=3,
-    )
 
 
 def _check(
