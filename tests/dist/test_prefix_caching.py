@@ -6,6 +6,8 @@ import families
 import pytest
 from engine_run import run_engine
 
+from sps2_mega.config import CSAConfig
+
 LAYOUTS = [
     (1, 1, "ulysses"),
     (2, 1, "gather"),
@@ -128,3 +130,39 @@ def test_a_request_without_finite_logits_leaves_the_prefix_it_shares_alone(model
             True,
         ]
         assert_same([outputs[i] for i in (0, 2, 4, 5)], [*reference, reference[0]])
+
+
+def csa(spans):
+    return dict(csa=CSAConfig(degrees=(1, 4), spans=spans, sinks=4, halo=8, tail=16))
+
+
+@pytest.mark.parametrize("spans", [(32,), None], ids=str)
+def test_under_csa_equal_prompts_share_and_change_nothing(model, spans):
+    """Under spans from the ranks too: equal lengths have equal spans."""
+    first, second = families.prompts((150, 61), seed=3)
+    params = dict(max_tokens=15, seed=4, ignore_eos=True)
+    asked = [(first, params | dict(n=2)), (second, params), (second, params), (first, params)]
+    options = model | csa(spans)
+    reference = run_engine(options | dict(cache=NO_SHARING), asked, sp=2)
+    outputs = run_engine(options, asked, sp=2)
+    assert_same(outputs, reference)
+    assert [output.num_cached_tokens for output in outputs] == [0, 0, 48, 144]
+
+
+def test_under_csa_a_second_turn_is_the_same_on_any_number_of_ranks(model, first_turns, requests):
+    asked = [first_turns[5], first_turns[4], requests[NUM_FIRST + 5], requests[NUM_FIRST + 4]]
+    runs = [run_engine(model | csa((32,)), asked, sp=sp, waves=(2,)) for sp in (1, 4)]
+    assert_same(runs[1], runs[0])
+    assert runs[0][3].num_cached_tokens >= 192
+
+
+def test_under_csa_chunks_give_the_tokens_of_whole_prompts(model):
+    asked = [
+        (prompt, dict(max_tokens=12, temperature=0.0, ignore_eos=True))
+        for prompt in families.prompts((150, 16, 61), seed=3)
+    ]
+    options = model | csa(None)
+    reference = run_engine(options, asked, sp=2)
+    scheduler = dict(policy="sarathi", chunk_tokens=35)
+    outputs = run_engine(options | dict(scheduler=scheduler), asked, sp=2, stagger=1)
+    assert_same(outputs, reference)
