@@ -39,6 +39,10 @@ def members_on_rank(rank, port, tp, sp, levels):
         return listed
 
     found = [members(g) for g in (groups.tp, groups.sp, groups.control, *groups.sp_levels)]
+    assert members(groups.sp_back) == members(groups.sp)
+    # Another communicator, but one account of what was sent.
+    assert groups.sp_back.handle is not groups.sp.handle or groups.sp.size == 1
+    assert groups.sp_back.traffic is groups.sp.traffic
     finalize()
     return found
 
