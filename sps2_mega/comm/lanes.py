@@ -35,6 +35,10 @@ class Clock(Protocol):
         """On the clock of `time.perf_counter()`; on CUDA it waits until the device is there."""
         ...
 
+    def restart(self) -> None:
+        """Marks made before cannot be read any more; to be called now and then, as between steps."""
+        ...
+
 
 @dataclass(slots=True)
 class Flight:
@@ -80,6 +84,9 @@ class CpuClock:
     def seconds(self, mark: float) -> float:
         return mark
 
+    def restart(self) -> None:
+        """Any two moments can be compared."""
+
 
 class CpuLane:
     def depend(self) -> None:
@@ -100,10 +107,15 @@ class CpuLane:
 
 
 class CudaClock:
-    """Reads events relative to one moment at which both clocks were read."""
+    """Reads events relative to one moment at which both clocks were read. Distances of events are float32
+    milliseconds: an hour after that moment they would be good to 0.2 ms only, hence `restart`."""
 
     def __init__(self, device: torch.device) -> None:
-        with torch.cuda.device(device):
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        with torch.cuda.device(self._device):
             self._zero = self.mark()
             self._zero.synchronize()
         self._zero_s = time.perf_counter()

@@ -118,6 +118,7 @@ class Pipeline:
                 self._trace.computed(layer, stage, (at(began), at(ended)))
         self._flown.clear()
         self._computed.clear()
+        self._clock.restart()
         return CommSeconds(exposed_comm_s=exposed, total_comm_s=covered(in_flight))
 
     def _launch(self, stage: Stage, work: PipelineWork) -> Flight | None:
