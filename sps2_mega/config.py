@@ -15,7 +15,6 @@ from sps2_mega.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DECODE_ATTENTIONS = ("dense", "csa")
 PIPELINES = ("auto", "on", "off")
-TRANSPORTS = ("auto", "ulysses", "gather", "ring", "pass_q")
 
 
 def flag(
@@ -199,10 +198,10 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = flag(
         "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
     )
-    transport: Literal["auto", "ulysses", "gather", "ring", "pass_q"] = flag(
+    transport: str = flag(
         "auto",
-        "how prefill moves data between SP ranks (auto: planned step by step, or gather with CSA)",
-        choices=TRANSPORTS,
+        "how prefill moves data between SP ranks: ulysses, gather, ring, pass_q, or one for each SP level, "
+        "nearest first, as gather,ulysses (auto: planned step by step)",
     )
     pipeline: Literal["auto", "on", "off"] = flag(
         "auto",

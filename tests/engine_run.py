@@ -13,8 +13,8 @@ Request = tuple[list[int], dict[str, Any]]  # prompt tokens, fields of SamplingP
 def run_engine(
     options: dict[str, Any], requests: list[Request], *, tp: int = 1, sp: int = 1, **extra: Any
 ) -> list[Any]:
-    """Outputs of `requests` in order. `options` are EngineConfig's, with `cache`, `scheduler` as dicts;
-    `extra` goes to `engine_on_rank`."""
+    """Outputs of `requests` in order. `options` are EngineConfig's, with `cache`, `scheduler` as dicts, and
+    `sp_levels`; `extra` goes to `engine_on_rank`."""
     port = free_port()
     results = run_ranks(
         engine_on_rank, tp * sp, port, options, requests, tp, sp, timeout=300, **extra
@@ -46,9 +46,8 @@ def engine_on_rank(
     options = dict(options)
     cache = CacheConfig(**options.pop("cache", {}))
     scheduler = SchedulerConfig(**options.pop("scheduler", {}))
-    config = EngineConfig(
-        parallel=ParallelConfig(tp=tp, sp=sp), cache=cache, scheduler=scheduler, **options
-    )
+    parallel = ParallelConfig(tp=tp, sp=sp, sp_levels=options.pop("sp_levels", None))
+    config = EngineConfig(parallel=parallel, cache=cache, scheduler=scheduler, **options)
     engine = Engine.start(config)
     if poison is not None:
         assert tp == 1, "the poisoned row would be on one TP rank only"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sps2_mega.attention.layout import PrefillLayout
 from sps2_mega.attention.partial_sum import PartialSum
-from sps2_mega.attention.pattern import CSAPattern
+from sps2_mega.attention.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
 from sps2_mega.attention.pipeline.order import stage_order
 from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, num_micro_batches
@@ -54,10 +54,7 @@ class Leveled:
         self._transports, self._sp_levels = transports, sp_levels
         self._kv_heads, self._device = kv_heads, device
         self._pipeline = pipeline or plain_pipeline(device)
-        self._tail_starts = [
-            length if pattern.exact else max(0, length - pattern.tail)
-            for pattern, length in zip(patterns, prompt_lens, strict=True)
-        ]
+        self._tail_starts = tail_starts(patterns, prompt_lens)
         self._period = math.lcm(*(d for pattern in patterns for d in pattern.degrees))
         self._plans: dict[tuple[Work, int], WorkPlan] = {}
         self._planner: WorkPlanner | None = None

@@ -116,6 +116,14 @@ def residue(kv_head: int, layer: int, degree: int) -> int:
     return (kv_head + layer) % degree
 
 
+def tail_starts(patterns: Sequence[CSAPattern], prompt_lens: Sequence[int]) -> list[int]:
+    """Per prompt the position from which on queries see all keys by the tail's rule; exact patterns need none."""
+    return [
+        length if pattern.exact else max(0, length - pattern.tail)
+        for pattern, length in zip(patterns, prompt_lens, strict=True)
+    ]
+
+
 def topology_spans(shard_len: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
     """Spans that follow the ranks: cells of one rank, one node and so on, each rank with `shard_len` tokens.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sps2_mega.attention.pattern import CSAPattern, topology_spans
-from sps2_mega.attention.works import group_sizes_of
+from sps2_mega.attention.works import group_sizes_of, prefill_works
 from sps2_mega.config import CSAConfig
 
 
@@ -26,6 +26,12 @@ class SparsePrefill:
     block_size: int
     transports: tuple[str, ...] = ("gather",)
 
+    def check(self) -> None:
+        """Raises ConfigError where degrees or transports, spans and SP levels do not fit."""
+        self.pattern(1)  # a pattern of any length shows whether the numbers fit
+        if self.transports != ("auto",):
+            prefill_works(self.transports, self.sp_levels, num_heads=1, num_kv_heads=1)
+
     def pattern(self, prompt_len: int) -> CSAPattern:
         """The pattern of a prompt; topology spans are whole blocks, as equal as blocks allow.
 
@@ -33,13 +39,15 @@ class SparsePrefill:
             ConfigError: the numbers of degrees and of spans, or of SP levels, do not fit.
         """
         spans = self.csa.spans
+        if self.csa.exact:
+            spans = ()
         if spans is None:
             group_sizes = group_sizes_of(self.sp_levels)
             blocks = -(-prompt_len // self.block_size)
             shard_len = max(1, -(-blocks // group_sizes[-1])) * self.block_size
             spans = topology_spans(shard_len, group_sizes)
         return CSAPattern(
-            degrees=self.csa.degrees,
+            degrees=(1,) if self.csa.exact else self.csa.degrees,
             spans=spans,
             sinks=self.csa.sinks,
             halo=self.csa.halo,

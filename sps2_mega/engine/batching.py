@@ -94,11 +94,15 @@ def prefill_input(
     else:
         prompt_lens = [item.num_prompt_tokens for item in items]
         patterns = [pattern_of(sparse, item) for item in items]
+        transports = sparse.transports
+        if transports == ("auto",):
+            assert planner is not None, "transport auto on several ranks comes with a planner"
+            transports = planner.level_transports(layout, patterns, prompt_lens, sparse.kv_heads)
         chosen = Leveled(
             layout,
             patterns,
             prompt_lens,
-            sparse.transports,
+            transports,
             sparse.sp_levels,
             kv_heads=sparse.kv_heads,
             group=group,

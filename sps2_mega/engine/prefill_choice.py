@@ -1,11 +1,12 @@
 """How prefill attends in this job: transport and sparse pattern, from configuration, model and ranks.
 
-`auto` on several SP ranks stays `auto` for exact attention: `PrefillPlanner` then decides step by step.
+`auto` on several SP ranks stays `auto`: `PrefillPlanner` then decides step by step.
 """
 
 from __future__ import annotations
 
 from sps2_mega.attention.spans import SparsePrefill, local_kv_heads
+from sps2_mega.attention.works import LEVEL_TRANSPORTS
 from sps2_mega.config import CSAConfig, EngineConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.kv_cache.placement import Layout
@@ -13,23 +14,27 @@ from sps2_mega.parallel.topology import Topology
 
 
 def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig, *, sp: int = 1) -> str:
-    """Resolve `auto` where nothing is left to decide per step.
+    """`transport` checked, and `auto` resolved where nothing is left to decide per step.
 
     Raises:
-        ConfigError: CSA is asked for where it cannot be had.
+        ConfigError: there is no such transport, or CSA or transports by level are asked for where they cannot be
+            had.
     """
-    if csa.exact:
-        return "ulysses" if transport == "auto" and sp == 1 else transport
-    if transport not in ("auto", "gather"):
+    names = transport.split(",")
+    unknown = [name for name in names if name not in LEVEL_TRANSPORTS]
+    if unknown and transport != "auto":
         raise ConfigError(
-            f"csa degrees {csa.degrees} move keys: use transport gather or auto, not {transport}"
+            f"transport must be auto, or one of {', '.join(LEVEL_TRANSPORTS)} for all SP levels or for each, "
+            f"got {transport!r}"
         )
-    if model.sliding_window is not None:
+    if (not csa.exact or len(names) > 1) and model.sliding_window is not None:
+        asked = f"transports {transport}" if csa.exact else f"csa degrees {csa.degrees}"
         raise ConfigError(
-            f"csa degrees {csa.degrees} cannot be combined with the model's sliding window "
-            f"of {model.sliding_window} tokens"
+            f"{asked} cannot be combined with the model's sliding window of {model.sliding_window} tokens"
         )
-    return "gather"
+    if transport != "auto" or sp > 1:
+        return transport
+    return "ulysses" if csa.exact else "gather"
 
 
 def prompt_layout(transport: str, csa: CSAConfig) -> Layout:
@@ -41,20 +46,22 @@ def prompt_layout(transport: str, csa: CSAConfig) -> Layout:
 
 
 def sparse_prefill(
-    config: EngineConfig, model: ModelConfig, topology: Topology, *, tp_rank: int
+    config: EngineConfig, model: ModelConfig, topology: Topology, transport: str, *, tp_rank: int
 ) -> SparsePrefill | None:
-    """What sparse prefill needs, or None for exact attention.
+    """What sparse prefill needs, or None for exact attention with one transport.
 
     Raises:
-        ConfigError: degrees, spans and SP levels do not fit.
+        ConfigError: degrees or transports, spans and SP levels do not fit.
     """
-    if config.csa.exact:
+    transports = tuple(transport.split(","))
+    if config.csa.exact and len(transports) == 1:
         return None
     sparse = SparsePrefill(
         csa=config.csa,
         sp_levels=topology.sp_levels,
         kv_heads=local_kv_heads(model.num_kv_heads, tp_rank=tp_rank, tp=topology.tp),
         block_size=config.cache.block_size,
+        transports=transports,
     )
-    sparse.pattern(1)  # a pattern of any length shows whether the numbers fit
+    sparse.check()
     return sparse

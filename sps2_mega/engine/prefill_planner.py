@@ -6,11 +6,14 @@ Every rank decides for itself and alike: the layout follows from the plan, the n
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sps2_mega.attention.layout import PrefillLayout
+from sps2_mega.attention.level_planner import choose_levels, visible_between
+from sps2_mega.attention.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.planner import choose
-from sps2_mega.attention.step_shape import StepShape, step_shape
+from sps2_mega.attention.step_shape import step_shape
 from sps2_mega.parallel.machine import Machine
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ class PrefillPlanner:
     head_dim: int
     itemsize: int
     window: int | None
+    overlap: bool
     log_choices: bool
     _logged: set[tuple[str, int, int]] = field(default_factory=set)
 
@@ -44,19 +48,39 @@ class PrefillPlanner:
             window=self.window,
         )
         chosen = choose(shape, self.machine, self.candidates)
-        kind = (chosen.transport, *_size_class(shape))
+        self._log(layout, chosen.transport, chosen.reason)
+        return chosen.transport
+
+    def level_transports(
+        self,
+        layout: PrefillLayout,
+        patterns: Sequence[CSAPattern],
+        prompt_lens: Sequence[int],
+        kv_heads: range,
+    ) -> tuple[str, ...]:
+        """The transport of each SP level in a sparse step."""
+        chosen = choose_levels(
+            visible_between(layout, patterns, tail_starts(patterns, prompt_lens), kv_heads),
+            self.machine,
+            num_heads=self.num_heads,
+            num_kv_heads=len(kv_heads),
+            head_dim=self.head_dim,
+            itemsize=self.itemsize,
+            overlap=self.overlap,
+        )
+        self._log(layout, ",".join(chosen.transports), chosen.reason)
+        return chosen.transports
+
+    def _log(self, layout: PrefillLayout, transport: str, reason: str) -> None:
+        """Once per choice, power of two of the new tokens and quarter of the cached share."""
+        new, keys = sum(layout.queries.counts), sum(layout.keys.counts)
+        kind = transport, new.bit_length(), (keys - new) * 4 // max(1, keys)
         if self.log_choices and kind not in self._logged:
             self._logged.add(kind)
             log.info(
                 "prefill of %d new tokens behind %d cached ones: transport %s, %s",
-                sum(shape.queries),
-                sum(shape.keys) - sum(shape.queries),
-                chosen.transport,
-                chosen.reason,
+                new,
+                keys - new,
+                transport,
+                reason,
             )
-        return chosen.transport
-
-
-def _size_class(shape: StepShape) -> tuple[int, int]:
-    """(power of two of the new tokens, quarter of the cached share)."""
-    return sum(shape.queries).bit_length(), int(shape.cached_share * 4)

@@ -45,7 +45,7 @@ def executor_with(executor: Executor, csa: CSAConfig, *, transport: str = "auto"
         ConfigError: the setting cannot be had with this model, transport or number of SP levels.
     """
     chosen = choose_transport(transport, csa, executor.config)
-    if csa.exact:
+    if csa.exact and "," not in chosen:
         return executor.with_prefill(chosen, None)
     groups = executor.groups
     sparse = SparsePrefill(
@@ -55,8 +55,9 @@ def executor_with(executor: Executor, csa: CSAConfig, *, transport: str = "auto"
             executor.config.num_kv_heads, tp_rank=groups.tp.rank, tp=groups.tp.size
         ),
         block_size=executor.pool.block_size,
+        transports=tuple(chosen.split(",")),
     )
-    sparse.pattern(1)  # a pattern of any length shows whether the numbers fit
+    sparse.check()
     return executor.with_prefill(chosen, sparse)
 
 

@@ -76,7 +76,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
     store = open_store(info)
     topology = agree_topology(store, info, config.parallel)
     tp_rank, _ = topology.coordinates(info.rank)
-    sparse = sparse_prefill(config, model, topology, tp_rank=tp_rank)
+    sparse = sparse_prefill(config, model, topology, transport, tp_rank=tp_rank)
     lifeline = Lifeline.start(
         info,
         publish=lambda address: store.set("sps2/lifeline", address),
@@ -96,7 +96,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         )
         planner = None
         if transport == "auto":
-            planner = _prefill_planner(model, groups, compute, info)
+            planner = _prefill_planner(config, model, groups, compute, info)
         if info.rank == 0:
             log.info(
                 "%s: %d ranks (tp=%d sp=%d levels=%s) on %s in %s; joined in %.1f s, weights in %.1f s, "
@@ -163,7 +163,11 @@ def _check_on_this_rank(config: EngineConfig, info: LaunchInfo) -> _Checked:
 
 
 def _prefill_planner(
-    model: ModelConfig, groups: ParallelGroups, compute: Compute, info: LaunchInfo
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    compute: Compute,
+    info: LaunchInfo,
 ) -> PrefillPlanner:
     """All ranks call it together: the machine may have to be measured."""
     tp = groups.tp.size
@@ -183,6 +187,7 @@ def _prefill_planner(
         head_dim=model.head_dim,
         itemsize=compute.dtype.itemsize,
         window=model.sliding_window,
+        overlap=config.pipeline != "off",
         log_choices=info.rank == 0,
     )
 

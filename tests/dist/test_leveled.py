@@ -290,10 +290,24 @@ def test_the_engine_gives_the_same_tokens_on_every_layout(model, heads):
     expected = run_engine(options, REQUESTS)
     dense = run_engine(model[heads], REQUESTS)
     assert first_logprobs(expected) != first_logprobs(dense)  # the pattern is really applied
-    for tp, sp in [(1, 2), (2, 2), (1, 3)]:
-        outputs = run_engine(options, REQUESTS, tp=tp, sp=sp)
+    levels = dict(sp_levels=(2, 2), transport="gather,pass_q")
+    for tp, sp, more in [
+        (1, 2, dict(transport="auto")),
+        (2, 2, dict(transport="ulysses")),
+        (1, 3, dict(transport="ring", pipeline="off")),
+        (1, 4, levels),
+    ]:
+        outputs = run_engine(options | more, REQUESTS, tp=tp, sp=sp)
         for output, reference in zip(outputs, expected, strict=True):
             assert output.completions[0].token_ids == reference.completions[0].token_ids, (tp, sp)
+
+
+def test_exact_attention_may_have_a_transport_per_level(model):
+    dense = run_engine(model["four"], REQUESTS)
+    levels = dict(sp_levels=(2, 2), transport="pass_q,ulysses")
+    outputs = run_engine(model["four"] | levels, REQUESTS, sp=4)
+    for output, reference in zip(outputs, dense, strict=True):
+        assert output.completions[0].token_ids == reference.completions[0].token_ids
 
 
 def test_a_tail_as_long_as_the_prompt_is_exact(model):
@@ -310,6 +324,8 @@ def test_a_tail_as_long_as_the_prompt_is_exact(model):
         (dict(csa=CSAConfig(degrees=(1, 4), spans=(16, 32))), ["1,4", "1 spans", "16,32"]),
         (dict(csa=CSAConfig(degrees=(1, 2, 4))), ["1,2,4", "2 spans"]),
         (dict(csa=CSAConfig(degrees=(1, 0), spans=(16,))), ["1,0"]),
+        (dict(transport="gather,ulysses"), ["gather,ulysses", "1 SP levels"]),
+        (dict(transport="post"), ["post", "ulysses", "pass_q"]),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model, options, words):

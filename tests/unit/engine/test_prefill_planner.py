@@ -23,6 +23,7 @@ def planner(*, heads, kv_heads, log_choices=True):
         head_dim=64,
         itemsize=2,
         window=None,
+        overlap=False,
         log_choices=log_choices,
     )
 

@@ -18,7 +18,7 @@ def check(*, degrees, spans, sinks, halo, block_size, prompt_len, new_tokens, kv
         degrees=degrees, spans=spans, sinks=sinks, halo=halo, tail=7, sample_queries=True
     )
     sparse = SparsePrefill(
-        csa=csa, sp_levels=(SP,), kv_heads=kv_heads, num_heads=len(kv_heads), block_size=block_size
+        csa=csa, sp_levels=(SP,), kv_heads=kv_heads, block_size=block_size
     )
     generator = np.random.default_rng(seed)
     num_blocks = -(-(prompt_len + new_tokens) // block_size)

@@ -1,0 +1,163 @@
+"""Which transport each SP level takes in a sparse prefill step: seconds from visible rows and pairs, then the least.
+
+    seconds per layer = communication + attention of the busiest rank; the larger of the two where they overlap
+
+As `planner`, a pure function of the step and of what was measured, so that all ranks choose alike. What is visible is
+counted from the pattern itself, in one layer: the others differ by a rotation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sps2_mega.attention.layout import PrefillLayout, Run, split_heads
+from sps2_mega.attention.pattern import CSAPattern
+from sps2_mega.attention.pieces import csa_pieces
+from sps2_mega.attention.planner import link_seconds
+from sps2_mega.attention.traffic import Matrix
+from sps2_mega.attention.volume import visible_keys
+from sps2_mega.attention.works import group_sizes_of, level_of
+from sps2_mega.parallel.machine import Machine
+
+# A ring sends what a gather sends and holds less of it, at more latency: memory's choice, not speed's.
+CANDIDATES: tuple[str, ...] = ("gather", "pass_q", "ulysses")
+_MESSAGES = {"gather": 1, "pass_q": 2, "ulysses": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Queries of one sp rank against keys of another: visible (query, key, KV head) triples, (query, KV head) and
+    (key, KV head) rows that take part."""
+
+    pairs: int
+    query_rows: int
+    key_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelChoice:
+    """`seconds` per layer of each combination of transports, innermost level first; `transports` is the best."""
+
+    transports: tuple[str, ...]
+    seconds: dict[tuple[str, ...], float]
+    reason: str
+
+
+def visible_between(
+    layout: PrefillLayout,
+    patterns: Sequence[CSAPattern],
+    tail_starts: Sequence[int],
+    kv_heads: range,
+) -> dict[tuple[int, int], Pair]:
+    """What queries before the exact tail see, for each (rank of queries, rank of keys) that has any."""
+    found: dict[tuple[int, int], Pair] = {}
+    key_runs: dict[int, list[Run]] = {}
+    for run in layout.keys.runs:
+        key_runs.setdefault(run.sequence, []).append(run)
+    for run in layout.queries.runs:
+        queries = range(run.start, min(run.end, tail_starts[run.sequence]))
+        for keys in key_runs[run.sequence] if queries else []:
+            if keys.start >= queries.stop:
+                break
+            arguments = dict(
+                prompt_len=tail_starts[run.sequence] + patterns[run.sequence].tail,
+                queries=queries,
+                keys=range(keys.start, keys.end),
+                kv_heads=kv_heads,
+                layer=0,
+            )
+            pieces = csa_pieces(patterns[run.sequence], **arguments)  # type: ignore[arg-type]
+            if not pieces:
+                continue
+            rows = visible_keys(patterns[run.sequence], **arguments)  # type: ignore[arg-type]
+            first = min(piece.queries[0] for piece in pieces)
+            last = max(piece.queries[-1] for piece in pieces)
+            stride = min(piece.queries.step for piece in pieces)
+            before = found.get((run.rank, keys.rank), Pair(0, 0, 0))
+            found[run.rank, keys.rank] = Pair(
+                before.pairs + sum(piece.num_pairs * len(piece.kv_heads) for piece in pieces),
+                before.query_rows + ((last - first) // stride + 1) * len(kv_heads),
+                before.key_rows + sum(part.num_rows for part in rows),
+            )
+    return found
+
+
+def choose_levels(
+    visible: dict[tuple[int, int], Pair],
+    machine: Machine,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    overlap: bool,
+) -> LevelChoice:
+    """The fastest combination; among equals the one with `gather` innermost. Heads are those of one TP rank."""
+    heads = _Heads(num_heads, num_kv_heads, head_dim * itemsize)
+    latency_s = max(link.latency_s for link in machine.links)
+    parts: dict[tuple[str, ...], tuple[float, float]] = {}
+    for names in itertools.product(CANDIDATES, repeat=len(machine.sp_levels)):
+        moved, pairs = _spread(visible, names, group_sizes_of(machine.sp_levels), heads)
+        messages = sum(_MESSAGES[name] for name in names)
+        comm_s = link_seconds(moved, machine) + messages * latency_s
+        parts[names] = comm_s, max(pairs) * 4 * head_dim / machine.flops_per_s
+    seconds = {names: max(both) if overlap else sum(both) for names, both in parts.items()}
+    best = min(seconds, key=seconds.__getitem__)
+    comm_s, compute_s = parts[best]
+    reason = (
+        f"{_ms(seconds[best])} per layer (communication {_ms(comm_s)}, attention {_ms(compute_s)})"
+    )
+    for found, names in sorted((found, names) for names, found in seconds.items())[:3]:
+        if names != best:
+            reason += f"; {','.join(names)} {_ms(found)}"
+    return LevelChoice(transports=best, seconds=seconds, reason=reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    num_heads: int
+    num_kv_heads: int
+    row_bytes: int  # of one head of one token
+
+
+def _spread(
+    visible: dict[tuple[int, int], Pair],
+    names: Sequence[str],
+    group_sizes: Sequence[int],
+    heads: _Heads,
+) -> tuple[Matrix, list[float]]:
+    """Bytes from rank to rank, and (query, key, head) pairs that each rank computes, as `works` would do it."""
+    size, row = group_sizes[-1], heads.row_bytes
+    per_kv_head = heads.num_heads // heads.num_kv_heads
+    moved: Matrix = [[0] * size for _ in range(size)]
+    work = [0.0] * size
+    for (a, b), pair in visible.items():
+        level = level_of(a, b, group_sizes)
+        name = names[level - 1] if level else "own"
+        pairs, queries = pair.pairs * per_kv_head, pair.query_rows * per_kv_head
+        keys = 2 * pair.key_rows
+        if name in ("own", "gather"):
+            work[a] += pairs
+            moved[b][a] += keys * row if level else 0
+        elif name == "pass_q":
+            work[b] += pairs
+            moved[a][b] += queries * row
+            moved[b][a] += queries * (row + 4)
+        else:
+            group = group_sizes[level]
+            shares = split_heads(heads.num_heads, heads.num_kv_heads, group)
+            for at, (mine, kv) in enumerate(shares, start=a // group * group):
+                share = len(mine) / heads.num_heads
+                work[at] += pairs * share
+                moved[a][at] += int(queries * row * share)
+                moved[at][a] += int(queries * (row + 4) * share)
+                moved[b][at] += int(keys * row * len(kv) / heads.num_kv_heads)
+    for rank in range(size):
+        moved[rank][rank] = 0
+    return moved, work
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,109 @@
+"""The transports that sparse prefill gets: counts against the definition, choices where they are plain."""
+
+import pytest
+
+from sps2_mega.attention.layout import build_layout
+from sps2_mega.attention.level_planner import choose_levels, visible_between
+from sps2_mega.attention.pattern import CSAPattern, tail_starts
+from sps2_mega.parallel.machine import Link, Machine
+
+BLOCK, KV_HEADS = 4, range(2, 5)
+
+
+def csa(**changes):
+    given = dict(
+        degrees=(1, 3), spans=(16,), sinks=2, halo=3, tail=5, sample_queries=False, block=1
+    )
+    return CSAPattern(**(given | changes))
+
+
+def layout_of(ranks, ends, starts=None):
+    return build_layout(ranks, ends, starts=starts, block_size=BLOCK, sp_size=4)
+
+
+@pytest.mark.parametrize(
+    "pattern", [csa(), csa(block=4), csa(degrees=(1, 2), sample_queries=True), csa(degrees=(1, 1))]
+)
+def test_what_is_visible_between_ranks_is_counted_from_the_definition(pattern):
+    lens, starts = (43, 21, 30), (0, 0, 12)
+    ranks = [[0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 0], [2] * 6, [3, 3, 0, 0, 1, 1, 1, 2]]
+    layout = layout_of(ranks, lens, starts)
+    tails = tail_starts([pattern] * 3, lens)
+    found = visible_between(layout, [pattern] * 3, tails, KV_HEADS)
+    pairs, keys, queries = {}, {}, {}
+    for s, (length, start) in enumerate(zip(lens, starts, strict=True)):
+        for i in range(start, min(length, tails[s])):
+            for j in range(i + 1):
+                between = ranks[s][i // BLOCK], ranks[s][j // BLOCK]
+                for head in KV_HEADS:
+                    if pattern.sees(i, j, kv_head=head, layer=0, prompt_len=length):
+                        pairs[between] = pairs.get(between, 0) + 1
+                        keys.setdefault(between, set()).add((s, j, head))
+                        queries.setdefault(between, set()).add((s, i, head))
+    assert {between: pair.pairs for between, pair in found.items()} == pairs
+    for between, pair in found.items():
+        # Keys of several runs of queries are counted for each of them.
+        assert pair.key_rows >= len(keys[between])
+        assert pair.query_rows >= len(queries[between])
+
+
+def choose(visible, bandwidth, *, flops=1e11, overlap=True, levels=(4,), num_heads=12):
+    machine = Machine(
+        sp_levels=levels,
+        links=tuple(Link(latency_s=1e-6, bytes_per_s=b) for b in bandwidth),
+        flops_per_s=flops,
+    )
+    return choose_levels(
+        visible,
+        machine,
+        num_heads=num_heads,
+        num_kv_heads=3,
+        head_dim=64,
+        itemsize=2,
+        overlap=overlap,
+    )
+
+
+def whole_prompt(pattern, tokens=4000):
+    ranks = [[block * 4 // (tokens // BLOCK) for block in range(tokens // BLOCK)]]
+    layout = layout_of(ranks, [tokens])
+    return visible_between(layout, [pattern], tail_starts([pattern], [tokens]), KV_HEADS)
+
+
+def test_few_keys_come_to_the_queries_over_a_slow_link():
+    visible = whole_prompt(csa(degrees=(1, 64), spans=(1000,)))
+    assert choose(visible, [1e6]).transports == ("gather",)
+
+
+def test_a_free_link_buys_balance():
+    """The last of four contiguous ranks sees all keys, the first only its own."""
+    visible = whole_prompt(csa(degrees=(1, 2), spans=(1000,)))
+    choice = choose(visible, [1e15])
+    assert choice.transports == ("ulysses",)
+    assert choice.seconds["ulysses",] < 0.8 * choice.seconds["gather",]
+
+
+def test_few_queries_go_to_a_long_cached_prefix():
+    pattern = csa(degrees=(1, 2), spans=(1000,), tail=0)
+    ranks = [[block * 4 // 1000 for block in range(1000)] + [3] * 5]
+    layout = layout_of(ranks, [4020], [4000])
+    visible = visible_between(layout, [pattern], [4020], KV_HEADS)
+    choice = choose(visible, [1e7])
+    assert choice.transports == ("pass_q",)
+    assert "pass_q" not in choice.reason and "gather" in choice.reason
+
+
+def test_levels_are_chosen_for_their_own_links():
+    visible = whole_prompt(csa(degrees=(1, 64), spans=(1000,)))
+    choice = choose(visible, [1e15, 1e6], levels=(2, 2))
+    assert choice.transports[1] == "gather" and len(choice.seconds) == 9
+
+
+def test_without_overlap_communication_adds_up():
+    visible = whole_prompt(csa())
+    hidden, added = (choose(visible, [1e8], overlap=overlap) for overlap in (True, False))
+    assert all(hidden.seconds[names] < added.seconds[names] for names in hidden.seconds)
+
+
+def test_nothing_visible_costs_latency_only():
+    assert max(choose({}, [1e9]).seconds.values()) < 1e-5
