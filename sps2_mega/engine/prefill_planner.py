@@ -47,7 +47,7 @@ class PrefillPlanner:
             itemsize=self.itemsize,
             window=self.window,
         )
-        chosen = choose(shape, self.machine, self.candidates)
+        chosen = choose(shape, self.machine, self.candidates, overlap=self.overlap)
         self._log(layout, chosen.transport, chosen.reason)
         return chosen.transport
 
