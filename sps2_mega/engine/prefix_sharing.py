@@ -50,10 +50,13 @@ class PrefixSharing:
         self._last_prompt: tuple[list[int], list[bytes]] | None = None
         self._filling: dict[int, _Filling] = {}
         self._filled_by: dict[bytes, int] = {}
+        self._waits_for: dict[int, int] = {}
 
     def look_up(self, sequence: types.Sequence) -> Prefix | None:
         """What a waiting sequence can begin with now; None when a running one is about to make more of it
         findable. At least one token is always left to compute."""
+        if self._waits_for.get(sequence.seq_id) in self._filling:
+            return None  # chunks of a long prompt take many steps; the verdict is the same in all of them
         chain = self._chain(sequence)
         usable = chain[: (sequence.num_tokens - 1) // self._ledger.block_size]
         own = self._own_spans(sequence)
@@ -66,11 +69,13 @@ class PrefixSharing:
         if len(blocks) < len(usable):
             filler = self._filling.get(self._filled_by.get(usable[len(blocks)], -1))
             if filler is not None and accepts(filler.sequence.spans):
+                self._waits_for[sequence.seq_id] = filler.sequence.seq_id
                 return None
         return Prefix(blocks, blocks[0].spans if blocks else own)
 
     def begin(self, sequence: types.Sequence, prefix: Prefix) -> None:
         """A sequence was admitted with this prefix: others may wait for what it fills."""
+        self._waits_for.pop(sequence.seq_id, None)
         filling = _Filling(sequence, len(prefix.blocks), self._chain(sequence))
         self._filling[sequence.seq_id] = filling
         for digest in filling.chain[filling.first :]:
@@ -92,13 +97,14 @@ class PrefixSharing:
     def ended(self, seq_id: int) -> None:
         """A sequence is over, whether it ran or not."""
         self._stop_filling(seq_id)
+        self._waits_for.pop(seq_id, None)
         self._chains.pop(seq_id, None)
 
     def check_integrity(self, running: set[int], known: set[int]) -> None:
         """Raises AssertionError when something is remembered of a sequence that is gone."""
         assert self._filling.keys() <= running, "a sequence that does not run fills blocks"
         assert set(self._filled_by.values()) <= self._filling.keys(), "nobody fills a block"
-        assert self._chains.keys() <= known, "digests of a sequence that is over"
+        assert self._chains.keys() | self._waits_for.keys() <= known, "a sequence that is over"
 
     def _own_spans(self, sequence: types.Sequence) -> Spans:
         if self._topology_spans is None or sequence.num_preemptions:

@@ -206,6 +206,8 @@ class Scheduler:
         while budget > 0 and self.num_running < self._config.max_running:
             if index >= min(len(waiting), self._config.max_running):
                 break
+            if self._ledger.num_free <= self.num_running:
+                break  # no room for one block; not worth looking for a prefix in every step
             prefix = self._states.look_up(waiting[index])
             if prefix is None:
                 index += 1  # it comes when its prefix is there; the next one may go ahead

@@ -84,8 +84,11 @@ class BlockLedger:
         assert num_tokens >= 1, f"sequence {seq_id} has no tokens"
         num_blocks = self.blocks_for(num_tokens) - len(prefix)
         assert num_blocks >= 1, f"sequence {seq_id} would have nothing to compute"
-        evictable = sum(self._allocators[b.sp_rank].is_evictable(b.block_id) for b in prefix)
-        if num_blocks + evictable + spare_blocks > self.num_free:
+        room = self.num_free - num_blocks - spare_blocks
+        if room < 0:
+            return None
+        # What it shares with nobody running is no longer there for others.
+        if sum(self._allocators[b.sp_rank].is_evictable(b.block_id) for b in prefix) > room:
             return None
         table = BlockTable(self.block_size)
         for block in prefix:

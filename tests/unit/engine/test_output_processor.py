@@ -130,11 +130,15 @@ def test_samples_of_a_request_come_together_and_in_order(tokenizer) -> None:
         one.output_token_ids += tokenizer.encode(text, add_special_tokens=False)
         one.logprobs.append(TokenLogprob(one.output_token_ids[0], -0.5))
         one.finish_reason = FinishReason.LENGTH
+    sequences[0].num_cached_tokens, sequences[1].num_cached_tokens = 16, 32
     assert processor.finished(sequences[2]) is None
     assert processor.finished(sequences[0]) is None
     output = processor.finished(sequences[1])
     assert [completion.text for completion in output.completions] == ["x", "y", "z"]
     assert [completion.index for completion in output.completions] == [0, 1, 2]
+    assert output.num_cached_tokens == 16, (
+        "what the request found; later samples find its own prompt"
+    )
     assert output.completions[1].logprobs[0].logprob == -0.5
     processor.add("r", [1], params, sequences)  # the id is free again
 

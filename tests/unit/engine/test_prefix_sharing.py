@@ -113,6 +113,16 @@ def test_samples_of_one_request_wait_for_the_first_and_others_go_ahead():
     assert scheduler._ledger.num_blocks - scheduler._ledger.num_free == 2 + 3 + 3
 
 
+def test_under_sarathi_they_wait_until_the_whole_prompt_is_there():
+    scheduler = scheduler_of(policy="sarathi", chunk_tokens=8)
+    for seq_id in range(3):
+        scheduler.add(sequence_of(seq_id, text(21)))
+    plans = [step(scheduler) for _ in range(4)]
+    first = [[(item.seq_id, item.start, item.end) for item in plan.prefills] for plan in plans]
+    assert first == [[(0, 0, 8)], [(0, 8, 16)], [(0, 16, 21)], [(1, 20, 21), (2, 20, 21)]]
+    assert [len(plan.decodes) for plan in plans] == [0, 0, 0, 1]
+
+
 def test_nobody_waits_where_no_full_block_would_be_shared():
     scheduler = scheduler_of()
     for seq_id in range(3):

@@ -31,7 +31,9 @@ def finished(tokenizer: Tokenizer, texts: list[str], *, logprobs: bool) -> Reque
                 timings=Timings(queue_s=0.1, ttft_s=0.2, per_token_s=None, total_s=0.2),
             )
         )
-    return RequestOutput(request_id="r", prompt_token_ids=[1, 2, 3], completions=completions)
+    return RequestOutput(
+        request_id="r", prompt_token_ids=[1, 2, 3], completions=completions, num_cached_tokens=2
+    )
 
 
 def build(body, output, tokenizer):
@@ -45,7 +47,7 @@ def test_completion_shape(tokenizer) -> None:
         "prompt_tokens": 3,
         "completion_tokens": 3,
         "total_tokens": 6,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": 2},
     }
     assert (body["id"], body["object"], body["created"], body["model"]) == (
         "id-1",
