@@ -15,9 +15,9 @@ import numpy as np
 
 from sps2_mega.attention.key_blocks import KeyBlocks
 from sps2_mega.attention.pattern import residue
+from sps2_mega.attention.work_asks import Asked
 from sps2_mega.attention.work_rows import (
     NO_ROWS,
-    Asked,
     TokenPlaces,
     join_intervals,
     kept_keys,

@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sps2_mega.attention.layout import PrefillLayout, Run, split_heads
+from sps2_mega.attention.heads import split_heads
+from sps2_mega.attention.layout import PrefillLayout, Run
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
 from sps2_mega.attention.planner import link_seconds

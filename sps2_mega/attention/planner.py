@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from sps2_mega.attention.layout import split_heads
+from sps2_mega.attention.heads import split_heads
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,

@@ -13,7 +13,7 @@ and NCCL do it for large messages. For CSA the visible rows are counted by `volu
 
 from __future__ import annotations
 
-from sps2_mega.attention.layout import split_heads
+from sps2_mega.attention.heads import split_heads
 from sps2_mega.attention.step_shape import StepShape
 
 Matrix = list[list[int]]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout import PrefillLayout, group_heads
+from sps2_mega.attention.heads import group_heads
+from sps2_mega.attention.layout import PrefillLayout
 from sps2_mega.attention.order import reorder, sequence_index
 from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
 from sps2_mega.attention.pipeline.order import Stage, inputs_by_heads_and_queries, stage_order

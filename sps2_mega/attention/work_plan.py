@@ -20,10 +20,9 @@ from sps2_mega.attention.key_blocks import CSAPiece
 from sps2_mega.attention.key_segments import KeySegments
 from sps2_mega.attention.layout import PrefillLayout, Run
 from sps2_mega.attention.pattern import CSAPattern
-from sps2_mega.attention.pieces import csa_pieces
+from sps2_mega.attention.work_asks import Asked, WorkAsks
 from sps2_mega.attention.work_rows import (
     NO_ROWS,
-    Asked,
     Finder,
     TokenPlaces,
     key_codes,
@@ -94,35 +93,20 @@ class WorkPlanner:
         rank: int,
         device: torch.device,
     ) -> None:
-        self._patterns, self._tail_starts = patterns, tail_starts
+        self._asks = WorkAsks(layout, patterns, tail_starts, kv_heads)
         self._kv_heads, self._num_heads = kv_heads, num_heads
         self._rank, self._device = rank, device
         self._ranks = range(len(layout.keys.counts))
         self._key_places, self._query_places = TokenPlaces(layout.keys), TokenPlaces(layout.queries)
         self._num_keys, self._num_queries = layout.keys.counts[rank], layout.queries.counts[rank]
-        self._key_runs: dict[int, list[Run]] = {}
-        for run in layout.keys.runs:
-            self._key_runs.setdefault(run.sequence, []).append(run)
-        self._runs: dict[str, list[list[Run]]] = {
-            name: [[] for _ in self._ranks] for name in ("all", "body", "tail")
-        }
-        for run in layout.queries.runs:
-            self._runs["all"][run.rank].append(run)
-            cut = min(max(run.start, tail_starts[run.sequence]), run.end)
-            for name, start, end in (("body", run.start, cut), ("tail", cut, run.end)):
-                if start < end:
-                    local = run.local_start + start - run.start
-                    self._runs[name][run.rank].append(
-                        Run(run.sequence, run.rank, start, end, local)
-                    )
 
     def needs(self, work: Work) -> bool:
         """Whether any rank has queries for this work: the same on all ranks."""
-        return any(self._runs[work.queries])
+        return self._asks.needs(work)
 
     def plan(self, work: Work, layer: int) -> WorkPlan:
         """The plan of all layers with this remainder for each degree."""
-        asked = list(self._asked(work, self._rank, layer))
+        asked = list(self._asks.asked(work, self._rank, layer))
         own_heads = work.heads(self._rank)
         heads = _hull(part for part, _ in own_heads)
         kv_heads = _hull(part for _, part in own_heads)
@@ -131,7 +115,7 @@ class WorkPlanner:
         if not work.queries_stay:
             queries, back, query_row = self._move_queries(work, layer, asked, heads)
         segments = None
-        if self._brings_keys(work):
+        if self._asks.brings_keys(work):
             segments = KeySegments(asked)
             keys = self._move_keys(work, layer, asked, kv_heads, segments)
         head_0, kv_0 = (heads.start if queries else 0), (kv_heads.start if keys else 0)
@@ -154,60 +138,15 @@ class WorkPlanner:
                 blocks.append(Block(_slice(part, head_0), _slice(kv_part, kv_0), pieces))
         return WorkPlan(queries=queries, keys=keys, back=back, blocks=blocks)
 
-    def _asked(
-        self,
-        work: Work,
-        at: int,
-        layer: int,
-        *,
-        asking: int | None = None,
-        holding: int | None = None,
-    ) -> Iterator[Asked]:
-        """What rank `at` computes: of queries of all ranks or of `asking`, against keys of all or of `holding`."""
-        for a in self._ranks if asking is None else (asking,):
-            for run in self._runs[work.queries][a]:
-                pattern = self._patterns[run.sequence]
-                for keys, key_run in self._key_ranges(work, at, run, holding):
-                    for heads, kv_heads in work.heads(at):
-                        pieces = csa_pieces(
-                            pattern,
-                            prompt_len=self._tail_starts[run.sequence] + pattern.tail,
-                            queries=range(run.start, run.end),
-                            keys=keys,
-                            kv_heads=_shift(kv_heads, self._kv_heads.start),
-                            layer=layer,
-                        )
-                        if pieces:
-                            yield Asked(run, key_run, heads, kv_heads, pieces)
-
-    def _key_ranges(
-        self, work: Work, at: int, queries: Run, holding: int | None
-    ) -> list[tuple[range, Run]]:
-        """Positions before the end of a run of queries whose keys the work takes; neighbouring runs are joined
-        where a buffer is made of them."""
-        found: list[tuple[range, Run]] = []
-        for run in self._key_runs[queries.sequence]:
-            if run.start >= queries.end:
-                break
-            if holding not in (None, run.rank) or not work.takes(at, queries.rank, run.rank):
-                continue
-            if found and self._brings_keys(work) and found[-1][0].stop == run.start:
-                found[-1] = (range(found[-1][0].start, run.end), found[-1][1])
-            else:
-                found.append((range(run.start, run.end), run))
-        return found
-
-    def _brings_keys(self, work: Work) -> bool:
-        """Whether keys are brought together in a buffer: such as come from elsewhere, and blocks of far keys."""
-        return not work.keys_stay or any(pattern.block > 1 for pattern in self._patterns)
-
     def _move_keys(
         self, work: Work, layer: int, asked: list[Asked], kv_heads: range, segments: KeySegments
     ) -> RowPlan:
         me, width, places = self._rank, len(self._kv_heads), self._key_places
         send = [
             rows_of(
-                key_codes(self._asked(work, at, layer, holding=me), places, width), places, width
+                key_codes(self._asks.asked(work, at, layer, holding=me), places, width),
+                places,
+                width,
             )
             if at != me
             else NO_ROWS
@@ -230,7 +169,7 @@ class WorkPlanner:
     ) -> tuple[RowPlan, BackPlan, Callable[[Run], int]]:
         me, width, places = self._rank, self._num_heads, self._query_places
         sent = [
-            query_codes(self._asked(work, at, layer, asking=me), places, width)
+            query_codes(self._asks.asked(work, at, layer, asking=me), places, width)
             for at in self._ranks
         ]
         received = [

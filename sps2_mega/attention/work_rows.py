@@ -11,26 +11,14 @@ Both ranks of an exchange make the same list from the pattern. Pure numpy; what 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from sps2_mega.attention.key_blocks import CSAPiece, KeyBlocks
-from sps2_mega.attention.layout import Run, TokenLayout
+from sps2_mega.attention.key_blocks import KeyBlocks
+from sps2_mega.attention.layout import TokenLayout
+from sps2_mega.attention.work_asks import Asked
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Pieces of one run of queries, of some heads, in positions of its sequence. Pieces count KV heads from
-    `kv_heads`, whose query heads are `heads`. `key_run` is the first run that their keys are in."""
-
-    run: Run
-    key_run: Run
-    heads: range
-    kv_heads: range
-    pieces: list[CSAPiece]
 
 
 class TokenPlaces:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sps2_mega.attention.layout import split_heads
+from sps2_mega.attention.heads import split_heads
 from sps2_mega.errors import ConfigError
 
 Kind = Literal["own", "gather", "ring", "pass_q", "ulysses"]

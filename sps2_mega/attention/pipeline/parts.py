@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sps2_mega.attention.layout import TokenLayout, group_heads, split_heads
+from sps2_mega.attention.heads import group_heads, split_heads
+from sps2_mega.attention.layout import TokenLayout
 
 
 @dataclass(frozen=True, slots=True)

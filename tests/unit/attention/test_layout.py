@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sps2_mega.attention.layout import build_layout, group_heads, split_heads
+from sps2_mega.attention.heads import group_heads, split_heads
+from sps2_mega.attention.layout import build_layout
 
 
 @st.composite
