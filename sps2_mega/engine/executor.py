@@ -87,8 +87,10 @@ class Executor:
             self._sparse_tables = SparseTables(self._tables, sparse, block_size=pool.block_size)
         self._sampling: dict[int, _Sampling] = {}
 
-    def with_prefill(self, transport: str, sparse: SparsePrefill | None) -> Executor:
-        """Another executor on the same weights and cache that prefills otherwise, without any sequences.
+    def with_attention(
+        self, transport: str, sparse: SparsePrefill | None, *, sparse_decode: bool = False
+    ) -> Executor:
+        """Another executor on the same weights and cache that attends otherwise, without any sequences.
         Both write to the same blocks: one works while the other is idle."""
         return Executor(
             self.model,
@@ -98,6 +100,7 @@ class Executor:
             transport=transport,
             sparse=sparse,
             planner=self.planner,
+            sparse_decode=sparse_decode,
             pipeline=self.pipeline,
             dtype=self.dtype,
             device=self.device,

@@ -38,15 +38,18 @@ class PromptScore:
     rows_PV: Tensor
 
 
-def executor_with(executor: Executor, csa: CSAConfig, *, transport: str = "auto") -> Executor:
-    """An executor on the same weights and cache under another attention setting.
+def executor_with(
+    executor: Executor, csa: CSAConfig, *, transport: str = "auto", sparse_decode: bool = False
+) -> Executor:
+    """An executor on the same weights and cache under another attention setting; with `sparse_decode` generated
+    tokens see what the pattern shows, else all keys.
 
     Raises:
         ConfigError: the setting cannot be had with this model, transport or number of SP levels.
     """
     chosen = choose_transport(transport, csa, executor.config)
     if csa.exact and "," not in chosen:
-        return executor.with_prefill(chosen, None)
+        return executor.with_attention(chosen, None)
     groups = executor.groups
     sparse = SparsePrefill(
         csa=csa,
@@ -58,7 +61,7 @@ def executor_with(executor: Executor, csa: CSAConfig, *, transport: str = "auto"
         transports=tuple(chosen.split(",")),
     )
     sparse.check()
-    return executor.with_prefill(chosen, sparse)
+    return executor.with_attention(chosen, sparse, sparse_decode=sparse_decode)
 
 
 @torch.inference_mode()
