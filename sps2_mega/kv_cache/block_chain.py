@@ -23,11 +23,7 @@ def chain_root(csa: CSAConfig) -> bytes:
     Spans from the topology differ between prompts and are kept beside the digests (`prefix_cache`). Transports,
     ranks and block placement change nothing but rounding.
     """
-    settings = (
-        "exact"
-        if csa.exact
-        else repr(csa)
-    )
+    settings = "exact" if csa.exact else repr(csa)
     return hashlib.sha256(settings.encode()).digest()
 
 
