@@ -38,7 +38,7 @@ from tools.bench.cluster_nodes import (
     require_means,
 )
 from tools.bench.cluster_plot import plot
-from tools.bench.cluster_systems import SHAPES, model_path, systems
+from tools.bench.cluster_systems import SHAPES, model_path, named, systems
 
 EXIT_WRONG, EXIT_COULD_NOT_RUN = 1, 2
 _CSA_CELLS = 8
@@ -75,7 +75,7 @@ def run_all(arguments: argparse.Namespace, cluster: Cluster) -> list[Run]:
     """One Run per model and length, one after the other."""
     runs = []
     with tempfile.TemporaryDirectory() as place:
-        for name in arguments.shapes.split(","):
+        for name in named(arguments.shapes, SHAPES, "shape"):
             shape = SHAPES[name]
             model = model_path(shape, Path(place))
             for tokens in sorted({min(int(n), shape.longest) for n in arguments.tokens.split(",")}):
@@ -85,7 +85,8 @@ def run_all(arguments: argparse.Namespace, cluster: Cluster) -> list[Run]:
                     csa={"degrees": degrees, "spans": (-(-tokens // _CSA_CELLS),)},
                 )
                 if arguments.systems:
-                    wanted = arguments.systems.split(",")
+                    known = [system.name for system in chosen]
+                    wanted = named(arguments.systems, known, "system")
                     chosen = [s for s in chosen if s.name in wanted]
                 run = Run(shape=shape, tokens=tokens, systems=chosen)
                 folder = Path(tempfile.mkdtemp(dir=place))
@@ -137,9 +138,13 @@ def main() -> int:
     )  # so that all is removed
     try:
         require_means()
+        if arguments.nodes < 2 or arguments.repeats < 1:
+            raise ClusterError(
+                f"2 nodes and 1 repeat at least, got {arguments.nodes} and {arguments.repeats}"
+            )
         with emulated_cluster(arguments.nodes) as cluster:
             runs = run_all(arguments, cluster)
-    except (ClusterError, JobFailed) as error:
+    except (ClusterError, JobFailed, ValueError) as error:
         sys.stderr.write(f"cluster: {error}\n")
         return EXIT_COULD_NOT_RUN
     result = report(arguments, runs)

@@ -57,7 +57,7 @@ class Job:
         text = json.dumps(dataclasses.asdict(config))
         with self._log.open("w") as log:
             for rank, node in enumerate(nodes):
-                command = [*node.prefix, sys.executable, str(_RANK), text]
+                command = [*node.prefix, sys.executable, str(_RANK), str(os.getpid()), text]
                 environment = os.environ | rank_environment(rank, nodes, port)
                 process = subprocess.Popen(
                     command,

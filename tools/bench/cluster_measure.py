@@ -18,6 +18,7 @@ from sps2_mega.serving.llm import engine_config
 from tools.bench.cluster_figures import (
     Sample,
     balanced_rate,
+    communication_share,
     end_share,
     hidden_of_hideable,
     middle_of,
@@ -191,6 +192,7 @@ def at_rate(run: Run, rate: float, ranks: int) -> dict[str, float]:
         found["ulysses ttft, pipelined / plain"] = paired(
             here["ulysses-pipelined"], here["ulysses"]
         )
+        found["ulysses communication / computation, plain"] = communication_share(plain)
         found["share of bytes that cannot be hidden"] = ends
         found["hidden / could be hidden"] = hidden_of_hideable(plain, pipelined, ends)
     for name in here:

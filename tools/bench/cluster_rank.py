@@ -1,16 +1,22 @@
 """A rank of an emulated cluster: configuration as argument, on rank 0 prompts from stdin and measures to stdout.
 
-`python tools/bench/cluster_rank.py CONFIG`, both in JSON; started by `cluster_jobs`. It ends when stdin closes.
+`python tools/bench/cluster_rank.py PARENT CONFIG` with the starting process's id and EngineConfig in JSON; prompts and
+measures are JSON lines. Started by `cluster_jobs`. The job ends when stdin of rank 0 closes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sps2_mega.comm.parent_watch import PR_SET_PDEATHSIG
 
 NUM_LOGPROBS = 8
 
@@ -40,14 +46,22 @@ def prefill(engine: Any, number: int, tokens: list[int]) -> dict[str, Any]:
     }
 
 
+def end_with(parent: int) -> None:
+    """From now on this process dies with the one that started it, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it was faster
+        sys.exit(1)
+
+
 def main() -> int:
     from sps2_mega.comm.guard import guard
     from sps2_mega.config import engine_config_from_mapping
     from sps2_mega.engine.engine import Engine
     from sps2_mega.parallel.launcher import from_environment
 
+    end_with(int(sys.argv[1]))
     with guard(from_environment()):
-        engine = Engine.start(engine_config_from_mapping(json.loads(sys.argv[1])))
+        engine = Engine.start(engine_config_from_mapping(json.loads(sys.argv[2])))
         if not engine.is_driver:
             engine.run_worker()
             return 0

@@ -6,6 +6,7 @@ random weights: time does not depend on them, and shapes can then follow the que
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +135,19 @@ def systems(*, chunk_sizes: list[int], csa: dict[str, Any]) -> list[System]:
     ]
 
 
+def named(names: str, known: Collection[str], what: str) -> list[str]:
+    """Names from a list with commas.
+
+    Raises:
+        ValueError: one is not known; those that are known are listed.
+    """
+    found = names.split(",")
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; known are {', '.join(known)}")
+    return found
+
+
 def model_path(shape: Shape, folder: Path) -> str:
     """What `--model` gets: a Hugging Face folder written below `folder`, or the bundled model's name."""
     if shape.llama is None:
@@ -142,6 +156,7 @@ def model_path(shape: Shape, folder: Path) -> str:
     import transformers
 
     torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
     config = transformers.LlamaConfig(**shape.llama)
     target = folder / shape.name
     transformers.LlamaForCausalLM(config).save_pretrained(target)
