@@ -23,13 +23,14 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import machine
 from tools.bench.cluster_jobs import JobFailed, Jobs
-from tools.bench.cluster_measure import TOLERANCE, Measurement, Run, result_of, say
+from tools.bench.cluster_measure import TOLERANCE, Measurement, say
 from tools.bench.cluster_nodes import (
     Cluster,
     ClusterError,
@@ -38,6 +39,7 @@ from tools.bench.cluster_nodes import (
     require_means,
 )
 from tools.bench.cluster_plot import plot
+from tools.bench.cluster_result import Run, result_of
 from tools.bench.cluster_systems import SHAPES, model_path, named, systems
 
 EXIT_WRONG, EXIT_COULD_NOT_RUN = 1, 2
@@ -71,9 +73,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run_all(arguments: argparse.Namespace, cluster: Cluster) -> list[Run]:
+def run_all(arguments: argparse.Namespace, cluster: Cluster) -> Iterator[Run]:
     """One Run per model and length, one after the other."""
-    runs = []
     with tempfile.TemporaryDirectory() as place:
         for name in named(arguments.shapes, SHAPES, "shape"):
             shape = SHAPES[name]
@@ -100,8 +101,7 @@ def run_all(arguments: argparse.Namespace, cluster: Cluster) -> list[Run]:
                         folder=folder,
                     )
                     _measure(measurement, arguments)
-                runs.append(run)
-    return runs
+                yield run
 
 
 def _measure(measurement: Measurement, arguments: argparse.Namespace) -> None:
@@ -131,11 +131,19 @@ def report(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Any]:
     }
 
 
+def save(arguments: argparse.Namespace, runs: list[Run]) -> None:
+    """Writes docs/results/NAME.json and .png."""
+    path = machine.save(arguments.name, report(arguments, runs))
+    plot(runs, path.with_suffix(".png"))
+    say(f"written: {path}")
+
+
 def main() -> int:
     arguments = parser().parse_args()
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # so that all is removed
+    runs: list[Run] = []
     try:
         require_means()
         if arguments.nodes < 2 or arguments.repeats < 1:
@@ -143,15 +151,14 @@ def main() -> int:
                 f"2 nodes and 1 repeat at least, got {arguments.nodes} and {arguments.repeats}"
             )
         with emulated_cluster(arguments.nodes) as cluster:
-            runs = run_all(arguments, cluster)
+            for run in run_all(arguments, cluster):
+                runs.append(run)
+                if arguments.save:  # what is measured is kept, whatever comes next
+                    save(arguments, runs)
     except (ClusterError, JobFailed, ValueError) as error:
         sys.stderr.write(f"cluster: {error}\n")
         return EXIT_COULD_NOT_RUN
-    result = report(arguments, runs)
-    print(json.dumps(result, indent=2))
-    if arguments.save:
-        say(f"written: {machine.save(arguments.name, result)}")
-        plot(runs, machine.ROOT / "docs" / "results" / f"{arguments.name}.png")
+    print(json.dumps(report(arguments, runs), indent=2))
     wrong = {
         f"{run.shape.name} {name}": difference
         for run in runs

@@ -9,43 +9,20 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sps2_mega.config import EngineConfig
 from sps2_mega.serving.llm import engine_config
-from tools.bench.cluster_figures import (
-    Sample,
-    balanced_rate,
-    communication_share,
-    end_share,
-    hidden_of_hideable,
-    middle_of,
-    paired,
-    stages_of,
-    summary,
-)
+from tools.bench.cluster_figures import Sample, balanced_rate, middle_of, stages_of
 from tools.bench.cluster_jobs import Jobs
 from tools.bench.cluster_nodes import Cluster, Link, rate_name
-from tools.bench.cluster_systems import Shape, System
+from tools.bench.cluster_result import Run
+from tools.bench.cluster_systems import System
 
 _BLOCK = 16
 _IDLE_S = 7200.0  # a job may wait as long for its turn
 TOLERANCE = 1e-4  # of log-probabilities, float32
-
-
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """Samples of every system at every rate, and the largest difference of its answers from one rank's."""
-
-    shape: Shape
-    tokens: int
-    systems: list[System]
-    samples: dict[str, dict[float | None, list[Sample]]] = field(default_factory=dict)
-    differences: dict[str, float] = field(default_factory=dict)
-    tuning: dict[str, float] = field(default_factory=dict)
-    balance: float | None = None
 
 
 class Measurement:
@@ -69,7 +46,7 @@ class Measurement:
             self._prefill(system, repeat=0)
 
     def find_balance(self, rates: Sequence[float | None]) -> None:
-        """One look at dense Ulysses at each rate; the balanced rate becomes `run.balance`."""
+        """Three looks at dense Ulysses at each rate; the balanced rate becomes `run.balance`."""
         system = next((s for s in self.run.systems if s.name == "ulysses"), None)
         if system is None:
             return
@@ -77,7 +54,7 @@ class Measurement:
         for rate in rates:
             if rate is not None:
                 self.set_rate(rate)
-                samples[rate] = self._prefill(system, repeat=0)
+                samples[rate] = middle_of([self._prefill(system, repeat=0) for _ in range(3)])
         found = balanced_rate(samples)
         if found is not None:
             self.run.balance = float(f"{found:.2g}")
@@ -158,47 +135,6 @@ class Measurement:
         difference = max((abs(expected[t] - logprobs[t]) for t in shared), default=float("inf"))
         known = self.run.differences.get(system.name, 0.0)
         self.run.differences[system.name] = max(known, difference)
-
-
-def result_of(run: Run, ranks: int) -> dict[str, Any]:
-    """What goes into the result file."""
-    return {
-        "model": run.shape.about,
-        "tokens": run.tokens,
-        "balanced_rate": None if run.balance is None else rate_name(run.balance),
-        "chunk_sizes_ttft_s": run.tuning,
-        "max_logprob_difference": run.differences,
-        "at_balance": {} if run.balance is None else at_rate(run, run.balance, ranks),
-        "curves": {
-            name: {rate_name(rate): summary(samples) for rate, samples in by_rate.items()}
-            for name, by_rate in run.samples.items()
-        },
-    }
-
-
-def at_rate(run: Run, rate: float, ranks: int) -> dict[str, float]:
-    """Comparisons at one rate, of those systems that were measured."""
-    here = {name: by_rate[rate] for name, by_rate in run.samples.items() if rate in by_rate}
-    found = {}
-    if {"ulysses", "ulysses-pipelined"} <= here.keys():
-        plain, pipelined = middle_of(here["ulysses"]), middle_of(here["ulysses-pipelined"])
-        ends = end_share(
-            pipelined,
-            num_heads=run.shape.num_heads,
-            num_kv_heads=run.shape.num_kv_heads,
-            ranks=ranks,
-            tokens=run.tokens,
-        )
-        found["ulysses ttft, pipelined / plain"] = paired(
-            here["ulysses-pipelined"], here["ulysses"]
-        )
-        found["ulysses communication / computation, plain"] = communication_share(plain)
-        found["share of bytes that cannot be hidden"] = ends
-        found["hidden / could be hidden"] = hidden_of_hideable(plain, pipelined, ends)
-    for name in here:
-        if name.startswith("tp") and "csa-pipelined" in here:
-            found[f"ttft {name} / csa-pipelined"] = paired(here[name], here["csa-pipelined"])
-    return found
 
 
 def prompt(length: int, vocab_size: int, *, seed: int) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tools.bench.cluster_figures import middle_of
-from tools.bench.cluster_measure import Run
+from tools.bench.cluster_nodes import rate_name
+from tools.bench.cluster_result import Run
 
 _FREE = 4e10  # where the free link is drawn, bits per second
 
@@ -23,6 +24,8 @@ def plot(runs: list[Run], path: Path) -> None:
     )
     for column, run in enumerate(runs):
         times, waits = axes[0][column], axes[1][column]
+        measured = sorted({rate for by in run.samples.values() for rate in by}, key=_place)
+        ticks = [_place(rate) for rate in measured]
         for number, system in enumerate(run.systems):
             by_rate = run.samples[system.name]
             rates = sorted(by_rate, key=_place)
@@ -45,14 +48,16 @@ def plot(runs: list[Run], path: Path) -> None:
         waits.set_ylabel("exposed communication, s")
         for panel in (times, waits):
             panel.set_xscale("log")
-            panel.set_xlabel("link rate, Mbit/s")
-            panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
+            panel.set_xlabel("link rate, bit/s (dotted: communication = computation)")
+            panel.set_xticks(ticks, [rate_name(rate).removesuffix("bit") for rate in measured])
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
             if run.balance is not None:
                 panel.axvline(run.balance, color="black", linewidth=0.8, linestyle=":")
         times.set_yscale("log")
         times.yaxis.set_major_formatter("{x:g}")
         waits.set_yscale("symlog", linthresh=0.1)
+        waits.set_ylim(bottom=0)
         waits.yaxis.set_major_formatter("{x:g}")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")

@@ -20,7 +20,7 @@ from tools.bench.cluster_figures import (
     summary,
 )
 from tools.bench.cluster_jobs import rank_environment
-from tools.bench.cluster_measure import Run, at_rate, prompt, result_of
+from tools.bench.cluster_measure import prompt
 from tools.bench.cluster_nodes import (
     ClusterError,
     Link,
@@ -30,6 +30,7 @@ from tools.bench.cluster_nodes import (
     rate_name,
     shaping_commands,
 )
+from tools.bench.cluster_result import Run, at_rate, result_of
 from tools.bench.cluster_systems import SHAPES, named, systems
 
 CSA = {"degrees": (1, 4), "spans": (125,)}
