@@ -2,11 +2,13 @@
 
     python tools/eval_accuracy.py [--model DIR] [--data FILE|FOLDER] [--settings dense keys-d4 paper-d4 ...]
     torchrun --nproc-per-node 4 tools/eval_accuracy.py --sp 4          (or deepspeed --num_gpus 4 ...)
+    python tools/eval_accuracy.py --merge A.json B.json --name all     (measures nothing: one result of several)
 
 For each setting and length: bits per byte of held-out text by position, KL of the next token's distribution from
-dense attention, and exact answers to generated retrieval probes by depth. Prefill follows the setting, decode is
-always dense. Weights are loaded once. The output folder gets NAME.json (after each setting), NAME.md and NAME.png
-(needs matplotlib, extra `bench`). Names of settings are explained in tools/eval/settings.py.
+dense attention, and exact answers to generated retrieval probes by depth, in a first or a second turn. Several
+--seeds are pooled. Weights are loaded once. The output folder gets NAME.json (after each setting), NAME.md, and
+NAME.png and NAME-frontier.png (need matplotlib, extra `bench`). Names of settings are explained in
+tools/eval/settings.py.
 
 Exit code 2 when the command cannot run as given.
 """
@@ -14,7 +16,6 @@ Exit code 2 when the command cannot run as given.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
@@ -25,22 +26,14 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout not installed
 from sps2_mega.config import DTYPES, EngineConfig, ParallelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
-from tools.eval.settings import DEFAULT_SETTINGS, Extents, cost, csa_config, parse_span
-from tools.eval.tasks import DEPTHS, TASKS, Probe, make_probe
+from tools.eval.settings import DEFAULT_SETTINGS, Extents, named_setting, parse_span
+from tools.eval.tasks import DEPTHS, TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 if TYPE_CHECKING:
-    from sps2_mega.engine.tokenizer import Tokenizer
     from sps2_mega.parallel.launcher import LaunchInfo
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What every setting is measured on, by length."""
-
-    windows: dict[int, list[list[int]]]
-    probes: dict[int, list[Probe]]
+    from tools.eval.workload import Amounts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     info = from_environment()
     with guard(info):
         try:
-            return run(args, info)
+            return merge(args) if args.merge else run(args, info)
         except (ConfigError, CheckpointError) as error:
             if info.rank == 0:
                 print(f"eval_accuracy: error: {error}", file=sys.stderr)
@@ -60,10 +53,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, info: LaunchInfo) -> int:
     """All settings on this rank; rank 0 writes."""
+    from tqdm import tqdm
+
     from sps2_mega.comm.collectives import broadcast_bytes
     from sps2_mega.engine.startup import failing, start_rank
     from sps2_mega.mcore.init import finalize, refuse
     from tools.eval.measure import Job
+    from tools.eval.report import write_json, write_report
+    from tools.eval.study import measure_settings
+    from tools.eval.workload import Workload, prepare
 
     config = EngineConfig(
         model=args.model,
@@ -74,175 +72,102 @@ def run(args: argparse.Namespace, info: LaunchInfo) -> int:
         threads=args.threads,
         max_model_len=max(args.lengths) + 64,
     )
+    amounts = _amounts(args)
     try:
         # Every rank prepares, so that a mistake is found on all of them; what is measured is rank 0's.
-        settings = list(dict.fromkeys(["dense", *args.settings]))
+        names = list(dict.fromkeys(["dense", *args.settings]))
         extents = Extents(
             spans=tuple(map(parse_span, args.spans)),
             sinks=args.sinks,
             halo=args.halo,
             tail=args.tail,
         )
-        for name in settings:
-            csa_config(name, min(args.lengths), extents)
-        tokenizer, work = prepare(args, config)
+        for name in names:
+            named_setting(name, min(args.lengths), extents)
+        tokenizer, work = prepare(amounts, config, args.data)
     except (ConfigError, CheckpointError) as error:
         if info.world_size > 1:
             refuse(info, str(error))
         raise
     started = start_rank(config, info, show_progress=info.rank == 0)
     with failing(started.lifeline):
-        packed = json.dumps(dataclasses.asdict(work)).encode() if info.rank == 0 else None
-        work = unpack(broadcast_bytes(packed, started.groups.control))
-        result = measure_all(args, Job(config, started), tokenizer, work, settings, extents)
+        packed = work.pack() if info.rank == 0 else None
+        work = Workload.unpack(broadcast_bytes(packed, started.groups.control))
+        facts = _facts(args, started.resolved.name)
+        path = args.output / f"{args.name}.json"
+        count = sum(len(work.windows[n]) + len(work.probes[n]) for n in args.lengths) * len(names)
+        with tqdm(total=count, unit="prompt", disable=info.rank != 0) as bar:
+
+            def on_prompt(name: str) -> None:
+                bar.set_description(name, refresh=False)
+                bar.update()
+
+            def on_setting(measured: dict[str, Any]) -> None:
+                if info.rank == 0:
+                    write_json(facts | {"settings": measured}, path)
+
+            measured = measure_settings(
+                names,
+                Job(config, started),
+                tokenizer,
+                work,
+                amounts,
+                extents,
+                kl_stride=args.kl_stride,
+                on_prompt=on_prompt,
+                on_setting=on_setting,
+            )
     started.lifeline.close()
     finalize()
     if info.rank == 0:
-        write(args, result, final=True)
+        write_report(facts | {"settings": measured}, path)
     return 0
 
 
-def prepare(args: argparse.Namespace, config: EngineConfig) -> tuple[Tokenizer, Workload]:
-    """Tokenizer, windows and probes of all lengths."""
-    from sps2_mega.checkpoint.resolve import resolve_model
-    from sps2_mega.engine.tokenizer import Tokenizer
-    from tools.eval.texts import load_texts, windows
+def merge(args: argparse.Namespace) -> int:
+    """One result of several that differ in lengths only, and its tables and pictures."""
+    from tools.eval.report import merged, write_json, write_report
 
-    resolved = resolve_model(config.model, tokenizer=config.tokenizer)
-    if resolved.tokenizer is None:
-        raise ConfigError(f"{config.model} has no tokenizer: name one with --tokenizer")
-    tokenizer = Tokenizer.load(resolved.tokenizer)
-    texts = load_texts(args.data)
-    work = Workload(windows={}, probes={})
-    for length in args.lengths:
-        work.windows[length] = windows(
-            texts, tokenizer, length=length, count=args.texts, seed=args.seed
-        )
-        work.probes[length] = [
-            make_probe(
-                task,
-                length=length,
-                depth=depth,
-                index=index,
-                seed=args.seed,
-                texts=texts,
-                tokenizer=tokenizer,
-            )
-            for task in args.tasks
-            for depth in args.depths
-            for index in range(args.probes)
-        ]
-    return tokenizer, work
+    results = []
+    for path in args.merge:
+        if not path.is_file():
+            raise ConfigError(f"--merge {path}: no such file")
+        results.append(json.loads(path.read_text()))
+    result = merged(results, [str(path) for path in args.merge])
+    path = args.output / f"{args.name}.json"
+    write_json(result, path)
+    write_report(result, path)
+    return 0
 
 
-def unpack(packed: bytes) -> Workload:
-    given = json.loads(packed)
-    return Workload(
-        windows={int(length): found for length, found in given["windows"].items()},
-        probes={
-            int(length): [Probe(**p) for p in found] for length, found in given["probes"].items()
-        },
+def _amounts(args: argparse.Namespace) -> Amounts:
+    from tools.eval.workload import Amounts
+
+    return Amounts(
+        lengths=tuple(args.lengths),
+        seeds=tuple(dict.fromkeys(args.seeds)),
+        texts=args.texts,
+        tasks=tuple(args.tasks),
+        depths=tuple(args.depths),
+        probes=args.probes,
     )
 
 
-def measure_all(
-    args: argparse.Namespace,
-    job: Any,
-    tokenizer: Tokenizer,
-    work: Workload,
-    settings: list[str],
-    extents: Extents,
-) -> dict[str, Any]:
-    from tqdm import tqdm
-
+def _facts(args: argparse.Namespace, model: str) -> dict[str, Any]:
     from tools.bench.machine import describe
-    from tools.eval.measure import answer_probes, score_texts, text_measures
 
-    model = job.started.resolved.config
-    driver = job.started.groups.global_rank == 0
-    result: dict[str, Any] = {
+    return {
         "command": f"python tools/eval_accuracy.py {shlex.join(sys.argv[1:])}".strip(),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe(),
-        "model": job.started.resolved.name,
+        "model": model,
         "data": str(args.data or "held-out files of Python's library"),
         "ranks": {"tp": args.tp, "sp": args.sp},
-        "seed": args.seed,
+        "seeds": args.seeds,
         "lengths": args.lengths,
         "depths": args.depths,
         "tasks": args.tasks,
-        "settings": {},
     }
-    count = sum(len(work.windows[n]) + len(work.probes[n]) for n in args.lengths)
-    dense: dict[int, Any] = {}
-    with tqdm(total=count * len(settings), unit="prompt", disable=not driver) as bar:
-        for name in settings:
-            bar.set_description(name)
-            measured = result["settings"][name] = {}
-            for length in args.lengths:
-                csa = csa_config(name, length, extents)
-                scores = score_texts(
-                    job,
-                    csa,
-                    work.windows[length],
-                    tokenizer,
-                    stride=args.kl_stride,
-                    on_done=bar.update,
-                )
-                dense.setdefault(length, scores)
-                probes = work.probes[length]
-                verdicts = answer_probes(job, csa, probes, tokenizer, on_done=bar.update)
-                measured[str(length)] = {
-                    "csa": dataclasses.asdict(csa),
-                    "cost": dataclasses.asdict(cost(csa, length, model)),
-                    "text": text_measures(scores, dense[length], args.tail),
-                    "tasks": by_task(args, probes, verdicts),
-                }
-            if driver:
-                write(args, result, final=False)
-    return result
-
-
-def by_task(
-    args: argparse.Namespace, probes: list[Probe], verdicts: list[tuple[bool, float]]
-) -> dict[str, Any]:
-    """Share of exact answers, and of answers' first characters, per task; exact ones per depth too."""
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    found = {}
-    for task in args.tasks:
-        mine = [(p, v) for p, v in zip(probes, verdicts, strict=True) if p.task == task]
-        found[task] = {
-            "exact": mean([v[0] for _, v in mine]),
-            "prefix": mean([v[1] for _, v in mine]),
-            "depths": {
-                str(depth): mean([v[0] for p, v in mine if p.depth == depth])
-                for depth in args.depths
-            },
-            "num_probes": len(mine),
-        }
-    return found
-
-
-def write(args: argparse.Namespace, result: dict[str, Any], *, final: bool) -> None:
-    from tools.eval.report import heatmap, markdown
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{args.name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    if not final:
-        return
-    table = markdown(result)
-    path.with_suffix(".md").write_text(table)
-    print(table)
-    if args.tasks:
-        try:
-            heatmap(result, path.with_suffix(".png"))
-        except ModuleNotFoundError as error:
-            print(f"no picture: {error}; install the extra 'bench'", file=sys.stderr)
-    print(f"written: {path}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -259,19 +184,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=DTYPES)
     add("--threads", type=int, help="CPU threads per rank")
     add("--settings", nargs="+", default=list(DEFAULT_SETTINGS), metavar="NAME")
-    add("--spans", nargs="+", default=["1/8", "1/2"], metavar="N|P/Q", help="nearest first")
+    add("--spans", nargs="+", default=["1/8", "1/4", "1/2"], metavar="N|P/Q", help="nearest first")
     add("--sinks", type=int, default=16)
     add("--halo", type=int, default=128)
     add("--tail", type=int, default=128)
     add("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="TOKENS")
-    add("--texts", type=_positive, default=12, help="held-out windows per length")
+    add("--texts", type=_positive, default=12, help="held-out windows per length and seed")
     add("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     add("--depths", nargs="+", type=float, default=list(DEPTHS))
-    add("--probes", type=_positive, default=4, help="per task, length and depth")
+    add("--probes", type=_positive, default=4, help="per task, length, depth and seed")
     add("--kl-stride", type=_positive, default=8, help="divergence at every N-th token")
-    add("--seed", type=int, default=0, help="of texts and probes")
+    add(
+        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="of texts and probes; pooled"
+    )
     add("--name", default="accuracy", help="of the result files")
     add("--output", type=Path, default=ROOT / "docs" / "results", metavar="FOLDER")
+    add(
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="put results of other lengths together",
+    )
     # Launchers add this one; the rank comes from the environment.
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser

@@ -16,6 +16,7 @@ LENGTHS = (2, 17, 333, 700)
 POSITIONS = (0, 1, 15, 16, 40, 331)
 DENSE = CSAConfig()
 SPARSE = CSAConfig(degrees=(1, 4), spans=(48,), sinks=4, halo=16, tail=8)
+BLOCKS = CSAConfig(degrees=(1, 2, 4), spans=(48, 100), sinks=4, halo=16, tail=8, block=16)
 PAPER = CSAConfig(degrees=(1, 2, 4), spans=(32, 96), sinks=0, halo=0, tail=0, sample_queries=True)
 
 
@@ -108,16 +109,17 @@ def test_dense_scores_are_those_of_transformers(oracle, name, tp, sp, transport)
 
 def test_sparse_scores_do_not_depend_on_the_ranks(oracle):
     folder, _ = oracle["qwen3"]
-    settings = [SPARSE, PAPER, DENSE]
+    settings = [SPARSE, PAPER, BLOCKS, DENSE]
     expected = scores(folder, 1, 1, settings)
     for tp, sp in [(1, 4), (2, 2)]:
         for setting, reference in zip(scores(folder, tp, sp, settings), expected, strict=True):
             for (logprobs, rows), (wanted, wanted_rows) in zip(setting, reference, strict=True):
                 torch.testing.assert_close(logprobs, wanted, rtol=0, atol=1e-4)
                 torch.testing.assert_close(rows, wanted_rows, rtol=0, atol=1e-4)
-    sparse, paper, dense = (setting[-1][0] for setting in expected)
+    sparse, paper, blocks, dense = (setting[-1][0] for setting in expected)
     assert (sparse - dense).abs().max() > 0.01  # the patterns are really applied
     assert (paper - sparse).abs().max() > 0.01
+    assert (blocks - sparse).abs().max() > 0.01
     # Nothing changes for queries whose own cell begins at 0, nor is the tail's first query the body's.
     torch.testing.assert_close(sparse[:48], dense[:48], rtol=0, atol=1e-4)
 

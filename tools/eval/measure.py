@@ -1,13 +1,11 @@
-"""Measures of one attention setting through the engine: scores of texts, and answers to probes.
+"""Scores of held-out texts under one attention setting, through the engine's prefill.
 
-Every rank calls with the same arguments: each has its own copy of the scheduler, and since all ranks see the
-same sampled tokens, all copies make the same plans. Decides no setting, text or task.
+Every rank calls with the same arguments. Decides no setting and no text. Answers to probes are `answers`'.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,13 +15,9 @@ import torch
 from torch import Tensor
 
 from sps2_mega.config import CSAConfig, EngineConfig
-from sps2_mega.engine.prefill_choice import prompt_layout
-from sps2_mega.engine.scheduler import Scheduler
 from sps2_mega.engine.scoring import executor_with, score_prompt
 from sps2_mega.engine.startup import StartedRank
 from sps2_mega.engine.tokenizer import Tokenizer
-from sps2_mega.types import SamplingParams, Sequence
-from tools.eval.tasks import Probe, judge
 
 NUM_BUCKETS = 8
 
@@ -120,64 +114,6 @@ def text_measures(scores: TextScores, dense: TextScores, tail: int) -> dict[str,
         "num_windows": num_windows,
         "num_tokens": nats.numel(),
     }
-
-
-def answer_probes(
-    job: Job,
-    csa: CSAConfig,
-    probes: list[Probe],
-    tokenizer: Tokenizer,
-    *,
-    on_done: Callable[[], None],
-) -> list[tuple[bool, float]]:
-    """What `judge` says of each probe's greedy continuation: prefill under `csa`, dense decode."""
-    outputs = _generate(
-        job, csa, [p.prompt_ids for p in probes], [p.new_tokens for p in probes], on_done
-    )
-    return [
-        judge(probe.answer, tokenizer.decode(ids).lstrip(" "))
-        for probe, ids in zip(probes, outputs, strict=True)
-    ]
-
-
-def _generate(
-    job: Job,
-    csa: CSAConfig,
-    prompts: list[list[int]],
-    new_tokens: list[int],
-    on_done: Callable[[], None],
-) -> list[list[int]]:
-    """Greedy tokens of each prompt; fewer than asked for where the model gave no finite logits."""
-    executor = executor_with(job.started.executor, csa)
-    scheduler = Scheduler(
-        job.config.scheduler,
-        block_size=executor.pool.block_size,
-        num_blocks=executor.pool.num_blocks,
-        sp_size=executor.groups.sp.size,
-        max_model_len=job.started.max_model_len,
-        vocab_size=executor.config.vocab_size,
-        layout=prompt_layout(executor.transport, csa),
-    )
-    sequences = [
-        Sequence(
-            seq_id=number,
-            prompt_token_ids=prompt,
-            params=SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True),
-            seed=0,
-            max_tokens=count,
-            arrival_time=0.0,
-        )
-        for number, (prompt, count) in enumerate(zip(prompts, new_tokens, strict=True))
-    ]
-    for sequence in sequences:
-        refusal = scheduler.add(sequence)
-        assert refusal is None, f"the lengths were checked before the start: {refusal}"
-    while (plan := scheduler.plan(time.monotonic())) is not None:
-        with job.step(plan.mode.name.lower()):
-            output = executor.execute(plan)
-        for _ in scheduler.commit(plan, output, time.monotonic()):
-            on_done()
-    return [sequence.output_token_ids for sequence in sequences]
 
 
 def _bits_per_byte(nats_WT: Tensor, bytes_WT: Tensor) -> Tensor:

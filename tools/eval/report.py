@@ -1,12 +1,79 @@
-"""Results as a markdown table and as a picture: depth by length for each task and setting.
+"""Results as files: JSON, markdown tables and pictures; and several results as one.
 
-Decides how numbers are shown, measures nothing.
+Decides how numbers are shown, measures nothing. The pictures themselves are `pictures`'.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from sps2_mega.errors import ConfigError
+
+_SAME = ("model", "data", "seeds", "depths", "tasks")
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded(result), indent=1) + "\n")
+
+
+def write_report(result: dict[str, Any], path: Path) -> None:
+    """NAME.md, and NAME.png and NAME-frontier.png where matplotlib is there, beside `path` (NAME.json)."""
+    table = markdown(rounded(result))
+    path.with_suffix(".md").write_text(table + "\n")
+    print(table)
+    try:
+        from tools.eval.pictures import frontier, heatmap
+
+        if result["tasks"]:
+            heatmap(result, path.with_suffix(".png"))
+        frontier(result, path.with_name(f"{path.stem}-frontier.png"))
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error}; install the extra 'bench'", file=sys.stderr)
+    print(f"written: {path}")
+
+
+def rounded(value: Any) -> Any:
+    """Floats to 6 significant digits: more is noise, and files stay readable."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def merged(results: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """One result with the lengths of all, in ascending order. `names` are for messages.
+
+    Raises:
+        ConfigError: they are not of the same model, data, seeds, depths, tasks and settings, or a length is twice.
+    """
+    first = results[0]
+    lengths = sorted(length for result in results for length in result["lengths"])
+    if len(set(lengths)) < len(lengths):
+        raise ConfigError(f"results {', '.join(names)} have a length twice: {lengths}")
+    for result, name in zip(results, names, strict=True):
+        for key in _SAME:
+            if result[key] != first[key]:
+                raise ConfigError(f"{name} has {key} {result[key]}, {names[0]} {first[key]}")
+        if list(result["settings"]) != list(first["settings"]):
+            raise ConfigError(f"{name} and {names[0]} have different settings")
+    return first | {
+        "command": " && ".join(result["command"] for result in results),
+        "lengths": lengths,
+        "settings": {
+            name: {
+                str(length): result["settings"][name][str(length)]
+                for length in lengths
+                for result in results
+                if length in result["lengths"]
+            }
+            for name in first["settings"]
+        },
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -15,61 +82,19 @@ def markdown(result: dict[str, Any]) -> str:
     lines = []
     for length in map(str, result["lengths"]):
         some = next(iter(result["settings"].values()))[length]
+        head = ["setting", "FLOPs", "keys moved", "bytes moved", "keys read by decode"]
+        head += ["bits per byte", "change", "KL from dense", *tasks]
         lines += [
             f"### {length} tokens",
             "",
             f"{some['text']['num_windows']} texts, {_num_probes(some, tasks)} probes per task.",
             "",
-            "| setting | attention FLOPs | keys moved | bits per byte | change | KL from dense | "
-            + " | ".join(tasks)
-            + " |",
-            "|---" * (6 + len(tasks)) + "|",
+            "| " + " | ".join(head) + " |",
+            "|---" * len(head) + "|",
+            *(_row(name, found[length], tasks) for name, found in result["settings"].items()),
+            "",
         ]
-        for name, by_length in result["settings"].items():
-            lines.append(_row(name, by_length[length], tasks))
-        lines.append("")
-    return "\n".join(lines)
-
-
-def heatmap(result: dict[str, Any], path: Path) -> None:
-    """Share of exact answers for each depth (down) and length (across). Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    settings, tasks = list(result["settings"]), result["tasks"]
-    lengths, depths = result["lengths"], result["depths"]
-    figure, grid = plt.subplots(
-        len(tasks),
-        len(settings),
-        figsize=(1.0 + 1.35 * len(settings), 0.8 + 1.75 * len(tasks)),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
-    for row, task in zip(grid, tasks, strict=True):
-        for axes, name in zip(row, settings, strict=True):
-            cells = [
-                [
-                    result["settings"][name][str(length)]["tasks"][task]["depths"][str(depth)]
-                    for length in lengths
-                ]
-                for depth in depths
-            ]
-            axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            for y, shares in enumerate(cells):
-                for x, share in enumerate(shares):
-                    axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
-            axes.set_xticks(range(len(lengths)), lengths, fontsize=7)
-            axes.set_yticks(range(len(depths)), depths, fontsize=7)
-        row[0].set_ylabel(task)
-    for axes, name in zip(grid[0], settings, strict=True):
-        axes.set_title(name, fontsize=8)
-    figure.suptitle(f"{result['model']}: % answered exactly, depth by prompt length", fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return "\n".join(lines).rstrip()
 
 
 def _row(name: str, measured: dict[str, Any], tasks: list[str]) -> str:
@@ -80,8 +105,7 @@ def _row(name: str, measured: dict[str, Any], tasks: list[str]) -> str:
     kl = text["kl_from_dense"]
     cells = [
         f"`{name}`",
-        f"{cost['flops']:.2f}",
-        f"{cost['keys_moved']:.2f}",
+        *(f"{cost[key]:.2f}" for key in ("flops", "keys_moved", "bytes_moved", "decode_keys")),
         f"{text['bits_per_byte']:.4f}",
         change,
         "" if kl is None or name == "dense" else f"{kl:.4f}",

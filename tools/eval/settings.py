@@ -1,11 +1,13 @@
-"""Attention settings by name, as `keys-d4-nohalo`, and what each costs: no torch, no model.
+"""Attention settings by name, as `keys-d4-b16-nohalo`, and what each means: no torch, no model.
 
 dense              exact attention
 keys-d4            far keys strided by 4, with sinks, halo and exact tail
-keys-d2.4          three levels: 1 key in 2 of the middle one, 1 in 4 beyond
+keys-d2.4          three levels: 1 key in 2 of the middle one, 1 in 4 beyond; keys-d2.4.8 has four
 local              no far keys at all: the own cell, sinks, halo and exact tail
 paper-d4           far keys and queries strided, and nothing else, as the paper's code does
+...-b16            blocks of 16 neighbouring keys are kept or dropped together
 ...-nosinks  ...-nohalo  ...-notail      without one of them; -tail gives `paper` the exact tail
+...-stridedecode   generated tokens too see only what the pattern shows; otherwise they see all keys
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from sps2_mega.attention.pattern import CSAPattern
-from sps2_mega.attention.volume import flops_ratio, visible_keys
-from sps2_mega.config import CSAConfig, ModelConfig
+from sps2_mega.attention.pattern import MAX_DEGREE
+from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 
 DEFAULT_SETTINGS = (
@@ -25,22 +26,28 @@ DEFAULT_SETTINGS = (
     "keys-d4",
     "keys-d8",
     "keys-d2.4",
+    "keys-d2.4.8",
+    "keys-d4-b16",
     "keys-d4-nohalo",
+    "keys-d2-notail",
     "keys-d4-notail",
+    "keys-d4-stridedecode",
+    "keys-d4-notail-stridedecode",
     "local",
+    "paper-d2",
     "paper-d4",
     "paper-d4-tail",
 )
 _NAME = re.compile(
-    r"(?P<kind>dense|local|keys|paper)(?:-d(?P<degrees>\d+(?:\.\d+)*))?"
-    r"(?P<changes>(?:-(?:nosinks|nohalo|notail|tail))*)"
+    r"(?P<kind>dense|local|keys|paper)(?:-d(?P<degrees>\d+(?:\.\d+)*))?(?:-b(?P<block>\d+))?"
+    r"(?P<changes>(?:-(?:nosinks|nohalo|notail|tail|stridedecode))*)"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extents:
-    """Tokens that settings share. Spans are tokens (int) or shares of the length (Fraction), nearest first;
-    a setting of n levels takes the first n-1."""
+    """Tokens that settings share. Spans are tokens (int) or shares of the length (Fraction), nearest first. A
+    setting of n levels takes the first one and, beyond it, the last n-2."""
 
     spans: tuple[int | Fraction, ...]
     sinks: int
@@ -49,13 +56,11 @@ class Extents:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Of a whole prompt relative to dense attention. `flops`: attention pairs computed. `keys_moved`: rows of K
-    and V that cells of the nearest span need from each other, where each cell is a rank. The exact tail moves
-    queries instead; it is in `flops` and not in `keys_moved`."""
+class Setting:
+    """How a prompt is prefilled, and whether generated tokens follow the same pattern or see all keys."""
 
-    flops: float
-    keys_moved: float
+    csa: CSAConfig
+    sparse_decode: bool
 
 
 def parse_span(text: str) -> int | Fraction:
@@ -73,8 +78,8 @@ def parse_span(text: str) -> int | Fraction:
     return share if share.denominator > 1 else int(share)
 
 
-def csa_config(name: str, length: int, extents: Extents) -> CSAConfig:
-    """The configuration that `name` stands for at prompts of `length` tokens.
+def named_setting(name: str, length: int, extents: Extents) -> Setting:
+    """What `name` stands for at prompts of `length` tokens.
 
     Raises:
         ConfigError: the name is not understood, or there are fewer spans than it has levels.
@@ -82,66 +87,35 @@ def csa_config(name: str, length: int, extents: Extents) -> CSAConfig:
     match = _NAME.fullmatch(name)
     if match is None or (match["degrees"] is None) != (match["kind"] in ("dense", "local")):
         raise ConfigError(
-            f"setting {name!r}: use dense, local, keys-dN or paper-dN (N.M for three levels), "
-            "then -nosinks, -nohalo, -notail or -tail"
+            f"setting {name!r}: use dense, local, keys-dN or paper-dN (N.M for three levels), then -bN for "
+            "blocks of N keys, then -nosinks, -nohalo, -notail, -tail or -stridedecode"
         )
     kind, changes = match["kind"], match["changes"].split("-")[1:]
     if kind == "dense":
-        if changes:
-            raise ConfigError(f"setting {name!r}: dense has no sinks, halo or tail")
-        return CSAConfig()
+        if changes or match["block"]:
+            raise ConfigError(f"setting {name!r}: dense has no sinks, halo, tail, block or stride")
+        return Setting(csa=CSAConfig(), sparse_decode=False)
     # A stride as long as the prompt leaves each head one key, among the first few tokens.
-    far = [length] if kind == "local" else [int(part) for part in match["degrees"].split(".")]
-    if len(far) > len(extents.spans):
-        raise ConfigError(
-            f"setting {name!r} has {len(far) + 1} levels and needs {len(far)} spans, "
-            f"got {len(extents.spans)}"
-        )
-    spans = [
-        span if isinstance(span, int) else max(1, int(span * length)) for span in extents.spans
-    ]
+    local = [max(1, min(length, MAX_DEGREE))]
+    far = local if kind == "local" else [int(part) for part in match["degrees"].split(".")]
     paper = kind == "paper"
-    return CSAConfig(
+    csa = CSAConfig(
         degrees=(1, *far),
-        spans=tuple(spans[: len(far)]),
+        spans=_spans(name, len(far), length, extents),
         sinks=0 if paper or "nosinks" in changes else extents.sinks,
         halo=0 if paper or "nohalo" in changes else extents.halo,
         tail=0 if (paper and "tail" not in changes) or "notail" in changes else extents.tail,
         sample_queries=paper,
+        block=int(match["block"] or 1),
     )
+    return Setting(csa=csa, sparse_decode="stridedecode" in changes)
 
 
-def cost(csa: CSAConfig, length: int, model: ModelConfig) -> Cost:
-    """Exact counts for a prompt of `length` tokens, averaged over the model's first layers."""
-    if csa.exact or csa.spans is None:
-        return Cost(flops=1.0, keys_moved=1.0)
-    pattern = CSAPattern(
-        degrees=csa.degrees,
-        spans=csa.spans,
-        sinks=csa.sinks,
-        halo=csa.halo,
-        tail=csa.tail,
-        sample_queries=csa.sample_queries,
-    )
-    heads = range(model.num_kv_heads)
-    layers = range(min(model.num_layers, 4))
-    cells = [
-        range(start, min(start + csa.spans[0], length - csa.tail))
-        for start in range(csa.spans[0], length - csa.tail, csa.spans[0])
-    ]
-    moved = sum(
-        part.num_rows
-        for layer in layers
-        for cell in cells
-        for part in visible_keys(
-            pattern,
-            prompt_len=length,
-            queries=cell,
-            keys=range(cell.start),
-            kv_heads=heads,
-            layer=layer,
+def _spans(name: str, count: int, length: int, extents: Extents) -> tuple[int, ...]:
+    if count > len(extents.spans):
+        raise ConfigError(
+            f"setting {name!r} has {count + 1} levels and needs {count} spans, "
+            f"got {len(extents.spans)}"
         )
-    )
-    all_rows = len(layers) * len(heads) * sum(cell.start for cell in cells)
-    ratios = [flops_ratio(pattern, prompt_len=length, kv_heads=heads, layer=i) for i in layers]
-    return Cost(flops=sum(ratios) / len(ratios), keys_moved=moved / all_rows if all_rows else 0.0)
+    chosen = [extents.spans[0], *extents.spans[len(extents.spans) - count + 1 :]]
+    return tuple(s if isinstance(s, int) else max(1, int(s * length)) for s in chosen)

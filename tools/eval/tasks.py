@@ -8,12 +8,13 @@ a probe has a depth; documents with questions all over are `tools.train.tasks`'.
     reference      the same, and the name asked for is defined by another name: that name and its number
     multi_needle   three numbers of one list, asked for in order; the first is at the depth
     copy           48 letters without meaning, to be written again
+    second_turn    key_value, asked after another name was asked for and answered: a prompt behind a cached one
 """
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,9 +24,10 @@ from tools.eval.texts import Texts, bos_prefix
 from tools.train.document import Event, interleave
 from tools.train.tasks import digits, names
 
-TASKS = ("passkey", "key_value", "reference", "multi_needle", "copy")
+TASKS = ("passkey", "key_value", "reference", "multi_needle", "copy", "second_turn")
 DEPTHS = (0.05, 0.275, 0.5, 0.725, 0.95)
 _NUM_NEEDLES = 3
+_NUM_NAMES = 10
 _COPY_LEN = 48
 _SHORTEST = 300  # bytes that the longest task and a little code need
 _ATTEMPTS = 12
@@ -33,14 +35,17 @@ _ATTEMPTS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """`prompt_ids` and the answer together are at most `length` tokens, and not much less."""
+    """`prompt_ids` and the answer together are at most `length` tokens, and not much less. With `question_ids` the
+    prompt is a first turn that is answered by `new_tokens` too, and the question follows in a second one."""
 
     task: str
     length: int
     depth: float
+    seed: int
     prompt_ids: list[int]
     answer: str
     new_tokens: int
+    question_ids: list[int] = field(default_factory=list)
 
 
 def judge(answer: str, text: str) -> tuple[bool, float]:
@@ -73,25 +78,34 @@ def make_probe(
     wanted = length - len(prefix)
     size = wanted
     best: Probe | None = None
+    best_total = 0
     for _ in range(_ATTEMPTS):
         if size < _SHORTEST:
             break
-        prompt, answer = _text(task, size, depth, np.random.default_rng(numbers), texts)
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
-        answer_ids = tokenizer.encode(answer, add_special_tokens=False)
-        exact = len(ids) == len(prompt.encode())
-        if not exact:
-            # A tokenizer of words joins the last blank with the answer's first word.
-            ids = tokenizer.encode(prompt.rstrip(" "), add_special_tokens=False)
-        total = len(ids) + len(answer_ids)
-        if total <= wanted and (best is None or total > len(best.prompt_ids) - len(prefix)):
+        text = _text(task, size, depth, np.random.default_rng(numbers), texts)
+        ids = tokenizer.encode(text.prompt, add_special_tokens=False)
+        answer_ids = tokenizer.encode(text.answer, add_special_tokens=False)
+        exact = len(ids) == len(text.prompt.encode())
+        # A tokenizer of words joins the last blank with the answer's first word.
+        ids, question_ids = (
+            tokenizer.encode(part if exact else part.rstrip(" "), add_special_tokens=False)
+            for part in (text.prompt, text.question)
+        )
+        new_tokens = len(answer_ids) + (0 if exact else 2)
+        total = (
+            len(ids) + len(answer_ids) + (new_tokens + len(question_ids) if text.question else 0)
+        )
+        if total <= wanted and (best is None or total > best_total):
+            best_total = total
             best = Probe(
                 task=task,
                 length=length,
                 depth=depth,
+                seed=seed,
                 prompt_ids=prefix + ids,
-                answer=answer,
-                new_tokens=len(answer_ids) + (0 if exact else 2),
+                answer=text.answer,
+                new_tokens=new_tokens,
+                question_ids=question_ids,
             )
         if 0.97 * wanted <= total <= wanted:
             break
@@ -101,19 +115,48 @@ def make_probe(
     return best
 
 
-def _text(
-    task: str, num_bytes: int, depth: float, rng: np.random.Generator, texts: Texts
-) -> tuple[str, str]:
-    """(prompt, answer), together `num_bytes` long where the texts are ASCII."""
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """The answer is that to the prompt, or where there is a `question` for a second turn, to that."""
+
+    prompt: str
+    answer: str
+    question: str = ""
+
+
+def _text(task: str, num_bytes: int, depth: float, rng: np.random.Generator, texts: Texts) -> _Text:
+    """Together `num_bytes` long where the texts are ASCII."""
     code = _code(texts, num_bytes, rng)
     if task in ("passkey", "key_value", "reference"):
         from tools.train.evaluate import probe
 
         document, answer = probe(task, num_bytes, depth, rng, {"code": code})
-    else:
-        events, answer = (_multi_needle if task == "multi_needle" else _copy)(rng, depth)
-        document, _ = interleave(events, num_bytes, code)
-    return document[: -len(answer)].tobytes().decode(errors="replace"), answer
+        return _Text(_decode(document[: -len(answer)]), answer)
+    if task == "second_turn":
+        events, first, question, answer = _second_turn(rng, depth)
+        size = num_bytes - len(question) - len(answer)
+        document, _ = interleave(events, size, code)
+        return _Text(_decode(document[: -len(first)]), answer, question)
+    events, answer = (_multi_needle if task == "multi_needle" else _copy)(rng, depth)
+    document, _ = interleave(events, num_bytes, code)
+    return _Text(_decode(document[: -len(answer)]), answer)
+
+
+def _decode(document: np.ndarray) -> str:
+    return document.tobytes().decode(errors="replace")
+
+
+def _second_turn(rng: np.random.Generator, depth: float) -> tuple[list[Event], str, str, str]:
+    """Events of the first turn with its answer, that answer, the second question and its answer."""
+    known = names(rng, _NUM_NAMES)
+    values = [digits(rng, 5) for _ in known]
+    places = [depth, *rng.uniform(0.02, 0.95, _NUM_NAMES - 1)]
+    events = [
+        Event(place, [(f"{name} = {value}\n", 1.0)])
+        for name, value, place in zip(known, values, places, strict=True)
+    ]
+    events.append(Event(1.0, [(f"assert {known[1]} == {values[1]}", 1.0)]))
+    return events, values[1], f"\nassert {known[0]} == ", values[0]
 
 
 def _multi_needle(rng: np.random.Generator, depth: float) -> tuple[list[Event], str]:

@@ -40,6 +40,8 @@ def test_a_probe_fits_its_length_and_has_its_answer_at_its_depth(tokenizer, task
         )
         answer_len = len(tokenizer.encode(probe.answer, add_special_tokens=False))
         total = len(probe.prompt_ids) + answer_len
+        if probe.question_ids:  # and the first turn's answer
+            total += answer_len + len(probe.question_ids)
         assert 0.9 * length <= total <= length
         assert probe.new_tokens >= answer_len
         text = tokenizer.decode(probe.prompt_ids)
@@ -57,6 +59,18 @@ def test_the_same_arguments_give_the_same_probe(tokenizer):
     assert probe() == probe()
     for changes in (dict(index=1), dict(seed=2), dict(depth=0.4)):
         assert probe(**changes).prompt_ids != probe().prompt_ids
+
+
+def test_a_second_turn_asks_for_another_name_than_the_first(tokenizer):
+    probe = make_probe(
+        "second_turn", length=700, depth=0.3, index=2, seed=1, texts=TEXTS, tokenizer=tokenizer
+    )
+    prompt, question = map(tokenizer.decode, (probe.prompt_ids, probe.question_ids))
+    lines = dict(line.split(" = ") for line in prompt.splitlines() if " = " in line)
+    first = prompt.splitlines()[-1].removeprefix("assert ").removesuffix("==").strip(" =")
+    second = question.strip().removeprefix("assert ").removesuffix("==").strip(" =")
+    assert first != second
+    assert lines[second] == probe.answer != lines[first]
 
 
 def test_texts_shorter_than_a_prompt_are_joined(tokenizer):
