@@ -54,10 +54,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--rates",
         type=lambda text: parse_rates(text.split(",")),
-        default=parse_rates(["10gbit", "1gbit", "300mbit", "100mbit", "50mbit", "25mbit"]),
+        default=parse_rates(["10gbit", "1gbit", "300mbit", "100mbit", "40mbit"]),
         help="link rates as tc writes them, or free",
     )
-    made.add_argument("--shapes", default="gqa,mha", help=f"models, of {', '.join(SHAPES)}")
+    made.add_argument(
+        "--shapes", default="gqa,mha,sps2-tiny", help=f"models, of {', '.join(SHAPES)}"
+    )
     made.add_argument(
         "--tokens", default="8192", help="prompt lengths; models that end earlier get their longest"
     )
