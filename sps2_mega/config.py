@@ -150,11 +150,14 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CSAConfig:
-    """Communication-efficient sparse attention in prefill; all degrees 1 is exact attention. `spans=None`: the
-    cells follow the ranks and nodes, as in the paper; they are then resolved per request."""
+    """Communication-efficient sparse attention in prefill; all degrees 1 is exact attention. `degrees=None`: what the
+    model's file in model_configs/ says, else exact. `spans=None`: the cells follow the ranks and nodes, as in the
+    paper; they are then resolved per request."""
 
-    degrees: tuple[int, ...] = flag(
-        (1,), "CSA degree of each level, nearest first: a head sees 1 key in d", name="csa-degrees"
+    degrees: tuple[int, ...] | None = flag(
+        None,
+        "CSA degree of each level, nearest first: a head sees 1 key in d (default: the model file's, else 1: exact)",
+        name="csa-degrees",
     )
     spans: tuple[int, ...] | None = flag(
         None,
@@ -174,8 +177,28 @@ class CSAConfig:
     )
 
     @property
+    def level_degrees(self) -> tuple[int, ...]:
+        """The degrees; exact where none were given."""
+        return (1,) if self.degrees is None else self.degrees
+
+    @property
     def exact(self) -> bool:
-        return all(degree == 1 for degree in self.degrees)
+        return all(degree == 1 for degree in self.level_degrees)
+
+    def over(self, suggested: CSAConfig | None) -> CSAConfig:
+        """Without degrees of its own: the suggested pattern, with what else was set here."""
+        if self.degrees is not None or suggested is None:
+            return self.replace(degrees=self.level_degrees)
+        default = CSAConfig()
+        given = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != getattr(default, f.name)
+        }
+        return suggested.replace(degrees=suggested.level_degrees).replace(**given)
+
+    def replace(self, **changes: Any) -> CSAConfig:
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

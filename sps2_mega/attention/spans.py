@@ -47,7 +47,7 @@ class SparsePrefill:
             shard_len = max(1, -(-blocks // group_sizes[-1])) * self.block_size
             spans = topology_spans(shard_len, group_sizes)
         return CSAPattern(
-            degrees=(1,) if self.csa.exact else self.csa.degrees,
+            degrees=(1,) if self.csa.exact else self.csa.level_degrees,
             spans=spans,
             sinks=self.csa.sinks,
             halo=self.csa.halo,

@@ -4,11 +4,13 @@ architecture: {every field of ModelConfig}
 weights: sps2-tiny            # folder, relative to the file; null: not bundled
 tokenizer: sps2-tiny          # likewise
 suggested: {tp: 1, sp: 2}
+csa: {degrees: [1, 4]}        # optional: sparse attention, unless the command line says otherwise
 source: where the weights are published
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,10 @@ from typing import Any
 import yaml
 
 from sps2_mega.checkpoint.architecture import check_keys, model_config_from_mapping
-from sps2_mega.config import ModelConfig
+from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 
-_KEYS = ("architecture", "weights", "tokenizer", "suggested", "source")
+_KEYS = ("architecture", "weights", "tokenizer", "suggested", "csa", "source")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class ModelFile:
     tokenizer: Path | None
     tp: int
     sp: int
+    csa: CSAConfig | None
     source: str
 
 
@@ -58,6 +61,7 @@ def read_model_file(path: Path) -> ModelFile:
         tokenizer=_folder(content.get("tokenizer"), path, "tokenizer"),
         tp=_degree(suggested.get("tp", 1), f"{path}: suggested: tp"),
         sp=_degree(suggested.get("sp", 1), f"{path}: suggested: sp"),
+        csa=_csa(content.get("csa"), f"{path}: csa"),
         source=str(content["source"]),
     )
 
@@ -94,6 +98,29 @@ def _folder(value: Any, path: Path, key: str) -> Path | None:
     if not isinstance(value, str):
         raise ConfigError(f"{path}: {key} must be a folder or null, found {value!r}")
     return (path.parent / value).resolve()
+
+
+def _csa(value: Any, where: str) -> CSAConfig | None:
+    if value is None:
+        return None
+    given = dict(_mapping(value, where))
+    check_keys(given, [field.name for field in dataclasses.fields(CSAConfig)], where)
+    if "degrees" not in given:
+        raise ConfigError(f"{where}: needs degrees")
+    for name in ("degrees", "spans"):
+        if name in given and not (name == "spans" and given[name] is None):
+            if not isinstance(given[name], list):
+                raise ConfigError(
+                    f"{where}: {name} must be a list of integers, found {given[name]!r}"
+                )
+            given[name] = tuple(_degree(number, f"{where}: {name}") for number in given[name])
+    for name in ("sinks", "halo", "tail", "block"):
+        number = given.get(name, 0)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ConfigError(f"{where}: {name} must be an integer >= 0, found {number!r}")
+    if not isinstance(given.get("sample_queries", False), bool):
+        raise ConfigError(f"{where}: sample_queries must be true or false")
+    return CSAConfig(**given)
 
 
 def _degree(value: Any, where: str) -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sps2_mega.checkpoint.end_tokens import end_token_ids
-from sps2_mega.checkpoint.model_file import named_model_file
+from sps2_mega.checkpoint.model_file import model_files, named_model_file, read_model_file
 from sps2_mega.checkpoint.source import iteration_folder, open_checkpoint
-from sps2_mega.config import ModelConfig
+from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -21,7 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
     """`path` is the weights' folder; `tokenizer` is None where none was found (prompts are then token ids).
-    The suggested degrees are 1 where nobody suggested any."""
+    The suggested degrees of parallelism are 1, and `csa` is None, where nobody suggested any."""
 
     name: str
     config: ModelConfig
@@ -29,6 +29,7 @@ class ResolvedModel:
     tokenizer: Path | None
     suggested_tp: int = 1
     suggested_sp: int = 1
+    csa: CSAConfig | None = None
 
 
 def resolve_model(
@@ -50,6 +51,13 @@ def resolve_model(
             config = replace(config, eos_token_ids=end_token_ids(tokens))
         return ResolvedModel(name=path.resolve().name, config=config, path=path, tokenizer=tokens)
     return _named_model(str(name_or_path), given)
+
+
+def suggested_csa(name_or_path: str | Path) -> CSAConfig | None:
+    """What `resolve_model` says of sparse attention, without looking at weights; None for a name that it refuses."""
+    files = {} if Path(name_or_path).is_dir() else model_files()
+    file = files.get(str(name_or_path))
+    return None if file is None else read_model_file(file).csa
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
@@ -79,4 +87,5 @@ def _named_model(name: str, tokenizer: Path | None) -> ResolvedModel:
         tokenizer=tokenizer or file.tokenizer,
         suggested_tp=file.tp,
         suggested_sp=file.sp,
+        csa=file.csa,
     )

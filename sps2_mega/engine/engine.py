@@ -69,10 +69,10 @@ class Engine:
             ConfigError, CheckpointError: the configuration or the checkpoint cannot work.
         """
         info = from_environment()
-        return cls(config, start_rank(config, info, show_progress=show_progress and info.rank == 0))
+        return cls(start_rank(config, info, show_progress=show_progress and info.rank == 0))
 
-    def __init__(self, config: EngineConfig, rank: StartedRank) -> None:
-        self.config = config
+    def __init__(self, rank: StartedRank) -> None:
+        self.config = config = rank.config
         self.model_config: ModelConfig = rank.resolved.config
         self.is_driver = rank.groups.global_rank == 0
         self.tokenizer: Tokenizer | None = None

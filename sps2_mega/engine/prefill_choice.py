@@ -28,7 +28,7 @@ def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig, *, sp: 
             f"got {transport!r}"
         )
     if (not csa.exact or len(names) > 1) and model.sliding_window is not None:
-        asked = f"transports {transport}" if csa.exact else f"csa degrees {csa.degrees}"
+        asked = f"transports {transport}" if csa.exact else f"csa degrees {csa.level_degrees}"
         raise ConfigError(
             f"{asked} cannot be combined with the model's sliding window of {model.sliding_window} tokens"
         )

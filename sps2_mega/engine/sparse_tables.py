@@ -31,7 +31,7 @@ class SparseTables:
     def __init__(self, tables: LocalTables, sparse: SparsePrefill, *, block_size: int) -> None:
         self._tables, self._sparse, self._block_size = tables, sparse, block_size
         self._rows: dict[int, _Row] = {}
-        self.num_classes = num_classes(sparse.csa.degrees)
+        self.num_classes = num_classes(sparse.csa.level_degrees)
 
     def add(self, seq_id: int, pattern: CSAPattern) -> None:
         self._rows[seq_id] = _Row(pattern)
@@ -69,7 +69,7 @@ class SparseTables:
 
     @property
     def nearest_degree(self) -> int:
-        return self._sparse.csa.degrees[0]
+        return self._sparse.csa.level_degrees[0]
 
 
 class SparseStep:

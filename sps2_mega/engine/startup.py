@@ -45,8 +45,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartedRank:
-    """A rank that has joined the job, with its weights and its share of the KV cache."""
+    """A rank that has joined the job, with its weights and its share of the KV cache. `config` has what the model's
+    file suggests filled in."""
 
+    config: EngineConfig
     resolved: ResolvedModel
     groups: ParallelGroups
     lifeline: Lifeline
@@ -72,7 +74,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
             refuse(info, str(error))
         raise
     resolved, compute, transport = checked.resolved, checked.compute, checked.transport
-    model, max_model_len = resolved.config, checked.max_model_len
+    model, max_model_len, config = resolved.config, checked.max_model_len, checked.config
     store = open_store(info)
     topology = agree_topology(store, info, config.parallel)
     tp_rank, _ = topology.coordinates(info.rank)
@@ -126,6 +128,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         device=compute.device,
     )
     return StartedRank(
+        config=config,
         resolved=resolved,
         groups=groups,
         lifeline=lifeline,
@@ -139,6 +142,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Checked:
+    config: EngineConfig
     resolved: ResolvedModel
     compute: Compute
     transport: str
@@ -148,6 +152,7 @@ class _Checked:
 def _check_on_this_rank(config: EngineConfig, info: LaunchInfo) -> _Checked:
     """Everything that can be refused without other ranks."""
     resolved = resolve_model(config.model, tokenizer=config.tokenizer)
+    config = config.replace(csa=config.csa.over(resolved.csa))
     check_tp(resolved.config, config.parallel.tp)
     check_pipeline(config, info.rank)
     transport = choose_transport(
@@ -158,7 +163,11 @@ def _check_on_this_rank(config: EngineConfig, info: LaunchInfo) -> _Checked:
     if compute.device.type == "cpu":
         torch.set_num_threads(config.threads or _threads_per_rank(info))
     return _Checked(
-        resolved=resolved, compute=compute, transport=transport, max_model_len=max_model_len
+        config=config,
+        resolved=resolved,
+        compute=compute,
+        transport=transport,
+        max_model_len=max_model_len,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sps2_mega.checkpoint.resolve import suggested_csa
 from sps2_mega.config import EngineConfig
 from sps2_mega.engine.seeds import derive_seed_from_text
 from sps2_mega.engine.tokenizer import Tokenizer
@@ -171,13 +172,15 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What two runs must share so that their answers are the same. The number of ranks is part of it only
     where the spans of sparse attention follow the ranks."""
+    asked = config.csa.over(suggested_csa(config.model))
     csa = None
-    if not config.csa.exact:
-        csa = dataclasses.asdict(config.csa) | {"degrees": list(config.csa.degrees)}
-        spans = config.csa.spans
+    if not asked.exact:
+        csa = dataclasses.asdict(asked) | {"degrees": list(asked.level_degrees)}
+        spans = asked.spans
         csa["spans"] = f"{config.parallel.sp} ranks" if spans is None else list(spans)
     return {
         "csa": csa,
+        "decode_attention": config.decode_attention,
         "input_sha256": input_sha256,
         "model": _place(config.model),
         "tokenizer": None if config.tokenizer is None else _place(config.tokenizer),

@@ -50,7 +50,7 @@ class LLM:
             self._ranks = LocalRanks(self.config)
             info = self._ranks.info
         try:
-            self._engine = Engine(self.config, start_rank(self.config, info, show_progress=False))
+            self._engine = Engine(start_rank(self.config, info, show_progress=False))
         except BaseException:
             if self._ranks is not None:
                 self._ranks.close(told=False)

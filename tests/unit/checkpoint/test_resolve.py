@@ -16,7 +16,8 @@ from sps2_mega.checkpoint.architecture import (
 )
 from sps2_mega.checkpoint.export import export_huggingface, export_megatron
 from sps2_mega.checkpoint.model_file import model_files, read_model_file
-from sps2_mega.checkpoint.resolve import resolve_model
+from sps2_mega.checkpoint.resolve import resolve_model, suggested_csa
+from sps2_mega.config import CSAConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 
 MODEL_CONFIGS = Path(__file__).resolve().parents[3] / "model_configs"
@@ -126,6 +127,40 @@ def test_a_wrong_model_file_is_refused_by_key(
     with pytest.raises(ConfigError, match=message) as caught:
         read_model_file(write(tmp_path / "x.yaml", **changes))
     assert "x.yaml" in str(caught.value)
+
+
+def test_a_model_file_may_suggest_sparse_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export_huggingface(MemorySource(LLAMA), tmp_path / "weights")
+    section = {"degrees": [1, 4], "spans": [512], "halo": 64}
+    write(tmp_path / "model_configs" / "mine.yaml", weights="../weights", csa=section)
+    suggested = CSAConfig(degrees=(1, 4), spans=(512,), halo=64)
+    assert resolve_model("mine").csa == suggested == suggested_csa("mine")
+    assert suggested_csa(tmp_path / "weights") is None and suggested_csa("sps2-tiny") is None
+    # Nothing said: the file's; degrees said: nothing of the file's; else what was said goes first.
+    assert CSAConfig().over(suggested) == suggested
+    assert CSAConfig(degrees=(1,)).over(suggested) == CSAConfig(degrees=(1,))
+    assert CSAConfig(tail=9).over(suggested) == suggested.replace(tail=9)
+    assert CSAConfig().over(None) == CSAConfig(degrees=(1,)) and CSAConfig().exact
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"spans": [8]}, "csa: needs degrees"),
+        ({"degrees": 4}, "degrees must be a list of integers, found 4"),
+        ({"degrees": [1, 0]}, "degrees must be an integer >= 1, found 0"),
+        ({"degrees": [1, 2], "halo": -1}, "halo must be an integer >= 0, found -1"),
+        ({"degrees": [1, 2], "sample_queries": 1}, "sample_queries must be true or false"),
+        ({"degrees": [1, 2], "stride": 3}, "stride"),
+        ([1, 4], "csa must be a mapping"),
+    ],
+)
+def test_a_wrong_sparse_section_is_refused(tmp_path: Path, section: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_model_file(write(tmp_path / "m.yaml", csa=section))
 
 
 def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path) -> None:

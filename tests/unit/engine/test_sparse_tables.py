@@ -17,9 +17,7 @@ def check(*, degrees, spans, sinks, halo, block_size, prompt_len, new_tokens, kv
     csa = CSAConfig(
         degrees=degrees, spans=spans, sinks=sinks, halo=halo, tail=7, sample_queries=True
     )
-    sparse = SparsePrefill(
-        csa=csa, sp_levels=(SP,), kv_heads=kv_heads, block_size=block_size
-    )
+    sparse = SparsePrefill(csa=csa, sp_levels=(SP,), kv_heads=kv_heads, block_size=block_size)
     generator = np.random.default_rng(seed)
     num_blocks = -(-(prompt_len + new_tokens) // block_size)
     ranks = generator.integers(0, SP, num_blocks).tolist()
