@@ -30,3 +30,4 @@ class Refusal(enum.Enum):
     QUEUE_FULL = "the waiting queue is full"
     DUPLICATE_ID = "a request with this id is already in flight"
     TOKEN_OUT_OF_RANGE = "the prompt has token ids outside the vocabulary"
+    STOP_TOKEN_OUT_OF_RANGE = "stop_token_ids has token ids outside the vocabulary"

@@ -64,16 +64,26 @@ class SamplingParams:
             if not ok:
                 raise RequestError(f"{name} must be {range_text}, got {getattr(self, name)!r}")
 
-        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", ">= 1")
+        def small(value: int) -> bool:
+            return 0 <= value < 2**31  # what travels to the ranks, and what devices count with
+
+        need(
+            self.max_tokens is None or (small(self.max_tokens) and self.max_tokens > 0),
+            "max_tokens",
+            ">= 1 and below 2**31",
+        )
         need(0.0 <= self.temperature <= 100.0, "temperature", "in [0, 100]")
         need(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
-        need(self.top_k >= 0, "top_k", ">= 0 (0 switches it off)")
+        need(small(self.top_k), "top_k", ">= 0 (0 switches it off) and below 2**31")
         need(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
         need(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
         need(1 <= self.n <= 128, "n", "in [1, 128]")
         need(all(self.stop), "stop", "free of empty strings")
-        need(self.min_tokens >= 0, "min_tokens", ">= 0")
-        need(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "in (0, 100]")
+        need(all(map(_is_unicode, self.stop)), "stop", "Unicode without lone surrogates")
+        need(all(map(small, self.stop_token_ids)), "stop_token_ids", "token ids, 0 or more")
+        need(small(self.min_tokens), "min_tokens", ">= 0 and below 2**31")
+        # Scores are divided by it: far smaller ones make float32 overflow.
+        need(0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "in [0.01, 100]")
         need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
         need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
         need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "in [0, 20]")
@@ -94,6 +104,11 @@ class SamplingParams:
 
     def replace(self, **changes: object) -> SamplingParams:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON and Python can spell half a surrogate pair, UTF-8 cannot."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,3 +262,16 @@ class RequestOutput:
     completions: list[Completion]
     error: str | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputDelta:
+    """What one step added to one sample of a streamed request. Texts of a sample's deltas together are its
+    completion's text; `finish_reason` is set in the last one."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason | None

@@ -37,6 +37,8 @@ def refusal(sequence: Sequence, limits: Limits) -> Refusal | None:
         return Refusal.EMPTY_PROMPT
     if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
         return Refusal.TOKEN_OUT_OF_RANGE
+    if max(sequence.params.stop_token_ids, default=0) >= limits.vocab_size:
+        return Refusal.STOP_TOKEN_OUT_OF_RANGE
     if len(prompt) >= limits.max_model_len:
         return Refusal.PROMPT_TOO_LONG
     new_tokens = 1 if sequence.params.max_tokens is None else sequence.max_tokens

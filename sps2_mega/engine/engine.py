@@ -30,6 +30,7 @@ from sps2_mega.mcore.init import finalize
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.types import (
     FinishReason,
+    OutputDelta,
     RequestOutput,
     SamplingParams,
     Sequence,
@@ -111,8 +112,10 @@ class Engine:
         params: SamplingParams,
         *,
         arrival_time: float | None = None,
+        stream: bool = False,
     ) -> Refusal | None:
-        """Queue a request, or say why not. `arrival_time` is of time.monotonic(), default now.
+        """Queue a request, or say why not. `arrival_time` is of time.monotonic(), default now. Of a streamed request
+        `take_deltas` tells what each step adds.
 
         Raises:
             RequestError: stop strings were given and there is no tokenizer.
@@ -135,7 +138,7 @@ class Engine:
             )
             for index in range(params.n)
         ]
-        self._outputs.add(request_id, prompt_token_ids, params, samples)
+        self._outputs.add(request_id, prompt_token_ids, params, samples, stream=stream)
         for added, sample in enumerate(samples):
             refusal = self._scheduler.add(sample)
             if refusal is not None:
@@ -147,6 +150,23 @@ class Engine:
         self._samples[request_id] = samples
         self._sequences.update((sample.seq_id, sample) for sample in samples)
         return None
+
+    def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
+        """Why such a request could never run; for other threads too, since nothing it reads changes."""
+        return self._scheduler.refusal(
+            Sequence(
+                seq_id=-1,
+                prompt_token_ids=prompt_token_ids,
+                params=params,
+                seed=0,
+                max_tokens=params.max_tokens or 1,
+                arrival_time=0.0,
+            )
+        )
+
+    def take_deltas(self) -> list[OutputDelta]:
+        """What steps since the last call added to streamed requests, in order."""
+        return self._outputs.take_deltas()
 
     def abort(self, request_id: str) -> bool:
         """Drop a request in any state, without an output; False when it is not in flight."""
@@ -235,6 +255,8 @@ class Engine:
             if self._outputs.check_stop(sequence) and sequence.finish_reason is None:
                 self._scheduler.finish(sequence.seq_id, FinishReason.STOP)
                 ended.append(sequence)
+            if sequence.finish_reason is None:
+                self._outputs.stream(sequence)
         finished = []
         for sequence in ended:
             del self._sequences[sequence.seq_id]

@@ -10,10 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sps2_mega.engine.detokenizer import Detokenizer, detokenizer, output_text
+from sps2_mega.engine.text_stream import TextStream
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import RequestError
 from sps2_mega.metrics import timings_of
-from sps2_mega.types import Completion, FinishReason, RequestOutput, SamplingParams, Sequence
+from sps2_mega.types import (
+    Completion,
+    FinishReason,
+    OutputDelta,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+)
 
 _NOT_FINITE = "the model produced no finite logits: its weights are damaged, or activations overflow in this dtype"
 
@@ -26,6 +34,8 @@ class OutputProcessor:
         self._requests: dict[str, _Request] = {}
         self._request_of: dict[int, _Request] = {}
         self._searches: dict[int, StopSearch] = {}
+        self._streams: dict[int, TextStream] = {}
+        self._deltas: list[OutputDelta] = []
 
     def add(
         self,
@@ -33,8 +43,11 @@ class OutputProcessor:
         prompt_token_ids: list[int],
         params: SamplingParams,
         sequences: list[Sequence],
+        *,
+        stream: bool = False,
     ) -> None:
-        """Takes a request's n sequences, in the order of their samples.
+        """Takes a request's n sequences, in the order of their samples. Of a streamed one, `take_deltas` tells what
+        each step adds.
 
         Raises:
             RequestError: stop strings were given and there is no tokenizer to find them with.
@@ -53,6 +66,10 @@ class OutputProcessor:
                 self._searches[sequence.seq_id] = StopSearch(
                     detokenizer(self._tokenizer, prompt_token_ids), params
                 )
+            if stream:
+                self._streams[sequence.seq_id] = TextStream(
+                    self._tokenizer, prompt_token_ids, params.stop
+                )
 
     def check_stop(self, sequence: Sequence) -> bool:
         """True when the token just committed completes a stop string. Call once per token."""
@@ -61,10 +78,26 @@ class OutputProcessor:
             return False
         return search.push(sequence.output_token_ids[-1], len(sequence.output_token_ids))
 
+    def stream(self, sequence: Sequence) -> None:
+        """Notes the token just committed for `take_deltas`. Call once per token of a sequence that goes on."""
+        stream = self._streams.get(sequence.seq_id)
+        if stream is not None:
+            text = stream.push(sequence.output_token_ids[-1])
+            self._note(stream, sequence, text, sequence.finish_reason)
+
+    def take_deltas(self) -> list[OutputDelta]:
+        """What streamed requests got since the last call, in order."""
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
     def finished(self, sequence: Sequence) -> RequestOutput | None:
         """Takes a sequence with a finish reason; returns the request's output with its last sample."""
+        completion = self._completion(sequence, self._request_of[sequence.seq_id])
+        stream = self._streams.pop(sequence.seq_id, None)
+        if stream is not None and completion.finish_reason is not FinishReason.ERROR:
+            self._note(stream, sequence, stream.rest(completion.text), completion.finish_reason)
         request = self._request_of.pop(sequence.seq_id)
-        request.completions[sequence.seq_id] = self._completion(sequence, request)
+        request.completions[sequence.seq_id] = completion
         if sequence.seq_id == request.seq_ids[0]:
             request.num_cached_tokens = sequence.num_cached_tokens
         if len(request.completions) < len(request.seq_ids):
@@ -86,6 +119,23 @@ class OutputProcessor:
         for seq_id in request.seq_ids if request else ():
             self._request_of.pop(seq_id, None)
             self._searches.pop(seq_id, None)
+            self._streams.pop(seq_id, None)
+
+    def _note(
+        self, stream: TextStream, sequence: Sequence, text: str, reason: FinishReason | None
+    ) -> None:
+        request = self._request_of[sequence.seq_id]
+        new = stream.new_tokens(len(sequence.output_token_ids))
+        self._deltas.append(
+            OutputDelta(
+                request_id=request.request_id,
+                index=request.seq_ids.index(sequence.seq_id),
+                text=text,
+                token_ids=sequence.output_token_ids[new],
+                logprobs=None if sequence.params.logprobs is None else sequence.logprobs[new],
+                finish_reason=reason,
+            )
+        )
 
     def _completion(self, sequence: Sequence, request: _Request) -> Completion:
         assert sequence.finish_reason is not None

@@ -101,6 +101,10 @@ class Scheduler:
         """Longest prompt plus output that can run here, in tokens: the model's limit or the cache's."""
         return self._limits.max_len
 
+    def refusal(self, sequence: Sequence) -> Refusal | None:
+        """Why a sequence could never run here, whatever else does; reads nothing that changes."""
+        return refusal(sequence, self._limits)
+
     def add(self, sequence: Sequence) -> Refusal | None:
         """Queue a sequence, or say why not. The scheduler alone changes it from now on."""
         if sequence.seq_id in self._states:
