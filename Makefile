@@ -17,7 +17,7 @@ SP ?= 2
 ARGS ?=
 DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup generate test test-fast test-gpu lint format type bench doctor clean help
+.PHONY: setup generate test test-fast test-gpu lint format type bench train accuracy doctor clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -63,6 +63,20 @@ type: setup ## mypy, strict on the parts without torch
 
 bench: setup ## compare with transformers generate
 	PATH="$(BIN):$$PATH" $(BIN)/python tools/bench/generate.py $(ARGS)
+
+train: setup ## train the bundled model again into out/train, and evaluate it (70 minutes on one core)
+	PATH="$(BIN):$$PATH" $(BIN)/python tools/train_tiny.py $(if $(THREADS),--threads $(THREADS)) --output out/train $(ARGS)
+
+# One run per length: runs of other lengths may share a machine, and an interrupted one costs less.
+ACCURACY_LENGTHS ?= 1024 2048 4096
+accuracy: setup ## measure what attention settings cost in accuracy, for docs/accuracy.md (40 minutes on one core)
+	for length in $(ACCURACY_LENGTHS); do \
+		$(BIN)/python tools/eval_accuracy.py --seeds 0 1 2 --tasks key_value reference copy second_turn --texts 4 \
+			--probes $$([ $$length = 2048 ] && echo 2 || echo 1) --lengths $$length --name accuracy-$$length \
+			--output out/accuracy $(if $(THREADS),--threads $(THREADS)) $(ARGS) || exit 1; \
+	done
+	$(BIN)/python tools/eval_accuracy.py --name accuracy \
+		--merge $(foreach length,$(ACCURACY_LENGTHS),out/accuracy/accuracy-$(length).json)
 
 doctor: setup ## what this machine has and what will be used
 	$(BIN)/python tools/doctor.py

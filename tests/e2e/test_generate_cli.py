@@ -76,7 +76,7 @@ def test_bundled_prompts_with_nothing_but_defaults(one_rank: Path) -> None:
         assert len(choices) == line.get("n", 1)
         assert all(len(choice["token_ids"]) <= line["max_tokens"] for choice in choices)
         assert answer["usage"]["prompt_tokens"] == len(line["prompt"].encode()) + 1
-    # The long prompt asks for a number that stands some 3,000 bytes before.
+    # The long prompt asks for a number that stands some 2,000 bytes before.
     assert answers["far-definition"]["text"] == "34280"
     stdout = (one_rank / "stdout").read_text()
     assert "[far-definition] 34280" in stdout
