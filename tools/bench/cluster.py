@@ -107,7 +107,7 @@ def run_all(arguments: argparse.Namespace, cluster: Cluster) -> Iterator[Run]:
 
 
 def _measure(measurement: Measurement, arguments: argparse.Namespace) -> None:
-    measurement.start()
+    measurement.start_for_tuning()
     measurement.find_balance(arguments.rates)
     rates = list(arguments.rates)
     balance = measurement.run.balance
@@ -115,6 +115,7 @@ def _measure(measurement: Measurement, arguments: argparse.Namespace) -> None:
         rates = sorted([r for r in rates if r is not None] + [balance], reverse=True)
         rates = [r for r in arguments.rates if r is None] + rates
     measurement.keep_best_chunk_size([rates[0], balance or rates[-1]])
+    measurement.start_others()
     for rate in rates:
         measurement.measure(rate, arguments.repeats)
 

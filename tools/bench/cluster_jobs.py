@@ -52,6 +52,7 @@ class Job:
         self.name = name
         self._trace = None if config.trace is None else Path(f"{config.trace}.rank0")
         self._read = 0
+        self._ready = False
         self._log = folder / f"{name}.log"
         self._processes: list[subprocess.Popen[str]] = []
         text = json.dumps(dataclasses.asdict(config))
@@ -72,7 +73,10 @@ class Job:
                 self._processes.append(process)
 
     def wait_ready(self) -> None:
-        self._next_answer()
+        """Returns at once where it was ready before."""
+        if not self._ready:
+            self._next_answer()
+            self._ready = True
 
     def prefill(self, tokens: list[int]) -> Measured:
         """Raises JobFailed: the job ended, or refused the prompt."""
@@ -162,6 +166,10 @@ class Jobs:
         self._started += 1
         port = _PORT + self._started  # namespaces have their own ports, jobs share them
         self._running[name] = Job(name, config, self._nodes[:size], port, self._folder)
+
+    @property
+    def running(self) -> list[str]:
+        return list(self._running)
 
     def wait_ready(self) -> None:
         for job in self._running.values():

@@ -35,15 +35,22 @@ class Measurement:
         self._model, self._latency_s, self._folder = model, latency_s, folder
         self._answers: dict[tuple[str, int], dict[int, float]] = {}
 
-    def start(self) -> None:
-        """Starts all jobs and lets each run once, so that nothing is measured for the first time."""
+    def start(self, systems: Sequence[System]) -> None:
+        """Starts jobs and lets each run once, so that nothing is measured for the first time."""
         self.set_rate(None)
-        for system in self.run.systems:
+        for system in systems:
             self._jobs.start(system.name, self._config(system))
         self._jobs.wait_ready()
-        say(f"{self.run.shape.name}, {self.run.tokens} tokens: {len(self.run.systems)} systems")
-        for system in self.run.systems:
+        for system in systems:
             self._prefill(system, repeat=0)
+
+    def start_for_tuning(self) -> None:
+        """Only what `find_balance` and `keep_best_chunk_size` need: every idle rank costs memory and some time."""
+        say(f"{self.run.shape.name}, {self.run.tokens} tokens: {len(self.run.systems)} systems")
+        self.start([s for s in self.run.systems if s.name in ("alone", "ulysses") or s.rival])
+
+    def start_others(self) -> None:
+        self.start([s for s in self.run.systems if s.name not in self._jobs.running])
 
     def find_balance(self, rates: Sequence[float | None]) -> None:
         """Three looks at dense Ulysses at each rate; the balanced rate becomes `run.balance`."""
@@ -62,7 +69,7 @@ class Measurement:
 
     def keep_best_chunk_size(self, rates: Sequence[float | None]) -> None:
         """Ends all chunked systems but the one with the least sum of times over `rates`, one look each."""
-        rivals = [s for s in self.run.systems if s.name.startswith("tp-chunked-")]
+        rivals = [s for s in self.run.systems if s.rival]
         if len(rivals) < 2:
             return
         times = dict.fromkeys((s.name for s in rivals), 0.0)

@@ -84,6 +84,11 @@ class System:
     def traced(self) -> bool:
         return self.layout == "sp"
 
+    @property
+    def rival(self) -> bool:
+        """Of several that differ in the size of chunks only the best one stays."""
+        return "chunk_tokens" in self.options
+
     def degrees(self, num_nodes: int) -> dict[str, int]:
         """tp and sp; a rank alone is on the first node."""
         return {
