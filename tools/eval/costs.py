@@ -18,6 +18,9 @@ from tools.eval.settings import Setting
 
 ITEMSIZE = 2  # bytes are stated for bfloat16, whatever the evaluation computes in
 LSE_BYTES = 4
+FAR_LENGTH = (
+    131072  # what a setting costs there stands beside the accuracy measured at other lengths
+)
 _LONG = 16384  # tokens from which blocks are counted as single keys: as many, but for one block per cell
 
 

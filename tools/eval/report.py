@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sps2_mega.errors import ConfigError
+from tools.eval.summary import summary
 
 _SAME = ("model", "data", "seeds", "depths", "tasks")
 
@@ -21,8 +22,9 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
-    """NAME.md, and NAME.png and NAME-frontier.png where matplotlib is there, beside `path` (NAME.json)."""
-    table = markdown(rounded(result))
+    """NAME.md (the summary, then a table per length), and NAME.png and NAME-frontier.png where matplotlib is there, beside `path` (NAME.json)."""
+    found = rounded(result)
+    table = f"{summary(found)}\n\n{markdown(found)}"
     path.with_suffix(".md").write_text(table + "\n")
     print(table)
     try:

@@ -13,15 +13,11 @@ from typing import Any
 from sps2_mega.config import CSAConfig
 from sps2_mega.engine.tokenizer import Tokenizer
 from tools.eval.answers import Verdict, answer_probes
-from tools.eval.costs import cost
+from tools.eval.costs import FAR_LENGTH, cost
 from tools.eval.measure import Job, TextScores, score_texts, text_measures
 from tools.eval.settings import Extents, named_setting
 from tools.eval.tasks import Probe
 from tools.eval.workload import Amounts, Workload
-
-FAR_LENGTH = (
-    131072  # what a setting costs there stands beside the accuracy measured at other lengths
-)
 
 
 def measure_settings(

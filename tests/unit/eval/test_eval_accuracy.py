@@ -15,6 +15,7 @@ from sps2_mega.errors import ConfigError
 from tools.eval.measure import TextScores, text_measures
 from tools.eval.report import markdown, merged
 from tools.eval.study import mean_error, share_error
+from tools.eval.summary import summary
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "tools" / "eval_accuracy.py"
@@ -79,7 +80,7 @@ def test_measures_are_sensible(one_rank):
     assert first[0] == pytest.approx(first[1], abs=1e-3)
     assert max(abs(ours - exact) for ours, exact in others) > 2e-3
     table = (folder / "small.md").read_text()
-    assert table == markdown(result) + "\n"
+    assert table == f"{summary(result)}\n\n{markdown(result)}\n"
     assert "| `paper-d2.4` |" in table and "2 texts, 4 probes per task" in table
 
 
@@ -111,6 +112,13 @@ def test_results_of_other_lengths_are_merged(one_rank, tmp_path):
     both = json.loads((tmp_path / "all.json").read_text())
     assert both["lengths"] == [450, 460]
     assert both["settings"]["dense"] == result["settings"]["dense"] | longer["settings"]["dense"]
+    (row,) = [line for line in summary(both).splitlines() if "`keys-d4-b16-stridedecode`" in line]
+    _, _, flops, sent, reads, change, *_ = row.split("|")
+    # Costs at 131072 tokens: 1/8 of the pairs, then 1/4 of the rest; the tail and the halo weigh nothing.
+    assert float(flops) == pytest.approx(0.35, abs=0.011)
+    assert float(sent) == pytest.approx(0.25, abs=0.011)
+    assert float(reads) == pytest.approx(0.25, abs=0.011)
+    assert change.count("±") == 2 and change.count("/") == 1
 
 
 @pytest.mark.parametrize(
