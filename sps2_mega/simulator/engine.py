@@ -1,0 +1,148 @@
+"""One simulated engine: the project's scheduler, and a clock that a step cost moves instead of a model.
+
+Decides nothing: the scheduler plans, the cost says how long it takes, and every planned sequence gets a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from sps2_mega.attention.spans import SparsePrefill
+from sps2_mega.config import SchedulerConfig
+from sps2_mega.engine.prefill_choice import prompt_layout
+from sps2_mega.engine.scheduler import Scheduler
+from sps2_mega.errors import ConfigError, Refusal
+from sps2_mega.kv_cache.block_chain import chain_root
+from sps2_mega.metrics import StepMeter
+from sps2_mega.simulator.arrivals import VOCAB_SIZE
+from sps2_mega.simulator.step_cost import StepCost
+from sps2_mega.types import DecodeItem, Sequence, StepOutput, StepPlan
+
+BLOCK_SIZE = (
+    64  # tokens; four of the engine's, which changes little here and quarters the bookkeeping
+)
+_MEMORY_FRACTION = 0.85  # of what weights leave, as CacheConfig's default
+
+
+class SimulatedEngine:
+    """At most one step is under way; `start_step` and `finish_step` alternate."""
+
+    def __init__(
+        self,
+        cost: StepCost,
+        config: SchedulerConfig,
+        *,
+        max_model_len: int,
+        receives: bool = False,
+    ) -> None:
+        """`receives`: prompts were prefilled elsewhere and come with their keys and values.
+
+        Raises:
+            ConfigError: the weights do not fit the GPUs.
+        """
+        self.cost, self._receives = cost, receives
+        self.num_blocks = kv_blocks(cost)
+        csa, prefix_caching = cost.system.csa, cost.system.prefix_caching
+        spans = None
+        if cost.sparse is not None and prefix_caching:
+            sparse = SparsePrefill(
+                csa=csa,
+                sp_levels=cost.hardware.sp_machine(cost.tp, cost.sp).sp_levels,
+                kv_heads=range(1),
+                block_size=BLOCK_SIZE,
+            )
+            spans = sparse.pattern
+        self.scheduler = Scheduler(
+            config,
+            block_size=BLOCK_SIZE,
+            num_blocks=self.num_blocks,
+            sp_size=cost.sp,
+            max_model_len=max_model_len,
+            vocab_size=VOCAB_SIZE,
+            layout=prompt_layout("auto", csa),
+            prefix_root=chain_root(csa) if prefix_caching else None,
+            topology_spans=None if spans is None else lambda length: spans(length).spans,
+        )
+        self.meter = StepMeter()
+        self.terms: Counter[str] = Counter()
+        self.busy_s = 0.0
+        self.peak_kv_usage = 0.0
+        self.load_tokens = 0
+        self.plan: StepPlan | None = None
+        self._seconds = 0.0
+
+    def add(self, sequence: Sequence) -> Refusal | None:
+        refusal = self.scheduler.add(sequence)
+        if refusal is None:
+            self.load_tokens += len(sequence.prompt_token_ids) + sequence.max_tokens
+        return refusal
+
+    def start_step(self, now: float) -> float | None:
+        """When the next step ends; None when there is nothing to do."""
+        assert self.plan is None, "a step is under way"
+        if not self.scheduler.has_work:
+            return None  # an idle scheduler would recount all blocks, every time
+        self.plan = self.scheduler.plan(now)
+        if self.plan is None:
+            return None
+        terms = self.cost.of_plan(self._computed(self.plan))
+        self.terms.update(terms)
+        self._seconds = sum(terms.values())
+        self.busy_s += self._seconds
+        self.peak_kv_usage = max(self.peak_kv_usage, self.scheduler.kv_usage)
+        return now + self._seconds
+
+    def finish_step(self, now: float) -> list[Sequence]:
+        """The sequences that ended with the step that is under way."""
+        plan, self.plan = self.plan, None
+        assert plan is not None, "no step is under way"
+        count = len(plan.sampled)
+        finished = self.scheduler.commit(plan, StepOutput([0] * count, [None] * count), now)
+        self.meter.record(
+            prompt_tokens=sum(item.num_new_tokens for item in self._computed(plan).prefills),
+            output_tokens=count,
+            seconds=self._seconds,
+        )
+        for sequence in finished:
+            self.load_tokens -= len(sequence.prompt_token_ids) + sequence.max_tokens
+        return finished
+
+    def _computed(self, plan: StepPlan) -> StepPlan:
+        """The plan as the model sees it: a prompt that comes with its keys and values is one more decode. After a
+        preemption they are gone, and the prompt is computed here."""
+        if not self._receives:
+            return plan
+        there = [i for i in plan.prefills if len(i.token_ids) == i.num_prompt_tokens]
+        arrived = [DecodeItem(i.seq_id, i.token_ids[-1], i.end - 1, None) for i in there]
+        again = [i for i in plan.prefills if len(i.token_ids) > i.num_prompt_tokens]
+        return dataclasses.replace(plan, prefills=again, decodes=[*plan.decodes, *arrived])
+
+
+def kv_blocks(cost: StepCost) -> int:
+    """KV cache blocks of each SP rank.
+
+    Raises:
+        ConfigError: the weights leave no room.
+    """
+    weights = cost.size.weight_bytes / cost.tp
+    free = (cost.hardware.memory_bytes - weights) * _MEMORY_FRACTION
+    token = cost.size.num_layers * cost.size.kv_bytes(cost.tp) / cost.system.dcp
+    blocks = int(free / (token * BLOCK_SIZE))
+    if blocks < 1:
+        raise ConfigError(
+            f"{weights / 1e9:.1f} GB of weights per GPU (tp={cost.tp}) leave no room for a KV cache in "
+            f"{cost.hardware.memory_bytes / 1e9:.0f} GB"
+        )
+    return blocks
+
+
+def scheduler_config(cost: StepCost) -> SchedulerConfig:
+    """The engine's scheduler settings, as the system has them."""
+    system = cost.system
+    return SchedulerConfig(
+        policy=system.policy,
+        chunk_tokens=system.chunk_tokens,
+        max_running=system.max_running,
+        max_prefill_tokens=system.max_prefill_tokens,
+    )

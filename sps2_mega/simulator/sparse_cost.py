@@ -1,0 +1,172 @@
+"""Seconds of CSA attention over SP ranks: rows and pairs of the real pattern, scaled to each prompt.
+
+With spans from the topology a longer prompt has the same picture at a larger scale: far pairs grow with the square of
+its length and far rows with the length. So the level planner is asked once, about one long prompt; sinks, halo and the
+exact tail, which do not grow so, are added by count. Decides which transport each level takes: the fastest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+from sps2_mega.attention.layout import build_layout
+from sps2_mega.attention.level_planner import choose_levels, visible_between
+from sps2_mega.attention.pattern import CSAPattern, topology_spans
+from sps2_mega.attention.pipeline.settings import CUDA_PART, PipelineSettings, num_micro_batches
+from sps2_mega.attention.works import group_sizes_of
+from sps2_mega.config import CSAConfig
+from sps2_mega.errors import ConfigError
+from sps2_mega.parallel.machine import Machine
+from sps2_mega.simulator.hardware import Hardware
+from sps2_mega.simulator.overlap import pipelined_s
+from sps2_mega.simulator.transport_cost import AttentionSeconds
+
+_SHARD = 4096  # tokens per rank of the prompt that is looked at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Tokens [start, end) of one sequence are new."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Combination:
+    """Transports by level; `link_s` per token of the prompt, `compute_s` per squared token, `latency_s` as it is."""
+
+    transports: tuple[str, ...]
+    link_s: float
+    compute_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseCost:
+    """CSA on one machine; heads are those of one TP rank. `flops_ratio` is attention's, for long prompts."""
+
+    csa: CSAConfig
+    size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    exchange_s: float
+    exchange_bytes_per_s: float
+    combinations: tuple[_Combination, ...]
+
+    def seconds(
+        self, prompts: list[Prompt], hardware: Hardware, *, pipelined: bool
+    ) -> AttentionSeconds:
+        """The whole prompts of one step; of one with a cached prefix the far keys travel as for a fresh one, since the
+        new queries see cached keys of all ranks."""
+        tokens = sum(prompt.end for prompt in prompts)
+        squared = sum(float(p.end) ** 2 - float(p.start) ** 2 for p in prompts)
+        near_s = self._near_s(prompts, hardware)
+        found = []
+        for way in self.combinations:
+            compute_s = way.compute_s * squared + near_s
+            comm_s = way.link_s * tokens + way.latency_s + self._tail_s(len(prompts))
+            total = compute_s + comm_s
+            if pipelined:
+                parts = self._micro_batches(comm_s, compute_s, hardware)
+                each = [comm_s / parts] * parts, [compute_s / parts] * parts
+                total = pipelined_s(*each, [0.0] * parts)
+            found.append(
+                AttentionSeconds(
+                    transport=",".join(way.transports),
+                    compute_s=compute_s,
+                    comm_s=comm_s,
+                    exposed_s=total - compute_s,
+                )
+            )
+        return min(found, key=lambda seconds: seconds.total_s)
+
+    def _near_s(self, prompts: list[Prompt], hardware: Hardware) -> float:
+        """Sinks and halo, which every query sees, and the tail, which sees all keys."""
+        seen = self.csa.sinks + self.csa.halo
+        pairs = sum(
+            seen * (p.end - p.start) + min(self.csa.tail, p.end - p.start) * float(p.end)
+            for p in prompts
+        )
+        flops = 4.0 * self.head_dim * self.num_heads * pairs / self.size
+        return flops / hardware.attention_flops_per_s
+
+    def _tail_s(self, num_prompts: int) -> float:
+        """Queries of the tail go to all ranks and partials come back; sinks and halo come once."""
+        row = self.head_dim * self.itemsize
+        queries = self.csa.tail * self.num_heads * (2 * row + 4)
+        keys = (self.csa.sinks + self.csa.halo) * 2 * self.num_kv_heads * row
+        return 2 * self.exchange_s + num_prompts * (queries + keys) / self.exchange_bytes_per_s
+
+    def _micro_batches(self, comm_s: float, compute_s: float, hardware: Hardware) -> int:
+        return num_micro_batches(
+            PipelineSettings(),
+            num_bytes=int(comm_s * self.exchange_bytes_per_s),
+            flops=int(compute_s * hardware.attention_flops_per_s),
+            smallest=CUDA_PART,
+        )
+
+
+def sparse_cost(
+    csa: CSAConfig,
+    machine: Machine,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> SparseCost:
+    """Raises:
+    ConfigError: spans are given (only those from the topology scale with a prompt), or degrees do not fit the levels.
+    """
+    if csa.spans is not None:
+        raise ConfigError(f"the simulator prices CSA spans from the topology, got {csa.spans}")
+    size = math.prod(machine.sp_levels)
+    heads = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    length = _SHARD * size
+    pattern = CSAPattern(
+        degrees=csa.level_degrees,
+        spans=topology_spans(_SHARD, group_sizes_of(machine.sp_levels)),
+        sinks=0,
+        halo=0,
+        tail=0,
+        sample_queries=csa.sample_queries,
+        block=csa.block,
+    )
+    layout = build_layout([list(range(size))], [length], block_size=_SHARD, sp_size=size)
+    visible = visible_between(layout, [pattern], [length], range(num_kv_heads))
+
+    def seconds(fake: Machine) -> dict[tuple[str, ...], float]:
+        chosen = choose_levels(visible, fake, itemsize=itemsize, overlap=False, **heads)
+        return chosen.seconds
+
+    # One thing at a time: bytes, arithmetic, messages.
+    silent = tuple(replace(link, latency_s=0.0) for link in machine.links)
+    instant = tuple(replace(link, latency_s=0.0, bytes_per_s=math.inf) for link in machine.links)
+    late = tuple(replace(link, bytes_per_s=math.inf) for link in machine.links)
+    link_s = seconds(replace(machine, links=silent, flops_per_s=math.inf))
+    compute_s = seconds(replace(machine, links=instant))
+    latency_s = seconds(replace(machine, links=late, flops_per_s=math.inf))
+    names = itertools.chain(link_s)
+    slowest = max(machine.links, key=lambda link: link.latency_s)
+    return SparseCost(
+        csa=csa,
+        size=size,
+        itemsize=itemsize,
+        exchange_s=slowest.latency_s,
+        exchange_bytes_per_s=slowest.bytes_per_s,
+        combinations=tuple(
+            _Combination(
+                transports=way,
+                link_s=link_s[way] / length,
+                compute_s=compute_s[way] / float(length) ** 2,
+                latency_s=latency_s[way],
+            )
+            for way in names
+        ),
+        **heads,
+    )

@@ -1,0 +1,187 @@
+"""Seconds of one step of one engine, as named terms: every layer costs the same, and terms add up.
+
+    linear          projections and feed-forward layers            attention     scores and values, or reading the cache
+    transport       attention's communication that is not hidden   merge         partials of other ranks
+    tp_all_reduce   two per layer                                  decode_exchange   queries out, partials back
+    kv_write        new keys and values into the cache             overhead      gaps between small kernels
+    head            logits of the tokens that are sampled
+
+Decides how a step's tokens are dealt to the ranks of an engine: evenly, or, where that is faster and the system allows
+it, short prompts whole on one SP rank each. What is in a step is the scheduler's choice.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sps2_mega.config import ModelConfig
+from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
+from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s, memory_s
+from sps2_mega.simulator.hardware import Hardware
+from sps2_mega.simulator.model_size import ModelSize, model_size
+from sps2_mega.simulator.sparse_cost import Prompt, SparseCost, sparse_cost
+from sps2_mega.simulator.system import System
+from sps2_mega.simulator.transport_cost import TransportCost, fastest, transport_costs
+from sps2_mega.types import StepPlan
+
+Terms = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """Prices steps of one engine of `tp` * `sp` GPUs."""
+
+    system: System
+    tp: int
+    sp: int
+    hardware: Hardware
+    size: ModelSize
+    exact: tuple[TransportCost, ...]
+    sparse: SparseCost | None
+
+    def of_plan(self, plan: StepPlan) -> Terms:
+        """A step as the scheduler planned it."""
+        return self.of_tokens(
+            [Prompt(start=item.start, end=item.end) for item in plan.prefills],
+            num_decodes=len(plan.decodes),
+            context=sum(item.position for item in plan.decodes) + len(plan.decodes),
+            num_sampled=len(plan.sampled),
+        )
+
+    def of_tokens(
+        self, prompts: Sequence[Prompt], *, num_decodes: int, context: int, num_sampled: int
+    ) -> Terms:
+        """`prompts` are prefilled; `num_decodes` sequences, with `context` tokens together, get one more token."""
+        new = sum(p.end - p.start for p in prompts)
+        terms = self._layers(list(prompts), new / self.sp, num_decodes, context)
+        if self.system.elastic and self.sp > 1 and len(prompts) > 1 and not num_decodes:
+            apart = self._side_by_side(prompts)
+            if apart is not None and sum(apart.values()) < sum(terms.values()):
+                terms = apart
+        rows = num_sampled / self.sp
+        terms["head"] = gemm_s(
+            rows,
+            self.size.head_params / self.tp,
+            self.size.head_params * self.size.itemsize / self.tp,
+            self.hardware,
+        )
+        return terms
+
+    def _layers(
+        self, prompts: list[Prompt], new: float, num_decodes: int, context: int
+    ) -> dict[str, float]:
+        """All layers; `new` prompt tokens are on the busiest rank."""
+        layers = self.size.num_layers
+        # A sequence's linear layers run on one rank, so the busiest has at least one whole sequence.
+        rows = new + -(-num_decodes // self.sp)
+        terms = self._per_token(rows)
+        if prompts:
+            self._add_prefill_attention(terms, prompts)
+        if num_decodes:
+            read = context * self._kv_bytes / self.sp / self.system.dcp
+            terms["attention"] = terms.get("attention", 0.0) + layers * memory_s(
+                read, self.hardware
+            )
+            terms["decode_exchange"] = layers * self._decode_exchange_s(num_decodes, context)
+        return terms
+
+    def _per_token(self, rows: float) -> dict[str, float]:
+        """What depends on the tokens of the busiest rank alone."""
+        size, layers, hardware = self.size, self.size.num_layers, self.hardware
+        reduced = all_reduce_s(rows * size.hidden_size * size.itemsize, self.tp, hardware)
+        return {
+            "linear": layers
+            * gemm_s(rows, size.layer_params / self.tp, size.layer_bytes / self.tp, hardware),
+            "tp_all_reduce": layers * 2 * reduced,
+            "kv_write": layers * memory_s(rows * self._kv_bytes, hardware),
+            "overhead": layers * hardware.layer_overhead_s,
+        }
+
+    def _add_prefill_attention(self, terms: dict[str, float], prompts: list[Prompt]) -> None:
+        pipelined = self.system.pipelined
+        if self.sparse is not None:
+            found = self.sparse.seconds(prompts, self.hardware, pipelined=pipelined)
+        else:
+            found = fastest(
+                self.exact,
+                sum(causal_pairs(p.start, p.end) for p in prompts),
+                sum(p.end - p.start for p in prompts),
+                sum(p.end for p in prompts),
+                self.hardware,
+                pipelined=pipelined,
+            )
+        terms["attention"] = self.size.num_layers * found.compute_s
+        terms["transport"] = self.size.num_layers * found.exposed_s
+        terms["merge"] = self.size.num_layers * found.merge_s
+
+    def _side_by_side(self, prompts: Sequence[Prompt]) -> dict[str, float] | None:
+        """Whole prompts, the most expensive first, each on the rank with least to do; None where some are cached."""
+        if any(p.start for p in prompts):
+            return None
+        heads = self.size.num_heads / self.tp
+
+        def compute_s(prompt: Prompt) -> float:
+            pairs = heads * causal_pairs(0, prompt.end)
+            return attention_s(pairs, self.size.head_dim, 0.0, self.hardware)
+
+        ranks = [(0.0, rank, 0.0, 0) for rank in range(self.sp)]
+        for prompt in sorted(prompts, key=lambda p: -p.end):
+            _, rank, attending_s, tokens = ranks[0]
+            attending_s, tokens = attending_s + compute_s(prompt), tokens + prompt.end
+            linear_s = gemm_s(tokens, self.size.layer_params / self.tp, 0.0, self.hardware)
+            heapq.heapreplace(ranks, (attending_s + linear_s, rank, attending_s, tokens))
+        terms = self._per_token(max(tokens for *_, tokens in ranks))
+        # The rank with most tokens need not be the one with most attention: both at once is the worst case.
+        terms["attention"] = self.size.num_layers * max(seconds for _, _, seconds, _ in ranks)
+        return terms
+
+    @property
+    def _kv_bytes(self) -> int:
+        return self.size.kv_bytes(self.tp)
+
+    def _decode_exchange_s(self, num_decodes: int, context: int) -> float:
+        """One layer: queries to all SP ranks and partials back, or all keys and values to the sequences' owners."""
+        machine = self.hardware.sp_machine(self.tp, self.sp)
+        others = (self.sp - 1) / self.sp
+        heads = self.size.num_heads / self.tp
+        row = heads * self.size.head_dim * self.size.itemsize
+        seconds = 0.0
+        if self.system.dcp > 1:
+            seconds += 2 * self.hardware.intra_node.latency_s
+        if self.sp == 1:
+            return seconds
+        if self.system.decode_move == "keys":
+            return seconds + all_to_all_s(context / self.sp * others * self._kv_bytes, machine)
+        seconds += all_to_all_s(num_decodes * others * row, machine)
+        return seconds + all_to_all_s(num_decodes * others * (row + 4 * heads), machine)
+
+
+def step_cost(
+    system: System,
+    model: ModelConfig,
+    hardware: Hardware,
+    *,
+    tp: int,
+    sp: int,
+    ffn_itemsize: int | None = None,
+) -> StepCost:
+    """Raises:
+    ConfigError: the degrees do not fit nodes or CSA levels.
+    """
+    size = model_size(model, ffn_itemsize=ffn_itemsize)
+    machine = hardware.sp_machine(tp, sp)
+    heads = dict(
+        num_heads=max(1, model.num_heads // tp),
+        num_kv_heads=max(1, model.num_kv_heads // tp),
+        head_dim=model.head_dim,
+        itemsize=size.itemsize,
+    )
+    sparse = None
+    if not system.csa.exact and sp > 1:
+        sparse = sparse_cost(system.csa, machine, **heads)
+    exact = transport_costs(system.transports, machine, **heads)
+    return StepCost(
+        system=system, tp=tp, sp=sp, hardware=hardware, size=size, exact=exact, sparse=sparse
+    )

@@ -1,0 +1,183 @@
+"""Seconds of exact attention over SP ranks by each transport: the planner's bytes, the pipeline's order.
+
+Bytes of a step with equal shares are linear in its new and its cached tokens, so `attention.traffic` is asked twice,
+when a cost is made, and never again: a step then costs a few multiplications, on any number of ranks. Decides which
+transport a step of `auto` takes, as the engine does: the fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sps2_mega.attention.heads import split_heads
+from sps2_mega.attention.pipeline.settings import CUDA_PART, PipelineSettings, num_micro_batches
+from sps2_mega.attention.planner import link_seconds
+from sps2_mega.attention.step_shape import StepShape
+from sps2_mega.attention.traffic import bytes_moved, num_messages
+from sps2_mega.parallel.machine import Link, Machine
+from sps2_mega.simulator.compute import attention_s, memory_s
+from sps2_mega.simulator.hardware import Hardware
+from sps2_mega.simulator.overlap import pipelined_s, ring_s
+
+_UNIT = (
+    1024  # tokens per rank of the steps that are asked for; large enough that no integer is rounded
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSeconds:
+    """One layer: what attention computes, what communication takes in all, and how much of that is not hidden."""
+
+    transport: str
+    compute_s: float
+    comm_s: float
+    exposed_s: float
+    merge_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.exposed_s + self.merge_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportCost:
+    """One transport on one machine. `query_s[l]` and `key_s[l]` are link seconds per token of level l, for one token
+    per rank; `sent` is bytes per rank likewise."""
+
+    transport: str
+    size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    latency_s: float
+    busiest_share: float
+    query_s: tuple[float, ...]
+    key_s: tuple[float, ...]
+    query_sent: float
+    key_sent: float
+
+    def seconds(
+        self, pairs: float, new: float, keys: float, hardware: Hardware, *, pipelined: bool
+    ) -> AttentionSeconds:
+        """A step of `new` tokens that looks at `keys` tokens (those included), `pairs` of them for each head."""
+        queries, held = new / self.size, keys / self.size
+        kv_bytes = 2 * held * self.num_kv_heads * self.head_dim * self.itemsize
+        own = pairs * self.num_heads * self.busiest_share
+        compute_s = attention_s(own, self.head_dim, kv_bytes, hardware)
+        if self.size == 1:
+            return AttentionSeconds(
+                transport=self.transport, compute_s=compute_s, comm_s=0.0, exposed_s=0.0
+            )
+        latency = num_messages(self.transport, self.size) * self.latency_s
+        query_s = max(queries * s for s in self.query_s)
+        link_s = max(queries * q + held * k for q, k in zip(self.query_s, self.key_s, strict=True))
+        comm_s = latency + link_s
+        total = compute_s + comm_s
+        if pipelined and self.transport == "ring":
+            total = ring_s(comm_s / (self.size - 1), [compute_s / self.size] * self.size)
+        elif pipelined and self.transport != "pass_q":
+            parts = self._micro_batches(queries, held, own)
+            back = query_s / 2 if self.transport == "ulysses" else 0.0
+            each = [(comm_s - back) / parts] * parts, [compute_s / parts] * parts
+            total = pipelined_s(*each, [back / parts] * parts)
+        return AttentionSeconds(
+            transport=self.transport,
+            compute_s=compute_s,
+            comm_s=comm_s,
+            exposed_s=total - compute_s,
+            merge_s=self._merge_s(queries, hardware),
+        )
+
+    def _micro_batches(self, queries: float, held: float, own: float) -> int:
+        wanted = num_micro_batches(
+            PipelineSettings(),
+            num_bytes=int(queries * self.query_sent + held * self.key_sent),
+            flops=int(own * 4 * self.head_dim),
+            smallest=CUDA_PART,
+        )
+        return min(wanted, self.num_kv_heads) if self.transport == "gather" else wanted
+
+    def _merge_s(self, queries: float, hardware: Hardware) -> float:
+        """Partials of every rank but the first are read and merged into a float32 sum, which is read and written."""
+        if self.transport not in ("ring", "pass_q"):
+            return 0.0
+        row = self.num_heads * self.head_dim * (self.itemsize + 8)
+        return memory_s((self.size - 1) * queries * row, hardware)
+
+
+def transport_costs(
+    names: Sequence[str],
+    machine: Machine,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> tuple[TransportCost, ...]:
+    """One for each name of `attention.planner.TRANSPORTS`; heads are those of one TP rank."""
+    size = math.prod(machine.sp_levels)
+    heads = dict(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, itemsize=itemsize
+    )
+    costs = []
+    for name in names:
+        share = 1.0 / size
+        if name == "ulysses" and size > 1:
+            shares = split_heads(num_heads, num_kv_heads, size)
+            share = max(len(own) for own, _ in shares) / num_heads
+        query_s, query_sent = _per_token(name, heads, machine, queries=_UNIT, keys=0)
+        key_s, key_sent = _per_token(name, heads, machine, queries=0, keys=_UNIT)
+        costs.append(
+            TransportCost(
+                transport=name,
+                size=size,
+                latency_s=max(link.latency_s for link in machine.links),
+                busiest_share=share,
+                query_s=query_s,
+                key_s=key_s,
+                query_sent=query_sent,
+                key_sent=key_sent,
+                **heads,
+            )
+        )
+    return tuple(costs)
+
+
+def fastest(
+    costs: Sequence[TransportCost],
+    pairs: float,
+    new: float,
+    keys: float,
+    hardware: Hardware,
+    *,
+    pipelined: bool,
+) -> AttentionSeconds:
+    """What `--transport auto` takes."""
+    found = [cost.seconds(pairs, new, keys, hardware, pipelined=pipelined) for cost in costs]
+    return min(found, key=lambda seconds: seconds.total_s)
+
+
+def _per_token(
+    name: str, heads: dict[str, int], machine: Machine, *, queries: int, keys: int
+) -> tuple[tuple[float, ...], float]:
+    """Link seconds of each level, and bytes sent by a rank, per token of each rank."""
+    size = math.prod(machine.sp_levels)
+    moved = bytes_moved(
+        name,
+        StepShape(
+            queries=(queries,) * size, keys=(keys,) * size, pairs=((0,) * size,) * size, **heads
+        ),
+    )
+    seconds = []
+    for level in range(len(machine.links)):
+        # Only this level's link takes time.
+        links = tuple(
+            link if at == level else Link(latency_s=0.0, bytes_per_s=math.inf)
+            for at, link in enumerate(machine.links)
+        )
+        alone = Machine(sp_levels=machine.sp_levels, links=links, flops_per_s=1.0)
+        seconds.append(link_seconds(moved, alone) / _UNIT)
+    return tuple(seconds), max(map(sum, moved)) / _UNIT

@@ -1,0 +1,80 @@
+"""Single terms: products, attention, collectives, overlap; against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
+from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s
+from sps2_mega.simulator.model_size import model_size
+from sps2_mega.simulator.overlap import pipelined_s, ring_s
+from tests.unit.simulator.small_model import MODEL, ROUND
+
+
+def test_a_product_takes_its_arithmetic_or_the_reading_of_its_weights():
+    assert gemm_s(1, 1e6, 2e6, ROUND) == pytest.approx(2e-6)
+    assert gemm_s(1000, 1e6, 2e6, ROUND) == pytest.approx(2e-5)
+    assert gemm_s(0, 1e6, 2e6, ROUND) == 0.0
+
+
+def test_attention_takes_its_arithmetic_or_the_reading_of_its_keys():
+    assert attention_s(1e6, 128, 0.0, ROUND) == pytest.approx(4 * 128e6 / 5e13)
+    assert attention_s(1, 128, 1e9, ROUND) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 63), (17, 63), (63, 63)])
+def test_causal_pairs_counts_each_query_with_itself_and_all_before(start, end):
+    assert causal_pairs(start, end) == sum(range(start + 1, end + 1))
+
+
+def test_model_size_counts_parameters_and_cache_bytes():
+    size = model_size(MODEL)
+    assert size.attention_params == 1024 * (2 * 1024 + 2 * 512)
+    assert size.ffn_params == 3 * 1024 * 4096
+    assert size.kv_bytes(1) == 2 * 4 * 128 * 2
+    assert size.kv_bytes(8) == 2 * 128 * 2, "a KV head is not cut"
+    assert model_size(MODEL, ffn_itemsize=1).layer_bytes == size.layer_bytes - size.ffn_params
+
+
+def test_an_all_reduce_pays_latency_and_bytes_inside_and_between_nodes():
+    assert all_reduce_s(1e6, 1, ROUND) == 0.0
+    inside = 2e-5 + 1.5 * 1e6 / 1e11
+    assert all_reduce_s(1e6, 4, ROUND) == pytest.approx(inside)
+    assert all_reduce_s(1e6, 12, ROUND) == pytest.approx(
+        inside + 2e-4 + 2 * (2 / 3) * 0.25e6 / 1e10
+    )
+
+
+def test_an_all_to_all_is_as_slow_as_its_slowest_level():
+    assert all_to_all_s(1e6, ROUND.sp_machine(1, 1)) == 0.0
+    assert all_to_all_s(1e6, ROUND.sp_machine(1, 4)) == pytest.approx(1e-5 + 1e-5)
+    # 4 of 7 peers are on the other node.
+    assert all_to_all_s(7e6, ROUND.sp_machine(1, 8)) == pytest.approx(1e-4 + 4e6 / 1e10)
+
+
+def test_without_micro_batches_nothing_overlaps():
+    assert pipelined_s([1.0], [2.0], [3.0]) == 6.0
+
+
+def test_micro_batches_hide_all_but_the_ends():
+    # 1 in, 4 x 2 of computing, 1 back.
+    assert pipelined_s([1.0] * 4, [2.0] * 4, [1.0] * 4) == 10.0
+    # Links are the slower ones: 4 x 2 in, then one computation, and its result back.
+    assert pipelined_s([2.0] * 4, [1.0] * 4, [0.5] * 4) == 9.5
+
+
+@pytest.mark.parametrize("hop", [0.0, 0.4, 1.0, 3.0])
+def test_a_ring_steps_at_the_pace_of_the_slower_one(hop):
+    compute = [1.0] * 5
+    assert ring_s(hop, compute) == pytest.approx(4 * max(hop, 1.0) + 1.0)
+    assert ring_s(hop, [1.0]) == 1.0
+
+
+def test_more_overlap_never_takes_longer():
+    times = [pipelined_s([8.0 / m] * m, [6.0 / m] * m, [2.0 / m] * m) for m in (1, 2, 3, 5, 8)]
+    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(times))
+    assert math.isclose(times[0], 16.0)
+    assert times[-1] >= 8.0

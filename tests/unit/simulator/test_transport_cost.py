@@ -1,0 +1,104 @@
+"""Transport costs equal the planner's on steps with equal shares; CSA costs follow the pattern's own counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from sps2_mega.attention.pattern import CSAPattern, topology_spans
+from sps2_mega.attention.planner import TRANSPORTS, estimate
+from sps2_mega.attention.step_shape import StepShape
+from sps2_mega.attention.volume import flops_ratio, long_flops_ratio
+from sps2_mega.config import CSAConfig
+from sps2_mega.errors import ConfigError
+from sps2_mega.simulator.compute import causal_pairs
+from sps2_mega.simulator.sparse_cost import Prompt, sparse_cost
+from sps2_mega.simulator.transport_cost import fastest, transport_costs
+from tests.unit.simulator.small_model import ROUND
+
+HEADS = dict(num_heads=8, num_kv_heads=4, head_dim=128, itemsize=2)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("tp", "sp"), [(4, 3), (1, 4), (1, 8), (2, 6)])
+@pytest.mark.parametrize(("new", "cached"), [(24, 0), (24_000, 0), (2400, 240_000)])
+def test_a_step_of_equal_shares_costs_what_the_planner_says(transport, tp, sp, new, cached):
+    machine = ROUND.sp_machine(tp, sp)
+    keys, pairs = new + cached, causal_pairs(cached, cached + new)
+    shape = StepShape(
+        queries=(new // sp,) * sp,
+        keys=(keys // sp,) * sp,
+        pairs=((int(pairs / sp / sp),) * sp,) * sp,
+        **HEADS,
+    )
+    (cost,) = transport_costs([transport], machine, **HEADS)
+    planned = estimate(transport, shape, machine, overlap=False)
+    priced = cost.seconds(pairs, new, keys, ROUND, pipelined=False)
+    assert priced.comm_s == pytest.approx(planned.comm_s, rel=1e-9)
+    # The planner does not count the reading of keys, which bounds short steps.
+    assert priced.compute_s >= planned.compute_s * 0.999
+    if new == 24_000:
+        assert priced.compute_s == pytest.approx(planned.compute_s, rel=1e-3)
+    piped = cost.seconds(pairs, new, keys, ROUND, pipelined=True)
+    assert max(piped.compute_s, piped.comm_s) <= piped.compute_s + piped.exposed_s + 1e-12
+    assert piped.total_s <= priced.total_s + 1e-12
+
+
+def test_one_rank_moves_nothing():
+    costs = transport_costs(TRANSPORTS, ROUND.sp_machine(1, 1), **HEADS)
+    for cost in costs:
+        found = cost.seconds(causal_pairs(0, 63), 63, 63, ROUND, pipelined=True)
+        assert (found.comm_s, found.exposed_s, found.merge_s) == (0.0, 0.0, 0.0)
+
+
+def test_few_new_tokens_behind_a_long_prefix_move_queries():
+    costs = transport_costs(TRANSPORTS, ROUND.sp_machine(4, 2), **HEADS)
+    end, new = 500_000, 16
+    found = fastest(costs, causal_pairs(end - new, end), new, end, ROUND, pipelined=True)
+    assert found.transport == "pass_q"
+    whole = fastest(costs, causal_pairs(0, end), end, end, ROUND, pipelined=True)
+    assert whole.transport != "pass_q"
+
+
+@pytest.mark.parametrize(("sp", "degrees"), [(4, (1, 2)), (8, (1, 2, 4)), (8, (1, 4, 4))])
+def test_sparse_arithmetic_follows_the_pattern(sp, degrees):
+    machine = ROUND.sp_machine(1, sp)
+    csa = CSAConfig(degrees=degrees, sinks=0, halo=0, tail=0)
+    cost = sparse_cost(csa, machine, **HEADS)
+    length = 64 * 1024
+    prompt = [Prompt(start=0, end=length)]
+    # Ulysses on all levels deals far work evenly; the own cells are equal.
+    (dealt,) = [w for w in cost.combinations if set(w.transports) == {"ulysses"}]
+    sizes = (1, *machine.sp_levels) if len(machine.sp_levels) == 1 else (1, 4, 8)
+    pattern = CSAPattern(
+        degrees=degrees,
+        spans=topology_spans(length // sp, sizes),
+        sinks=0,
+        halo=0,
+        tail=0,
+        sample_queries=False,
+    )
+    ratio = flops_ratio(pattern, prompt_len=length, kv_heads=range(4), layer=0)
+    assert ratio == pytest.approx(long_flops_ratio(sizes, degrees, sample_queries=False), rel=0.02)
+    dense_s = 4.0 * 128 * 8 * causal_pairs(0, length) / sp / ROUND.attention_flops_per_s
+    # Heads of different residues see a different number of far keys: that much imbalance is real.
+    assert dealt.compute_s * length**2 == pytest.approx(ratio * dense_s, rel=0.05)
+    # The tail and the halo come on top, and grow with the length only.
+    tailed = sparse_cost(CSAConfig(degrees=degrees), machine, **HEADS)
+    more = tailed.seconds(prompt, ROUND, pipelined=False)
+    less = cost.seconds(prompt, ROUND, pipelined=False)
+    assert less.compute_s < more.compute_s < 1.3 * less.compute_s
+
+
+def test_sparser_is_cheaper_and_given_spans_are_refused():
+    machine = ROUND.sp_machine(1, 4)
+    prompt = [Prompt(start=0, end=100_001), Prompt(start=0, end=1)]
+    seconds = [
+        sparse_cost(CSAConfig(degrees=(1, d)), machine, **HEADS).seconds(
+            prompt, ROUND, pipelined=True
+        )
+        for d in (1, 2, 4, 8)
+    ]
+    totals = [found.total_s for found in seconds]
+    assert totals == sorted(totals, reverse=True)
+    with pytest.raises(ConfigError, match="spans from the topology"):
+        sparse_cost(CSAConfig(degrees=(1, 2), spans=(64,)), machine, **HEADS)
