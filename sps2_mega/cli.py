@@ -1,14 +1,16 @@
 """The command line: flags in, configuration out; nothing heavy is imported before the flags are right.
 
     python -m sps2_mega.cli generate ...      what launch/generate.py calls, on every rank
+    python -m sps2_mega.cli serve ...         the same for launch/serve.py
     python -m sps2_mega.cli docs > docs/cli.md
 
-Engine flags come from the config dataclasses; flags that only `generate` has are listed here.
+Engine and server flags come from the config dataclasses; flags that only `generate` has are listed here.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,8 +19,9 @@ from typing import Any, NoReturn
 
 from sps2_mega.config import EngineConfig
 from sps2_mega.errors import ConfigError, RequestError
+from sps2_mega.flag_tables import flag_tables
 from sps2_mega.flags import add_flags, config_from, integers
-from sps2_mega.parallel.launcher import LaunchInfo, from_environment
+from sps2_mega.parallel.launcher import LaunchInfo, from_environment, server_api_key
 from sps2_mega.types import SamplingParams
 
 BUNDLED_PROMPTS = Path(__file__).resolve().parents[1] / "launch" / "prompts" / "python.jsonl"
@@ -76,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[:1] == ["generate"]:
         return generate(arguments[1:])
-    print("usage: python -m sps2_mega.cli {generate,docs} ...", file=sys.stderr)
+    if arguments[:1] == ["serve"]:
+        return serve(arguments[1:])
+    print("usage: python -m sps2_mega.cli {generate,serve,docs} ...", file=sys.stderr)
     return 0 if arguments[:1] in (["-h"], ["--help"]) else _EXIT_COULD_NOT_RUN
 
 
@@ -99,6 +104,47 @@ def generate(argv: Sequence[str] | None = None) -> int:
     from sps2_mega.serving.generate import run_generate
 
     return run_generate(config, options, info)
+
+
+def serve(argv: Sequence[str] | None = None) -> int:
+    """Serves the OpenAI API until told to stop; to be called on every rank. Exit codes: 0 stopped in good order, 2
+    could not start, others as the job failed."""
+    try:
+        info = from_environment()
+    except ConfigError as error:
+        print(f"sps2_mega: error: {error}", file=sys.stderr)
+        return _EXIT_COULD_NOT_RUN
+    parser = serve_parser(quiet=info.rank > 0)
+    parsed = parser.parse_args(argv)
+    from sps2_mega.serving.http.settings import ServerConfig
+
+    try:
+        config, server = config_from(EngineConfig, parsed), config_from(ServerConfig, parsed)
+        if server.api_key is None:
+            server = dataclasses.replace(server, api_key=server_api_key())
+    except ConfigError as error:
+        parser.error(str(error))
+    _log_to_stderr(info)
+
+    from sps2_mega.serving.serve import run_serve
+
+    return run_serve(config, server, info)
+
+
+def serve_parser(*, quiet: bool = False) -> argparse.ArgumentParser:
+    """All flags of `serve`. `quiet`: mistakes are reported by another rank."""
+    from sps2_mega.serving.http.settings import ServerConfig
+
+    parser = _Parser(
+        prog="serve.py",
+        description="Serve a model on tp * sp ranks through the OpenAI API.",
+        allow_abbrev=False,
+    )
+    parser.quiet = quiet
+    add_flags(parser.add_argument_group("server"), ServerConfig)
+    add_flags(parser.add_argument_group("engine"), EngineConfig)
+    _accept_local_rank(parser)
+    return parser
 
 
 def generate_parser(*, quiet: bool = False) -> argparse.ArgumentParser:
@@ -142,14 +188,17 @@ def generate_parser(*, quiet: bool = False) -> argparse.ArgumentParser:
         flag = f"--{name.replace('_', '-')}"
         sampling.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **settings)
     add_flags(parser.add_argument_group("engine"), EngineConfig)
-    # Launchers add this one; the rank comes from the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    _accept_local_rank(parser)
     return parser
 
 
+def _accept_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Launchers add it; the rank comes from the environment."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
 def markdown() -> str:
-    """docs/cli.md, from the parser."""
-    parser = generate_parser()
+    """docs/cli.md, from the parsers."""
     lines = [
         "# Command line",
         "",
@@ -166,18 +215,15 @@ def markdown() -> str:
         "for i,q in enumerate(map(json.loads,open(sys.argv[1])),1)]' in.jsonl out.jsonl",
         "```",
     ]
-    for group in parser._action_groups:
-        rows = [action for action in group._group_actions if action.help is not argparse.SUPPRESS]
-        rows = [action for action in rows if not isinstance(action, argparse._HelpAction)]
-        if rows:
-            lines += [
-                "",
-                f"## {(group.title or '').capitalize()}",
-                "",
-                "| flag | meaning |",
-                "|---|---|",
-            ]
-            lines += [f"| {_usage(action)} | {_cell(action.help)} |" for action in rows]
+    lines += flag_tables(generate_parser())
+    lines += [
+        "",
+        "# Server",
+        "",
+        "`launch/serve.py` takes the engine flags above and these; what they do is in `docs/serving.md`.",
+        "Exit codes: 0 stopped in good order, 2 could not start, anything else: a rank failed or was told to end at once.",
+    ]
+    lines += flag_tables(serve_parser(), only="server")
     return "\n".join(lines) + "\n"
 
 
@@ -236,19 +282,8 @@ def _log_to_stderr(info: LaunchInfo) -> None:
         format=f"%(asctime)s %(levelname)s{where} %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    for noisy in ("megatron", "deepspeed", "DeepSpeed", "torch"):
+    for noisy in ("megatron", "deepspeed", "DeepSpeed", "torch", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def _usage(action: argparse.Action) -> str:
-    value = action.metavar if action.nargs != 0 else ""
-    if action.choices:
-        value = ",".join(map(str, action.choices))
-    return f"`{action.option_strings[0]}{f' {value}' if value else ''}`"
-
-
-def _cell(text: str | None) -> str:
-    return (text or "").replace("%%", "%").replace("|", "\\|")
 
 
 if __name__ == "__main__":

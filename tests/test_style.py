@@ -31,6 +31,8 @@ HOMES = {
     "tokenizers": ["sps2_mega/engine/tokenizer.py", "tests/*", "tools/*"],
     "pydantic": ["sps2_mega/serving/*", "tests/*"],
     "fastapi": ["sps2_mega/serving/*", "tests/*"],
+    "uvicorn": ["sps2_mega/serving/*", "tests/*"],
+    "prometheus_client": ["sps2_mega/serving/*", "tests/*"],
     "torch.distributed": [
         "sps2_mega/comm/*",
         "sps2_mega/checkpoint/torch_dist_writer.py",  # torch.distributed.checkpoint, a file format

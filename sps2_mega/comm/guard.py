@@ -17,7 +17,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -30,16 +30,23 @@ from sps2_mega.parallel.launcher import LaunchInfo
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.5  # between looks at the launcher; signals are seen at once
+# Launchers pass on a signal that the terminal or a cluster's agent has already sent to every process.
+ECHO_S = 1.0
+# Told why the job shall end; answers how many seconds the program needs to end by itself.
+StopHandler = Callable[[str], float]
 
 
 @contextlib.contextmanager
-def guard(info: LaunchInfo) -> Iterator[None]:
+def guard(info: LaunchInfo, *, on_stop: StopHandler | None = None) -> Iterator[None]:
     """Must be entered in the main thread. Leaving it normally closes the lifeline.
+
+    A signal, or the loss of the launcher, ends the job at once; with `on_stop`, which another thread calls, only after
+    as many seconds as it returns. A second signal does not wait for those.
 
     A failure does not leave it: the process ends by `os._exit`, since threads and destructors of a broken
     job may wait for ever. Exit codes: 1 for an exception, 128 + n for signal n, else what `sys.exit` got.
     """
-    with _ending_by_signal_or_orphaned(info):
+    with _ending_by_signal_or_orphaned(info, on_stop or _at_once):
         try:
             yield
         except SystemExit as error:
@@ -68,6 +75,7 @@ def _end_for_exception(info: LaunchInfo, error: BaseException) -> NoReturn:
     stack = traceback_of(error)
     who = f"{own_member(info)} failed: {cause_of(error)}" if stack else f"{cause_of(error, None)}"
     text = f"{stack or ''}sps2_mega: {who}"
+    last_words.tell_listeners(who)
     _speak_once_per_node_and_leave(info, text, FAILURE_EXIT_CODE)
 
 
@@ -75,6 +83,7 @@ def _stop(info: LaunchInfo, cause: str, exit_code: int) -> NoReturn:
     for lifeline in active_lifelines():
         lifeline.stop(cause, exit_code)
     text = f"sps2_mega: {own_member(info)} was told to stop: {cause}"
+    last_words.tell_listeners(text)
     _speak_once_per_node_and_leave(info, text, exit_code)
 
 
@@ -94,7 +103,7 @@ def _speak_once_per_node_and_leave(info: LaunchInfo, text: str, exit_code: int) 
 
 
 @contextlib.contextmanager
-def _ending_by_signal_or_orphaned(info: LaunchInfo) -> Iterator[None]:
+def _ending_by_signal_or_orphaned(info: LaunchInfo, on_stop: StopHandler) -> Iterator[None]:
     """A thread acts on signals: Python's handlers run in the main thread, which may be in a collective.
     The C handler writes the signal's number to a socket at once, and the thread reads it there."""
     reader, writer = socket.socketpair()
@@ -104,7 +113,7 @@ def _ending_by_signal_or_orphaned(info: LaunchInfo) -> Iterator[None]:
     old_handlers: dict[int, Any] = {n: signal.signal(n, _nothing) for n in SIGNALS}
     chain.ask_for_signal()
     done = threading.Event()
-    arguments = (info, chain, reader, done)
+    arguments = (info, chain, reader, done, on_stop)
     thread = threading.Thread(target=_watch, args=arguments, name="sps2-guard", daemon=True)
     thread.start()
     try:
@@ -123,19 +132,35 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """Only so that the signal does not take its default action."""
 
 
+def _at_once(cause: str) -> float:
+    return 0.0
+
+
 def _watch(
-    info: LaunchInfo, chain: LauncherChain, reader: socket.socket, done: threading.Event
+    info: LaunchInfo,
+    chain: LauncherChain,
+    reader: socket.socket,
+    done: threading.Event,
+    on_stop: StopHandler,
 ) -> None:
     poller = select.poll()
     poller.register(reader, select.POLLIN)
+    stop: tuple[str, int] | None = None  # cause and exit code
+    asked = deadline = 0.0
     while not done.is_set():
         ready = poller.poll(POLL_S * 1000)
         numbers = reader.recv(16) if ready else b""
         stops = [signal.Signals(number) for number in numbers if number in SIGNALS]
         broken = chain.broken()
-        if broken is not None:
-            _stop(info, broken, FAILURE_EXIT_CODE)
-        if stops:
-            _stop(info, stops[0].name, 128 + stops[0])
+        now = time.monotonic()
+        if stop is None and (broken is not None or stops):
+            stop = (
+                (broken, FAILURE_EXIT_CODE)
+                if broken is not None
+                else (stops[0].name, 128 + stops[0])
+            )
+            asked, deadline = now, now + on_stop(stop[0])
+        if stop is not None and (now >= deadline or (stops and now > asked + ECHO_S)):
+            _stop(info, *stop)
         if ready and not numbers:
             return

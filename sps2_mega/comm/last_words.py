@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from sps2_mega.comm.process_facts import start_ticks
@@ -21,6 +22,26 @@ from sps2_mega.comm.verdict import Member
 FLUSH_S = 0.3
 # Ranks of a node learn of a verdict within milliseconds of each other; the speaker's claim must outlast that.
 CLAIM_HELD_S = 0.6
+# All listeners together; they run while the claim is held anyway.
+LISTENERS_S = 0.8
+_listeners: list[Callable[[str], None]] = []
+
+
+def on_end(listener: Callable[[str], None]) -> None:
+    """`listener` is called, in a thread, with the reason when this process has to end: a server can tell its
+    clients. It has `LISTENERS_S` seconds and must not wait for the main thread."""
+    _listeners.append(listener)
+
+
+def tell_listeners(reason: str) -> None:
+    def tell() -> None:
+        for listener in _listeners:
+            listener(reason)
+
+    if _listeners:
+        teller = threading.Thread(target=tell, name="sps2-listeners", daemon=True)
+        teller.start()
+        teller.join(LISTENERS_S)
 
 
 def write_error(text: str) -> None:

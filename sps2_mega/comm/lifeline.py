@@ -242,4 +242,5 @@ class Lifeline:
             for member in verdict.hung:
                 if member.node == self._member.node and member != self._member:
                     last_words.kill_hung(member)
+        last_words.tell_listeners(verdict.message)
         last_words.hold_claim_then_leave(since, verdict.exit_code)

@@ -125,6 +125,12 @@ def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
     return Path(home or Path.home() / ".cache") / "sps2_mega"
 
 
+def server_api_key(environ: Mapping[str, str] | None = None) -> str | None:
+    """The key that clients of this user's server must send, where SPS2_API_KEY has one."""
+    environ = os.environ if environ is None else environ
+    return environ.get("SPS2_API_KEY", "").strip() or None
+
+
 def _recognise(environ: Mapping[str, str]) -> Launcher:
     if "TORCHELASTIC_RUN_ID" in environ or "GROUP_RANK" in environ:
         return "torchrun"

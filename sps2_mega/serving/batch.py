@@ -26,6 +26,7 @@ from sps2_mega.serving.batch_output import BatchOutput, OutputMode
 from sps2_mega.serving.batch_records import answer_record, error_record
 from sps2_mega.serving.drive import Submission, drive, failed
 from sps2_mega.serving.progress import Progress, RunTotals
+from sps2_mega.serving.prompts import prompt_tokens
 from sps2_mega.types import RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class BatchJob:
                 yield failed(request_id, line.error)
                 continue
             try:
-                tokens = _prompt_tokens(line, tokenizer)
+                tokens = prompt_tokens(line.request, tokenizer)
             except RequestError as error:
                 yield failed(request_id, str(error))
                 continue
@@ -193,21 +194,3 @@ def fingerprint(
 
 def _place(model: str) -> str:
     return os.path.realpath(model) if os.path.isdir(model) else model
-
-
-def _prompt_tokens(line: GoodLine, tokenizer: Tokenizer | None) -> list[int]:
-    request = line.request
-    if isinstance(request.prompt, list):
-        return request.prompt
-    if tokenizer is None:
-        raise RequestError(
-            "text needs a tokenizer, and the model has none: give token ids, or pass --tokenizer"
-        )
-    try:
-        if request.messages is not None:
-            return tokenizer.apply_chat_template(request.messages)
-        return tokenizer.encode(request.prompt or "")
-    except (UnicodeEncodeError, TypeError):  # JSON can spell half a surrogate pair, UTF-8 cannot
-        raise RequestError(
-            "the text has characters that are not Unicode (lone surrogates)"
-        ) from None

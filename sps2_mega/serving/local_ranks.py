@@ -32,12 +32,13 @@ DEATH_EXIT_CODE = 1
 class LocalRanks:
     """Ranks 1 to world_size - 1 as children; until `close`, the end of one of them is a failure."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, grace_s: float = 0.0) -> None:
+        """A child that gets a signal waits `grace_s` seconds for this process to end the job first."""
         world_size = config.parallel.tp * config.parallel.sp
         self.info = _launch_info(0, world_size, _free_port())
         self._closing = threading.Event()
         self._children = [
-            _Child(_launch_info(rank, world_size, self.info.master_port), config)
+            _Child(_launch_info(rank, world_size, self.info.master_port), config, grace_s)
             for rank in range(1, world_size)
         ]
         self._watcher = threading.Thread(target=self._watch, name="sps2-local-ranks", daemon=True)
@@ -73,7 +74,7 @@ class LocalRanks:
 class _Child:
     """One rank: its process, the pipe that keeps it alive, and the last lines of its stderr."""
 
-    def __init__(self, info: LaunchInfo, config: EngineConfig) -> None:
+    def __init__(self, info: LaunchInfo, config: EngineConfig, grace_s: float) -> None:
         self.info = info
         variables = {
             "RANK": info.rank,
@@ -93,6 +94,7 @@ class _Child:
                 sys.executable,
                 "-m",
                 "sps2_mega.serving.rank",
+                f"{grace_s:g}",
             ],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,

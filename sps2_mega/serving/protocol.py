@@ -11,7 +11,7 @@ Needs no tokenizer: text stays text. Response bodies are `responses`'.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,7 +102,7 @@ def parse_request(
     try:
         fields = (ChatFields if kind == "chat" else CompletionFields).model_validate(given)
     except pydantic.ValidationError as error:
-        raise RequestError(_validation_text(error)) from None
+        raise RequestError(validation_text(error.errors(include_url=False))) from None
     params = _sampling_params(fields, kind, defaults or {}, either_logprobs)
     return ParsedRequest(
         prompt=_one_prompt(fields.prompt) if isinstance(fields, CompletionFields) else None,
@@ -217,9 +217,10 @@ def _one_prompt(prompt: str | list[int] | list[str] | list[list[int]]) -> str | 
     return prompt[0]
 
 
-def _validation_text(error: pydantic.ValidationError, limit: int = 3) -> str:
+def validation_text(errors: Sequence[Mapping[str, Any]], limit: int = 3) -> str:
+    """What is wrong with which fields, from pydantic's list of errors; long values are cut."""
     seen: dict[str, str] = {}
-    for item in error.errors(include_url=False):
+    for item in errors:
         # The first parts of a location are field and index; the rest names members of a union.
         place = [
             str(part) for part in item["loc"] if part == item["loc"][0] or isinstance(part, int)

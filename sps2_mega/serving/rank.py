@@ -1,6 +1,7 @@
 """A rank that a Python program started (`local_ranks`): configuration from stdin, then the driver's steps.
 
-`python -m sps2_mega.serving.rank`; not for people.
+`python -m sps2_mega.serving.rank [SECONDS]`; not for people. After a signal the job has so many seconds to end in
+good order, as its driver decides.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ import sys
 import threading
 
 from sps2_mega.comm.guard import guard
+from sps2_mega.comm.lifeline import active_lifelines
 from sps2_mega.config import EngineConfig, engine_config_from_mapping
 from sps2_mega.parallel.launcher import from_environment
 
 
 def main() -> int:
-    with guard(from_environment()):
+    grace_s = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
+    with guard(from_environment(), on_stop=lambda _: patience(grace_s)):
         config = config_from_json(sys.stdin.buffer.readline())
         threading.Thread(target=_end_with_parent, name="sps2-parent", daemon=True).start()
         from sps2_mega.engine.engine import Engine
 
         Engine.start(config).run_worker()
     return 0
+
+
+def patience(grace_s: float) -> float:
+    """Seconds to wait, after a signal, for the driver to end the job; none before the ranks have met."""
+    return grace_s if active_lifelines() else 0.0
 
 
 def config_from_json(line: bytes) -> EngineConfig:

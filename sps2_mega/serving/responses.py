@@ -89,15 +89,21 @@ def completion_logprobs(
     """Parallel lists over tokens; `text_offset` counts characters from the start of the output."""
     if completion.logprobs is None:
         return None
-    tokens = [token_text(item.token_id, tokenizer) for item in completion.logprobs]
+    return logprob_lists(completion.logprobs, tokenizer, TextOffsets(tokenizer))
+
+
+def logprob_lists(
+    logprobs: list[TokenLogprob], tokenizer: Tokenizer | None, offsets: TextOffsets
+) -> dict[str, Any]:
+    """The same for some tokens of an output; `offsets` knows where they begin."""
     return {
-        "tokens": tokens,
-        "token_logprobs": [_finite(item.logprob) for item in completion.logprobs],
+        "tokens": [token_text(item.token_id, tokenizer) for item in logprobs],
+        "token_logprobs": [_finite(item.logprob) for item in logprobs],
         "top_logprobs": [
             {token_text(token_id, tokenizer): _finite(logprob) for token_id, logprob in item.top}
-            for item in completion.logprobs
+            for item in logprobs
         ],
-        "text_offset": _offsets(completion.logprobs, tokenizer),
+        "text_offset": [offsets.of_next(item.token_id) for item in logprobs],
     }
 
 
@@ -105,6 +111,11 @@ def chat_logprobs(completion: Completion, tokenizer: Tokenizer | None) -> dict[s
     """One entry per token, each with its bytes, so that characters across tokens can be put together."""
     if completion.logprobs is None:
         return None
+    return logprob_entries(completion.logprobs, tokenizer)
+
+
+def logprob_entries(logprobs: list[TokenLogprob], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The same for some tokens of an output."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token_id) if tokenizer else b""
@@ -116,7 +127,7 @@ def chat_logprobs(completion: Completion, tokenizer: Tokenizer | None) -> dict[s
 
     content = [
         entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*top) for top in item.top]}
-        for item in completion.logprobs
+        for item in logprobs
     ]
     return {"content": content, "refusal": None}
 
@@ -132,14 +143,20 @@ def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def _offsets(logprobs: list[TokenLogprob], tokenizer: Tokenizer | None) -> list[int]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    offsets, position = [], 0
-    for item in logprobs:
-        offsets.append(position)
-        if tokenizer is not None and item.token_id not in tokenizer.special_ids:
-            position += len(decoder.decode(tokenizer.token_bytes(item.token_id)))
-    return offsets
+class TextOffsets:
+    """Where each token's text begins, in characters from the start of the output."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._position = 0
+
+    def of_next(self, token_id: int) -> int:
+        """The offset of the next token of the output, which is `token_id`."""
+        begin = self._position
+        if self._tokenizer is not None and token_id not in self._tokenizer.special_ids:
+            self._position += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return begin
 
 
 def _finite(logprob: float) -> float:

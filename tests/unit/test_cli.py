@@ -40,6 +40,16 @@ GENERATE_FLAGS = {
     "frequency-penalty",
     "logprobs",
 }
+SERVE_FLAGS = {
+    "host",
+    "port",
+    "api-key",
+    "served-model-name",
+    "request-timeout",
+    "max-body-bytes",
+    "drain-timeout",
+    "stream-keep-alive",
+}
 
 
 def parse(*argv: str) -> EngineConfig:
@@ -67,7 +77,7 @@ def run(*argv: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_flags_are_the_frozen_ones() -> None:
     shown = set(re.findall(r"^\| `--([a-z-]+)", cli.markdown(), re.MULTILINE))
-    assert shown == GENERATE_FLAGS | {spec.name for spec in flags_of(EngineConfig)}
+    assert shown == GENERATE_FLAGS | SERVE_FLAGS | {spec.name for spec in flags_of(EngineConfig)}
 
 
 def test_docs_are_current() -> None:

@@ -1,0 +1,146 @@
+"""From a call's outputs and deltas to OpenAI bodies: one JSON object, or a stream of server-sent events.
+
+    data: {chunk}\\n\\n   ...   data: {usage chunk}\\n\\n   data: [DONE]\\n\\n        and ": keep-alive" in silence
+
+A failure after the headers went out is an event with an `error`, then the end of the stream. What single outputs
+look like is `responses`'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.serving.http.api_errors import ApiError
+from sps2_mega.serving.http.calls import Call, Delta
+from sps2_mega.serving.protocol import Kind
+from sps2_mega.serving.responses import (
+    TextOffsets,
+    chat_body,
+    completion_body,
+    logprob_entries,
+    logprob_lists,
+    usage,
+)
+from sps2_mega.types import OutputDelta, RequestOutput
+
+KEEP_ALIVE = ": keep-alive\n\n"
+DONE = "data: [DONE]\n\n"
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What all bodies of one answer share. `echoes` are texts to put before each prompt's outputs."""
+
+    kind: Kind
+    body_id: str
+    model: str
+    created: int  # Unix seconds
+    num_samples: int  # per prompt
+    tokenizer: Tokenizer | None
+    request_id: str
+    echoes: list[str] | None = None
+    include_usage: bool = False
+    _offsets: dict[int, TextOffsets] = field(default_factory=dict)
+
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """The body of an answer that was waited for. Sample s of prompt p is choice p * n + s."""
+        build = chat_body if self.kind == "chat" else completion_body
+        bodies = [
+            build(
+                output,
+                body_id=self.body_id,
+                model=self.model,
+                created=self.created,
+                tokenizer=self.tokenizer,
+            )
+            for output in outputs
+        ]
+        if self.echoes is not None:
+            for body, echo in zip(bodies, self.echoes, strict=True):
+                for choice in body["choices"]:
+                    choice["text"] = echo + choice["text"]
+        choices = [choice for body in bodies for choice in body["choices"]]
+        for index, choice in enumerate(choices):
+            choice["index"] = index
+        return bodies[0] | {"choices": choices, "usage": _usage_of_all(outputs)}
+
+    async def events(self, call: Call, *, keep_alive: float) -> AsyncIterator[str]:
+        """Server-sent events of a streamed call, from its first to its last."""
+        try:
+            for index in range(call.num_samples):
+                for opening in self._opening(index):
+                    yield self._event([opening])
+            async for delta in call.deltas(silence=keep_alive):
+                if delta is None:
+                    yield KEEP_ALIVE
+                    continue
+                choice = self._choice(delta)
+                if choice is not None:
+                    yield self._event([choice])
+            if self.include_usage:
+                outputs = [call.outputs[index] for index in range(len(call.prompts))]
+                yield self._event([], usage=_usage_of_all(outputs))
+        except ApiError as error:
+            yield _data(error.body(self.request_id))
+        yield DONE
+
+    def _opening(self, index: int) -> list[dict[str, Any]]:
+        """What a choice has before its first token."""
+        if self.kind == "chat":
+            first = {"role": "assistant", "content": "", "refusal": None}
+            return [{"index": index, "delta": first, "logprobs": None, "finish_reason": None}]
+        if self.echoes is None:
+            return []
+        text = self.echoes[index // self.num_samples]
+        return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}]
+
+    def _choice(self, event: Delta) -> dict[str, Any] | None:
+        delta = event.delta
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return None
+        index = event.prompt_index * self.num_samples + delta.index
+        reason = delta.finish_reason
+        end = {
+            "logprobs": self._logprobs(index, delta),
+            "finish_reason": None if reason is None else reason.value,
+        }
+        if self.kind == "chat":
+            return {"index": index, "delta": {"content": delta.text} if delta.text else {}} | end
+        return {"index": index, "text": delta.text} | end
+
+    def _logprobs(self, index: int, delta: OutputDelta) -> dict[str, Any] | None:
+        if delta.logprobs is None:
+            return None
+        if self.kind == "chat":
+            return logprob_entries(delta.logprobs, self.tokenizer)
+        offsets = self._offsets.setdefault(index, TextOffsets(self.tokenizer))
+        return logprob_lists(delta.logprobs, self.tokenizer, offsets)
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        chunk: dict[str, Any] = {
+            "id": self.body_id,
+            "object": "chat.completion.chunk" if self.kind == "chat" else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+        if self.include_usage:
+            chunk["usage"] = None
+        return _data(chunk | more)
+
+
+def _data(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _usage_of_all(outputs: list[RequestOutput]) -> dict[str, Any]:
+    each = [usage(output) for output in outputs]
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    cached = sum(one["prompt_tokens_details"]["cached_tokens"] for one in each)
+    return {name: sum(one[name] for one in each) for name in names} | {
+        "prompt_tokens_details": {"cached_tokens": cached}
+    }

@@ -1,0 +1,91 @@
+"""Uvicorn in a thread of its own, on a socket that was bound before anything heavy began.
+
+The main thread belongs to the engine; signals are `comm.guard`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+from sps2_mega.errors import ConfigError
+from sps2_mega.serving.http.front import Front
+
+_LINGER_S = 3  # for the last responses, once the engine has stopped
+_BACKLOG = 1024
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; requests wait there until the server runs.
+
+    Raises:
+        ConfigError: the address is taken or not of this machine.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; "
+            "another --port or --host is needed"
+        ) from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients find the server; one on all interfaces is shown by the loopback address."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class HttpServer:
+    """Runs from `start` to `stop`; both are the main thread's."""
+
+    def __init__(self, app: FastAPI, front: Front, listener: socket.socket) -> None:
+        self._front, self._listener = front, listener
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_LINGER_S,
+            )
+        )
+        self._running = threading.Event()
+        # A daemon: a process that must end does not wait for connections.
+        self._thread = threading.Thread(target=self._run, name="sps2-http", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._running.wait()
+
+    def call_soon(self, function: Callable[..., object], *arguments: object) -> None:
+        """Calls in the event loop's thread; after its end nobody is left to be told."""
+        with contextlib.suppress(RuntimeError):
+            self._front.loop.call_soon_threadsafe(function, *arguments)
+
+    def stop(self) -> None:
+        """Closes the port and waits a little for responses under way."""
+        self._server.should_exit = True
+        self._thread.join(_LINGER_S + 2)
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._front.attach(asyncio.get_running_loop())
+        self._running.set()
+        await self._server.serve(sockets=[self._listener])

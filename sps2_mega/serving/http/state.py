@@ -1,0 +1,36 @@
+"""What routes need of the server they belong to."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from sps2_mega.serving.http.front import Front
+from sps2_mega.serving.http.settings import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+_MAX_WARNINGS = 100  # a client can invent any number of field names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerState:
+    """`model_names` are what clients may call the model; the first one is shown to them."""
+
+    front: Front
+    config: ServerConfig
+    model_names: tuple[str, ...]
+    started: int  # Unix seconds
+    _warned: set[str] = field(default_factory=set)
+
+    def warn_once(self, warning: str) -> None:
+        if warning not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add(warning)
+            logger.warning("%s (said once)", warning[:200])
+
+
+def server_state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state

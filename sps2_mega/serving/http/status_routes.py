@@ -1,0 +1,70 @@
+"""What the server is and how it is: health, readiness, metrics, version, models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from sps2_mega import __version__
+from sps2_mega.serving.http.api_errors import ApiError
+from sps2_mega.serving.http.documented import responses
+from sps2_mega.serving.http.front import State
+from sps2_mega.serving.http.state import ServerState, server_state
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/health", responses=responses(503))
+async def health(request: Request) -> dict[str, Any]:
+    """Live: 200 from the first moment, also while loading and draining; 503 once the engine has failed."""
+    front = server_state(request).front
+    if front.state is State.FAILED:
+        front.model  # noqa: B018  raises with the reason
+    return {"status": "ok", "state": front.state.value}
+
+
+@router.get("/ready", responses=responses(503))
+async def ready(request: Request) -> dict[str, Any]:
+    """Whether requests are taken: weights are loaded, all ranks alive, and nobody asked the server to stop."""
+    state = server_state(request)
+    state.front.model  # noqa: B018  503 unless ready
+    return {"status": "ready", "model": state.model_names[0], "open_requests": state.front.num_open}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    text = server_state(request).front.metrics.text()
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": __version__}
+
+
+@router.get("/v1/models", responses=responses(401, 503))
+async def models(request: Request) -> dict[str, Any]:
+    """The one model that is served."""
+    return {"object": "list", "data": [_model(server_state(request))]}
+
+
+@router.get("/v1/models/{name:path}", responses=responses(401, 404, 503))
+async def model(name: str, request: Request) -> dict[str, Any]:
+    state = server_state(request)
+    described = _model(state)
+    if name not in state.model_names:
+        raise ApiError(404, f"the model {name[:200]!r} is not served here", code="model_not_found")
+    return described
+
+
+def _model(state: ServerState) -> dict[str, Any]:
+    return {
+        "id": state.model_names[0],
+        "object": "model",
+        "created": state.started,
+        "owned_by": "sps2_mega",
+        "max_model_len": state.front.model.max_len,
+    }

@@ -1,0 +1,45 @@
+"""`/tokenize` and `/detokenize`: the model's tokenizer for clients that count or build prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.errors import RequestError
+from sps2_mega.serving.http.api_errors import ApiError
+from sps2_mega.serving.http.bodies import DetokenizeBody, TokenizeBody
+from sps2_mega.serving.http.documented import TOKEN_RESPONSES
+from sps2_mega.serving.http.state import server_state
+from sps2_mega.serving.prompts import message_tokens, text_tokens
+
+router = APIRouter(tags=["tokens"], responses=TOKEN_RESPONSES)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
+    """Token ids of a text, with the special tokens of a prompt unless told otherwise, or of messages."""
+    model = server_state(request).front.model
+    try:
+        tokens = await asyncio.to_thread(_tokens, body, model.tokenizer)
+    except RequestError as error:
+        raise ApiError(400, str(error)) from None
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": model.max_len}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
+    """The text of token ids, special tokens included; ids that no token has give no text."""
+    tokenizer = server_state(request).front.model.tokenizer
+    if tokenizer is None:
+        raise ApiError(400, "the model was loaded without a tokenizer")
+    text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return {"prompt": text}
+
+
+def _tokens(body: TokenizeBody, tokenizer: Tokenizer | None) -> list[int]:
+    if body.messages is not None:
+        return message_tokens([message.flat() for message in body.messages], tokenizer)
+    return text_tokens(body.prompt or "", tokenizer, add_special_tokens=body.add_special_tokens)

@@ -1,0 +1,157 @@
+"""The `serve` command on one rank: rank 0 listens, drives and answers, the others follow its steps.
+
+    bind the port -> answer 503 -> other ranks, weights, cache -> ready -> serve -> drain -> end
+
+Decides the order of things and the exit code: 0 after a drain, 2 could not start, else as the guard says. Flags are
+`cli`'s, requests are `http`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from sps2_mega.config import EngineConfig
+from sps2_mega.errors import CheckpointError, ConfigError
+from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.serving.http.settings import DEFAULT_MAX_QUEUE, ServerConfig, model_name
+
+if TYPE_CHECKING:
+    import socket
+
+    from sps2_mega.engine.engine import Engine
+    from sps2_mega.serving.http.front import Front, ServedModel
+
+EXIT_COULD_NOT_START = 2
+# Beyond the drain: the step under way, and telling all ranks.
+_ENDING_S = 5.0
+
+
+def run_serve(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int:
+    """Runs to the end on this rank; returns its exit code."""
+    return _lead(config, server, info) if info.rank == 0 else _follow(config, server, info)
+
+
+def _lead(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int:
+    from sps2_mega.comm.guard import guard
+    from sps2_mega.comm.last_words import on_end
+    from sps2_mega.serving.http.front import Front
+    from sps2_mega.serving.http.prometheus import ServerMetrics
+    from sps2_mega.serving.http.server import bind
+
+    began = time.monotonic()
+    max_queue = config.scheduler.max_waiting
+    front = Front(
+        max_samples=config.scheduler.max_running
+        + (DEFAULT_MAX_QUEUE if max_queue is None else max_queue),
+        request_timeout=server.request_timeout,
+        metrics=ServerMetrics(model_name(server, config.model)),
+    )
+
+    def on_stop(cause: str) -> float:
+        if not front.drain_soon(server.drain_timeout):
+            return 0.0
+        sys.stderr.write(f"sps2_mega is shutting down: {cause}; a second signal ends it at once\n")
+        sys.stderr.flush()
+        return server.drain_timeout + _ENDING_S
+
+    with guard(info, on_stop=on_stop):
+        try:
+            try:
+                listener = bind(server.host, server.port)
+            except ConfigError as error:
+                if info.world_size > 1:
+                    from sps2_mega.mcore.init import refuse
+
+                    refuse(info, str(error))
+                raise
+            on_end(front.fail_soon)
+            _serve(config, server, info, front, listener, began=began)
+        except (ConfigError, CheckpointError) as error:
+            return _could_not_start(error, info)
+    return 0
+
+
+def _follow(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int:
+    from sps2_mega.comm.guard import guard
+    from sps2_mega.serving.rank import patience
+
+    # Rank 0 drains, and ends the others with its shutdown.
+    grace_s = server.drain_timeout + 2 * _ENDING_S
+    with guard(info, on_stop=lambda _: patience(grace_s)):
+        try:
+            from sps2_mega.engine.engine import Engine
+
+            Engine.start(config).run_worker()
+        except (ConfigError, CheckpointError) as error:
+            return _could_not_start(error, info)
+    return 0
+
+
+def _serve(
+    config: EngineConfig,
+    server: ServerConfig,
+    info: LaunchInfo,
+    front: Front,
+    listener: socket.socket,
+    *,
+    began: float,
+) -> None:
+    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.startup import start_rank
+    from sps2_mega.serving.http.app import build_app
+    from sps2_mega.serving.http.engine_loop import run_engine
+    from sps2_mega.serving.http.server import HttpServer, url_of
+    from sps2_mega.serving.local_ranks import LocalRanks
+
+    names = tuple(dict.fromkeys([model_name(server, config.model), config.model]))
+    url = url_of(listener)
+    http = HttpServer(build_app(front, server, names), front, listener)
+    http.start()
+    # The front bounds the queue, before a request is tokenised; the scheduler takes what it lets in.
+    config = config.replace(scheduler=dataclasses.replace(config.scheduler, max_waiting=None))
+    ranks = None
+    if info.launcher == "none" and config.parallel.tp * config.parallel.sp > 1:
+        ranks = LocalRanks(config, grace_s=server.drain_timeout + 2 * _ENDING_S)
+        info = ranks.info
+    try:
+        engine = Engine(start_rank(config, info, show_progress=sys.stderr.isatty()))
+    except BaseException:
+        if ranks is not None:
+            ranks.close(told=False)
+        raise
+    http.call_soon(front.ready, _served_model(engine))
+    sys.stdout.write(_ready_line(url, names[0], engine, time.monotonic() - began))
+    sys.stdout.flush()
+    run_engine(engine, front.commands, lambda result: http.call_soon(front.deliver, result))
+    http.stop()
+    engine.shutdown()
+    if ranks is not None:
+        ranks.close()
+    sys.stdout.write("sps2_mega has stopped: all requests were answered or told why not\n")
+    sys.stdout.flush()
+
+
+def _served_model(engine: Engine) -> ServedModel:
+    from sps2_mega.serving.http.front import ServedModel
+
+    return ServedModel(
+        tokenizer=engine.tokenizer, max_len=engine.max_model_len, refusal=engine.refusal
+    )
+
+
+def _ready_line(url: str, name: str, engine: Engine, seconds: float) -> str:
+    parallel = engine.config.parallel
+    return (
+        f"sps2_mega is ready: {name} at {url}/v1, tp={parallel.tp} sp={parallel.sp}, "
+        f"context {engine.max_model_len} tokens, after {seconds:.1f} s\n"
+    )
+
+
+def _could_not_start(error: Exception, info: LaunchInfo) -> int:
+    if info.local_rank == 0:
+        sys.stderr.write(f"sps2_mega: error: {error}\n")
+        sys.stderr.flush()
+    return EXIT_COULD_NOT_START
