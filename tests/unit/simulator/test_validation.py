@@ -1,0 +1,47 @@
+"""The cost model against published measurements, and the document that says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from sps2_mega.simulator.fitting import fitted_gemm_efficiency, fitted_latency_s
+from sps2_mega.simulator.hardware import load_hardware
+from sps2_mega.simulator.validation import PUBLISHED, compare
+from tools import validate_simulator
+
+META = load_hardware("h100-meta")
+
+
+def name_of(found):
+    return f"{found.published.kind}-{found.published.label}"
+
+
+@pytest.mark.parametrize(
+    "found", [c for c in compare(META) if not c.published.known_gap], ids=name_of
+)
+def test_published_seconds_are_met_within_a_tenth(found):
+    assert abs(found.error) <= 0.10
+
+
+def test_known_gaps_are_few_and_err_on_the_fast_side():
+    gaps = [found for found in compare(META) if found.published.known_gap]
+    assert len(gaps) <= 3
+    assert all(-0.4 < found.error < -0.10 for found in gaps)
+
+
+def test_two_constants_are_fitted_and_the_files_hold_them():
+    assert {row.fitted_to for row in PUBLISHED} == {"", "gemm_efficiency", "latency_s"}
+    assert META.gemm_efficiency == pytest.approx(fitted_gemm_efficiency(META), abs=0.001)
+    assert META.inter_node.latency_s == pytest.approx(fitted_latency_s(META), abs=1.1e-6)
+
+
+def test_more_tensor_parallelism_makes_decode_slower_over_nodes_as_published():
+    rows = [c for c in compare(META) if c.published.kind == "decode" and c.published.sp == 1]
+    steps = {c.published.tp: c.seconds for c in rows}
+    assert steps[16] < steps[8] < steps[32]
+
+
+def test_the_table_in_the_document_is_current():
+    text = validate_simulator.DOCUMENT.read_text()
+    written = validate_simulator.document_with(text, validate_simulator.table())
+    assert written == text, "run: python tools/validate_simulator.py"
