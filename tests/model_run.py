@@ -49,6 +49,7 @@ def logits_on_rank(
     from sps2_mega.config import ParallelConfig
     from sps2_mega.engine.batching import prefill_input
     from sps2_mega.engine.local_tables import LocalTables
+    from sps2_mega.engine.prefill_setup import PrefillSetup
     from sps2_mega.kv_cache.placement import prompt_block_ranks
     from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
@@ -101,7 +102,9 @@ def logits_on_rank(
                     )
                 )
             tables = LocalTables(rank=groups.sp.rank, block_size=block_size)
-            step = prefill_input(items, tables, pool, groups.sp, transport=transport, device=cpu)
+            step = prefill_input(
+                items, tables, pool, groups.sp, PrefillSetup(transport=transport), device=cpu
+            )
             rows = torch.arange(len(step.tokens_T))
             logits = model(step.tokens_T, step.positions_T, rows, step.attention)
             layout = build_layout(

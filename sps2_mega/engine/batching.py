@@ -9,7 +9,7 @@ hybrid    a rank gets its tokens of both kinds, those of prefill first
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,14 +18,9 @@ from torch import Tensor
 from sps2_mega.attention.decode import DecodeAttention, DenseKeys, LocalKeys, SparseKeys
 from sps2_mega.attention.hybrid import HybridAttention
 from sps2_mega.attention.layout import build_layout
-from sps2_mega.attention.leveled import Leveled
-from sps2_mega.attention.pattern import CSAPattern
-from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.prefill import PrefillAttention
-from sps2_mega.attention.spans import SparsePrefill
-from sps2_mega.attention.transports import Transport, make_transport
 from sps2_mega.engine.local_tables import LocalTables
-from sps2_mega.engine.prefill_planner import PrefillPlanner
+from sps2_mega.engine.prefill_setup import PrefillSetup
 from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.kernels.paged_decode.dispatch import prepare
 from sps2_mega.kv_cache.pool import KVPool
@@ -50,15 +45,11 @@ def prefill_input(
     tables: LocalTables,
     pool: KVPool,
     group: Group,
+    setup: PrefillSetup,
     *,
-    transport: str,
-    sparse: SparsePrefill | None = None,
-    pipeline: Pipeline | None = None,
-    planner: PrefillPlanner | None = None,
     device: torch.device,
 ) -> StepInput:
-    """Enters the items' sequences into `tables` and lays out their tokens; with `sparse` prefill is CSA,
-    else with `planner` a transport `auto` is chosen for this step."""
+    """Enters the items' sequences into `tables` and lays out their tokens."""
     layout = build_layout(
         [item.block_ranks for item in items],
         [item.end for item in items],
@@ -86,29 +77,7 @@ def prefill_input(
             num_sampled += 1
             if run.rank == group.rank:
                 rows.append(run.local.stop - 1)
-    chosen: Transport
-    if sparse is None:
-        if transport == "auto" and planner is not None:
-            transport = planner.transport(layout)
-        chosen = make_transport(transport, layout, group, device, pipeline)
-    else:
-        prompt_lens = [item.num_prompt_tokens for item in items]
-        patterns = [pattern_of(sparse, item) for item in items]
-        transports = sparse.transports
-        if transports == ("auto",):
-            assert planner is not None, "transport auto on several ranks comes with a planner"
-            transports = planner.level_transports(layout, patterns, prompt_lens, sparse.kv_heads)
-        chosen = Leveled(
-            layout,
-            patterns,
-            prompt_lens,
-            transports,
-            sparse.sp_levels,
-            kv_heads=sparse.kv_heads,
-            group=group,
-            device=device,
-            pipeline=pipeline,
-        )
+    transport = setup.transport_over(layout, items, group, device)
     for item in items:
         # A table is asked for only once its sequence decodes, when all of its tokens are there.
         if item.samples:
@@ -117,7 +86,9 @@ def prefill_input(
         tokens_T=_join(tokens, device),
         positions_T=_join(positions, device),
         rows_R=_tensor(rows, device),
-        attention=PrefillAttention(pool, _join(slots, device), _join(cached_slots, device), chosen),
+        attention=PrefillAttention(
+            pool, _join(slots, device), _join(cached_slots, device), transport
+        ),
         items_by_rank=items_by_rank,
     )
 
@@ -189,12 +160,6 @@ def hybrid_input(prefill: StepInput, decode: StepInput) -> StepInput:
             for first, second in zip(prefill.items_by_rank, decode.items_by_rank, strict=True)
         ],
     )
-
-
-def pattern_of(sparse: SparsePrefill, item: PrefillItem) -> CSAPattern:
-    """The sequence's CSA pattern: its spans are recorded where it may share a prefix with prompts of other lengths."""
-    pattern = sparse.pattern(item.num_prompt_tokens)
-    return pattern if item.spans is None else replace(pattern, spans=item.spans)
 
 
 def _slots(block_ids: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:

@@ -96,7 +96,7 @@ class Engine:
             eos_token_ids=self.model_config.eos_token_ids,
             layout=prompt_layout(rank.transport, config.csa),
             prefix_root=None if config.cache.no_prefix_caching else chain_root(config.csa),
-            topology_spans=_topology_spans(rank.executor.sparse),
+            topology_spans=_topology_spans(rank.executor.prefill.sparse),
         )
         self.max_model_len = self._scheduler.max_len
         self._outputs = OutputProcessor(self.tokenizer)

@@ -7,12 +7,12 @@ sizes are exchanged.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
+from sps2_mega.attention.pipeline.executor import plain_pipeline
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.comm.collectives import all_gather_rows
@@ -21,12 +21,11 @@ from sps2_mega.engine.batching import (
     StepInput,
     decode_input,
     hybrid_input,
-    pattern_of,
     prefill_input,
 )
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.penalties import PenaltyState
-from sps2_mega.engine.prefill_planner import PrefillPlanner
+from sps2_mega.engine.prefill_setup import PrefillSetup
 from sps2_mega.engine.sampler import sample
 from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.kv_cache.pool import KVPool
@@ -68,23 +67,22 @@ class Executor:
         pool: KVPool,
         groups: ParallelGroups,
         *,
-        transport: str,
-        sparse: SparsePrefill | None,
-        planner: PrefillPlanner | None = None,
+        prefill: PrefillSetup,
         sparse_decode: bool = False,
-        pipeline: Pipeline | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.model, self.config, self.pool, self.groups = model, config, pool, groups
-        self.transport, self.sparse, self.planner = transport, sparse, planner
         self.dtype, self.device = dtype, device
-        self.pipeline = pipeline or plain_pipeline(device)
+        self.pipeline = prefill.pipeline or plain_pipeline(device)
+        self.prefill = replace(prefill, pipeline=self.pipeline)
         self.prefill_comm = CommSeconds()
         self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
         self._sparse_tables: SparseTables | None = None
-        if sparse_decode and sparse is not None:
-            self._sparse_tables = SparseTables(self._tables, sparse, block_size=pool.block_size)
+        if sparse_decode and prefill.sparse is not None:
+            self._sparse_tables = SparseTables(
+                self._tables, prefill.sparse, block_size=pool.block_size
+            )
         self._sampling: dict[int, _Sampling] = {}
 
     def with_attention(
@@ -97,11 +95,8 @@ class Executor:
             self.config,
             self.pool,
             self.groups,
-            transport=transport,
-            sparse=sparse,
-            planner=self.planner,
+            prefill=replace(self.prefill, transport=transport, sparse=sparse),
             sparse_decode=sparse_decode,
-            pipeline=self.pipeline,
             dtype=self.dtype,
             device=self.device,
         )
@@ -139,18 +134,10 @@ class Executor:
             if not item.samples:
                 continue
             self._sampling[item.seq_id] = self._new_sampling(item)
-            if self._sparse_tables is not None and self.sparse is not None:
-                self._sparse_tables.add(item.seq_id, pattern_of(self.sparse, item))
+            if self._sparse_tables is not None:
+                self._sparse_tables.add(item.seq_id, self.prefill.pattern_of(item))
         return prefill_input(
-            items,
-            self._tables,
-            self.pool,
-            self.groups.sp,
-            transport=self.transport,
-            sparse=self.sparse,
-            pipeline=self.pipeline,
-            planner=self.planner,
-            device=self.device,
+            items, self._tables, self.pool, self.groups.sp, self.prefill, device=self.device
         )
 
     def _decode_input(self, items: list[DecodeItem]) -> StepInput:

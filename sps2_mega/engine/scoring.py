@@ -89,15 +89,7 @@ def score_prompt(
     groups, pool = executor.groups, executor.pool
     # Tables of its own: whatever this call places is forgotten with them.
     tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
-    step = prefill_input(
-        [item],
-        tables,
-        pool,
-        groups.sp,
-        transport=executor.transport,
-        sparse=executor.sparse,
-        device=executor.device,
-    )
+    step = prefill_input([item], tables, pool, groups.sp, executor.prefill, device=executor.device)
     layout = build_layout(
         [item.block_ranks], [num_tokens], block_size=pool.block_size, sp_size=groups.sp.size
     ).queries
@@ -123,7 +115,7 @@ def score_prompt(
 def _placed(executor: Executor, token_ids: list[int]) -> PrefillItem:
     """The prompt on blocks of an empty cache, spread as the transport prefers it."""
     pool, sp = executor.pool, executor.groups.sp
-    balanced = executor.transport == "gather" and executor.sparse is None
+    balanced = executor.prefill.transport == "gather" and executor.prefill.sparse is None
     ledger = BlockLedger(
         num_blocks=pool.num_blocks,
         sp_size=sp.size,

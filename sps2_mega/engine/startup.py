@@ -25,6 +25,7 @@ from sps2_mega.engine.machine_probe import machine_facts
 from sps2_mega.engine.prefill_choice import choose_transport, sparse_prefill
 from sps2_mega.engine.prefill_pipeline import check_pipeline, make_pipeline
 from sps2_mega.engine.prefill_planner import PrefillPlanner
+from sps2_mega.engine.prefill_setup import PrefillSetup
 from sps2_mega.engine.tracing import TraceFile
 from sps2_mega.errors import CheckpointError, ConfigError
 from sps2_mega.mcore.gpt import GPT
@@ -119,11 +120,10 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         model,
         pool,
         groups,
-        transport=transport,
-        sparse=sparse,
-        planner=planner,
+        prefill=PrefillSetup(
+            transport=transport, sparse=sparse, planner=planner, pipeline=pipeline
+        ),
         sparse_decode=config.decode_attention == "csa",
-        pipeline=pipeline,
         dtype=compute.dtype,
         device=compute.device,
     )

@@ -79,7 +79,7 @@ class _Turns:
             sp_size=sp.size,
             max_model_len=job.started.max_model_len,
             vocab_size=self._executor.config.vocab_size,
-            layout=prompt_layout(self._executor.transport, csa),
+            layout=prompt_layout(self._executor.prefill.transport, csa),
             prefix_root=chain_root(csa),
         )
         self._num_sequences = 0

@@ -1,0 +1,70 @@
+"""How prefill attends in a job, put together once at start: what a step's layout is then turned into attention with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sps2_mega.attention.layout import PrefillLayout
+from sps2_mega.attention.leveled import Leveled
+from sps2_mega.attention.pattern import CSAPattern
+from sps2_mega.attention.pipeline.executor import Pipeline
+from sps2_mega.attention.spans import SparsePrefill
+from sps2_mega.attention.transports import Transport, make_transport
+from sps2_mega.engine.prefill_planner import PrefillPlanner
+from sps2_mega.parallel.groups import Group
+from sps2_mega.types import PrefillItem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillSetup:
+    """`transport` is the name for exact attention, `auto` where `planner` chooses step by step. `sparse` has the
+    pattern and transports of CSA, or of exact attention with a transport for each SP level; None otherwise."""
+
+    transport: str
+    sparse: SparsePrefill | None = None
+    planner: PrefillPlanner | None = None
+    pipeline: Pipeline | None = None
+
+    def transport_over(
+        self,
+        layout: PrefillLayout,
+        items: Sequence[PrefillItem],
+        group: Group,
+        device: torch.device,
+    ) -> Transport:
+        """The attention of one step: the same choice on every rank."""
+        if self.sparse is None:
+            name = self.transport
+            if name == "auto" and self.planner is not None:
+                name = self.planner.transport(layout)
+            return make_transport(name, layout, group, device, self.pipeline)
+        sparse = self.sparse
+        prompt_lens = [item.num_prompt_tokens for item in items]
+        patterns = [self.pattern_of(item) for item in items]
+        transports = sparse.transports
+        if transports == ("auto",):
+            assert self.planner is not None, "transport auto on several ranks comes with a planner"
+            transports = self.planner.level_transports(
+                layout, patterns, prompt_lens, sparse.kv_heads
+            )
+        return Leveled(
+            layout,
+            patterns,
+            prompt_lens,
+            transports,
+            sparse.sp_levels,
+            kv_heads=sparse.kv_heads,
+            group=group,
+            device=device,
+            pipeline=self.pipeline,
+        )
+
+    def pattern_of(self, item: PrefillItem) -> CSAPattern:
+        """A sequence's CSA pattern: its spans are recorded where it may share a prefix with prompts of other
+        lengths."""
+        assert self.sparse is not None, "exact attention has no pattern"
+        pattern = self.sparse.pattern(item.num_prompt_tokens)
+        return pattern if item.spans is None else replace(pattern, spans=item.spans)
