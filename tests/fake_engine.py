@@ -10,7 +10,14 @@ from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
-from sps2_mega.types import FinishReason, RequestOutput, SamplingParams, Sequence, TokenLogprob
+from sps2_mega.types import (
+    FinishReason,
+    OutputDelta,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+    TokenLogprob,
+)
 
 
 @dataclass
@@ -19,12 +26,13 @@ class Stats:
     num_waiting: int = 0
     kv_usage: float = 0.5
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     output_tokens: int = 0
     prefill_comm: CommSeconds = field(default_factory=CommSeconds)
 
 
 class FakeEngine:
-    """Records what it was asked; `die_after` makes a step raise."""
+    """Records what it was asked; `die_after` makes a step raise, `step_s` makes it slow."""
 
     def __init__(
         self,
@@ -33,7 +41,9 @@ class FakeEngine:
         max_model_len: int = 64,
         max_queue: int | None = None,
         die_after: int | None = None,
+        step_s: float = 0.0,
     ) -> None:
+        self.step_s = step_s
         self.tokenizer, self.max_model_len = tokenizer, max_model_len
         self.seen: dict[str, SamplingParams] = {}
         self.most_in_flight = self.steps = self.prompt_tokens = self.output_tokens = 0
@@ -42,13 +52,29 @@ class FakeEngine:
         self._max_queue, self._die_after = max_queue, die_after
         self._next_id = 0
 
-    def add_request(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
-    ) -> Any:
+    def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
         if not prompt_token_ids:
             return Refusal.EMPTY_PROMPT
+        if self.tokenizer is not None:
+            ids = [*prompt_token_ids, *params.stop_token_ids]
+            if not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
+                return Refusal.TOKEN_OUT_OF_RANGE
         if len(prompt_token_ids) >= self.max_model_len:
             return Refusal.PROMPT_TOO_LONG
+        return None
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        arrival_time: float | None = None,
+        stream: bool = False,
+    ) -> Any:
+        reason = self.refusal(prompt_token_ids, params)
+        if reason is not None:
+            return reason
         if self._max_queue is not None and len(self._running) >= self._max_queue:
             return Refusal.QUEUE_FULL
         self.seen[request_id] = params
@@ -59,12 +85,12 @@ class FakeEngine:
                 params=params,
                 seed=0,
                 max_tokens=params.max_tokens or 5,
-                arrival_time=time.monotonic(),
+                arrival_time=arrival_time or time.monotonic(),
             )
             for index in range(params.n)
         ]
         self._next_id += params.n
-        self._outputs.add(request_id, prompt_token_ids, params, samples)
+        self._outputs.add(request_id, prompt_token_ids, params, samples, stream=stream)
         self._running[request_id] = samples
         self.prompt_tokens += len(prompt_token_ids)
         self.most_in_flight = max(self.most_in_flight, sum(map(len, self._running.values())))
@@ -77,8 +103,12 @@ class FakeEngine:
         self._outputs.drop(request_id)
         return self._running.pop(request_id, None) is not None
 
+    def take_deltas(self) -> list[OutputDelta]:
+        return self._outputs.take_deltas()
+
     def step(self) -> list[RequestOutput]:
         self.steps += 1
+        time.sleep(self.step_s)
         if self._die_after is not None and self.steps > self._die_after:
             raise RuntimeError("out of memory")
         done = []
@@ -93,6 +123,8 @@ class FakeEngine:
                     sample.finish_reason = FinishReason.STOP
                 elif len(sample.output_token_ids) == sample.max_tokens:
                     sample.finish_reason = FinishReason.LENGTH
+                else:
+                    self._outputs.stream(sample)
             if all(sample.finish_reason for sample in samples):
                 done += [self._outputs.finished(sample) for sample in samples]
                 del self._running[request_id]

@@ -1,0 +1,81 @@
+"""The HTTP server with an engine without a model behind it, in this process: real sockets, no ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import openai
+from fake_engine import FakeEngine
+
+from sps2_mega.serving.http.app import build_app
+from sps2_mega.serving.http.engine_loop import Stop, run_engine
+from sps2_mega.serving.http.front import Front, ServedModel
+from sps2_mega.serving.http.prometheus import ServerMetrics
+from sps2_mega.serving.http.server import HttpServer, bind, url_of
+from sps2_mega.serving.http.settings import ServerConfig
+
+MODEL = "fake"
+
+
+@dataclass
+class FakeServer:
+    engine: FakeEngine
+    front: Front
+    http: HttpServer
+    url: str
+    engine_thread: threading.Thread
+
+    def client(self, **options: object) -> openai.OpenAI:
+        defaults = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0}
+        return openai.OpenAI(**{**defaults, **options})
+
+    def get(self, path: str, **options: object) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30, **options)
+
+    def post(self, path: str, **options: object) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=30, **options)
+
+    def metric(self, name: str) -> float:
+        """The sum over all labels."""
+        lines = self.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"sps2:{name}{{"))
+
+
+@contextlib.contextmanager
+def serving(
+    engine: FakeEngine, *, max_samples: int = 16, ready: bool = True, **settings: object
+) -> Iterator[FakeServer]:
+    config = ServerConfig(**{"port": 0, "request_timeout": 30.0, **settings})
+    front = Front(
+        max_samples=max_samples,
+        request_timeout=config.request_timeout,
+        metrics=ServerMetrics(MODEL),
+    )
+    listener = bind(config.host, config.port)
+    url = url_of(listener)
+    http = HttpServer(build_app(front, config, (MODEL, "alias/of-it")), front, listener)
+    http.start()
+    thread = threading.Thread(
+        target=run_engine,
+        args=(engine, front.commands, lambda result: http.call_soon(front.deliver, result)),
+    )
+    thread.start()
+    if ready:
+        http.call_soon(front.ready, served_model(engine))
+    try:
+        yield FakeServer(engine, front, http, url, thread)
+    finally:
+        front.commands.put(Stop())
+        thread.join(10)
+        http.stop()
+        assert not thread.is_alive()
+
+
+def served_model(engine: FakeEngine) -> ServedModel:
+    return ServedModel(
+        tokenizer=engine.tokenizer, max_len=engine.max_model_len, refusal=engine.refusal
+    )
