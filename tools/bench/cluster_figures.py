@@ -79,8 +79,8 @@ def balanced_rate(samples: Mapping[float, Sample]) -> float | None:
     """The link rate at which communication takes as long as computation, from samples of unpipelined dense Ulysses by
     rate; between rates as a straight line of logarithms. None where it lies outside of the rates."""
     ratios = {rate: communication_share(sample) for rate, sample in samples.items()}
-    falling = sorted(ratios, reverse=True)
-    for fast, slow in itertools.pairwise(falling):
+    # From the slow end: on a busy machine ranks wait for each other at any rate, and fast links show nothing else.
+    for slow, fast in itertools.pairwise(sorted(ratios)):
         low, high = ratios[fast], ratios[slow]
         if 0 < low <= 1.0 <= high:
             part = math.log(1 / low) / math.log(high / low) if high > low else 0.0

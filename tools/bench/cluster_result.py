@@ -42,7 +42,10 @@ def result_of(run: Run, ranks: int) -> dict[str, Any]:
         "balanced_rate": None if run.balance is None else rate_name(run.balance),
         "chunk_sizes_ttft_s": run.tuning,
         "max_logprob_difference": run.differences,
-        "at_balance": {} if run.balance is None else at_rate(run, run.balance, ranks),
+        "compared": {
+            rate_name(rate): at_rate(run, rate, ranks)
+            for rate in {rate: None for by_rate in run.samples.values() for rate in by_rate}
+        },
         "curves": {
             name: {rate_name(rate): summary(samples) for rate, samples in by_rate.items()}
             for name, by_rate in run.samples.items()
@@ -50,7 +53,7 @@ def result_of(run: Run, ranks: int) -> dict[str, Any]:
     }
 
 
-def at_rate(run: Run, rate: float, ranks: int) -> dict[str, float]:
+def at_rate(run: Run, rate: float | None, ranks: int) -> dict[str, float]:
     """Comparisons at one rate, of those systems that were measured."""
     here = {name: by_rate[rate] for name, by_rate in run.samples.items() if rate in by_rate}
     found = {}

@@ -183,13 +183,14 @@ def test_a_result_holds_every_curve_and_compares_at_balance():
     cut = {"attention_s": 1.0, "head_groups": 1, "query_parts": 4}
     times = {"tp": 6.0, "ulysses": 4.0, "ulysses-pipelined": 3.0, "csa-pipelined": 1.5}
     for name, seconds in times.items():
-        run.samples[name] = {1e8: [sample(seconds, 1.0, **cut)], 1e7: [sample(9.0)]}
+        run.samples[name] = {rate: [sample(seconds, 1.0, **cut)] for rate in (1e8, 1e7)}
     here = at_rate(run, 1e8, ranks=2)
     assert here["ulysses ttft, pipelined / plain"] == 0.75
     assert here["ttft tp / csa-pipelined"] == 4.0
     result = json.loads(json.dumps(result_of(run, ranks=2)))
     assert set(result["curves"]["tp"]) == {"100mbit", "10mbit"}
     assert result["balanced_rate"] == "100mbit"
+    assert result["compared"]["100mbit"]["ttft tp / csa-pipelined"] == 4.0
 
 
 def test_prompts_are_the_same_for_all_and_differ_between_repeats():
