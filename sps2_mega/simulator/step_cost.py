@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sps2_mega.config import ModelConfig
+from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
 from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s, memory_s
 from sps2_mega.simulator.hardware import Hardware
@@ -168,8 +169,12 @@ def step_cost(
     ffn_itemsize: int | None = None,
 ) -> StepCost:
     """Raises:
-    ConfigError: the degrees do not fit nodes or CSA levels.
+    ConfigError: the degrees do not fit nodes or CSA levels, or the model has a sliding window.
     """
+    if model.sliding_window is not None:
+        raise ConfigError(
+            f"the simulator prices full attention, the model has a window of {model.sliding_window} tokens"
+        )
     size = model_size(model, ffn_itemsize=ffn_itemsize)
     machine = hardware.sp_machine(tp, sp)
     heads = dict(
