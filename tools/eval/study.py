@@ -62,6 +62,9 @@ def measure_settings(
                 dense_scores.setdefault(length, scores)
                 text = text_measures(scores, dense_scores[length], extents.tail)
                 known_texts[length, setting.csa] = text
+            else:
+                for _ in work.windows[length]:
+                    done()
             verdicts = answer_probes(job, setting, work.probes[length], tokenizer, on_done=done)
             dense_verdicts.setdefault(length, verdicts)
             measured[name][str(length)] = {
