@@ -1,0 +1,194 @@
+"""Replays a request trace through SPS2 and its rivals on simulated clusters; writes JSON, pictures, and a table.
+
+python tools/simulate.py --model llama-3-8b --hardware h100 --gpus 16 --trace mooncake --rates 0.5 1 2 4
+python tools/simulate.py --model yi-34b --hardware a100-80g --link rdma-100g --trace azure-code --lengths 8
+
+Every system is first tuned on the beginning of the workload (layouts, chunk sizes), then serves all of it at each rate.
+Decides what is run; how it is shown is `tools.simulation.report` and `.pictures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sps2_mega.checkpoint.model_file import named_model_file
+from sps2_mega.config import ModelConfig
+from sps2_mega.errors import ConfigError
+from sps2_mega.simulator.arrivals import Arrival, scaled
+from sps2_mega.simulator.figures import Limits, figures
+from sps2_mega.simulator.hardware import hardware_names, load_hardware
+from sps2_mega.simulator.line_up import ABLATIONS, FAMILIES, Place, ablated, candidates, tuned
+from sps2_mega.simulator.poisson import poisson
+from sps2_mega.simulator.simulator import simulate
+from sps2_mega.simulator.system import System
+from sps2_mega.simulator.trace_files import BUNDLED, read_trace
+from tools.simulation.report import as_text, ratio_table
+from tools.simulation.setting import Outcome, Setting
+
+DEFAULT_FAMILIES = ("sarathi", "whole-prompts", "ring", "ulysses", "sps2", "sps2-csa", "sps2-split")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        setting = setting_of(args)
+        outcomes = run(setting, quiet=args.quiet)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(as_text(setting, outcomes))
+    print()
+    print(ratio_table([(setting, outcomes)]))
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(document(setting, outcomes), indent=1) + "\n")
+        if not args.no_pictures:
+            from tools.simulation.pictures import draw
+
+            draw(setting, outcomes, args.output.with_suffix(".png"))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    found.add_argument("--model", default="llama-3-8b", help="a name in model_configs/")
+    found.add_argument(
+        "--hardware", default="h100", help=f"{', '.join(hardware_names())}, or a file"
+    )
+    found.add_argument("--link", help="link between nodes, a name in hardware/links.yaml")
+    found.add_argument("--gpus", type=int, default=16, help="GPUs that every system gets")
+    found.add_argument("--trace", default="mooncake", help=f"{', '.join(BUNDLED)}, or a file")
+    found.add_argument("--requests", type=int, default=1000, help="of the trace's beginning")
+    found.add_argument("--rates", type=float, nargs="+", default=[1.0], help="times the trace's")
+    found.add_argument("--length", type=float, default=1.0, help="prompts this many times as long")
+    found.add_argument("--poisson", action="store_true", help="lengths of the trace, but Poisson")
+    found.add_argument("--seed", type=int, default=0, help="of Poisson arrivals and drawn traces")
+    found.add_argument("--systems", nargs="+", default=list(DEFAULT_FAMILIES), choices=FAMILIES)
+    found.add_argument("--ablations", action="store_true", help=f"of sps2-split: {ABLATIONS}")
+    found.add_argument("--far-degree", type=int, default=4, help="CSA: one far key in so many")
+    found.add_argument("--tune-on", type=int, default=150, help="requests of the tuning runs")
+    found.add_argument("--slo-ttft", type=float, default=5.0, help="seconds, for goodput")
+    found.add_argument("--slo-tbt", type=float, default=0.1, help="seconds, for goodput")
+    found.add_argument("--prefix-caching", action="store_true", help="not with sps2-split")
+    found.add_argument("--output", type=Path, help="JSON; a picture is put beside it")
+    found.add_argument("--no-pictures", action="store_true")
+    found.add_argument("--quiet", action="store_true", help="no progress bar")
+    return found
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    """What the command line asks for, with the workload at the trace's own rate.
+
+    Raises:
+        ConfigError: a name is unknown, or a number out of range.
+    """
+    if args.gpus < 1 or args.requests < 1 or min(args.rates) <= 0 or args.far_degree < 1:
+        raise ConfigError("--gpus, --requests, --rates and --far-degree must be positive")
+    hardware = load_hardware(args.hardware, inter_node=args.link)
+    place = Place(
+        model=full_attention(named_model_file(args.model).config, args.model),
+        hardware=hardware,
+        gpus=args.gpus,
+        far_degree=args.far_degree,
+        prefix_caching=args.prefix_caching,
+    )
+    return Setting(
+        name=f"{args.model}, {args.gpus} x {hardware.name}"
+        + (f" over {args.link}" if args.link else "")
+        + f", {args.trace}"
+        + (f" x {args.length:g}" if args.length != 1 else ""),
+        place=place,
+        arrivals=tuple(workload(args)),
+        rates=tuple(sorted(args.rates)),
+        families=tuple(args.systems),
+        ablations=ABLATIONS if args.ablations else (),
+        tune_on=args.tune_on,
+        limits=Limits(ttft_s=args.slo_ttft, tbt_s=args.slo_tbt),
+        arguments={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+    )
+
+
+def full_attention(model: ModelConfig, name: str) -> ModelConfig:
+    """The model without its sliding window, as later versions of such models are."""
+    if model.sliding_window is None:
+        return model
+    print(f"note: {name} is simulated with full attention, not its window", file=sys.stderr)
+    return dataclasses.replace(model, sliding_window=None)
+
+
+def workload(args: argparse.Namespace) -> list[Arrival]:
+    arrivals = scaled(
+        read_trace(args.trace, limit=args.requests, seed=args.seed), length=args.length
+    )
+    if args.poisson and len(arrivals) > 1:
+        lengths = [(a.prompt_len, a.output_len) for a in arrivals]
+        rate = len(arrivals) / max(1e-9, arrivals[-1].time_s)
+        arrivals = poisson(lengths, rate=rate, count=len(arrivals), seed=args.seed)
+    return arrivals
+
+
+def run(setting: Setting, *, quiet: bool = False) -> list[Outcome]:
+    """Tunes and runs every system at every rate, slowest rate first.
+
+    Raises:
+        ConfigError: no setting of a family fits the GPUs.
+    """
+    outcomes = []
+    for rate in setting.rates:
+        arrivals = scaled(setting.arrivals, rate=rate)
+        part = arrivals[: setting.tune_on]
+        for system in systems_of(setting, part):
+            started = time.perf_counter()
+            with tqdm(
+                total=len(arrivals), desc=f"{system.name} x{rate:g}", disable=quiet, leave=False
+            ) as bar:
+                found = simulate(
+                    arrivals,
+                    system,
+                    setting.place.model,
+                    setting.place.hardware,
+                    on_finished=bar.update,
+                )
+            outcomes.append(
+                Outcome(
+                    system=system,
+                    rate=rate,
+                    figures=figures(found, setting.limits),
+                    wall_s=time.perf_counter() - started,
+                )
+            )
+    return outcomes
+
+
+def systems_of(setting: Setting, part: list[Arrival]) -> list[System]:
+    """Each family at its best for this rate, and what ablations leave of sps2-split."""
+    systems = []
+    for family in setting.families:
+        choice = candidates(family, setting.place)
+        if choice:
+            systems.append(tuned(choice, setting.place, part))
+    base = [system for system in systems if system.name == "sps2-split"]
+    return systems + [
+        ablated(system, name, setting.place) for system in base for name in setting.ablations
+    ]
+
+
+def document(setting: Setting, outcomes: list[Outcome]) -> dict[str, object]:
+    return {
+        "setting": setting.name,
+        "arguments": setting.arguments,
+        "outcomes": [outcome.as_json() for outcome in outcomes],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

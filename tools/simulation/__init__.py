@@ -1,0 +1,1 @@
+"""What `tools/simulate.py` shows: tables and pictures of simulated comparisons."""
