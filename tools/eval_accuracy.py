@@ -7,7 +7,7 @@
 For each setting and length: bits per byte of held-out text by position, KL of the next token's distribution from
 dense attention, and exact answers to generated retrieval probes by depth, in a first or a second turn. Several
 --seeds are pooled. Weights are loaded once. The output folder gets NAME.json (after each setting), NAME.md, and
-NAME.png and NAME-frontier.png (need matplotlib, extra `bench`). Names of settings are explained in
+NAME.png and NAME-frontier-LENGTH.png (need matplotlib, extra `bench`). Names of settings are explained in
 tools/eval/settings.py.
 
 Exit code 2 when the command cannot run as given.

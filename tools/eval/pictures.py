@@ -54,20 +54,22 @@ def heatmap(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def frontier(result: dict[str, Any], path: Path) -> None:
-    """At the longest length: change of bits per byte, and exact answers, against bytes and FLOPs. Settings that no
-    other one beats in both are joined by a line."""
-    length = str(max(result["lengths"]))
+def frontier(result: dict[str, Any], length: int, path: Path) -> None:
+    """At one length: change of bits per byte, and exact answers, against bytes and FLOPs. Settings that no other
+    one beats in both are joined by a line."""
     tasks = [task for task in RETRIEVAL if task in result["tasks"]]
     rows = [("bits per byte, change from dense", _bits)] + ([("exact answers, %", _found)] if tasks else [])  # fmt: skip
     figure, grid = plt.subplots(
         len(rows), 2, figsize=(13, 5 * len(rows)), squeeze=False, layout="constrained"
     )
-    settings = {name: found[length] for name, found in result["settings"].items()}
+    settings = {name: found[str(length)] for name, found in result["settings"].items()}
     for line, (label, value) in zip(grid, rows, strict=True):
         for axes, (cost, cost_label) in zip(line, _COSTS, strict=True):
             points = {
-                name: (found["cost"][cost], value(found, tasks)) for name, found in settings.items()
+                name: (found["cost"][cost], value(found, tasks))
+                for name, found in settings.items()
+                # How generated tokens attend does not change the loss.
+                if value is _found or not found["sparse_decode"]
             }
             _draw(axes, points, higher_is_better=value is _found)
             axes.set_xlabel(f"{cost_label} ({length} tokens)")
@@ -101,11 +103,39 @@ def _draw(axes: Any, points: dict[str, tuple[float, float]], *, higher_is_better
     best = pareto(points, higher_is_better=higher_is_better)
     axes.plot(*zip(*best, strict=True), color="0.6", zorder=1, drawstyle="steps-post")
     for name, point in points.items():
-        on_it = point in best
         kind = "tab:red" if name.startswith("paper") else "tab:blue"
-        axes.scatter(*point, s=40 if on_it else 18, color=kind, zorder=2)
+        axes.scatter(*point, s=40 if point in best else 14, color=kind, zorder=2)
+    for together in _neighbours(points):
+        place = points[together[0]]
+        bold = any(points[name] in best for name in together)
         axes.annotate(
-            name, point, fontsize=7, xytext=(4, 3), textcoords="offset points",
-            fontweight="bold" if on_it else "normal",
-        )  # fmt: skip
+            "\n".join(together),
+            place,
+            fontsize=6,
+            xytext=(4, -4),
+            textcoords="offset points",
+            verticalalignment="top",
+            fontweight="bold" if bold else "normal",
+        )
+    axes.margins(x=0.12, y=0.18)
     axes.grid(alpha=0.3)
+
+
+def _neighbours(points: dict[str, tuple[float, float]]) -> list[list[str]]:
+    """Names by place: those whose labels would lie on each other are together, nearest to the left first."""
+    (x0, y0), (x1, y1) = (
+        tuple(choose(values) for values in zip(*points.values(), strict=True))
+        for choose in (min, max)
+    )
+    width, height = 0.1 * ((x1 - x0) or 1.0), 0.03 * ((y1 - y0) or 1.0)
+    groups: list[list[str]] = []
+    for name in sorted(points, key=points.__getitem__):
+        x, y = points[name]
+        for group in groups:
+            gx, gy = points[group[0]]
+            if abs(x - gx) < width and abs(y - gy) < height:
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups

@@ -22,7 +22,7 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
-    """NAME.md (the summary, then a table per length), and NAME.png and NAME-frontier.png where matplotlib is there, beside `path` (NAME.json)."""
+    """NAME.md (the summary, then a table per length), and NAME.png and NAME-frontier-LENGTH.png where matplotlib is there, beside `path` (NAME.json)."""
     found = rounded(result)
     table = f"{summary(found)}\n\n{markdown(found)}"
     path.with_suffix(".md").write_text(table + "\n")
@@ -32,7 +32,8 @@ def write_report(result: dict[str, Any], path: Path) -> None:
 
         if result["tasks"]:
             heatmap(result, path.with_suffix(".png"))
-        frontier(result, path.with_name(f"{path.stem}-frontier.png"))
+        for length in result["lengths"]:
+            frontier(result, length, path.with_name(f"{path.stem}-frontier-{length}.png"))
     except ModuleNotFoundError as error:
         print(f"no picture: {error}; install the extra 'bench'", file=sys.stderr)
     print(f"written: {path}")

@@ -87,7 +87,7 @@ def test_measures_are_sensible(one_rank):
 def test_pictures_are_drawn(one_rank):
     pytest.importorskip("matplotlib")
     _, folder = one_rank
-    for name in ("small.png", "small-frontier.png"):
+    for name in ("small.png", "small-frontier-450.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
