@@ -20,8 +20,8 @@ from sps2_mega.engine.tokenizer import Tokenizer
 
 # A decoder looks back a token or two (word marks, runs of byte tokens).
 _CONTEXT_TOKENS = 6
-# An unfinished UTF-8 character is at most 3 bytes, hence 3 tokens; with more, the damage is in the text itself.
-_MAX_PENDING = 4
+# Tokens without text, such as word marks, that are waited for.
+_MAX_SILENT = 4
 
 
 class Detokenizer(Protocol):
@@ -81,8 +81,8 @@ class WindowDetokenizer:
             return ""
         self._pending.append(token_id)
         text = self._new_text()
-        # Without text there may be a word mark or a byte that shows only with the next token.
-        if (not text or text.endswith("\ufffd")) and len(self._pending) < _MAX_PENDING:
+        # Without text there may be a word mark that shows only with the next token.
+        if self._is_unfinished() or (not text and len(self._pending) < _MAX_SILENT):
             return ""
         self._advance(text)
         return text
@@ -91,6 +91,12 @@ class WindowDetokenizer:
         text = self._new_text() if self._pending else ""
         self._advance(text)
         return text
+
+    def _is_unfinished(self) -> bool:
+        """Whether the pending tokens end inside a character, of which at most 3 bytes can be there."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder.decode(b"".join(map(self._tokenizer.token_bytes, self._pending)))
+        return bool(decoder.getstate()[0])
 
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._context)

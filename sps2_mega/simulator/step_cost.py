@@ -24,7 +24,12 @@ from sps2_mega.simulator.hardware import Hardware
 from sps2_mega.simulator.model_size import ModelSize, model_size
 from sps2_mega.simulator.sparse_cost import Prompt, SparseCost, sparse_cost
 from sps2_mega.simulator.system import System
-from sps2_mega.simulator.transport_cost import TransportCost, fastest, transport_costs
+from sps2_mega.simulator.transport_cost import (
+    AttentionSeconds,
+    TransportCost,
+    fastest,
+    transport_costs,
+)
 from sps2_mega.types import StepPlan
 
 Terms = Mapping[str, float]
@@ -70,6 +75,10 @@ class StepCost:
         )
         return terms
 
+    def transport_of(self, prompt_len: int) -> str:
+        """The transport that a prompt of this length takes, one per SP level under CSA."""
+        return self._prefill_attention([Prompt(start=0, end=prompt_len)]).transport
+
     def _layers(
         self, prompts: list[Prompt], new: float, num_decodes: int, context: int
     ) -> dict[str, float]:
@@ -101,21 +110,24 @@ class StepCost:
         }
 
     def _add_prefill_attention(self, terms: dict[str, float], prompts: list[Prompt]) -> None:
-        pipelined = self.system.pipelined
-        if self.sparse is not None:
-            found = self.sparse.seconds(prompts, self.hardware, pipelined=pipelined)
-        else:
-            found = fastest(
-                self.exact,
-                sum(causal_pairs(p.start, p.end) for p in prompts),
-                sum(p.end - p.start for p in prompts),
-                sum(p.end for p in prompts),
-                self.hardware,
-                pipelined=pipelined,
-            )
+        found = self._prefill_attention(prompts)
         terms["attention"] = self.size.num_layers * found.compute_s
         terms["transport"] = self.size.num_layers * found.exposed_s
         terms["merge"] = self.size.num_layers * found.merge_s
+
+    def _prefill_attention(self, prompts: list[Prompt]) -> AttentionSeconds:
+        """One layer, by the transport that is fastest for these prompts."""
+        pipelined = self.system.pipelined
+        if self.sparse is not None:
+            return self.sparse.seconds(prompts, self.hardware, pipelined=pipelined)
+        return fastest(
+            self.exact,
+            sum(causal_pairs(p.start, p.end) for p in prompts),
+            sum(p.end - p.start for p in prompts),
+            sum(p.end for p in prompts),
+            self.hardware,
+            pipelined=pipelined,
+        )
 
     def _side_by_side(self, prompts: Sequence[Prompt]) -> dict[str, float] | None:
         """Whole prompts, the most expensive first, each on the rank with least to do; None where some are cached."""
