@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(as_text(setting, outcomes))
     print()
-    print(ratio_table([(setting, outcomes)]))
+    print(ratio_table([(setting.name, outcomes)]))
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(document(setting, outcomes), indent=1) + "\n")

@@ -80,17 +80,17 @@ def gains(outcomes: Iterable[Outcome], rate: float, ours: str) -> dict[str, floa
     return result
 
 
-def ratio_table(results: Sequence[tuple[Setting, Sequence[Outcome]]]) -> str:
+def ratio_table(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
     """A Markdown table: a row per setting, rate and SPS2 system; the paper's claims in the head."""
     head = " | ".join(f"{claim.name} (paper {claim.ratio:g}x)" for claim in CLAIMS)
     lines = [f"| setting | rate | system | {head} |", "|---" * (3 + len(CLAIMS)) + "|"]
     for setting, outcomes in results:
         names = {outcome.system.name for outcome in outcomes}
-        for rate in setting.rates:
+        for rate in sorted({outcome.rate for outcome in outcomes}):
             for ours in (name for name in OURS if name in names):
                 found = gains(outcomes, rate, ours).values()
                 cells = ["" if gain is None else f"{gain:.2f}x" for gain in found]
-                lines.append(f"| {setting.name} | {rate:g} | {ours} | " + " | ".join(cells) + " |")
+                lines.append(f"| {setting} | {rate:g} | {ours} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sps2_mega.config import CSAConfig
 from sps2_mega.simulator.arrivals import Arrival
 from sps2_mega.simulator.figures import Limits
 from sps2_mega.simulator.line_up import Place
@@ -44,6 +45,18 @@ class Outcome:
             "wall_s": round(self.wall_s, 2),
             "figures": rounded(self.figures),
         }
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> Outcome:
+        """What `as_json` wrote."""
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["system"].items()}
+        csa = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("csa").items()}
+        return Outcome(
+            system=System(**values, csa=CSAConfig(**csa)),
+            rate=entry["rate"],
+            figures=entry["figures"],
+            wall_s=entry["wall_s"],
+        )
 
 
 def rounded(value: Any) -> Any:
