@@ -2,6 +2,7 @@
 #
 #   make PYTHON=python3.12          another interpreter for .venv (>= 3.11)
 #   make generate SP=1 MODEL=DIR INPUT=FILE ARGS="..."   other degrees, model, prompts or flags
+#   make serve PORT=8001 TP=2 MODEL=DIR ARGS="..."       the same for the server
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -14,10 +15,11 @@ INPUT ?=
 OUTPUT ?= out/answers.jsonl
 TP ?= 1
 SP ?= 2
+PORT ?= 8000
 ARGS ?=
 DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup generate test test-fast test-gpu lint format type bench train accuracy doctor clean help
+.PHONY: setup generate serve test test-fast test-gpu lint format type bench train accuracy doctor clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,6 +41,11 @@ generate: setup ## answer the bundled prompts with the bundled model on SP=2 ran
 		--master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') \
 		launch/generate.py --model $(MODEL) --tp $(TP) --sp $(SP) $(if $(INPUT),--input $(INPUT)) \
 		--output $(OUTPUT) --overwrite $(ARGS)
+
+serve: setup ## OpenAI-compatible server of the bundled model on SP=2 ranks, at PORT=8000
+	PATH="$(BIN):$$PATH" DS_ACCELERATOR=$(DS_ACCELERATOR) exec $(BIN)/deepspeed --num_gpus $$(($(TP) * $(SP))) \
+		--master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') \
+		launch/serve.py --model $(MODEL) --tp $(TP) --sp $(SP) --port $(PORT) $(ARGS)
 
 test: setup ## the whole CPU test suite, ranks on gloo
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 $(ARGS)
