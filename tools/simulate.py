@@ -34,6 +34,8 @@ from tools.simulation.setting import Outcome, Setting
 
 DEFAULT_FAMILIES = ("sarathi", "whole-prompts", "ring", "ulysses", "sps2", "sps2-csa", "sps2-split")
 
+_NOT_RECORDED = ("output", "quiet", "no_pictures")  # they change nothing in the numbers
+
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
@@ -73,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--poisson", action="store_true", help="lengths of the trace, but Poisson")
     found.add_argument("--seed", type=int, default=0, help="of Poisson arrivals and drawn traces")
     found.add_argument("--systems", nargs="+", default=list(DEFAULT_FAMILIES), choices=FAMILIES)
-    found.add_argument("--ablations", action="store_true", help=f"of sps2-split: {ABLATIONS}")
+    found.add_argument("--ablations", action="store_true", help=f"also {', '.join(ABLATIONS)}")
     found.add_argument("--far-degree", type=int, default=4, help="CSA: one far key in so many")
     found.add_argument("--tune-on", type=int, default=150, help="requests of the tuning runs")
     found.add_argument("--slo-ttft", type=float, default=5.0, help="seconds, for goodput")
@@ -110,10 +112,10 @@ def setting_of(args: argparse.Namespace) -> Setting:
         arrivals=tuple(workload(args)),
         rates=tuple(sorted(args.rates)),
         families=tuple(args.systems),
-        ablations=ABLATIONS if args.ablations else (),
+        ablations=tuple(ABLATIONS) if args.ablations else (),
         tune_on=args.tune_on,
         limits=Limits(ttft_s=args.slo_ttft, tbt_s=args.slo_tbt),
-        arguments={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        arguments={k: v for k, v in vars(args).items() if k not in _NOT_RECORDED},
     )
 
 
@@ -170,15 +172,17 @@ def run(setting: Setting, *, quiet: bool = False) -> list[Outcome]:
 
 
 def systems_of(setting: Setting, part: list[Arrival]) -> list[System]:
-    """Each family at its best for this rate, and what ablations leave of sps2-split."""
+    """Each family at its best for this rate, and what ablations leave of them."""
     systems = []
     for family in setting.families:
         choice = candidates(family, setting.place)
         if choice:
             systems.append(tuned(choice, setting.place, part))
-    base = [system for system in systems if system.name == "sps2-split"]
+    by_name = {system.name: system for system in systems}
     return systems + [
-        ablated(system, name, setting.place) for system in base for name in setting.ablations
+        ablated(by_name[ABLATIONS[name]], name, setting.place)
+        for name in setting.ablations
+        if ABLATIONS[name] in by_name
     ]
 
 

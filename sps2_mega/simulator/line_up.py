@@ -39,8 +39,14 @@ FAMILIES = (
     "sps2-csa",
     "sps2-split",
 )
-# What sps2-csa and sps2-split have, taken away one by one.
-ABLATIONS = ("no-csa", "no-pipeline", "no-sp-decode", "no-separate-decode", "no-elastic")
+# What is taken away one by one -> from which family, at its tuned setting.
+ABLATIONS = {
+    "no-csa": "sps2-split",
+    "no-pipeline": "sps2-split",
+    "no-separate-decode": "sps2-split",
+    "no-elastic": "sps2-split",
+    "no-sp-decode": "sps2-csa",  # split systems decode by TP
+}
 _WEIGHT_SHARE = 0.7  # of a GPU's memory that weights may take: a cache must be left
 
 
@@ -135,7 +141,7 @@ def tuned(systems: Sequence[System], place: Place, part: Sequence[Arrival]) -> S
 
 
 def ablated(system: System, ablation: str, place: Place) -> System:
-    """`system` (tuned sps2-split or sps2-csa) without one of its parts.
+    """`system` (of the family that `ABLATIONS` names) without one of its parts.
 
     Raises:
         ConfigError: no such ablation.

@@ -35,7 +35,7 @@ def test_a_comparison_is_written_and_printed(trace, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| 50 | sps2-split no-pipeline |" in text and "TTFT (paper 7.5x)" in text
     outcomes = json.loads(output.read_text())["outcomes"]
-    assert len(outcomes) == 2 * (3 + 5)
+    assert len(outcomes) == 2 * (3 + 4)
     assert all(o["figures"]["requests"] == 18 for o in outcomes)
     assert {o["system"]["tp"] * o["system"]["sp"] for o in outcomes} <= {1, 2, 4, 6, 8}
 

@@ -1,0 +1,58 @@
+"""Stored comparisons and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sps2_mega.config import CSAConfig
+from sps2_mega.simulator.system import System
+from tools.simulation import results
+from tools.simulation.setting import Outcome, layout_of
+
+
+def outcome(name, ttft, rate=1.0, **changes):
+    figures = {
+        "ttft_s": {"mean": ttft},
+        "tbt_s": {"mean": 0.01},
+        "response_s": None,
+        "prefill_rate": 1000.0 / ttft,
+        "decode_rate": 0.0,
+    }
+    return Outcome(system=System(name=name, **changes), rate=rate, figures=figures, wall_s=1.0)
+
+
+def test_an_outcome_comes_back_from_json():
+    sparse = outcome("sps2-csa", 2.0, sp=8, csa=CSAConfig(degrees=(1, 4)), transports=("ring",))
+    assert Outcome.from_json(json.loads(json.dumps(sparse.as_json()))) == sparse
+
+
+def test_the_summary_names_the_best_and_keeps_the_losses():
+    stored = [
+        ("here", [outcome("sarathi", 4.0), outcome("sps2", 1.0)]),
+        ("there", [outcome("sarathi", 1.0), outcome("sps2", 2.0), outcome("sps2-csa", 1.0)]),
+    ]
+    line = next(text for text in results.summary(stored).splitlines() if "| TTFT |" in text)
+    assert line == "| TTFT | 7.5x | 4.00x | 1.00x | 0.50x | here, rate 1, sps2 |"
+    assert "response" not in results.summary(stored), "nothing was measured"
+    assert "prefill throughput | 8.2x | 4.00x" in results.summary(stored)
+
+
+def test_the_tables_in_the_document_are_current():
+    text = results.DOCUMENT.read_text()
+    assert results.document_with(text, results.table()) == text, (
+        "run: python -m tools.simulation.results"
+    )
+
+
+def test_a_document_without_markers_is_refused():
+    with pytest.raises(SystemExit, match="needs the lines"):
+        results.document_with("nothing", "table")
+
+
+def test_layouts_are_shown_in_a_few_characters():
+    split = System(name="x", tp=2, sp=4, decode_replicas=1, decode_tp=8)
+    assert layout_of(split) == "1 x tp2 sp4 + 1 x tp8"
+    chunked = System(name="x", policy="sarathi", tp=16, dcp=2, chunk_tokens=512)
+    assert layout_of(chunked) == "1 x tp16 dcp2, chunks of 512"
