@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.no_pictures:
             from tools.simulation.pictures import draw
 
-            draw(setting, outcomes, args.output.with_suffix(".png"))
+            draw(setting.name, outcomes, args.output.with_suffix(".png"))
     return 0
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tools.simulation.report import CLAIMS, OURS, gains
-from tools.simulation.setting import Outcome, Setting
+from tools.simulation.setting import Outcome
 
 _CURVES = (("ttft_s", "TTFT"), ("tbt_s", "TBT"), ("response_s", "response time"))
 
 
-def draw(setting: Setting, outcomes: Sequence[Outcome], path: Path) -> None:
-    """Writes a PNG of six panels."""
+def draw(setting: str, outcomes: Sequence[Outcome], path: Path) -> None:
+    """Writes a PNG of six panels; `setting` is its title."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,6 +21,7 @@ def draw(setting: Setting, outcomes: Sequence[Outcome], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 3, figsize=(17, 9), layout="constrained")
     names = list(dict.fromkeys(outcome.system.name for outcome in outcomes))
+    rates_seen = sorted({outcome.rate for outcome in outcomes})
     colors = {name: f"C{number % 10}" for number, name in enumerate(names)}
     for panel, (figure_name, label) in zip(axes[0], _CURVES, strict=True):
         for name in names:
@@ -34,15 +35,15 @@ def draw(setting: Setting, outcomes: Sequence[Outcome], path: Path) -> None:
                 )  # fmt: skip
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.set_xticks(setting.rates, [f"{rate:g}" for rate in setting.rates])
+        panel.set_xticks(rates_seen, [f"{rate:g}" for rate in rates_seen])
         panel.minorticks_off()
         panel.set_xlabel("rate, times the trace's")
         panel.set_ylabel(f"{label}, s (dotted: p99)")
         panel.grid(alpha=0.3)
-    _ratios(axes[1][0], outcomes, setting.rates[-1])
-    _requests(axes[1][1], [o for o in outcomes if o.rate == setting.rates[-1]])
-    _steps(axes[1][2], [o for o in outcomes if o.rate == setting.rates[-1]])
-    figure.suptitle(f"{setting.name}; simulated")
+    _ratios(axes[1][0], outcomes, rates_seen[-1])
+    _requests(axes[1][1], [o for o in outcomes if o.rate == rates_seen[-1]])
+    _steps(axes[1][2], [o for o in outcomes if o.rate == rates_seen[-1]])
+    figure.suptitle(f"{setting}; simulated")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     figure.savefig(path, dpi=100)

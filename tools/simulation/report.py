@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tools.simulation.setting import Outcome, Setting, layout_of
 
 BASELINE = "sarathi"
+BASELINES = (BASELINE, "sarathi-wide")
 OURS = ("sps2", "sps2-csa", "sps2-split")
 
 
@@ -67,12 +69,14 @@ def as_text(setting: Setting, outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def gains(outcomes: Iterable[Outcome], rate: float, ours: str) -> dict[str, float | None]:
+def gains(
+    outcomes: Iterable[Outcome], rate: float, ours: str, baseline: str = BASELINE
+) -> dict[str, float | None]:
     """Per claim, how many times better a system is than the baseline at one rate; below 1 it is worse."""
     at = {outcome.system.name: outcome for outcome in outcomes if outcome.rate == rate}
     result: dict[str, float | None] = {}
     for claim in CLAIMS:
-        base, own = (claim.value(at[name]) if name in at else None for name in (BASELINE, ours))
+        base, own = (claim.value(at[name]) if name in at else None for name in (baseline, ours))
         if not base or not own:
             result[claim.name] = None
         else:
@@ -81,16 +85,18 @@ def gains(outcomes: Iterable[Outcome], rate: float, ours: str) -> dict[str, floa
 
 
 def ratio_table(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
-    """A Markdown table: a row per setting, rate and SPS2 system; the paper's claims in the head."""
+    """A Markdown table: a row per setting, rate, SPS2 system and baseline; the paper's claims in the head."""
     head = " | ".join(f"{claim.name} (paper {claim.ratio:g}x)" for claim in CLAIMS)
-    lines = [f"| setting | rate | system | {head} |", "|---" * (3 + len(CLAIMS)) + "|"]
+    lines = [f"| setting | rate | system | over | {head} |", "|---" * (4 + len(CLAIMS)) + "|"]
     for setting, outcomes in results:
         names = {outcome.system.name for outcome in outcomes}
         for rate in sorted({outcome.rate for outcome in outcomes}):
-            for ours in (name for name in OURS if name in names):
-                found = gains(outcomes, rate, ours).values()
+            for base, ours in itertools.product(BASELINES, OURS):
+                if base not in names or ours not in names:
+                    continue
+                found = gains(outcomes, rate, ours, base).values()
                 cells = ["" if gain is None else f"{gain:.2f}x" for gain in found]
-                lines.append(f"| {setting} | {rate:g} | {ours} | " + " | ".join(cells) + " |")
+                lines.append(f"| {setting} | {rate:g} | {ours} | {base} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

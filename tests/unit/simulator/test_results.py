@@ -34,9 +34,9 @@ def test_the_summary_names_the_best_and_keeps_the_losses():
         ("there", [outcome("sarathi", 1.0), outcome("sps2", 2.0), outcome("sps2-csa", 1.0)]),
     ]
     line = next(text for text in results.summary(stored).splitlines() if "| TTFT |" in text)
-    assert line == "| TTFT | 7.5x | 4.00x | 1.00x | 0.50x | here, rate 1, sps2 |"
+    assert line == "| TTFT | 7.5x | sarathi | 4.00x | 1.00x | 0.50x | here, rate 1, sps2 |"
     assert "response" not in results.summary(stored), "nothing was measured"
-    assert "prefill throughput | 8.2x | 4.00x" in results.summary(stored)
+    assert "prefill throughput | 8.2x | sarathi | 4.00x" in results.summary(stored)
 
 
 def test_the_tables_in_the_document_are_current():
@@ -44,6 +44,13 @@ def test_the_tables_in_the_document_are_current():
     assert results.document_with(text, results.table()) == text, (
         "run: python -m tools.simulation.results"
     )
+
+
+def test_both_baselines_have_rows_where_they_were_simulated():
+    outcomes = [outcome("sarathi", 4.0), outcome("sarathi-wide", 8.0), outcome("sps2", 1.0)]
+    rows = results.ratio_table([("here", outcomes)]).splitlines()
+    assert rows[2].startswith("| here | 1 | sps2 | sarathi | 4.00x | 1.00x |  |")
+    assert rows[3].startswith("| here | 1 | sps2 | sarathi-wide | 8.00x |") and len(rows) == 4
 
 
 def test_a_document_without_markers_is_refused():
