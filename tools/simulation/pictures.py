@@ -95,4 +95,4 @@ def _steps(panel: Any, outcomes: Sequence[Outcome]) -> None:
         left = [a + b for a, b in zip(left, shares, strict=True)]
     panel.invert_yaxis()
     panel.set_xlabel("share of the time of all steps")
-    panel.legend(fontsize="small", loc="lower right")
+    panel.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
