@@ -62,7 +62,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, range_text: str) -> None:
             if not ok:
-                raise RequestError(f"{name} must be {range_text}, got {getattr(self, name)!r}")
+                given = repr(getattr(self, name))
+                given = given if len(given) <= 80 else f"{given[:77]}..."
+                raise RequestError(f"{name} must be {range_text}, got {given}")
 
         def small(value: int) -> bool:
             return 0 <= value < 2**31  # what travels to the ranks, and what devices count with
@@ -78,6 +80,9 @@ class SamplingParams:
         need(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
         need(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
         need(1 <= self.n <= 128, "n", "in [1, 128]")
+        # Each token is held against all of them.
+        need(len(self.stop) <= 64, "stop", "at most 64 strings")
+        need(len(self.stop_token_ids) <= 1024, "stop_token_ids", "at most 1024 token ids")
         need(all(self.stop), "stop", "free of empty strings")
         need(all(map(_is_unicode, self.stop)), "stop", "Unicode without lone surrogates")
         need(all(map(small, self.stop_token_ids)), "stop_token_ids", "token ids, 0 or more")

@@ -29,6 +29,8 @@ from sps2_mega.types import OutputDelta, RequestOutput
 
 KEEP_ALIVE = ": keep-alive\n\n"
 DONE = "data: [DONE]\n\n"
+# One encoder for all: `json.dumps` with options makes a new one each time.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,7 +136,7 @@ class Answer:
 
 
 def _data(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_encode(body)}\n\n"
 
 
 def _usage_of_all(outputs: list[RequestOutput]) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class Call:
             if left <= 0:
                 raise timed_out(self.timeout)
             try:
-                event = await asyncio.wait_for(self._events.get(), min(silence, left))
+                async with asyncio.timeout(min(silence, left)):
+                    event = await self._events.get()
             except TimeoutError:
                 if silence < left:
                     yield None
