@@ -32,7 +32,16 @@ from sps2_mega.simulator.trace_files import BUNDLED, read_trace
 from tools.simulation.report import as_text, ratio_table
 from tools.simulation.setting import Outcome, Setting
 
-DEFAULT_FAMILIES = ("sarathi", "whole-prompts", "ring", "ulysses", "sps2", "sps2-csa", "sps2-split")
+DEFAULT_FAMILIES = (
+    "sarathi",
+    "sarathi-large",
+    "whole-prompts",
+    "ring",
+    "ulysses",
+    "sps2",
+    "sps2-csa",
+    "sps2-split",
+)
 
 _NOT_RECORDED = ("output", "quiet", "no_pictures")  # they change nothing in the numbers
 

@@ -1,7 +1,8 @@
 """Which systems are compared on a number of GPUs, and which settings of each are tried before the comparison.
 
     sarathi       tensor parallel, chunked prompts in hybrid batches (Sarathi-Serve, arXiv 2403.02310)
-    sarathi-wide  the same with one engine over all GPUs
+    sarathi-large the same with the largest chunks: sooner first tokens, later others
+    sarathi-wide  the same as sarathi with one engine over all GPUs
     whole-prompts tensor parallel, prompts whole and before decodes
     vllm-dcp      sarathi with tensor parallelism beyond the KV heads, whose copies share the cache instead
     ring          dense context parallelism, keys and values in a ring (arXiv 2411.01783)
@@ -30,6 +31,7 @@ from sps2_mega.simulator.system import System
 CHUNKS = (512, 2048, 8192)
 FAMILIES = (
     "sarathi",
+    "sarathi-large",
     "sarathi-wide",
     "whole-prompts",
     "vllm-dcp",
@@ -100,8 +102,9 @@ def candidates(family: str, place: Place) -> list[System]:
         System(name=family, policy="sarathi", chunk_tokens=chunk, prefix_caching=caching)
         for chunk in CHUNKS
     ]
-    if family == "sarathi":
-        return [s.replace(tp=tp, replicas=gpus // tp) for s in chunked for tp in inside]
+    if family in ("sarathi", "sarathi-large"):
+        sizes = chunked[-1:] if family == "sarathi-large" else chunked
+        return [s.replace(tp=tp, replicas=gpus // tp) for s in sizes for tp in inside]
     if family == "sarathi-wide":
         return [s.replace(tp=gpus) for s in chunked] if gpus > max(inside) else []
     if family == "vllm-dcp":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tools.simulation.setting import Outcome, Setting, layout_of
 
 BASELINE = "sarathi"
-BASELINES = (BASELINE, "sarathi-wide")
+BASELINES = (BASELINE, "sarathi-large", "sarathi-wide")
 OURS = ("sps2", "sps2-csa", "sps2-split")
 
 
