@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
 # Without a key, so that load balancers, Prometheus and browsers need none; they tell nothing of requests.
-OPEN_PATHS = frozenset(["/", "/health", "/ready", "/metrics", "/version", "/openapi.json"])
+OPEN_PATHS = frozenset(["/health", "/ready", "/metrics", "/version", "/openapi.json"])
 _QUIET_PATHS = frozenset(["/health", "/ready", "/metrics"])
 _VALID_ID = re.compile(r"[!-~]{1,128}")
 
