@@ -39,9 +39,11 @@ A module imports from the layers above it only (`make lint` checks):
 | model | `mcore` `checkpoint` | megatron-core (in `mcore` only), safetensors |
 | engine | `engine` | all above |
 | edge | `serving` `cli` | the engine |
+| beside it | `simulator` | the scheduler and formulas of `attention`; no torch |
 
 Beside the package: `launch/` starts jobs (`launch/README.md`), `model_configs/` names models, `tools/` converts and
-inspects checkpoints, looks at the machine (`doctor.py`) and measures (`bench/`), `docs/results/` keeps what was measured.
+inspects checkpoints, looks at the machine (`doctor.py`) and measures (`bench/`), `docs/results/` keeps what was measured. `hardware/` and
+`traces/` are what the simulator reads.
 `tests/` mirrors the package: `unit` and `kernels` in one process, `dist` on ranks that stay alive for a whole
 session (`harness.py`), `e2e` through the launchers.
 """
