@@ -68,15 +68,11 @@ class TokenLayout:
 @dataclass(frozen=True, slots=True)
 class PrefillLayout:
     """What a step computes (`queries`) and all that it may look at (`keys`): of every sequence s the keys are the
-    tokens [0, queries.last[s]). Nothing cached before: both are the same object."""
+    tokens [0, queries.last[s]); on each rank those that were cached before come first among local keys. Nothing cached
+    before: both are the same object."""
 
     queries: TokenLayout
     keys: TokenLayout
-
-    @property
-    def cached_counts(self) -> tuple[int, ...]:
-        """Tokens of these sequences on each rank that were cached before; they come first among local keys."""
-        return tuple(k - q for k, q in zip(self.keys.counts, self.queries.counts, strict=True))
 
 
 def build_layout(

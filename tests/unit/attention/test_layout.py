@@ -53,7 +53,8 @@ def test_local_keys_are_the_cached_ones_and_then_the_queries(placement, data):
     ranks, lengths, block_size, sp_size = placement
     starts = [data.draw(st.integers(0, length - 1)) for length in lengths]
     layout = build_layout(ranks, lengths, starts=starts, block_size=block_size, sp_size=sp_size)
-    for rank, cached in enumerate(layout.cached_counts):
+    for rank in range(sp_size):
+        cached = layout.keys.counts[rank] - layout.queries.counts[rank]
         new = [run for run in layout.keys.local_runs(rank) if run.local_start >= cached]
         queries = layout.queries.local_runs(rank)
         assert [(r.sequence, r.start, r.end, r.local_start - cached) for r in new] == [
