@@ -6,6 +6,7 @@ hub's verdict, also while the main thread is inside a collective. If rank 0 itse
 alone, from the same fact.
 
     life = Lifeline.start(info, publish=..., lookup=..., step_timeout=600)
+    life.wait_for_work()      # started; from here on idleness is no step
     life.step_begin(12, "decode"); ...; life.step_end()
     life.fail(error)          # an exception: never returns
     life.close()              # a clean end, on all ranks in any order
@@ -30,6 +31,7 @@ from sps2_mega.comm.lifeline_wire import LineSocket
 from sps2_mega.comm.process_facts import own_member
 from sps2_mega.comm.verdict import (
     FAILURE_EXIT_CODE,
+    WAITING,
     Evidence,
     Kind,
     Member,
@@ -43,6 +45,9 @@ from sps2_mega.comm.verdict import (
 from sps2_mega.parallel.launcher import LaunchInfo
 
 FAREWELL_S = 2.0
+# Between two steps of a busy engine a rank still counts as in the step that it just ended: where it was when it
+# died is told best by that.
+WAITING_AFTER_S = 1.0
 ANSWER_S = 2.5  # for the hub to answer evidence, its longest window included
 # Signals and uncaught exceptions concern the process and not an object, so `guard` finds lifelines here.
 _active: set[Lifeline] = set()
@@ -96,7 +101,7 @@ class Lifeline:
             own_link=hubs,
             listener=listener,
             limits=limits,
-            place_now=lambda: self._place,
+            place_now=lambda: self._place_now,
         )
         self._hub.start()
         if info.world_size > 1:
@@ -120,6 +125,7 @@ class Lifeline:
         self._hub: Hub | None = None
         self._place = Place(None, "start-up")
         self._step_began: float | None = None
+        self._step_ended: float | None = None
         self._overdue_place: Place | None = None
         self._traceback: str | None = None
         self._finishing = False
@@ -131,15 +137,23 @@ class Lifeline:
 
     def at(self, step: int | None, what: str) -> None:
         """Says what this rank is doing, for messages: a step's number, or None outside steps."""
+        self._step_ended = None
         self._place = Place(step, what)
+
+    def wait_for_work(self) -> None:
+        """Says that this rank has started, or has nothing to do until its next step."""
+        self._step_ended = None
+        self._place = WAITING
 
     def step_begin(self, step: int, what: str) -> None:
         """As `at`; and the step must end within `step_timeout`."""
+        self._step_ended = None
         self._place = Place(step, what)
         self._step_began = time.monotonic()
 
     def step_end(self) -> None:
-        self._step_began = None
+        """The step is over; `WAITING_AFTER_S` later, without another one, the rank counts as waiting."""
+        self._step_began, self._step_ended = None, time.monotonic()
 
     def fail(self, exception: BaseException) -> NoReturn:
         """Ends the job because of `exception`; if another rank is the cause, the message names that one."""
@@ -154,7 +168,7 @@ class Lifeline:
         """A clean end. Rank 0 returns when all ranks have called it; the others at once."""
         if self._finishing:
             return
-        self._step_began = None
+        self._step_began = self._step_ended = None
         self._place = Place(None, "shutdown")
         self._finishing = True
         self._link.send("goodbye")
@@ -170,8 +184,14 @@ class Lifeline:
             time.sleep(ANSWER_S)  # the verdict ends the process, from the other thread
         self._carry_out(self._judge_alone(evidence))
 
+    @property
+    def _place_now(self) -> Place:
+        ended, place = self._step_ended, self._place
+        waits = ended is not None and time.monotonic() - ended > WAITING_AFTER_S
+        return WAITING if waits else place
+
     def _own_evidence(self, kind: Kind, cause: str, exit_code: int = FAILURE_EXIT_CODE) -> Evidence:
-        rank, place = self._info.rank, self._place
+        rank, place = self._info.rank, self._place_now
         return Evidence(kind=kind, rank=rank, place=place, cause=cause, exit_code=exit_code)
 
     def _judge_alone(self, evidence: Evidence) -> Verdict:
@@ -202,7 +222,7 @@ class Lifeline:
                 self._lose_hub(Kind.HUNG, silence_text(self._limits.heartbeat))
             if now >= next_beat:
                 next_beat = now + self._limits.interval
-                self._link.send("beat", place=wire.to_json(self._place))
+                self._link.send("beat", place=wire.to_json(self._place_now))
             self._look_at_step(now)
 
     def _obey(self, messages: list[dict[str, Any]]) -> bool:
@@ -222,7 +242,7 @@ class Lifeline:
 
     def _lose_hub(self, kind: Kind, cause: str) -> NoReturn:
         self._carry_out(
-            self._judge_alone(Evidence(kind=kind, rank=0, place=self._place, cause=cause))
+            self._judge_alone(Evidence(kind=kind, rank=0, place=self._place_now, cause=cause))
         )
 
     def _carry_out(self, verdict: Verdict) -> NoReturn:

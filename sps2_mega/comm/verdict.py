@@ -72,6 +72,10 @@ class Place:
         return str(self) if self.step is None else f"in {self}"
 
 
+# A rank that has started and is in no step, such as an idle server's.
+WAITING = Place(None, "the wait for work")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     kind: Kind

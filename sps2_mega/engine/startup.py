@@ -127,6 +127,7 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         dtype=compute.dtype,
         device=compute.device,
     )
+    lifeline.wait_for_work()
     return StartedRank(
         config=config,
         resolved=resolved,

@@ -10,6 +10,8 @@ writes `ready-R` there when it is inside its step. What RANK does in its third s
     lost      RANK raises as a transport does whose peer died, while the others sleep
     quit      RANK ends with code 0, but without closing its lifeline, while the others close theirs
     early     RANK raises before there is a lifeline
+    fresh     every rank has started and waits for its first step
+    idle      every rank has done its steps and waits for another one
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import time
 from pathlib import Path
 
 from sps2_mega.comm.guard import guard
-from sps2_mega.comm.lifeline import Lifeline
+from sps2_mega.comm.lifeline import WAITING_AFTER_S, Lifeline
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.launcher import LaunchInfo, from_environment
 
@@ -30,6 +32,9 @@ def main(info: LaunchInfo, folder: Path, scenario: str, culprit: int) -> None:
         raise ConfigError("tp 3 does not divide 4 heads")
     life = start(info, folder, step_timeout=1.0 if scenario == "overdue" else 60.0)
     is_culprit = info.rank == culprit
+    life.wait_for_work()
+    if scenario == "fresh":
+        wait_for_work(folder / f"ready-{info.rank}")
     for step in range(3):
         life.step_begin(step, "decode")
         time.sleep(0.02)
@@ -39,11 +44,20 @@ def main(info: LaunchInfo, folder: Path, scenario: str, culprit: int) -> None:
     if scenario == "overdue":
         life.step_begin(3, "decode")
         time.sleep(60)
+    if scenario == "idle":
+        time.sleep(WAITING_AFTER_S)
+        wait_for_work(folder / f"ready-{info.rank}")
     if scenario == "quit" and is_culprit:
         os._exit(0)
     if scenario == "work":
         time.sleep(0.3 * (info.rank if culprit == 0 else info.world_size - info.rank))
     life.close()
+
+
+def wait_for_work(ready: Path) -> None:
+    time.sleep(0.5)  # the hub has heard of it
+    ready.touch()
+    time.sleep(60)
 
 
 def act(scenario: str, is_culprit: bool, ready: Path) -> None:

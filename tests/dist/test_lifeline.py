@@ -130,6 +130,16 @@ def test_stopped_rank_is_found_by_silence_and_killed(tmp_path, victim):
     assert "stopped answering in step 2 (decode): no heartbeat for 2 s" in message
 
 
+@pytest.mark.parametrize("scenario", ["fresh", "idle"])
+def test_a_rank_lost_while_there_is_nothing_to_do(tmp_path, scenario):
+    with job(tmp_path, scenario) as running:
+        running.wait_ready()
+        running.ranks[1].kill()
+        running.wait_end(5)
+        [message] = running.messages()
+    assert "rank 1 " in message and "died during the wait for work: " in message
+
+
 def test_all_ranks_stopped_and_continued_go_on(tmp_path):
     with job(tmp_path, "sleep") as running:
         running.wait_ready()
