@@ -61,8 +61,9 @@ class _LayerWork:
         self._lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, device=q_TNH.device)
 
     def post_gather(self, micro_batch: int, part: str) -> Pending | None:
-        rows = self._layout.keys.counts[self._source(micro_batch)]
-        return post_shift(self._shards[micro_batch - 1], rows, self._group)
+        counts = self._layout.keys.counts
+        rows = counts[self._source(micro_batch)]
+        return post_shift(self._shards[micro_batch - 1], rows, max(counts), self._group)
 
     def arrived(self, micro_batch: int, part: str, received: Tensor) -> None:
         self._shards[micro_batch] = received

@@ -6,12 +6,18 @@
 
 What is posted must not be written until `wait` returns. A pending exchange whose `wait` is called twice is a
 mistake of ours and asserts. On CUDA `wait` makes the current stream wait, not the program.
+
+Between CPUs large shards travel in parts: two ranks that send each other one large message over TCP take about twice as
+long as the line needs, in parts of some 100 KB hardly more than the line needs.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,31 +27,40 @@ from torch import Tensor
 from sps2_mega.comm.collectives import all_gather_single
 from sps2_mega.parallel.groups import Group
 
+_CPU_PART_BYTES = 512 * 2**10
+
 
 class Pending:
-    """One exchange under way; `wait` is called exactly once. `posted_at` and, after `wait`, `finished_at` are of
-    `time.perf_counter()`; on CPU the latter is when the bytes were there, not when somebody waited for them."""
+    """One exchange under way, of one or more works; `wait` is called exactly once. `posted_at` and, after `wait`,
+    `finished_at` are of `time.perf_counter()`; on CPU the latter is when the bytes were there, not when somebody
+    waited for them."""
 
-    def __init__(self, work: Any, received: Tensor, sent: Tensor) -> None:
+    def __init__(self, works: Sequence[Any], received: Tensor, sent: Tensor) -> None:
         self.posted_at = time.perf_counter()
         self.finished_at: float | None = None
-        self._work, self._received = work, received
+        self._works, self._received = works, received
         self._sent: Tensor | None = sent  # kept alive until it has left
+        self._lock = threading.Lock()
+        self._under_way = len(works)
         if not received.is_cuda:
-            # Called by gloo's own thread, also while this one computes: torch's operators let others run.
-            work.get_future().add_done_callback(self._finish)
+            # Called by gloo's own threads, also while this one computes: torch's operators let others run.
+            for work in works:
+                work.get_future().add_done_callback(self._finish)
 
     def wait(self) -> Tensor:
         assert self._sent is not None, "wait() was called before"
-        self._work.wait()
-        if self.finished_at is None:  # the callback may come a moment after `wait` returns
+        for work in self._works:
+            work.wait()
+        if self.finished_at is None:  # the callbacks may come a moment after `wait` returns
             self.finished_at = time.perf_counter()
         self._sent = None
         return self._received
 
     def _finish(self, _future: Any) -> None:
-        if self.finished_at is None:
-            self.finished_at = time.perf_counter()
+        with self._lock:
+            self._under_way -= 1
+            if self._under_way == 0 and self.finished_at is None:
+                self.finished_at = time.perf_counter()
 
 
 def post_all_to_all(
@@ -58,7 +73,7 @@ def post_all_to_all(
         received, x, list(receive_sizes), list(send_sizes), group=group.handle, async_op=True
     )
     group.traffic.bytes_sent += (sum(send_sizes) - send_sizes[group.rank]) * x.itemsize
-    return Pending(work, received, x)
+    return Pending([work], received, x)
 
 
 def post_all_gather(x: Tensor, longest: int, group: Group) -> Pending:
@@ -71,13 +86,24 @@ def post_all_gather(x: Tensor, longest: int, group: Group) -> Pending:
         x = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
     x = x.contiguous()
     gathered = x.new_empty(group.size * longest, *x.shape[1:])
-    work = all_gather_single(gathered, x, group=group.handle, async_op=True)
     group.traffic.bytes_sent += x.nbytes * (group.size - 1)
-    return Pending(work, gathered, x)
+    bounds = _part_bounds(x, longest)
+    if len(bounds) == 2:
+        work = all_gather_single(gathered, x, group=group.handle, async_op=True)
+        return Pending([work], gathered, x)
+    shards = gathered.split(longest)
+    works = [
+        dist.all_gather(
+            [shard[start:end] for shard in shards], x[start:end], group=group.handle, async_op=True
+        )
+        for start, end in pairwise(bounds)
+    ]
+    return Pending(works, gathered, x)
 
 
-def post_shift(x: Tensor, receive_rows: int, group: Group) -> Pending:
-    """Send x [T, ...] to the next rank of the ring and receive [receive_rows, ...] from the one before.
+def post_shift(x: Tensor, receive_rows: int, longest: int, group: Group) -> Pending:
+    """Send x [T, ...] to the next rank of the ring and receive [receive_rows, ...] from the one before; `longest` are
+    the rows of the longest shard of any rank.
 
     It is an all-to-all with one non-empty piece: gloo makes progress on those by itself, on point-to-point
     sends it does not.
@@ -86,10 +112,26 @@ def post_shift(x: Tensor, receive_rows: int, group: Group) -> Pending:
     x = x.contiguous()
     received = x.new_empty(receive_rows, *x.shape[1:])
     send_sizes, receive_sizes = [0] * group.size, [0] * group.size
-    send_sizes[(group.rank + 1) % group.size] = x.numel()
-    receive_sizes[(group.rank - 1) % group.size] = received.numel()
-    work = dist.all_to_all_single(
-        received.view(-1), x.view(-1), receive_sizes, send_sizes, group=group.handle, async_op=True
-    )
+    num_parts = len(_part_bounds(x, longest)) - 1
+    works = []
+    for sent, come in zip(
+        x.view(-1).tensor_split(num_parts), received.view(-1).tensor_split(num_parts), strict=True
+    ):
+        send_sizes[(group.rank + 1) % group.size] = sent.numel()
+        receive_sizes[(group.rank - 1) % group.size] = come.numel()
+        works.append(
+            dist.all_to_all_single(
+                come, sent, list(receive_sizes), list(send_sizes), group=group.handle, async_op=True
+            )
+        )
     group.traffic.bytes_sent += x.nbytes
-    return Pending(work, received, x)
+    return Pending(works, received, x)
+
+
+def _part_bounds(x: Tensor, longest: int) -> list[int]:
+    """Where to cut shards like x, of up to `longest` rows: the same number of parts on every rank."""
+    if x.is_cuda or longest == 0:
+        return [0, longest]
+    row_bytes = x.itemsize * math.prod(x.shape[1:])
+    num_parts = min(longest, -(-longest * row_bytes // _CPU_PART_BYTES))
+    return [longest * part // num_parts for part in range(num_parts + 1)]

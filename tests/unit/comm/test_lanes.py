@@ -28,7 +28,7 @@ class Arrival:
 def test_on_cpu_the_end_is_when_bytes_came_not_when_somebody_waited():
     lane = make_lanes(torch.device("cpu")).gather
     work, taken = Arrival(), []
-    flight = lane.launch(lambda: Pending(work, torch.ones(3), torch.zeros(3)), taken.append)
+    flight = lane.launch(lambda: Pending([work], torch.ones(3), torch.zeros(3)), taken.append)
     work.future.set_result(None)
     came = time.perf_counter()
     time.sleep(0.05)  # computing
@@ -46,7 +46,7 @@ def test_nothing_to_exchange_is_no_flight():
 def test_an_exchange_is_waited_for_once():
     work = Arrival()
     work.future.set_result(None)
-    pending = Pending(work, torch.ones(1), torch.zeros(1))
+    pending = Pending([work], torch.ones(1), torch.zeros(1))
     pending.wait()
     with pytest.raises(AssertionError, match="called before"):
         pending.wait()
@@ -63,7 +63,7 @@ def test_on_cuda_side_streams_and_computation_wait_for_each_other():
             """The copy is on the current stream already."""
 
     def post(source):
-        return lambda: Pending(Copied(), source * 2, source)
+        return lambda: Pending([Copied()], source * 2, source)
 
     for step in range(3):
         x = torch.full((1 << 24,), float(step), device=device)
