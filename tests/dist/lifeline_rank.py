@@ -38,7 +38,7 @@ def main(info: LaunchInfo, folder: Path, scenario: str, culprit: int) -> None:
     for step in range(3):
         life.step_begin(step, "decode")
         time.sleep(0.02)
-        if step == 2:
+        if step == 2 and scenario != "idle":
             act(scenario, is_culprit, folder / f"ready-{info.rank}")
         life.step_end()
     if scenario == "overdue":
