@@ -1,6 +1,6 @@
 """Which transport a prefill step takes: seconds from bytes, messages and arithmetic, then the least.
 
-    seconds per layer = communication + attention of the busiest rank
+    seconds per layer = communication + attention of the busiest rank, its calls and merges of partials included
     with overlap        the longer of the two, and 1/M of the shorter      gather, ulysses in M micro-batches
                         sum over steps of the longer of the two            ring
 
@@ -88,6 +88,8 @@ def estimate(
     latency = max(link.latency_s for link in machine.links)
     comm_s = messages * latency + link_seconds(moved, machine)
     micro_batches = 1
+    # Partials of one set of queries are added up once per rank that holds keys.
+    merge_s = machine.merge_s * max(shape.queries) * shape.num_heads * shape.head_dim
     if transport == "ring":
         # In step s rank r works on the keys of rank r - s; all wait for the slowest before they pass on.
         steps = [
@@ -97,12 +99,15 @@ def estimate(
         pairs = sum(steps)
     else:
         pairs = _busiest_pairs(transport, shape)
-    compute_s = pairs * flops_per_pair / machine.flops_per_s
+    compute_s = pairs * flops_per_pair / machine.flops_per_s + machine.call_s
+    if transport in ("ring", "pass_q"):
+        compute_s += shape.size * merge_s + (shape.size - 1) * machine.call_s
     if not overlap or transport == "pass_q":
         seconds = comm_s + compute_s
     elif transport == "ring":
         per_hop = comm_s / max(1, shape.size - 1)
-        step_s = [count * flops_per_pair / machine.flops_per_s for count in steps]
+        fixed_s = machine.call_s + merge_s
+        step_s = [count * flops_per_pair / machine.flops_per_s + fixed_s for count in steps]
         seconds = sum(max(per_hop, step) for step in step_s[:-1]) + step_s[-1]
     else:
         micro_batches = num_micro_batches(
@@ -113,6 +118,7 @@ def estimate(
         )
         if transport == "gather":  # it is cut by KV heads alone
             micro_batches = min(micro_batches, shape.num_kv_heads)
+        compute_s += (micro_batches - 1) * machine.call_s
         seconds = max(comm_s, compute_s) + min(comm_s, compute_s) / micro_batches
     return Estimate(
         transport=transport,

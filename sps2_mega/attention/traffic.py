@@ -40,7 +40,7 @@ def num_messages(transport: str, size: int) -> int:
     if size == 1:
         return 0
     rounds = {
-        "gather": 2 * (size - 1),  # K, then V, each once round
+        "gather": size,  # K and V behind it, once round
         "ring": size - 1,  # K and V together, once round
         "ulysses": 3,  # keys and values, queries, and the outputs back: all peers at once
         "pass_q": size,  # queries once round, and the partials back to all peers at once

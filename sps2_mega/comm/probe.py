@@ -33,11 +33,6 @@ def measure_links(
     return tuple(_measure(group, control, device) for group in levels)
 
 
-def agree_least(value: float, control: Group) -> float:
-    """The least of all ranks' non-negative values, to nine digits."""
-    return minimum(round(value * 1e9), control) / 1e9
-
-
 def agree_most(value: float, control: Group) -> float:
     """The largest of all ranks' non-negative values, to nine digits."""
     return -minimum(-round(value * 1e9), control) / 1e9

@@ -10,19 +10,22 @@ import hashlib
 import logging
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from sps2_mega.comm.collectives import all_gather_rows, broadcast_bytes
-from sps2_mega.comm.probe import agree_least, measure_links
+from sps2_mega.comm.probe import agree_most, measure_links
 from sps2_mega.kernels.attention.sdpa import attend_run
+from sps2_mega.kernels.lse.reference import merge_two
 from sps2_mega.parallel.groups import Group, ParallelGroups
 from sps2_mega.parallel.machine import Machine
 
 log = logging.getLogger(__name__)
 
 _MAX_AGE_S = 24 * 3600.0
+_ROUNDS = 5
 _FLOPS = {"cpu": 6e8, "cuda": 2e11}  # of the timed attention: milliseconds on either
 
 
@@ -52,7 +55,7 @@ def machine_facts(
     machine = Machine(
         sp_levels=tuple(level.size for level in groups.sp_levels),
         links=measure_links(groups.sp_levels, groups.control, device),
-        flops_per_s=attention_flops_per_s(head_dim, dtype, device, groups.control),
+        **attention_speed(head_dim, dtype, device, groups.control),
     )
     if groups.global_rank == 0:
         log.info("measured in %.2f s: %s", time.monotonic() - began, describe(machine))
@@ -66,25 +69,51 @@ def describe(machine: Machine) -> str:
         for size, link in zip(machine.sp_levels, machine.links, strict=True)
         if size > 1
     )
-    return f"{links or 'no links'}; attention at {machine.flops_per_s / 1e9:.3g} GFLOP/s per rank"
+    return (
+        f"{links or 'no links'}; attention at {machine.flops_per_s / 1e9:.3g} GFLOP/s per rank, "
+        f"{machine.call_s * 1e6:.0f} us a call, {machine.merge_s * 1e9:.2g} ns to merge a number"
+    )
 
 
-def attention_flops_per_s(
+def attention_speed(
     head_dim: int, dtype: torch.dtype, device: torch.device, control: Group
-) -> float:
-    """Speed of causal attention on the slowest rank while all compute; a multiply and an add are two."""
+) -> dict[str, float]:
+    """`flops_per_s` of causal attention, `call_s` and `merge_s` as in `Machine`, on the slowest rank while all
+    compute. Means, not best times: where ranks share cores, waiting for one is part of the price."""
     heads = 4 if device.type == "cpu" else 16
     tokens = max(64, int((_FLOPS[device.type] / (2 * heads * head_dim)) ** 0.5))
     q, k, v = torch.zeros(3, tokens, heads, head_dim, dtype=dtype, device=device)
-    seconds = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        attend_run(q, k, v, scale=1.0, q_start=0)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # only then has the time a meaning
-        seconds = min(seconds, time.perf_counter() - began)
+    out, lse = attend_run(q, k, v, scale=1.0, q_start=0)
+    sum_out = out.float()
+
+    def attend(rows: int) -> None:
+        attend_run(q[:rows], k[:rows], v[:rows], scale=1.0, q_start=0)
+
+    call_s = agree_most(_mean_s(lambda: attend(1), device), control)
+    merge_s = agree_most(_mean_s(lambda: merge_two(sum_out, lse, out, lse), device), control)
+    attend_s = agree_most(_mean_s(lambda: attend(tokens), device), control)
     flops = tokens * (tokens + 1) // 2 * heads * 4 * head_dim
-    return agree_least(flops / seconds / 1e9, control) * 1e9
+    return {
+        "flops_per_s": flops / max(attend_s - call_s, attend_s / 10),
+        "call_s": call_s,
+        "merge_s": merge_s / out.numel(),
+    }
+
+
+def _mean_s(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one of a few calls in a row, without the first, which may compile or allocate."""
+    call()
+    _finish(device)
+    began = time.perf_counter()
+    for _ in range(_ROUNDS):
+        call()
+    _finish(device)
+    return (time.perf_counter() - began) / _ROUNDS
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # only then has a time a meaning
 
 
 def _hosts(control: Group) -> list[str]:

@@ -71,6 +71,18 @@ def test_seconds_by_hand():
     assert found["pass_q"].seconds == pytest.approx(0.02 + 0.544 + 52 * 32 / 1280)
 
 
+def test_calls_and_merges_are_part_of_the_price():
+    """A second for a call and for merging the 4 x 2 x 8 numbers of one rank's queries."""
+    shape = shape_of([0, 1], tokens=8, heads=2, kv_heads=1, width=8, itemsize=4)
+    free = machine(rates=(1000.0,), latency=0.01, flops=1280.0)
+    priced = dataclasses.replace(free, call_s=1.0, merge_s=1 / 64)
+    for name, fixed in (("ulysses", 1), ("gather", 1), ("ring", 2 + 2), ("pass_q", 2 + 2)):
+        before, after = (estimate(name, shape, m, overlap=False) for m in (free, priced))
+        assert after.seconds == pytest.approx(before.seconds + fixed)
+    # With overlap each of the ring's two steps pays one of both.
+    assert estimate("ring", shape, priced).seconds == pytest.approx(2 + 20 / 40 + 2 + 32 / 40)
+
+
 def test_the_pipeline_hides_all_but_one_micro_batch_of_the_shorter():
     shape = shape_of([0, 1, 1, 0], tokens=4096)
     with_it = estimate("ulysses", shape, machine(rates=(1e8,), flops=1e11))
