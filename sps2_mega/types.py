@@ -207,20 +207,41 @@ class DecodeItem:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSlice:
+    """Layers [first, end) of one prefill pass: the way of some tokens of some sequences through the model. Ranks keep
+    a pass under `pass_id` from its first slice, whose plan has its items, to its last. `sampled` are the sequences
+    that get a token at the end of this slice: none before the last layer."""
+
+    pass_id: int
+    first: int
+    end: int
+    sampled: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What every rank executes in one step: `prefills`, `decodes` or, as `mode` says, both, of different sequences.
-    `released` are sequences whose state ranks drop before the step (finished, aborted or preempted)."""
+    `released` are sequences whose state ranks drop before the step (finished, aborted or preempted), `dropped` are
+    passes that they forget.
+
+    `layers` is which part of a prefill pass the step runs, None: all layers of `prefills` at once. After the first slice
+    of a pass `prefills` is empty: ranks have the items."""
 
     step: int
     mode: ForwardMode
     prefills: list[PrefillItem]
     decodes: list[DecodeItem]
     released: list[int]
+    layers: LayerSlice | None = None
+    dropped: list[int] = field(default_factory=list)
 
     @property
     def sampled(self) -> list[int]:
         """The sequences that get a token, in the order of the step's output: prefills, then decodes."""
-        ids = [item.seq_id for item in self.prefills if item.samples]
+        if self.layers is not None:
+            ids = list(self.layers.sampled)
+        else:
+            ids = [item.seq_id for item in self.prefills if item.samples]
         return ids + [item.seq_id for item in self.decodes]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.attention.spans import SparsePrefill
@@ -22,14 +21,17 @@ from sps2_mega.engine.prefill_choice import prompt_layout
 from sps2_mega.engine.scheduler import Scheduler
 from sps2_mega.engine.seeds import derive_seed, derive_seed_from_text
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
+from sps2_mega.engine.stats import EngineStats
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.kv_cache.block_chain import chain_root
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import finalize
+from sps2_mega.metrics import TokenWaits, waits_ended_at
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.types import (
     FinishReason,
+    ForwardMode,
     OutputDelta,
     RequestOutput,
     SamplingParams,
@@ -39,21 +41,6 @@ from sps2_mega.types import (
 )
 
 _SHUTDOWN = b""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0, 1]. Of prompts,
-    `prompt_tokens` were computed and `cached_tokens` found in the cache. `prefill_comm` is rank 0's communication in
-    all prefill steps."""
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    prefill_comm: CommSeconds
 
 
 class Engine:
@@ -104,6 +91,7 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._next_seq_id = 0
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._num_steps, self._last_waits = 0, TokenWaits()
 
     def add_request(
         self,
@@ -192,10 +180,13 @@ class Engine:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             kv_usage=self._scheduler.kv_usage,
+            kv_used_per_rank=self._scheduler.kv_used_per_rank,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             prefill_comm=self._prefill_comm,
+            num_steps=self._num_steps,
+            last_waits=self._last_waits,
         )
 
     def step(self) -> list[RequestOutput]:
@@ -207,7 +198,10 @@ class Engine:
             if self._control.size > 1:
                 broadcast_bytes(encode(plan), self._control)
             output = self._execute(plan)
-            ended = self._scheduler.commit(plan, output, time.monotonic())
+            now = time.monotonic()
+            ended = self._scheduler.commit(plan, output, now)
+            self._num_steps += 1
+            self._last_waits = waits_ended_at(now, [self._sequences[s] for s in plan.sampled])
             self._count_prompt_tokens(plan)
             self._output_tokens += len(output.token_ids)
             return self._collect(plan, ended)
@@ -231,7 +225,7 @@ class Engine:
     def _execute(self, plan: StepPlan) -> StepOutput:
         self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
         output = self._executor.execute(plan)
-        if plan.prefills:
+        if plan.mode is not ForwardMode.DECODE:
             self._prefill_comm += self._executor.prefill_comm
             if self._rank.trace is not None:
                 self._rank.trace.flush()

@@ -1,6 +1,6 @@
-"""One rank's part of a step: inputs, model, sampling, and the exchange of sampled tokens.
+"""One rank's part of a step: inputs, model, sampling.
 
-Every rank runs the same plans in the same order, so every rank knows which rows each rank samples and no
+A prefill pass may take several steps, a few layers each; between them it waits here while other steps run. Every rank runs the same plans in the same order, so every rank knows which rows each rank samples and no
 sizes are exchanged.
 """
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from sps2_mega.attention.pipeline.executor import plain_pipeline
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.attention.spans import SparsePrefill
-from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.config import ModelConfig
 from sps2_mega.engine.batching import (
     StepInput,
@@ -28,8 +27,9 @@ from sps2_mega.engine.penalties import PenaltyState
 from sps2_mega.engine.prefill_setup import PrefillSetup
 from sps2_mega.engine.sampler import sample
 from sps2_mega.engine.sparse_tables import SparseTables
+from sps2_mega.engine.token_exchange import exchange_tokens
 from sps2_mega.kv_cache.pool import KVPool
-from sps2_mega.mcore.gpt import GPT
+from sps2_mega.mcore.gpt import GPT, ForwardPass
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.types import (
     DecodeItem,
@@ -37,10 +37,7 @@ from sps2_mega.types import (
     SamplingParams,
     StepOutput,
     StepPlan,
-    TokenLogprob,
 )
-
-_FAILED = -1.0  # on the wire, for a row without a token
 
 
 @dataclass(slots=True)
@@ -51,6 +48,15 @@ class _Sampling:
     seed: int
     num_prompt_tokens: int
     penalties: PenaltyState | None
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Tokens on their way through the model, maybe over several steps."""
+
+    prefills: list[PrefillItem]
+    step: StepInput
+    run: ForwardPass
 
 
 class Executor:
@@ -84,6 +90,7 @@ class Executor:
                 self._tables, prefill.sparse, block_size=pool.block_size
             )
         self._sampling: dict[int, _Sampling] = {}
+        self._suspended: dict[int, _Pass] = {}
 
     def with_attention(
         self, transport: str, sparse: SparsePrefill | None, *, sparse_decode: bool = False
@@ -104,29 +111,62 @@ class Executor:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
         """All ranks return the same output, one entry per sequence in `plan.sampled`."""
+        self._forget(plan)
+        began = time.perf_counter()
+        passing = self._pass_of(plan)
+        end = self.model.num_layers if plan.layers is None else plan.layers.end
+        self.model.advance(passing.run, end)
+        if end == self.model.num_layers:
+            output = self._complete(plan, passing)
+        else:
+            assert plan.layers is not None, "a whole pass ends with the last layer"
+            self._suspended[plan.layers.pass_id] = passing
+            output = StepOutput([], [])
+        if passing.prefills:
+            num_tokens = sum(item.num_new_tokens for item in passing.prefills)
+            name = f"prefill {plan.step}"
+            self.prefill_comm = self.pipeline.end_step(name, began, num_tokens=num_tokens)
+        return output
+
+    def _forget(self, plan: StepPlan) -> None:
+        for pass_id in plan.dropped:
+            del self._suspended[pass_id]
         for seq_id in plan.released:
             self._tables.remove(seq_id)
             if self._sparse_tables is not None:
                 self._sparse_tables.remove(seq_id)
             del self._sampling[seq_id]
-        began = time.perf_counter()
+
+    def _pass_of(self, plan: StepPlan) -> _Pass:
+        """The suspended pass that this step goes on with, or a new one."""
+        if plan.layers is not None and plan.layers.first > 0:
+            passing = self._suspended.pop(plan.layers.pass_id)
+            assert passing.run.next_layer == plan.layers.first, (
+                f"pass {plan.layers.pass_id} stands at layer {passing.run.next_layer}, "
+                f"the plan goes on at {plan.layers.first}"
+            )
+            return passing
         parts = []
         if plan.prefills:
             parts.append(self._prefill_input(plan.prefills))
         if plan.decodes:
             parts.append(self._decode_input(plan.decodes))
         step = parts[0] if len(parts) == 1 else hybrid_input(*parts)
-        logits_RV = self.model(step.tokens_T, step.positions_T, step.rows_R, step.attention)
-        ends = {item.seq_id: item.end for item in plan.prefills}
+        run = self.model.begin(step.tokens_T, step.positions_T, step.attention)
+        return _Pass(plan.prefills, step, run)
+
+    def _complete(self, plan: StepPlan, passing: _Pass) -> StepOutput:
+        """What comes after the last layer: one token for each sequence that has all of its own computed."""
+        hidden = self.model.finish(passing.run)
+        logits_RV = self.model.logits(hidden.index_select(0, passing.step.rows_R))
+        ends = {item.seq_id: item.end for item in passing.prefills}
         ends |= {item.seq_id: item.position + 1 for item in plan.decodes}
         sampled = plan.sampled
-        output = self._sample(logits_RV, step, sampled, [ends[seq_id] for seq_id in sampled])
+        output = self._sample(
+            logits_RV, passing.step, sampled, [ends[seq_id] for seq_id in sampled]
+        )
         if None in output.token_ids:
-            self._clear_failed(plan, output)
-        if plan.prefills:
-            num_tokens = sum(item.end - item.start for item in plan.prefills)
-            name = f"prefill {plan.step}"
-            self.prefill_comm = self.pipeline.end_step(name, began, num_tokens=num_tokens)
+            self._clear_failed(plan, passing, output)
         return output
 
     def _prefill_input(self, items: list[PrefillItem]) -> StepInput:
@@ -156,10 +196,10 @@ class Executor:
             sparse_tables=self._sparse_tables,
         )
 
-    def _clear_failed(self, plan: StepPlan, output: StepOutput) -> None:
+    def _clear_failed(self, plan: StepPlan, passing: _Pass, output: StepOutput) -> None:
         """NaN of a failed sequence must not reach whoever gets its blocks next: masked slots are multiplied by zero.
         Blocks that it shares, or that gave finite logits before, have none and may be in use."""
-        first_own = {item.seq_id: item.num_shared_tokens for item in plan.prefills}
+        first_own = {item.seq_id: item.num_shared_tokens for item in passing.prefills}
         first_own |= {item.seq_id: item.position for item in plan.decodes}
         for seq_id, token_id in zip(plan.sampled, output.token_ids, strict=True):
             if token_id is None:
@@ -194,55 +234,13 @@ class Executor:
         )
         if self.groups.sp.size == 1:
             return StepOutput(token_ids, logprobs)
-        return self._exchange(token_ids, logprobs, step.items_by_rank, seq_ids)
+        wanted = [self._sampling[seq_id].params.logprobs for seq_id in seq_ids]
+        return exchange_tokens(
+            StepOutput(token_ids, logprobs), step.items_by_rank, wanted, self.groups
+        )
 
     def _banned(self, state: _Sampling, position: int) -> tuple[int, ...]:
         """Tokens that would end the sequence before `min_tokens`."""
         if position - state.num_prompt_tokens >= state.params.min_tokens:
             return ()
         return self.config.eos_token_ids + state.params.stop_token_ids
-
-    def _exchange(
-        self,
-        token_ids: list[int | None],
-        logprobs: list[TokenLogprob | None],
-        items_by_rank: list[list[int]],
-        seq_ids: list[int],
-    ) -> StepOutput:
-        """All-gather rows [token, logprob, top ids.., top logprobs..]; float64 holds token ids exactly.
-
-        It goes over the world's CPU group, to which only the first rank of each TP group contributes:
-        sampled tokens are needed on the CPU, and TP peers sampled the same ones.
-        """
-        wanted = [self._sampling[seq_id].params.logprobs for seq_id in seq_ids]
-        num_top = max((count for count in wanted if count is not None), default=0)
-        with_logprobs = any(count is not None for count in wanted)
-        width = 2 + 2 * num_top if with_logprobs else 1
-        tp = self.groups.tp
-        rows = torch.zeros(len(token_ids) if tp.rank == 0 else 0, width, dtype=torch.float64)
-        for row, token_id, logprob in zip(rows, token_ids, logprobs, strict=False):
-            row[0] = _FAILED if token_id is None else token_id
-            if logprob is not None:
-                row[1] = logprob.logprob
-                count = len(logprob.top)
-                row[2 : 2 + count] = torch.tensor([token for token, _ in logprob.top])
-                row[2 + num_top : 2 + num_top + count] = torch.tensor(
-                    [value for _, value in logprob.top], dtype=torch.float64
-                )
-        counts = [len(items) if t == 0 else 0 for items in items_by_rank for t in range(tp.size)]
-        gathered = all_gather_rows(rows, counts, self.groups.control).tolist()
-        order = [index for items in items_by_rank for index in items]
-        output = StepOutput([None] * len(seq_ids), [None] * len(seq_ids))
-        for index, values in zip(order, gathered, strict=True):
-            if values[0] == _FAILED:
-                continue
-            chosen = int(values[0])
-            output.token_ids[index] = chosen
-            asked = wanted[index]
-            if asked is not None:
-                top_ids, top_values = values[2 : 2 + asked], values[2 + num_top :][:asked]
-                top = tuple(
-                    (int(token), value) for token, value in zip(top_ids, top_values, strict=True)
-                )
-                output.logprobs[index] = TokenLogprob(chosen, values[1], top)
-        return output

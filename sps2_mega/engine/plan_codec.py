@@ -10,7 +10,14 @@ from array import array
 
 import msgpack
 
-from sps2_mega.types import DecodeItem, ForwardMode, PrefillItem, SamplingParams, StepPlan
+from sps2_mega.types import (
+    DecodeItem,
+    ForwardMode,
+    LayerSlice,
+    PrefillItem,
+    SamplingParams,
+    StepPlan,
+)
 
 NOT_SENT = -1  # in `PrefillItem.token_ids` of other ranks
 
@@ -39,12 +46,22 @@ def encode(plan: StepPlan) -> bytes:
         for item, read in zip(plan.prefills, reads, strict=True)
     ]
     decodes = [(i.seq_id, i.token_id, i.position, i.new_block) for i in plan.decodes]
-    return msgpack.packb((plan.step, int(plan.mode), prefills, decodes, plan.released))
+    layers = plan.layers and (
+        plan.layers.pass_id,
+        plan.layers.first,
+        plan.layers.end,
+        plan.layers.sampled,
+    )
+    return msgpack.packb(
+        (plan.step, int(plan.mode), prefills, decodes, plan.released, layers, plan.dropped)
+    )
 
 
 def decode(payload: bytes) -> StepPlan:
     """The plan again; tokens that the step does not read are NOT_SENT."""
-    step, mode, prefills, decodes, released = msgpack.unpackb(payload, use_list=False)
+    step, mode, prefills, decodes, released, layers, dropped = msgpack.unpackb(
+        payload, use_list=False
+    )
     return StepPlan(
         step=step,
         mode=ForwardMode(mode),
@@ -80,6 +97,8 @@ def decode(payload: bytes) -> StepPlan:
         ],
         decodes=[DecodeItem(*item) for item in decodes],
         released=list(released),
+        layers=layers and LayerSlice(*layers),
+        dropped=list(dropped),
     )
 
 

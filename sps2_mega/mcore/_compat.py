@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -58,3 +59,27 @@ def step_carrier_class() -> type:
         num_tokens: int = 0
 
     return StepCarrier
+
+
+def run_layers(
+    decoder: Any, layers: range, hidden_T1C: Tensor, *, rotary_pos_emb: Any, packed_seq_params: Any
+) -> Tensor:
+    """What `TransformerBlock.forward` does for some of its layers: [T, 1, hidden_size] in and out.
+
+    Its loop with the arguments that inference without Megatron's own caches gives; what it adds around the loop
+    is for training, FP8 and offloading.
+    """
+    for index in layers:
+        hidden_T1C, _ = decoder.layers[index](
+            hidden_states=hidden_T1C,
+            attention_mask=None,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+        )
+    return hidden_T1C
+
+
+def run_final_norm(decoder: Any, hidden_T1C: Tensor) -> Tensor:
+    """What `TransformerBlock.forward` does after its last layer, for a block that has a final norm."""
+    normed: Tensor = decoder.final_layernorm(hidden_T1C)
+    return normed

@@ -2,12 +2,13 @@
 
 The model is built on the meta device and then given real memory, so no rank ever holds an unsharded
 parameter. Embedding, layers and output head are called one after the other, so that logits exist only for
-the rows that are sampled and rotary angles follow each token's own position.
+the rows that are sampled, rotary angles follow each token's own position, and other steps may come between two layers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,13 @@ from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.checkpoint.sharding import padded_vocab_size
 from sps2_mega.comm.collectives import all_gather_last_dim
 from sps2_mega.config import ModelConfig
-from sps2_mega.mcore._compat import eager_import, step_carrier_class, without_warnings
+from sps2_mega.mcore._compat import (
+    eager_import,
+    run_final_norm,
+    run_layers,
+    step_carrier_class,
+    without_warnings,
+)
 from sps2_mega.mcore.config import transformer_config
 from sps2_mega.mcore.core_attention import SPCoreAttention, StepAttention
 from sps2_mega.mcore.rope import angles, attention_factor, inverse_frequencies
@@ -65,6 +72,16 @@ def build_gpt_model(
     return gpt.to(dtype).requires_grad_(False).eval()
 
 
+@dataclass(slots=True)
+class ForwardPass:
+    """Local tokens on their way through the model: what comes out of the layers before `next_layer`."""
+
+    hidden_T1C: Tensor
+    rope: Tensor | None
+    carrier: Any
+    next_layer: int = 0
+
+
 class GPT(nn.Module):
     """One TP rank's model: local tokens in, logits of chosen rows out."""
 
@@ -107,22 +124,51 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: StepAttention) -> Tensor:
-        """What the last norm gives for each local token, [T, 1, hidden_size].
+        """What the last norm gives for each local token, [T, 1, hidden_size]; see `begin` for T = 0."""
+        run = self.begin(tokens_T, positions_T, attention)
+        self.advance(run, self.num_layers)
+        return self.finish(run)
+
+    @property
+    def num_layers(self) -> int:
+        return self._config.num_layers
+
+    @torch.inference_mode()
+    def begin(self, tokens_T: Tensor, positions_T: Tensor, attention: StepAttention) -> ForwardPass:
+        """Embeds this rank's tokens; no layer runs yet.
 
         Megatron's layers cannot take 0 tokens, so without any a placeholder goes through them and stops at
-        the core attention; its one row is returned.
+        the core attention; its one row is what `finish` returns.
         """
         num_tokens = tokens_T.shape[0]
         if num_tokens == 0:
             tokens_T = positions_T = tokens_T.new_zeros(1)
-        hidden = self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
-        rope = None if self._inv_freq is None else angles(positions_T, self._inv_freq)
-        return self.gpt.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            rotary_pos_emb=rope,
-            packed_seq_params=self._carrier(attention=attention, num_tokens=num_tokens),
+        return ForwardPass(
+            self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None]),
+            None if self._inv_freq is None else angles(positions_T, self._inv_freq),
+            self._carrier(attention=attention, num_tokens=num_tokens),
         )
+
+    @torch.inference_mode()
+    def advance(self, run: ForwardPass, end: int) -> None:
+        """Runs the layers before number `end` that have not run yet."""
+        assert run.next_layer <= end <= self.num_layers, (
+            f"layers [{run.next_layer}, {end}) of {self.num_layers}"
+        )
+        run.hidden_T1C = run_layers(
+            self.gpt.decoder,
+            range(run.next_layer, end),
+            run.hidden_T1C,
+            rotary_pos_emb=run.rope,
+            packed_seq_params=run.carrier,
+        )
+        run.next_layer = end
+
+    @torch.inference_mode()
+    def finish(self, run: ForwardPass) -> Tensor:
+        """The last norm's output [T, 1, hidden_size], when all layers have run."""
+        assert run.next_layer == self.num_layers, f"layer {run.next_layer} has not run"
+        return run_final_norm(self.gpt.decoder, run.hidden_T1C)
 
     @torch.inference_mode()
     def logits(self, hidden_R1C: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def facts_on_rank(rank):
         "attention": carrier.attention,
         "block": list(inspect.signature(TransformerBlock.forward).parameters),
         "layer_call": inspect.getsource(Attention.forward),
+        "layer_loop": inspect.getsource(TransformerBlock.forward),
         "compile_is_back": torch.compile.__module__.startswith("torch"),
     }
 
@@ -41,6 +42,9 @@ def test_megatron_still_carries_our_step_to_the_core_attention():
     assert facts["attention"] == "mine"
     assert {"packed_seq_params", "rotary_pos_emb", "hidden_states"} <= set(facts["block"])
     assert "packed_seq_params=packed_seq_params" in facts["layer_call"]
+    # What `run_layers` and `run_final_norm` do in its place.
+    assert "hidden_states, context = layer(" in facts["layer_loop"]
+    assert "self.final_layernorm(hidden_states)" in facts["layer_loop"]
     assert facts["compile_is_back"]
 
 
@@ -105,3 +109,49 @@ def test_built_parameter_counts_are_the_published_ones():
     assert num_parameters(configs["llama-3-8b"]) == 8_030_261_248
     assert num_parameters(configs["llama-3.1-70b"]) == 70_553_706_496
     assert num_parameters(configs["gpt2"]) == 124_439_808
+
+
+def layers_on_rank(rank, port, folder):
+    """Hidden states by Megatron's own loop over layers, and by ours in slices of one."""
+    import torch
+
+    from sps2_mega.checkpoint.resolve import resolve_model
+    from sps2_mega.config import ParallelConfig
+    from sps2_mega.mcore.gpt import GPT
+    from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
+    from sps2_mega.parallel.launcher import from_environment
+
+    class Averaging:
+        """Attention that needs no cache: each token gets the mean value of those before it."""
+
+        def attend(self, layer, q_TNH, k_TKH, v_TKH, rule):
+            counts = torch.arange(1, len(v_TKH) + 1).view(-1, 1, 1)
+            mean_TKH = v_TKH.cumsum(0) / counts
+            return mean_TKH.repeat_interleave(q_TNH.shape[1] // v_TKH.shape[1], 1)
+
+    os.environ["MASTER_PORT"] = str(port)
+    info, cpu = from_environment(), torch.device("cpu")
+    store = open_store(info)
+    topology = agree_topology(store, info, ParallelConfig())
+    groups = initialize(store, info, topology, device=cpu, timeout_s=60)
+    model = GPT(resolve_model(folder).config, groups, dtype=torch.float32, device=cpu)
+    for weight in model.weights().values():
+        torch.nn.init.normal_(weight, std=0.2)
+    tokens = torch.randint(0, 250, (13,))
+    with torch.inference_mode():
+        run = model.begin(tokens, torch.arange(13), Averaging())
+        whole = model.gpt.decoder(
+            hidden_states=run.hidden_T1C,
+            attention_mask=None,
+            rotary_pos_emb=run.rope,
+            packed_seq_params=run.carrier,
+        )
+    for end in range(1, model.num_layers + 1):
+        model.advance(run, end)
+    finalize()
+    return torch.equal(whole, model.finish(run)), bool(whole.isfinite().all())
+
+
+def test_slices_of_layers_do_what_megatrons_loop_does():
+    ((equal, finite),) = run_ranks(layers_on_rank, 1, free_port(), "sps2-tiny")
+    assert equal and finite

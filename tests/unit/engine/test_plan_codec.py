@@ -1,7 +1,14 @@
 import dataclasses
 
 from sps2_mega.engine.plan_codec import NOT_SENT, decode, encode
-from sps2_mega.types import DecodeItem, ForwardMode, PrefillItem, SamplingParams, StepPlan
+from sps2_mega.types import (
+    DecodeItem,
+    ForwardMode,
+    LayerSlice,
+    PrefillItem,
+    SamplingParams,
+    StepPlan,
+)
 
 PARAMS = SamplingParams(
     max_tokens=None, seed=2**63 + 5, stop=("a", "é"), stop_token_ids=(3,), logprobs=2, top_p=0.1
@@ -49,3 +56,11 @@ def test_decode_plan_survives_and_is_small():
     plan = StepPlan(10**7, ForwardMode.DECODE, [], items, [])
     assert decode(encode(plan)) == plan
     assert len(encode(plan)) < 500
+
+
+def test_slices_of_layers_survive_and_later_ones_are_small():
+    first = dataclasses.replace(plan_of(ITEM), layers=LayerSlice(2**40, 0, 1))
+    assert decode(encode(first)) == first and first.sampled == []
+    last = dataclasses.replace(plan_of(), layers=LayerSlice(2**40, 1, 4, (7, 9)), dropped=[3])
+    assert decode(encode(last)) == last and last.sampled == [7, 9]
+    assert len(encode(last)) < 40
