@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sps2_mega.types import Sequence, Timings
@@ -32,6 +33,28 @@ def timings_of(sequence: Sequence) -> Timings:
         total_s=end - sequence.arrival_time,
         gaps_s=gaps,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenWaits:
+    """Seconds that clients waited for tokens: for first ones (TTFT), and between two of one sample (TBT)."""
+
+    ttfts_s: tuple[float, ...] = ()
+    gaps_s: tuple[float, ...] = ()
+
+
+def waits_ended_at(now: float, sequences: Iterable[Sequence]) -> TokenWaits:
+    """What tokens of time `now` ended; sequences without such a token do not count."""
+    ttfts, gaps = [], []
+    for sequence in sequences:
+        times = sequence.token_times
+        if not times or times[-1] != now:
+            continue
+        if len(times) == 1:
+            ttfts.append(now - sequence.arrival_time)
+        else:
+            gaps.append(now - times[-2])
+    return TokenWaits(ttfts_s=tuple(ttfts), gaps_s=tuple(gaps))
 
 
 @dataclass(slots=True)

@@ -97,6 +97,13 @@ class Scheduler:
         return 1.0 - self._ledger.num_free / max(1, self._ledger.num_blocks)
 
     @property
+    def kv_used_per_rank(self) -> tuple[int, ...]:
+        """KV cache blocks of each sp rank that running sequences use."""
+        free = self._ledger.free_per_rank
+        per_rank = self._ledger.num_blocks // len(free)
+        return tuple(per_rank - num_free for num_free in free)
+
+    @property
     def max_len(self) -> int:
         """Longest prompt plus output that can run here, in tokens: the model's limit or the cache's."""
         return self._limits.max_len

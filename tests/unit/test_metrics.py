@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from sps2_mega.metrics import DurationHistogram, StepMeter
+from sps2_mega.metrics import DurationHistogram, StepMeter, TokenWaits, waits_ended_at
+from sps2_mega.types import SamplingParams, Sequence
 
 
 def test_percentiles_are_within_one_percent() -> None:
@@ -38,3 +39,23 @@ def test_rates_without_steps_are_zero() -> None:
     assert (meter.prefill_rate, meter.decode_rate) == (0.0, 0.0)
     meter.record(prompt_tokens=0, output_tokens=4, seconds=2.0)
     assert (meter.prefill_rate, meter.decode_rate) == (0.0, 2.0)
+
+
+def sequence(arrival: float, *token_times: float) -> Sequence:
+    return Sequence(
+        seq_id=0,
+        prompt_token_ids=[1],
+        params=SamplingParams(),
+        seed=0,
+        max_tokens=9,
+        arrival_time=arrival,
+        token_times=list(token_times),
+    )
+
+
+def test_waits_of_a_step_are_those_of_its_own_tokens() -> None:
+    first, second = sequence(1.0, 5.0), sequence(0.0, 2.0, 4.5, 5.0)
+    earlier, none_yet = sequence(0.0, 4.0), sequence(4.0)
+    waits = waits_ended_at(5.0, [first, second, earlier, none_yet])
+    assert waits == TokenWaits(ttfts_s=(4.0,), gaps_s=(0.5,))
+    assert waits_ended_at(5.0, []) == TokenWaits()
