@@ -1,9 +1,11 @@
 """Which transport a prefill step takes: seconds from bytes, messages and arithmetic, then the least.
 
-    seconds per layer = communication + attention of the busiest rank, its calls and merges of partials included
-    with overlap        the longer of the two, and 1/M of the shorter      gather, ulysses in M micro-batches
-                        sum over steps of the longer of the two            ring
+    seconds per layer = communication + attention of the busiest rank; calls, merges and copies are attention's
+    with overlap        latencies + the longer of bytes and attention, and 1/M of the shorter    gather, ulysses
+                        latencies + sum over steps of the longer of the two                      ring
 
+M is the number of micro-batches. Latencies are never hidden: with parts of useful size they are small, and where
+ranks share cores they are time on a core. So are bytes between CPUs, which are copied into the kernel and out of it.
 A pure function of the step and of what was measured of the machine, so all ranks choose alike without a word.
 It decides no placement: whatever lies where, each transport gives the same result.
 """
@@ -83,43 +85,42 @@ def estimate(
 ) -> Estimate:
     """Bytes, messages, pairs and seconds of one transport in one layer; `overlap`: with the pipeline on."""
     moved = bytes_moved(transport, shape)
-    messages = num_messages(transport, shape.size)
     flops_per_pair = 4 * shape.head_dim  # a score and a weighted value: H multiply-adds each
-    latency = max(link.latency_s for link in machine.links)
-    comm_s = messages * latency + link_seconds(moved, machine)
-    micro_batches = 1
+    on_cpu = machine.flops_per_s < _FASTEST_CPU_FLOPS_PER_S
+    travelling_s = link_seconds(moved, machine)
     # Partials of one set of queries are added up once per rank that holds keys.
     merge_s = machine.merge_s * max(shape.queries) * shape.num_heads * shape.head_dim
-    if transport == "ring":
-        # In step s rank r works on the keys of rank r - s; all wait for the slowest before they pass on.
-        steps = [
-            max(shape.pairs[r][(r - s) % shape.size] for r in range(shape.size)) * shape.num_heads
-            for s in range(shape.size)
-        ]
-        pairs = sum(steps)
-    else:
-        pairs = _busiest_pairs(transport, shape)
-    compute_s = pairs * flops_per_pair / machine.flops_per_s + machine.call_s
-    if transport in ("ring", "pass_q"):
-        compute_s += shape.size * merge_s + (shape.size - 1) * machine.call_s
-    if not overlap or transport == "pass_q":
-        seconds = comm_s + compute_s
-    elif transport == "ring":
-        per_hop = comm_s / max(1, shape.size - 1)
-        fixed_s = machine.call_s + merge_s
-        step_s = [count * flops_per_pair / machine.flops_per_s + fixed_s for count in steps]
-        seconds = sum(max(per_hop, step) for step in step_s[:-1]) + step_s[-1]
-    else:
+    step_pairs = _pairs_by_step(transport, shape)
+    fixed_s = machine.call_s + (merge_s if transport in ("ring", "pass_q") else 0.0)
+    step_s = [pairs * flops_per_pair / machine.flops_per_s + fixed_s for pairs in step_pairs]
+    step_s[0] += machine.copy_s * (
+        _rearranged(transport, shape) + (_through_kernel(moved, shape.itemsize) if on_cpu else 0)
+    )
+    micro_batches = 1
+    if overlap and transport in ("gather", "ulysses"):
         micro_batches = num_micro_batches(
             PipelineSettings(),
             num_bytes=max(map(sum, moved)),
-            flops=pairs * flops_per_pair,
-            smallest=CPU_PART if machine.flops_per_s < _FASTEST_CPU_FLOPS_PER_S else CUDA_PART,
+            flops=sum(step_pairs) * flops_per_pair,
+            smallest=CPU_PART if on_cpu else CUDA_PART,
         )
         if transport == "gather":  # it is cut by KV heads alone
             micro_batches = min(micro_batches, shape.num_kv_heads)
-        compute_s += (micro_batches - 1) * machine.call_s
-        seconds = max(comm_s, compute_s) + min(comm_s, compute_s) / micro_batches
+        step_s[0] += (micro_batches - 1) * machine.call_s
+    messages = num_messages(transport, shape.size) * micro_batches
+    latency_s = messages * max(link.latency_s for link in machine.links)
+    compute_s = sum(step_s)
+    if not overlap or transport == "pass_q":
+        seconds = travelling_s + compute_s
+    elif transport == "ring":
+        per_hop = travelling_s / max(1, shape.size - 1)
+        seconds = sum(max(per_hop, step) for step in step_s[:-1]) + step_s[-1]
+    else:
+        shorter, longer = sorted((travelling_s, compute_s))
+        seconds = longer + shorter / micro_batches
+    seconds += latency_s
+    comm_s = travelling_s + latency_s
+    pairs = sum(step_pairs)
     return Estimate(
         transport=transport,
         bytes_sent=tuple(map(sum, moved)),
@@ -154,13 +155,45 @@ def link_seconds(moved: Matrix, machine: Machine) -> float:
     return slowest
 
 
-def _busiest_pairs(transport: str, shape: StepShape) -> int:
+def _pairs_by_step(transport: str, shape: StepShape) -> list[int]:
+    """(query, key, head) of the busiest rank in each call of attention that waits for the one before."""
+    size = shape.size
+    if transport == "ring":
+        # In step s rank r works on the keys of rank r - s; all wait for the slowest before they pass on.
+        return [
+            max(shape.pairs[r][(r - s) % size] for r in range(size)) * shape.num_heads
+            for s in range(size)
+        ]
     if transport == "ulysses":
-        shares = split_heads(shape.num_heads, shape.num_kv_heads, shape.size)
-        return sum(map(sum, shape.pairs)) * max(len(heads) for heads, _ in shares)
+        shares = split_heads(shape.num_heads, shape.num_kv_heads, size)
+        return [sum(map(sum, shape.pairs)) * max(len(heads) for heads, _ in shares)]
     if transport == "pass_q":
-        return busiest(list(zip(*shape.pairs, strict=True))) * shape.num_heads
-    return busiest(shape.pairs) * shape.num_heads
+        # One call for the queries of each rank.
+        total = busiest(list(zip(*shape.pairs, strict=True))) * shape.num_heads
+        return [total] + [0] * (size - 1)
+    return [busiest(shape.pairs) * shape.num_heads]
+
+
+def _rearranged(transport: str, shape: StepShape) -> int:
+    """Numbers that the busiest rank copies to bring them into another order, once for each time."""
+    if shape.size == 1:
+        return 0
+    queries = max(shape.queries) * shape.num_heads
+    keys = 2 * max(shape.keys) * shape.num_kv_heads
+    rows = {
+        "ring": keys,  # K beside V
+        "gather": 2 * sum(shape.keys) * shape.num_kv_heads,  # all of them into sequence order
+        # Packed by rank twice over, unpacked into sequence order, and outputs both ways.
+        "ulysses": 3 * (queries + keys) + 2 * queries,
+        "pass_q": 3 * shape.size * queries,  # outputs with their LSE, packed and unpacked
+    }
+    return rows[transport] * shape.head_dim
+
+
+def _through_kernel(moved: Matrix, itemsize: int) -> int:
+    """Numbers that the busiest rank sends and receives through sockets; each costs about two copies."""
+    sent, received = map(sum, moved), map(sum, zip(*moved, strict=True))
+    return 2 * max(map(sum, zip(sent, received, strict=True))) // itemsize
 
 
 def _seconds(found: Estimate) -> float:

@@ -71,14 +71,15 @@ def describe(machine: Machine) -> str:
     )
     return (
         f"{links or 'no links'}; attention at {machine.flops_per_s / 1e9:.3g} GFLOP/s per rank, "
-        f"{machine.call_s * 1e6:.0f} us a call, {machine.merge_s * 1e9:.2g} ns to merge a number"
+        f"{machine.call_s * 1e6:.0f} us a call, {machine.merge_s * 1e9:.2g} ns to merge "
+        f"and {machine.copy_s * 1e9:.2g} ns to copy a number"
     )
 
 
 def attention_speed(
     head_dim: int, dtype: torch.dtype, device: torch.device, control: Group
 ) -> dict[str, float]:
-    """`flops_per_s` of causal attention, `call_s` and `merge_s` as in `Machine`, on the slowest rank while all
+    """`flops_per_s` of causal attention, `call_s`, `merge_s` and `copy_s` as in `Machine`, on the slowest rank while all
     compute. Means, not best times: where ranks share cores, waiting for one is part of the price."""
     heads = 4 if device.type == "cpu" else 16
     tokens = max(64, int((_FLOPS[device.type] / (2 * heads * head_dim)) ** 0.5))
@@ -91,12 +92,15 @@ def attention_speed(
 
     call_s = agree_most(_mean_s(lambda: attend(1), device), control)
     merge_s = agree_most(_mean_s(lambda: merge_two(sum_out, lse, out, lse), device), control)
+    rows = torch.arange(tokens, device=device).flip(0)
+    copy_s = agree_most(_mean_s(lambda: out.index_select(0, rows), device), control)
     attend_s = agree_most(_mean_s(lambda: attend(tokens), device), control)
     flops = tokens * (tokens + 1) // 2 * heads * 4 * head_dim
     return {
         "flops_per_s": flops / max(attend_s - call_s, attend_s / 10),
         "call_s": call_s,
         "merge_s": merge_s / out.numel(),
+        "copy_s": copy_s / out.numel(),
     }
 
 

@@ -21,14 +21,15 @@ class Link:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """`links[l]` joins the groups of `sp_levels[l]` ranks; attention does `flops_per_s` on each rank (a
-    multiply and an add are two). Beside that, each call of it takes `call_s`, and merging two partials `merge_s` for
-    each number of the output."""
+    multiply and an add are two). Beside that, each call of it takes `call_s`, merging two partials `merge_s` for
+    each number of the output, and gathering rows `copy_s` for each number."""
 
     sp_levels: tuple[int, ...]
     links: tuple[Link, ...]
     flops_per_s: float
     call_s: float = 0.0
     merge_s: float = 0.0
+    copy_s: float = 0.0
 
     def __post_init__(self) -> None:
         assert len(self.links) == len(self.sp_levels), (
@@ -49,6 +50,7 @@ class Machine:
                 flops_per_s=float(values["flops_per_s"]),
                 call_s=float(values["call_s"]),
                 merge_s=float(values["merge_s"]),
+                copy_s=float(values["copy_s"]),
             )
         except (KeyError, TypeError, AssertionError) as error:
             raise ValueError(f"not a measured machine: {error!r}") from error

@@ -45,7 +45,7 @@ def test_ranks_agree_and_the_second_job_reads_the_file(tmp_path, sp, levels):
         assert machine.sp_levels == (levels or (sp,))
         assert took < 5
         assert 1e6 < machine.flops_per_s < 1e15
-        assert 0 < machine.call_s < 0.1 and 0 < machine.merge_s < 1e-5
+        assert 0 < machine.call_s < 0.1 and 0 < machine.copy_s < 1e-5 and 0 < machine.merge_s < 1e-5
         for size, link in zip(machine.sp_levels, machine.links, strict=True):
             assert link.bytes_per_s > 1e5
             assert (0 < link.latency_s < 1) == (size > 1)

@@ -67,7 +67,7 @@ def test_seconds_by_hand():
     assert found["ring"].seconds == pytest.approx(0.266 + 52 * 32 / 1280)
     slow = machine(rates=(1000.0,), latency=0.01, flops=1280.0)
     overlapped = estimate("ring", shape, slow)
-    assert overlapped.seconds == pytest.approx(max(0.266, 20 * 32 / 1280) + 32 * 32 / 1280)
+    assert overlapped.seconds == pytest.approx(0.01 + max(0.256, 20 * 32 / 1280) + 32 * 32 / 1280)
     assert estimate("gather", shape, slow).micro_batches == 1  # too little to cut
     assert found["pass_q"].bytes_sent == (4 * 2 * 32 + 4 * 2 * 36,) * 2
     assert found["pass_q"].seconds == pytest.approx(0.02 + 0.544 + 52 * 32 / 1280)
@@ -82,7 +82,23 @@ def test_calls_and_merges_are_part_of_the_price():
         before, after = (estimate(name, shape, m, overlap=False) for m in (free, priced))
         assert after.seconds == pytest.approx(before.seconds + fixed)
     # With overlap each of the ring's two steps pays one of both.
-    assert estimate("ring", shape, priced).seconds == pytest.approx(2 + 20 / 40 + 2 + 32 / 40)
+    assert estimate("ring", shape, priced).seconds == pytest.approx(5.3 + 0.01)
+
+
+def test_copies_are_part_of_the_price_and_on_cpu_those_through_the_kernel():
+    """The same step; a millisecond to copy a number. Sent and received numbers are copied twice by a CPU."""
+    shape = shape_of([0, 1], tokens=8, heads=2, kv_heads=1, width=8, itemsize=4)
+    orders = {"ring": 64, "gather": 128, "ulysses": 3 * 128 + 128, "pass_q": 3 * 128}
+    kernel = {"ring": 256, "gather": 256, "ulysses": 512, "pass_q": 544}
+    for flops, travel in ((1280.0, 1), (1e15, 0)):
+        free = machine(rates=(1000.0,), flops=flops)
+        for name in TRANSPORTS:
+            before, after = (
+                estimate(name, shape, m, overlap=False)
+                for m in (free, dataclasses.replace(free, copy_s=1e-3))
+            )
+            copied = orders[name] + travel * kernel[name]
+            assert after.seconds == pytest.approx(before.seconds + copied * 1e-3)
 
 
 def test_the_pipeline_hides_all_but_one_micro_batch_of_the_shorter():
