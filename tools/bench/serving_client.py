@@ -14,9 +14,9 @@ from typing import Any, Literal
 import httpx
 
 from tools.bench.serving_requests import TimedRequest
+from tools.bench.sse import StreamError, error_code, events
 
 Api = Literal["completions", "chat"]
-_DATA = "data:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,23 +115,11 @@ async def ask(
 
 
 async def _follow(response: httpx.Response, record: Record) -> None:
-    async for line in response.aiter_lines():
-        if not line.startswith(_DATA):
-            continue  # blank lines between events, and comments that keep the connection
-        now = time.monotonic()
-        payload = line[len(_DATA) :].strip()
-        if payload == "[DONE]":
-            return
-        try:
-            event = json.loads(payload)
-        except ValueError:
-            record.error = "stream: an event is not JSON"
-            return
-        if "error" in event:
-            record.error = f"stream: {_code(event)}"
-            return
-        _take(event, record, now)
-    record.error = "stream: ended without [DONE]"
+    try:
+        async for event in events(response):
+            _take(event, record, time.monotonic())
+    except StreamError as error:
+        record.error = f"stream: {error}"
 
 
 def _take(event: dict[str, Any], record: Record, now: float) -> None:
@@ -149,14 +137,6 @@ def _take(event: dict[str, Any], record: Record, now: float) -> None:
 
 def _refusal(status: int, body: bytes) -> str:
     try:
-        return f"http {status}: {_code(json.loads(body))}"
+        return f"http {status}: {error_code(json.loads(body))}"
     except ValueError:
         return f"http {status}"
-
-
-def _code(body: Any) -> str:
-    """Which error a body names: kinds, so that they can be counted, and no texts with numbers."""
-    error = body.get("error") if isinstance(body, dict) else None
-    if isinstance(error, dict):
-        return str(error.get("code") or error.get("type") or "unnamed error")
-    return "unnamed error"
