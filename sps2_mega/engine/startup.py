@@ -18,10 +18,13 @@ from sps2_mega.checkpoint.resolve import ResolvedModel, resolve_model
 from sps2_mega.checkpoint.sharding import check_tp, num_query_groups
 from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.comm.lifeline import Lifeline
+from sps2_mega.comm.noticeboard import tell_rank_zero
 from sps2_mega.config import EngineConfig, ModelConfig
-from sps2_mega.engine.cache_setup import allocate_cache
+from sps2_mega.engine.cache_setup import allocate_cache, rank_memory
 from sps2_mega.engine.executor import Executor
+from sps2_mega.engine.load_progress import LoadProgress
 from sps2_mega.engine.machine_probe import machine_facts
+from sps2_mega.engine.memory_table import RankMemory
 from sps2_mega.engine.prefill_choice import choose_transport, sparse_prefill
 from sps2_mega.engine.prefill_pipeline import check_pipeline, make_pipeline
 from sps2_mega.engine.prefill_planner import PrefillPlanner
@@ -46,7 +49,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartedRank:
-    """A rank that has joined the job, with its weights and its share of the KV cache. `config` has what the model's
+    """A rank that has joined the job, with its weights and its share of the KV cache. `memory` is that of all ranks on rank 0,
+    else empty. `config` has what the model's
     file suggests filled in."""
 
     config: EngineConfig
@@ -56,17 +60,27 @@ class StartedRank:
     executor: Executor
     trace: TraceFile | None
     num_blocks: int
+    memory: tuple[RankMemory, ...]
+    compute: Compute
     max_model_len: int
     transport: str
 
 
-def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -> StartedRank:
-    """Runs on every rank; what can be refused is refused before the first collective.
+def start_rank(
+    config: EngineConfig,
+    info: LaunchInfo,
+    *,
+    show_progress: bool,
+    on_stage: Callable[[str], None] | None = None,
+) -> StartedRank:
+    """Runs on every rank; what can be refused is refused before the first collective. `on_stage` hears on rank 0 what
+    the start is at.
 
     Raises:
         ConfigError, CheckpointError: the same on every rank, where it follows from shared facts.
     """
     began = time.monotonic()
+    progress = LoadProgress(show=show_progress, on_stage=on_stage)
     check_degrees(tp=config.parallel.tp, sp=config.parallel.sp, world_size=info.world_size)
     try:
         checked = _check_on_this_rank(config, info)
@@ -76,6 +90,9 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         raise
     resolved, compute, transport = checked.resolved, checked.compute, checked.transport
     model, max_model_len, config = resolved.config, checked.max_model_len, checked.config
+    if info.world_size > 1:
+        others = info.world_size - 1
+        progress.stage(f"waiting for {others} other rank{'s' if others > 1 else ''}")
     store = open_store(info)
     topology = agree_topology(store, info, config.parallel)
     tp_rank, _ = topology.coordinates(info.rank)
@@ -92,13 +109,14 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         )
         pipeline, trace = make_pipeline(config, groups, compute.device)
         joined = time.monotonic()
-        gpt = _load_model(resolved, groups, compute, show_progress=show_progress)
+        gpt = _load_model(resolved, groups, compute, progress)
         loaded = time.monotonic()
-        pool, num_blocks = allocate_cache(
-            config, model, groups, compute, info, max_model_len, transport
-        )
+        progress.stage("allocating the KV cache")
+        cache = allocate_cache(config, model, groups, compute, info, max_model_len, transport)
+        num_blocks = cache.num_blocks
         planner = None
         if transport == "auto":
+            progress.stage("preparing the choice of transports")
             planner = _prefill_planner(config, model, groups, compute, info)
         if info.rank == 0:
             log.info(
@@ -115,10 +133,17 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
                 loaded - joined,
                 num_blocks * config.cache.block_size * topology.sp,
             )
+        memory = tell_rank_zero(
+            store,
+            "memory",
+            rank_memory(cache, gpt.weights().values()).encode(),
+            rank=info.rank,
+            world_size=info.world_size,
+        )
     executor = Executor(
         gpt,
         model,
-        pool,
+        cache.pool,
         groups,
         prefill=PrefillSetup(
             transport=transport, sparse=sparse, planner=planner, pipeline=pipeline
@@ -136,6 +161,8 @@ def start_rank(config: EngineConfig, info: LaunchInfo, *, show_progress: bool) -
         executor=executor,
         trace=trace,
         num_blocks=num_blocks,
+        memory=tuple(map(RankMemory.decode, memory)),
+        compute=compute,
         max_model_len=max_model_len,
         transport=transport,
     )
@@ -236,11 +263,11 @@ def _threads_per_rank(info: LaunchInfo) -> int:
 
 
 def _load_model(
-    resolved: ResolvedModel, groups: ParallelGroups, compute: Compute, *, show_progress: bool
+    resolved: ResolvedModel, groups: ParallelGroups, compute: Compute, progress: LoadProgress
 ) -> GPT:
     gpt = GPT(resolved.config, groups, dtype=compute.dtype, device=compute.device)
     source = open_checkpoint(resolved.path, resolved.config)
-    with _progress_bar(Path(resolved.path).name, show_progress) as on_bytes:
+    with progress.reading(Path(resolved.path).name) as on_bytes:
         load_weights(
             gpt.weights(),
             source,
@@ -250,19 +277,3 @@ def _load_model(
             on_bytes=on_bytes,
         )
     return gpt
-
-
-@contextmanager
-def _progress_bar(name: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
-    if not show:
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=f"loading {name}", unit="B", unit_scale=True, leave=False) as bar:
-
-        def on_bytes(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield on_bytes
