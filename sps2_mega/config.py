@@ -98,13 +98,28 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """World size is tp * sp. `sp_levels` are ring sizes, innermost first; None: taken from the node topology."""
+    """World size is tp * sp, and `decode_ranks` more where decode has ranks of its own; `tp` and `sp` are then the
+    shape of those that prefill. `sp_levels` are ring sizes, innermost first; None: taken from the node topology."""
 
     tp: int = flag(1, "tensor-parallel degree")
     sp: int = flag(1, "sequence-parallel degree")
     sp_levels: tuple[int, ...] | None = flag(
         None, "sizes of the SP levels, innermost first, e.g. 4,2 (default: from the node topology)"
     )
+    prefill_ranks: int | None = flag(
+        None, "ranks that prefill, which must be tp * sp (default: tp * sp)"
+    )
+    decode_ranks: int = flag(
+        0, "ranks beyond tp * sp, the last ones of the job, that decode (0: all ranks do both)"
+    )
+    decode_tp: int | None = flag(
+        None, "tensor-parallel degree of the decode ranks, the rest is SP (default: --tp)"
+    )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.tp * self.sp + self.decode_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

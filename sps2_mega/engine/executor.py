@@ -7,6 +7,7 @@ sizes are exchanged.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from sps2_mega.attention.pipeline.executor import plain_pipeline
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.attention.spans import SparsePrefill
+from sps2_mega.attention.watched import WatchedAttention
 from sps2_mega.config import ModelConfig
 from sps2_mega.engine.batching import (
     StepInput,
@@ -29,6 +31,7 @@ from sps2_mega.engine.sampler import sample
 from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.engine.token_exchange import exchange_tokens
 from sps2_mega.kv_cache.pool import KVPool
+from sps2_mega.mcore.core_attention import StepAttention
 from sps2_mega.mcore.gpt import GPT, ForwardPass
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.types import (
@@ -109,11 +112,16 @@ class Executor:
         )
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepOutput:
-        """All ranks return the same output, one entry per sequence in `plan.sampled`."""
-        self._forget(plan)
+    def execute(
+        self, plan: StepPlan, *, on_layer: Callable[[int], None] | None = None
+    ) -> StepOutput:
+        """All ranks return the same output, one entry per sequence in `plan.sampled`. `on_layer` hears of each layer of a
+        pass that begins here, when the cache has the layer's new keys and values."""
+        for pass_id in plan.dropped:
+            del self._suspended[pass_id]
+        self.forget(plan.released)
         began = time.perf_counter()
-        passing = self._pass_of(plan)
+        passing = self._pass_of(plan, on_layer)
         end = self.model.num_layers if plan.layers is None else plan.layers.end
         self.model.advance(passing.run, end)
         if end == self.model.num_layers:
@@ -128,16 +136,21 @@ class Executor:
             self.prefill_comm = self.pipeline.end_step(name, began, num_tokens=num_tokens)
         return output
 
-    def _forget(self, plan: StepPlan) -> None:
-        for pass_id in plan.dropped:
-            del self._suspended[pass_id]
-        for seq_id in plan.released:
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        """Drop what is kept of sequences that are over, or that will be prefilled again."""
+        for seq_id in seq_ids:
             self._tables.remove(seq_id)
             if self._sparse_tables is not None:
                 self._sparse_tables.remove(seq_id)
             del self._sampling[seq_id]
 
-    def _pass_of(self, plan: StepPlan) -> _Pass:
+    def enter(self, item: PrefillItem) -> None:
+        """A sequence whose tokens others have prefilled: they are all in its blocks, and it decodes from now on."""
+        assert self._sparse_tables is None, "who prefilled a sequence knows what it sees"
+        self._sampling[item.seq_id] = self._new_sampling(item)
+        self._tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
+
+    def _pass_of(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> _Pass:
         """The suspended pass that this step goes on with, or a new one."""
         if plan.layers is not None and plan.layers.first > 0:
             passing = self._suspended.pop(plan.layers.pass_id)
@@ -152,7 +165,10 @@ class Executor:
         if plan.decodes:
             parts.append(self._decode_input(plan.decodes))
         step = parts[0] if len(parts) == 1 else hybrid_input(*parts)
-        run = self.model.begin(step.tokens_T, step.positions_T, step.attention)
+        attention: StepAttention = step.attention
+        if on_layer is not None:
+            attention = WatchedAttention(attention, on_layer)
+        run = self.model.begin(step.tokens_T, step.positions_T, attention)
         return _Pass(plan.prefills, step, run)
 
     def _complete(self, plan: StepPlan, passing: _Pass) -> StepOutput:

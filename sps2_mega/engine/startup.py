@@ -17,10 +17,12 @@ from sps2_mega.checkpoint.load import load_weights
 from sps2_mega.checkpoint.resolve import ResolvedModel, resolve_model
 from sps2_mega.checkpoint.sharding import check_tp, num_query_groups
 from sps2_mega.checkpoint.source import open_checkpoint
+from sps2_mega.comm.bridge import Bridge
 from sps2_mega.comm.lifeline import Lifeline
 from sps2_mega.comm.noticeboard import tell_rank_zero
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.cache_setup import allocate_cache, rank_memory
+from sps2_mega.engine.disaggregated.side_config import side_config
 from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.load_progress import LoadProgress
 from sps2_mega.engine.machine_probe import machine_facts
@@ -42,7 +44,7 @@ from sps2_mega.mcore.init import (
 )
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.parallel.launcher import LaunchInfo, cache_folder
-from sps2_mega.parallel.topology import check_degrees
+from sps2_mega.parallel.sides import Side, side_of, split_sides
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +52,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartedRank:
     """A rank that has joined the job, with its weights and its share of the KV cache. `memory` is that of all ranks on rank 0,
-    else empty. `config` has what the model's
-    file suggests filled in."""
+    else empty. `config` is that of its side, with what the model's file suggests filled in. `sides` are all of the job;
+    `bridge` is between them, where there are two."""
 
     config: EngineConfig
     resolved: ResolvedModel
+    sides: tuple[Side, ...]
+    side: Side
+    bridge: Bridge | None
     groups: ParallelGroups
     lifeline: Lifeline
     executor: Executor
@@ -81,9 +86,11 @@ def start_rank(
     """
     began = time.monotonic()
     progress = LoadProgress(show=show_progress, on_stage=on_stage)
-    check_degrees(tp=config.parallel.tp, sp=config.parallel.sp, world_size=info.world_size)
+    parallel = config.parallel
+    sides = split_sides(parallel, info.world_size)
+    side = side_of(sides, info.rank)
     try:
-        checked = _check_on_this_rank(config, info)
+        checked = _check_on_this_rank(side_config(config, side), info)
     except (ConfigError, CheckpointError) as error:
         if info.world_size > 1:
             refuse(info, str(error))
@@ -94,8 +101,8 @@ def start_rank(
         others = info.world_size - 1
         progress.stage(f"waiting for {others} other rank{'s' if others > 1 else ''}")
     store = open_store(info)
-    topology = agree_topology(store, info, config.parallel)
-    tp_rank, _ = topology.coordinates(info.rank)
+    topology = agree_topology(store, info, parallel)
+    tp_rank, _ = topology.coordinates(info.rank - side.first)
     sparse = sparse_prefill(config, model, topology, transport, tp_rank=tp_rank)
     lifeline = Lifeline.start(
         info,
@@ -105,8 +112,14 @@ def start_rank(
     )
     with failing(lifeline):
         groups = initialize(
-            store, info, topology, device=compute.device, timeout_s=config.step_timeout
+            store,
+            info,
+            topology,
+            device=compute.device,
+            timeout_s=config.step_timeout,
+            side=side,
         )
+        bridge = Bridge.open(store, info.rank, info.world_size) if len(sides) > 1 else None
         pipeline, trace = make_pipeline(config, groups, compute.device)
         joined = time.monotonic()
         gpt = _load_model(resolved, groups, compute, progress)
@@ -118,12 +131,12 @@ def start_rank(
         if transport == "auto":
             progress.stage("preparing the choice of transports")
             planner = _prefill_planner(config, model, groups, compute, info)
-        if info.rank == 0:
+        if groups.global_rank == 0:
             log.info(
-                "%s: %d ranks (tp=%d sp=%d levels=%s) on %s in %s; joined in %.1f s, weights in %.1f s, "
+                "%s: %s ranks (tp=%d sp=%d levels=%s) on %s in %s; joined in %.1f s, weights in %.1f s, "
                 "KV cache of %d tokens",
                 resolved.name,
-                info.world_size,
+                side.size if side.name == "all" else f"{side.size} {side.name}",
                 topology.tp,
                 topology.sp,
                 "x".join(map(str, topology.sp_levels)),
@@ -156,6 +169,9 @@ def start_rank(
     return StartedRank(
         config=config,
         resolved=resolved,
+        sides=sides,
+        side=side,
+        bridge=bridge,
         groups=groups,
         lifeline=lifeline,
         executor=executor,
@@ -225,7 +241,7 @@ def _prefill_planner(
         itemsize=compute.dtype.itemsize,
         window=model.sliding_window,
         overlap=config.pipeline != "off",
-        log_choices=info.rank == 0,
+        log_choices=groups.global_rank == 0,
     )
 
 

@@ -21,6 +21,7 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.mcore._compat import eager_import, without_warnings
 from sps2_mega.parallel.groups import Group, ParallelGroups
 from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.parallel.sides import Side, side_of, split_sides
 from sps2_mega.parallel.topology import Topology, build_topology
 
 # Ranks wait for the next plan as long as it takes; a dead peer is the lifeline's business.
@@ -58,7 +59,7 @@ def open_store(info: LaunchInfo) -> dist.Store:
 def agree_topology(
     store: dist.Store, info: LaunchInfo, parallel: ParallelConfig, *, problem: str | None = None
 ) -> Topology:
-    """Exchange node names and degrees, and check the layout on every rank alike.
+    """Exchange node names and degrees, and check the layout on every rank alike. Returns that of this rank's side.
 
     `problem` is a reason found on this rank alone (a missing folder, a missing GPU) for which the job cannot
     run; it then ends on all ranks with that reason, instead of leaving the others waiting.
@@ -67,6 +68,8 @@ def agree_topology(
         ConfigError: the same error on every rank.
     """
     degrees = f"tp={parallel.tp} sp={parallel.sp} sp_levels={parallel.sp_levels}"
+    if parallel.decode_ranks:
+        degrees += f" decode_ranks={parallel.decode_ranks} decode_tp={parallel.decode_tp}"
     mine = {
         "node": f"{socket.gethostname()}#{info.node_rank}",
         "degrees": degrees,
@@ -76,15 +79,31 @@ def agree_topology(
     ranks = [json.loads(store.get(f"sps2/rank/{rank}")) for rank in range(info.world_size)]
     try:
         _check_agreement(ranks)
-        return build_topology(
-            tp=parallel.tp,
-            sp=parallel.sp,
-            sp_levels=parallel.sp_levels,
-            nodes=[rank["node"] for rank in ranks],
-        )
+        sides = split_sides(parallel, info.world_size)
+        nodes = [rank["node"] for rank in ranks]
+        # Those of all sides, so that a problem of one is an error on every rank.
+        topologies = {side.name: _topology(side, parallel, nodes) for side in sides}
     except ConfigError:
         _leave_store(store, info)
         raise
+    return topologies[side_of(sides, info.rank).name]
+
+
+def _topology(side: Side, parallel: ParallelConfig, nodes: list[str]) -> Topology:
+    try:
+        return build_topology(
+            tp=side.tp,
+            sp=side.sp,
+            # Levels describe the ranks that prefill: decode has no use for them.
+            sp_levels=None if side.name == "decode" else parallel.sp_levels,
+            nodes=[nodes[rank] for rank in side.global_ranks],
+        )
+    except ConfigError as error:
+        if side.name == "all":
+            raise
+        raise ConfigError(
+            f"{side.name} ranks {side.first} to {side.global_ranks[-1]}: {error}"
+        ) from error
 
 
 def refuse(info: LaunchInfo, problem: str) -> None:
@@ -122,8 +141,12 @@ def initialize(
     *,
     device: torch.device,
     timeout_s: float,
+    side: Side | None = None,
 ) -> ParallelGroups:
-    """Create all groups through Megatron's parallel state (its context-parallel axis is our SP)."""
+    """Create all groups through Megatron's parallel state (its context-parallel axis is our SP). Their world, and
+    torch's default group, are the ranks of `side`, whose layout `topology` is; None: all ranks of the job."""
+    if side is None:
+        side = Side(name="all", first=0, tp=topology.tp, sp=topology.sp)
     with eager_import(device.type):
         from megatron.core import parallel_state
 
@@ -131,9 +154,9 @@ def initialize(
     with without_warnings():
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-            store=dist.PrefixStore("sps2/world", store),
-            rank=info.rank,
-            world_size=info.world_size,
+            store=dist.PrefixStore(f"sps2/world/{side.name}", store),
+            rank=info.rank - side.first,
+            world_size=side.size,
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
@@ -154,8 +177,8 @@ def initialize(
     )
     sp_group = _group(sp)
     return ParallelGroups(
-        global_rank=info.rank,
-        world_size=info.world_size,
+        global_rank=info.rank - side.first,
+        world_size=side.size,
         control=_group(control),
         tp=_group(parallel_state.get_tensor_model_parallel_group()),
         sp=sp_group,

@@ -33,7 +33,8 @@ SINGLE = Group(rank=0, size=1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelGroups:
-    """All groups of this rank. `control` spans the world on CPU tensors (plans and sampled tokens);
+    """All groups of this rank. The world is the job, or the rank's side of it where prefill and decode have ranks of
+    their own (`sides`). `control` spans the world on CPU tensors (plans and sampled tokens);
     `tp`, `sp` and `sp_levels` carry model data on the compute device. `sp_back` has the ranks of `sp` and a
     communicator of its own, for results that return while inputs still come in; both count the same traffic."""
 
