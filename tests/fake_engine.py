@@ -10,6 +10,7 @@ from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
+from sps2_mega.metrics import TokenWaits, waits_ended_at
 from sps2_mega.types import (
     FinishReason,
     OutputDelta,
@@ -29,6 +30,9 @@ class Stats:
     cached_tokens: int = 0
     output_tokens: int = 0
     prefill_comm: CommSeconds = field(default_factory=CommSeconds)
+    kv_used_per_rank: tuple[int, ...] = (0, 5, 10)
+    num_steps: int = 0
+    last_waits: TokenWaits = field(default_factory=TokenWaits)
 
 
 class FakeEngine:
@@ -51,6 +55,7 @@ class FakeEngine:
         self._running: dict[str, list[Sequence]] = {}
         self._max_queue, self._die_after = max_queue, die_after
         self._next_id = 0
+        self._waits = TokenWaits()
 
     def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
         if not prompt_token_ids:
@@ -111,11 +116,12 @@ class FakeEngine:
         time.sleep(self.step_s)
         if self._die_after is not None and self.steps > self._die_after:
             raise RuntimeError("out of memory")
-        done = []
+        done, now = [], time.monotonic()
+        every = [sample for samples in self._running.values() for sample in samples]
         for request_id, samples in list(self._running.items()):
             for sample in samples:
                 sample.output_token_ids.append(sample.prompt_token_ids[-1])
-                sample.token_times.append(time.monotonic())
+                sample.token_times.append(now)
                 if sample.params.logprobs is not None:
                     sample.logprobs.append(TokenLogprob(sample.prompt_token_ids[-1], -0.5))
                 self.output_tokens += 1
@@ -128,6 +134,7 @@ class FakeEngine:
             if all(sample.finish_reason for sample in samples):
                 done += [self._outputs.finished(sample) for sample in samples]
                 del self._running[request_id]
+        self._waits = waits_ended_at(now, every)
         return [output for output in done if output is not None]
 
     def stats(self) -> Stats:
@@ -135,4 +142,6 @@ class FakeEngine:
             num_running=len(self._running),
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
+            num_steps=self.steps,
+            last_waits=self._waits,
         )

@@ -11,14 +11,31 @@ import httpx
 import openai
 from fake_engine import FakeEngine
 
+from sps2_mega.engine.memory_table import RankMemory
 from sps2_mega.serving.http.app import build_app
 from sps2_mega.serving.http.engine_loop import Stop, run_engine
-from sps2_mega.serving.http.front import Front, ServedModel
+from sps2_mega.serving.http.front import Front, ServedFacts, ServedModel
 from sps2_mega.serving.http.prometheus import ServerMetrics
 from sps2_mega.serving.http.server import HttpServer, bind, url_of
 from sps2_mega.serving.http.settings import ServerConfig
 
 MODEL = "fake"
+FACTS = ServedFacts(
+    world_size=6,
+    tp=2,
+    sp=3,
+    sp_levels=(3,),
+    device="cpu",
+    dtype="float32",
+    transport="ring",
+    max_model_len=64,
+    block_size=16,
+    blocks_per_rank=10,
+    memory=tuple(
+        RankMemory(weights=2**30, kv_cache=2**29, activations=2**28, free=rank * 2**30)
+        for rank in range(6)
+    ),
+)
 
 
 @dataclass
@@ -77,5 +94,8 @@ def serving(
 
 def served_model(engine: FakeEngine) -> ServedModel:
     return ServedModel(
-        tokenizer=engine.tokenizer, max_len=engine.max_model_len, refusal=engine.refusal
+        tokenizer=engine.tokenizer,
+        max_len=engine.max_model_len,
+        refusal=engine.refusal,
+        facts=FACTS,
     )

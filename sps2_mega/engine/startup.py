@@ -67,6 +67,7 @@ class StartedRank:
     num_blocks: int
     memory: tuple[RankMemory, ...]
     compute: Compute
+    sp_levels: tuple[int, ...]
     max_model_len: int
     transport: str
 
@@ -179,6 +180,7 @@ def start_rank(
         num_blocks=num_blocks,
         memory=tuple(map(RankMemory.decode, memory)),
         compute=compute,
+        sp_levels=tuple(topology.sp_levels),
         max_model_len=max_model_len,
         transport=transport,
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import socket
 
     from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.startup import StartedRank
     from sps2_mega.serving.http.front import Front, ServedModel
 
 EXIT_COULD_NOT_START = 2
@@ -117,13 +118,20 @@ def _serve(
         ranks = LocalRanks(config, grace_s=server.drain_timeout + 2 * _ENDING_S)
         info = ranks.info
     try:
-        engine = Engine(start_rank(config, info, show_progress=sys.stderr.isatty()))
+        started = start_rank(
+            config,
+            info,
+            show_progress=True,
+            on_stage=lambda stage: http.call_soon(front.loading, stage),
+        )
+        engine = Engine(started)
     except BaseException:
         if ranks is not None:
             ranks.close(told=False)
         raise
-    http.call_soon(front.ready, _served_model(engine))
-    sys.stdout.write(_ready_line(url, names[0], engine, time.monotonic() - began))
+    http.call_soon(front.ready, _served_model(engine, started))
+    sys.stdout.write(_memory_text(started))
+    sys.stdout.write(_ready_line(url, names[0], engine, started, time.monotonic() - began))
     sys.stdout.flush()
     run_engine(engine, front.commands, lambda result: http.call_soon(front.deliver, result))
     http.stop()
@@ -134,20 +142,50 @@ def _serve(
     sys.stdout.flush()
 
 
-def _served_model(engine: Engine) -> ServedModel:
-    from sps2_mega.serving.http.front import ServedModel
+def _served_model(engine: Engine, started: StartedRank) -> ServedModel:
+    from sps2_mega.serving.http.front import ServedFacts, ServedModel
 
+    groups = started.groups
     return ServedModel(
-        tokenizer=engine.tokenizer, max_len=engine.max_model_len, refusal=engine.refusal
+        tokenizer=engine.tokenizer,
+        max_len=engine.max_model_len,
+        refusal=engine.refusal,
+        facts=ServedFacts(
+            world_size=len(started.memory),
+            tp=groups.tp.size,
+            sp=groups.sp.size,
+            sp_levels=started.sp_levels,
+            device=started.compute.device.type,
+            dtype=_dtype_name(started),
+            transport=started.transport,
+            max_model_len=engine.max_model_len,
+            block_size=started.config.cache.block_size,
+            blocks_per_rank=started.num_blocks,
+            memory=started.memory,
+        ),
     )
 
 
-def _ready_line(url: str, name: str, engine: Engine, seconds: float) -> str:
+def _memory_text(started: StartedRank) -> str:
+    from sps2_mega.engine.memory_table import memory_table, shortage
+
+    tokens = started.num_blocks * started.config.cache.block_size
+    text = memory_table(started.memory, cache_tokens_per_rank=tokens) + "\n"
+    warning = shortage(started.memory)
+    return text if warning is None else f"{text}  warning: {warning}\n"
+
+
+def _ready_line(url: str, name: str, engine: Engine, started: StartedRank, seconds: float) -> str:
     parallel = engine.config.parallel
     return (
-        f"sps2_mega is ready: {name} at {url}/v1, tp={parallel.tp} sp={parallel.sp}, "
-        f"context {engine.max_model_len} tokens, after {seconds:.1f} s\n"
+        f"sps2_mega is ready: {name} at {url}/v1, tp={parallel.tp} sp={parallel.sp} on "
+        f"{started.compute.device.type} in {_dtype_name(started)}, context {engine.max_model_len} tokens, "
+        f"page at {url}/, after {seconds:.1f} s\n"
     )
+
+
+def _dtype_name(started: StartedRank) -> str:
+    return str(started.compute.dtype).removeprefix("torch.")
 
 
 def _could_not_start(error: Exception, info: LaunchInfo) -> int:

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from sps2_mega import __version__
-from sps2_mega.serving.http import generation_routes, status_routes, token_routes
+from sps2_mega.serving.http import generation_routes, page_routes, status_routes, token_routes
 from sps2_mega.serving.http.api_errors import ApiError
 from sps2_mega.serving.http.front import Front
 from sps2_mega.serving.http.gate import Gate, response_of
@@ -35,8 +35,8 @@ def build_app(front: Front, config: ServerConfig, model_names: tuple[str, ...]) 
     app.state.server = ServerState(
         front=front, config=config, model_names=model_names, started=int(time.time())
     )
-    for router in (generation_routes.router, token_routes.router, status_routes.router):
-        app.include_router(router)
+    for routes in (generation_routes, token_routes, status_routes, page_routes):
+        app.include_router(routes.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_exception)

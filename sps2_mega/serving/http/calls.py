@@ -34,6 +34,7 @@ class Call:
     timeout: float  # seconds, for messages
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
     on_close: Callable[[Call], None]
+    streamed_tokens: int = 0  # in deltas, which only streams have
     _events: asyncio.Queue[Delta | RequestOutput | ApiError] = field(default_factory=asyncio.Queue)
 
     @property
@@ -44,11 +45,17 @@ class Call:
     def is_answered(self) -> bool:
         return len(self.outputs) == len(self.prompts)
 
+    @property
+    def age_s(self) -> float:
+        return self.timeout - (self.deadline - asyncio.get_running_loop().time())
+
     def engine_id(self, prompt_index: int) -> str:
         """The name of one prompt's request in the engine."""
         return f"{self.call_id}/{prompt_index}"
 
     def add(self, event: Delta | ApiError) -> None:
+        if isinstance(event, Delta):
+            self.streamed_tokens += len(event.delta.token_ids)
         self._events.put_nowait(event)
 
     def answer(self, prompt_index: int, output: RequestOutput) -> None:

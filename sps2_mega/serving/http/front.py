@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import queue
 import threading
 import time
@@ -18,12 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sps2_mega.engine.memory_table import RankMemory
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.serving.http.api_errors import ApiError, queue_full, refused
 from sps2_mega.serving.http.calls import Call, Delta
 from sps2_mega.serving.http.engine_loop import Abort, Command, StepResult, Stop, Submit
 from sps2_mega.serving.http.prometheus import ServerMetrics
+from sps2_mega.serving.http.recent_waits import RecentWaits
 from sps2_mega.types import SamplingParams
 
 _LOADING_RETRY_S, _DOWN_RETRY_S = 5, 10
@@ -39,12 +42,30 @@ class State(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedFacts:
+    """What runs, for those who watch: ranks and their memory, and the KV cache in blocks of each SP rank."""
+
+    world_size: int
+    tp: int
+    sp: int
+    sp_levels: tuple[int, ...]
+    device: str
+    dtype: str
+    transport: str
+    max_model_len: int
+    block_size: int
+    blocks_per_rank: int
+    memory: tuple[RankMemory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     """What is known of the model once it is loaded. `refusal` says why a request could never run."""
 
     tokenizer: Tokenizer | None
     max_len: int
     refusal: Callable[[list[int], SamplingParams], Refusal | None]
+    facts: ServedFacts
 
 
 class Front:
@@ -56,9 +77,11 @@ class Front:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.stats: Any = None
         self.metrics = metrics
-        self._reason = ""
+        self.recent_waits = RecentWaits()
+        self.stage: str | None = None  # what a loading server is at
+        self.reason: str | None = None  # why a failed one has failed
         self._max_samples, self._timeout = max_samples, request_timeout
-        self._model: ServedModel | None = None
+        self.served: ServedModel | None = None
         self._calls: dict[str, Call] = {}
         self._open_samples = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,6 +99,10 @@ class Front:
     def num_open(self) -> int:
         return len(self._calls)
 
+    def oldest_calls(self, limit: int) -> list[Call]:
+        """The first `limit` open calls in order of arrival."""
+        return list(itertools.islice(self._calls.values(), limit))
+
     @property
     def model(self) -> ServedModel:
         """The loaded model.
@@ -84,12 +111,12 @@ class Front:
             ApiError: 503, when requests cannot be taken now.
         """
         if self.state is State.READY:
-            assert self._model is not None
-            return self._model
+            assert self.served is not None
+            return self.served
         text = {
             State.LOADING: "the model is loading",
             State.DRAINING: "the server is shutting down",
-            State.FAILED: f"the server has failed: {self._reason}",
+            State.FAILED: f"the server has failed: {self.reason}",
         }[self.state]
         retry = _LOADING_RETRY_S if self.state is State.LOADING else _DOWN_RETRY_S
         raise ApiError(503, text, code=self.state.value, retry_after=retry)
@@ -163,6 +190,8 @@ class Front:
 
     def deliver(self, result: StepResult) -> None:
         """Gives each result to its call; those of calls that were left go nowhere."""
+        if self.stats is None or self.stats.num_steps < result.stats.num_steps:
+            self.recent_waits.add(result.stats.last_waits)
         self.stats = result.stats
         self.metrics.engine_stats(result.stats)
         for delta in result.deltas:
@@ -186,7 +215,7 @@ class Front:
     def _refused(self, call: Call, index: int, reason: Refusal | str) -> ApiError:
         if isinstance(reason, str):
             return ApiError(400, reason)
-        max_len = self._model.max_len if self._model else 0
+        max_len = self.served.max_len if self.served else 0
         return refused(
             reason,
             num_prompt_tokens=len(call.prompts[index]),
@@ -194,9 +223,14 @@ class Front:
             max_len=max_len,
         )
 
+    def loading(self, stage: str) -> None:
+        """What the start is at."""
+        if self.state is State.LOADING:
+            self.stage = stage
+
     def ready(self, model: ServedModel) -> None:
         """The engine can run; a server that was told to drain or has failed stays so."""
-        self._model = model
+        self.served, self.stage = model, None
         if self.state is State.LOADING:
             self.state = State.READY
 
@@ -215,7 +249,7 @@ class Front:
         self.commands.put(Stop())
 
     def fail(self, reason: str) -> None:
-        self.state, self._reason = State.FAILED, reason
+        self.state, self.reason, self.stage = State.FAILED, reason, None
         self._fail_calls(reason)
 
     def _fail_calls(self, reason: str) -> None:

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sps2_mega.serving.http.api_errors import ApiError
+from sps2_mega.serving.http.page_routes import PAGE_PATHS
 from sps2_mega.serving.http.prometheus import ServerMetrics
 from sps2_mega.serving.http.settings import ServerConfig
 
@@ -25,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
 # Without a key, so that load balancers, Prometheus and browsers need none; they tell nothing of requests.
-OPEN_PATHS = frozenset(["/health", "/ready", "/metrics", "/version", "/openapi.json"])
-_QUIET_PATHS = frozenset(["/health", "/ready", "/metrics"])
+OPEN_PATHS = frozenset(["/health", "/ready", "/metrics", "/version", "/openapi.json", *PAGE_PATHS])
+_QUIET_PATHS = frozenset(["/health", "/ready", "/metrics", "/status", *PAGE_PATHS])
 _VALID_ID = re.compile(r"[!-~]{1,128}")
 
 

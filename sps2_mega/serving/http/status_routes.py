@@ -1,7 +1,8 @@
-"""What the server is and how it is: health, readiness, metrics, version, models."""
+"""What the server is and how it is: health, readiness, status, metrics, version, models."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,6 +13,7 @@ from sps2_mega.serving.http.api_errors import ApiError
 from sps2_mega.serving.http.documented import responses
 from sps2_mega.serving.http.front import State
 from sps2_mega.serving.http.state import ServerState, server_state
+from sps2_mega.serving.http.status_body import StatusBody, status_of
 
 router = APIRouter(tags=["status"])
 
@@ -31,6 +33,18 @@ async def ready(request: Request) -> dict[str, Any]:
     state = server_state(request)
     state.front.model  # noqa: B018  503 unless ready
     return {"status": "ready", "model": state.model_names[0], "open_requests": state.front.num_open}
+
+
+@router.get("/status", responses=responses(401))
+async def status(request: Request) -> StatusBody:
+    """What the page at / shows: model, ranks, memory, queue, KV cache and recent latency; 200 in every state."""
+    state = server_state(request)
+    return status_of(
+        state.front,
+        model=state.model_names[0],
+        version=__version__,
+        uptime_s=time.time() - state.started,
+    )
 
 
 @router.get("/metrics", response_class=Response)

@@ -1,0 +1,175 @@
+"""The body of `/status`: what the page at `/` shows, in one JSON object. Numbers only, no texts of requests."""
+
+from __future__ import annotations
+
+import pydantic
+
+from sps2_mega.metrics import DurationHistogram
+from sps2_mega.serving.http.front import Front, ServedFacts
+from sps2_mega.serving.http.recent_waits import WINDOW_S
+
+_MAX_REQUESTS = 50  # rows of a page
+
+
+class Memory(pydantic.BaseModel):
+    """Bytes on one rank; `activations` is an upper estimate for the largest step."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    free: int
+
+
+class Layout(pydantic.BaseModel):
+    """What runs, once it is loaded. `sp_levels` are sizes of the SP levels, innermost first."""
+
+    world_size: int
+    tp: int
+    sp: int
+    sp_levels: list[int]
+    device: str
+    dtype: str
+    transport: str
+    max_model_len: int
+    memory: list[Memory]
+
+
+class KVCache(pydantic.BaseModel):
+    """Blocks of `block_size` tokens; `used_per_rank` has one entry for each SP rank."""
+
+    block_size: int
+    blocks_per_rank: int
+    used_per_rank: list[int]
+
+
+class Load(pydantic.BaseModel):
+    """Samples now in the engine, and tokens since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Waits(pydantic.BaseModel):
+    """Seconds; null while there are none."""
+
+    count: int
+    p50_s: float | None
+    p99_s: float | None
+
+
+class Latency(pydantic.BaseModel):
+    """Waits for tokens that ended within the last `window_s` seconds."""
+
+    window_s: float
+    ttft: Waits
+    tbt: Waits
+
+
+class OpenRequest(pydantic.BaseModel):
+    """One request that is not answered yet; `output_tokens` are told for streams only."""
+
+    age_s: float
+    prompt_tokens: int
+    num_samples: int
+    stream: bool
+    output_tokens: int | None
+
+
+class StatusBody(pydantic.BaseModel):
+    """`stage` says what a loading server is at, `reason` why one has failed. `requests` are the oldest ones of
+    `open_requests`."""
+
+    state: str
+    stage: str | None
+    reason: str | None
+    model: str
+    version: str
+    uptime_s: float
+    layout: Layout | None
+    kv_cache: KVCache | None
+    load: Load
+    latency: Latency
+    open_requests: int
+    requests: list[OpenRequest]
+
+
+def status_of(front: Front, *, model: str, version: str, uptime_s: float) -> StatusBody:
+    """The state of a server in all its states; to be called in the event loop's thread."""
+    facts = None if front.served is None else front.served.facts
+    ttft, tbt = front.recent_waits.histograms()
+    return StatusBody(
+        state=front.state.value,
+        stage=front.stage,
+        reason=front.reason,
+        model=model,
+        version=version,
+        uptime_s=uptime_s,
+        layout=None if facts is None else _layout(facts),
+        kv_cache=None if facts is None else _kv_cache(front, facts),
+        load=_load(front),
+        latency=Latency(window_s=WINDOW_S, ttft=_waits(ttft), tbt=_waits(tbt)),
+        open_requests=front.num_open,
+        requests=[
+            OpenRequest(
+                age_s=call.age_s,
+                prompt_tokens=sum(map(len, call.prompts)),
+                num_samples=call.num_samples,
+                stream=call.stream,
+                output_tokens=call.streamed_tokens if call.stream else None,
+            )
+            for call in front.oldest_calls(_MAX_REQUESTS)
+        ],
+    )
+
+
+def _layout(facts: ServedFacts) -> Layout:
+    return Layout(
+        world_size=facts.world_size,
+        tp=facts.tp,
+        sp=facts.sp,
+        sp_levels=list(facts.sp_levels),
+        device=facts.device,
+        dtype=facts.dtype,
+        transport=facts.transport,
+        max_model_len=facts.max_model_len,
+        memory=[
+            Memory(
+                weights=rank.weights,
+                kv_cache=rank.kv_cache,
+                activations=rank.activations,
+                free=rank.free,
+            )
+            for rank in facts.memory
+        ],
+    )
+
+
+def _kv_cache(front: Front, facts: ServedFacts) -> KVCache:
+    used = [0] * facts.sp if front.stats is None else list(front.stats.kv_used_per_rank)
+    return KVCache(
+        block_size=facts.block_size, blocks_per_rank=facts.blocks_per_rank, used_per_rank=used
+    )
+
+
+def _load(front: Front) -> Load:
+    stats = front.stats
+    if stats is None:
+        return Load()
+    return Load(
+        running=stats.num_running,
+        waiting=stats.num_waiting,
+        prompt_tokens=stats.prompt_tokens,
+        cached_tokens=stats.cached_tokens,
+        output_tokens=stats.output_tokens,
+    )
+
+
+def _waits(histogram: DurationHistogram) -> Waits:
+    return Waits(
+        count=histogram.count,
+        p50_s=histogram.percentile(50),
+        p99_s=histogram.percentile(99),
+    )
