@@ -1,30 +1,47 @@
 """Transport `pass_q`: queries go to every rank, keys and values stay where they are, partials come back.
 
-It pays for few new tokens behind a long cached prefix: what travels does not depend on the number of keys.
+It pays for few new tokens behind a long cached prefix. A micro-batch is one group of KV heads with the queries of all
+ranks: what one group computes hides the way of the next queries and of the last outputs.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
 
 from sps2_mega.attention.layout import PrefillLayout, Run
-from sps2_mega.attention.partials import bring_home
+from sps2_mega.attention.partials import merge_home, post_home
+from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
+from sps2_mega.attention.pipeline.order import stage_order
+from sps2_mega.attention.pipeline.parts import seen_keys
+from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, num_micro_batches
 from sps2_mega.attention.rule import ScoreRule
-from sps2_mega.comm.collectives import all_gather_rows
+from sps2_mega.comm.exchange import Pending, post_all_gather
 from sps2_mega.kernels.attention.sdpa import attend, attend_run
 from sps2_mega.kernels.lse.reference import merge_two
 from sps2_mega.parallel.groups import Group
 
+# The queries of one run (their rows among those of all ranks), and the local keys that they may see.
+_RunWork = tuple[slice, Run, list[Run]]
+
 
 class PassQ:
-    """Bytes sent per rank and layer: T * N * (2 * H * e + 4) * (P-1)/P, whatever the number of keys."""
+    """All-gather of Q and an exchange of partials; bytes sent per rank and layer: T * N * (2 * H * e + 4) * (P-1)/P."""
 
-    def __init__(self, layout: PrefillLayout, group: Group) -> None:
+    def __init__(
+        self,
+        layout: PrefillLayout,
+        group: Group,
+        device: torch.device,
+        pipeline: Pipeline | None = None,
+    ) -> None:
         self._layout, self._group = layout, group
+        self._pipeline = pipeline or plain_pipeline(device)
         keys = layout.keys.local_runs(group.rank)
         row = 0
-        self._work: list[tuple[slice, Run, list[Run]]] = []
+        self._work: list[_RunWork] = []
         for rank in range(group.size):
             for queries in sorted(layout.queries.local_runs(rank), key=lambda run: run.local_start):
                 rows = slice(row, row + queries.num_tokens)
@@ -40,27 +57,110 @@ class PassQ:
     def attend(
         self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
-        q_BNH = all_gather_rows(q_TNH, self._layout.queries.counts, self._group)
-        out_BNH = torch.zeros(q_BNH.shape, dtype=torch.float32, device=q_BNH.device)
-        lse_BN = torch.full(q_BNH.shape[:2], -torch.inf, device=q_BNH.device)
+        kv_heads = k_CKH.shape[1]
+        num_groups = self._num_head_groups(q_TNH, kv_heads, rule)
+        bounds = [kv_heads * g // num_groups for g in range(num_groups + 1)]
+        run = _LayerWork(
+            self._work,
+            self._layout.queries.counts,
+            [range(*pair) for pair in itertools.pairwise(bounds)],
+            (q_TNH, k_CKH, v_CKH),
+            rule,
+            self._group,
+            self._pipeline.back or self._group,
+        )
+        overlap = int(self._pipeline.settings.mode != "off")
+        stages = stage_order([("q",)] * num_groups, ahead=overlap, behind=overlap)
+        self._pipeline.run(stages, run, layer)
+        return run.out_TNH
+
+    def _num_head_groups(self, q_TNH: Tensor, kv_heads: int, rule: ScoreRule) -> int:
+        """From what all ranks know alike: the mean over ranks."""
+        size, (heads, width) = self._group.size, q_TNH.shape[1:]
+        rows = 2 * sum(self._layout.queries.counts) * heads * (size - 1) // size
+        pairs = seen_keys(self._layout.queries, window=rule.window)
+        wanted = num_micro_batches(
+            self._pipeline.settings,
+            num_bytes=rows * width * q_TNH.itemsize,
+            flops=4 * pairs * heads * width // size,
+            smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
+        )
+        return min(wanted, kv_heads)
+
+
+class _LayerWork:
+    """One layer's tensors on their way (`PipelineWork`); all of them stay until the layer is done."""
+
+    def __init__(
+        self,
+        work: list[_RunWork],
+        counts: tuple[int, ...],
+        head_groups: list[range],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        rule: ScoreRule,
+        group: Group,
+        back: Group,
+    ) -> None:
+        self._work, self._counts, self._head_groups = work, counts, head_groups
+        self._q_TNH, self._k_CKH, self._v_CKH = qkv
+        self._rule, self._group, self._back = rule, group, back
+        self._repeats = self._q_TNH.shape[1] // self._k_CKH.shape[1]
+        self._queries: dict[int, Tensor] = {}
+        self._partials: dict[int, tuple[Tensor, Tensor]] = {}
+        self.out_TNH = torch.empty_like(self._q_TNH)
+
+    def post_gather(self, micro_batch: int, part: str) -> Pending | None:
+        x = self._q_TNH[:, self._heads(micro_batch)]
+        if self._group.size == 1 or not any(self._counts):
+            self._queries[micro_batch] = x
+            return None
+        return post_all_gather(x, max(self._counts), self._group)
+
+    def arrived(self, micro_batch: int, part: str, received: Tensor) -> None:
+        longest = max(self._counts)
+        if min(self._counts) < longest:
+            shards = zip(received.split(longest), self._counts, strict=True)
+            received = torch.cat([shard[:count] for shard, count in shards])
+        self._queries[micro_batch] = received
+
+    def compute(self, micro_batch: int) -> None:
+        kv_heads = self._head_groups[micro_batch]
+        key_heads = slice(kv_heads.start, kv_heads.stop)
+        q_BnH = self._queries[micro_batch]
+        out_BnH = torch.zeros(q_BnH.shape, dtype=torch.float32, device=q_BnH.device)
+        lse_Bn = torch.full(q_BnH.shape[:2], -torch.inf, device=q_BnH.device)
         for rows, queries, seen in self._work:
-            for local, run in _stretches(seen, queries, rule.window):
+            for local, run in _stretches(seen, queries, self._rule.window):
+                k, v = self._k_CKH[local, key_heads], self._v_CKH[local, key_heads]
                 if run is None:
-                    partial = attend(
-                        q_BNH[rows], k_CKH[local], v_CKH[local], scale=rule.scale, causal=False
-                    )
+                    partial = attend(q_BnH[rows], k, v, scale=self._rule.scale, causal=False)
                 else:
                     partial = attend_run(
-                        q_BNH[rows],
-                        k_CKH[local],
-                        v_CKH[local],
-                        scale=rule.scale,
+                        q_BnH[rows],
+                        k,
+                        v,
+                        scale=self._rule.scale,
                         q_start=queries.start,
                         k_start=run.start,
-                        window=rule.window,
+                        window=self._rule.window,
                     )
-                out_BNH[rows], lse_BN[rows] = merge_two(out_BNH[rows], lse_BN[rows], *partial)
-        return bring_home(out_BNH.to(q_TNH.dtype), lse_BN, self._layout.queries.counts, self._group)
+                out_BnH[rows], lse_Bn[rows] = merge_two(out_BnH[rows], lse_Bn[rows], *partial)
+        self._partials[micro_batch] = out_BnH.to(q_BnH.dtype), lse_Bn
+
+    def post_scatter(self, micro_batch: int) -> Pending | None:
+        out_BnH, lse_Bn = self._partials[micro_batch]
+        if self._group.size == 1 or not any(self._counts):
+            self.out_TNH[:, self._heads(micro_batch)] = out_BnH
+            return None
+        return post_home(out_BnH, lse_Bn, self._counts, self._back)
+
+    def returned(self, micro_batch: int, received: Tensor) -> None:
+        like = self._partials[micro_batch][0]
+        self.out_TNH[:, self._heads(micro_batch)] = merge_home(received, like, self._group)
+
+    def _heads(self, micro_batch: int) -> slice:
+        kv_heads = self._head_groups[micro_batch]
+        return slice(kv_heads.start * self._repeats, kv_heads.stop * self._repeats)
 
 
 def _stretches(seen: list[Run], queries: Run, window: int | None) -> list[tuple[slice, Run | None]]:

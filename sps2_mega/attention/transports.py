@@ -47,6 +47,6 @@ def make_transport(
     if name == "ring":
         return Ring(layout, group, device, pipeline)
     if name == "pass_q":
-        return PassQ(layout, group)
+        return PassQ(layout, group, device, pipeline)
     assert name == "ulysses", f"unknown transport {name!r}"
     return Ulysses(layout, group, device, pipeline)

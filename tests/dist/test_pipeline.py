@@ -146,7 +146,16 @@ def one_rank(layout, q, k, v, rule):
 
 @pytest.mark.parametrize(
     ("sp", "transport"),
-    [(1, "ulysses"), (2, "ulysses"), (4, "ulysses"), (3, "ulysses"), (3, "gather"), (3, "ring")],
+    [
+        (1, "ulysses"),
+        (2, "ulysses"),
+        (3, "ulysses"),
+        (4, "ulysses"),
+        (3, "gather"),
+        (3, "ring"),
+        (1, "pass_q"),
+        (3, "pass_q"),
+    ],
 )
 def test_any_cut_equals_one_rank(sp, transport):
     for result in run_ranks(errors_on_rank, sp, sp, transport, timeout=300):
