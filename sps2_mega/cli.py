@@ -116,10 +116,11 @@ def serve(argv: Sequence[str] | None = None) -> int:
         return _EXIT_COULD_NOT_RUN
     parser = serve_parser(quiet=info.rank > 0)
     parsed = parser.parse_args(argv)
-    from sps2_mega.serving.http.settings import ServerConfig
+    from sps2_mega.serving.http.settings import ServerConfig, for_serving
 
     try:
-        config, server = config_from(EngineConfig, parsed), config_from(ServerConfig, parsed)
+        config = for_serving(config_from(EngineConfig, parsed))
+        server = config_from(ServerConfig, parsed)
         if server.api_key is None:
             server = dataclasses.replace(server, api_key=server_api_key())
     except ConfigError as error:

@@ -6,6 +6,7 @@ A field is a command-line flag only if it is declared with `flag(...)`; `cli.py`
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -138,8 +139,9 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """`policy` sps2: whole prompts, before the next decode step; sarathi: every step decodes all running sequences
-    and fills up with chunks of prompts to `chunk_tokens` (arXiv 2403.02310)."""
+    """`policy` sps2: prompts go before decodes, and with `tbt_target_ms` give way to them between layers; sarathi:
+    every step decodes all running sequences and fills up with chunks of prompts to `chunk_tokens` (arXiv 2403.02310).
+    """
 
     policy: Literal["sps2", "sarathi"] = flag(
         "sps2",
@@ -148,6 +150,21 @@ class SchedulerConfig:
         choices=("sps2", "sarathi"),
     )
     chunk_tokens: int = flag(512, "tokens of a step with --scheduler sarathi, decodes included")
+    tbt_target_ms: float | None = flag(
+        None,
+        "prefill gives way so that running requests get a token about this often, in ms; 0: it is never interrupted "
+        "(default: 0, and 100 in the server)",
+    )
+    overtake: float = flag(
+        4.0,
+        "with --tbt-target-ms a prompt is overtaken only by prompts that come within X times its own prefill time; "
+        "0: first come, first served",
+    )
+    sp_threshold: int | None = flag(
+        None,
+        "prompts below this many tokens lie whole on one SP rank each, side by side; 0: never "
+        "(default: from the machine)",
+    )
     max_running: int = flag(64, "sequences decoded together at most", name="max-num-seqs")
     max_prefill_tokens: int = flag(
         8192, "prompt tokens batched into one prefill step (a longer prompt goes alone)"
@@ -161,6 +178,19 @@ class SchedulerConfig:
             raise ConfigError(f"scheduler must be sps2 or sarathi, got {self.policy!r}")
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
+        for name in ("tbt_target_ms", "overtake", "sp_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number >= 0, got {value}")
+        if self.tbt_target_ms and self.policy == "sarathi":
+            raise ConfigError(
+                f"tbt_target_ms={self.tbt_target_ms:g} needs scheduler sps2: under sarathi, chunk_tokens sets the pace"
+            )
+
+    @property
+    def tbt_target_s(self) -> float | None:
+        """The target in seconds; None where prefill is never interrupted."""
+        return self.tbt_target_ms / 1e3 if self.tbt_target_ms else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,16 +9,29 @@ class Ranks:
     """What every rank remembers; executing a plan checks that it can be executed, and that every slot that is read
     holds the token of that position after the very tokens before it."""
 
-    def __init__(self, block_size: int, num_blocks: int, sp_size: int) -> None:
+    def __init__(self, block_size: int, num_blocks: int, sp_size: int, num_layers: int = 1) -> None:
+        self.num_layers = num_layers
         self.block_size, self.num_blocks, self.sp_size = block_size, num_blocks, sp_size
         self.tables: dict[int, BlockTable] = {}
         self.tokens: dict[int, list[int]] = {}  # cached so far
         self.slots: dict[tuple[int, int, int], tuple[int, ...] | None] = {}
+        self.num_shared: dict[int, int] = {}
+        self.passes: dict[int, tuple[list, int]] = {}  # suspended: items, next layer
 
     def execute(self, plan) -> None:
+        for pass_id in plan.dropped:
+            del self.passes[pass_id]
         for seq_id in plan.released:
             del self.tables[seq_id], self.tokens[seq_id]
+        if plan.layers is not None and plan.layers.first:
+            assert not plan.prefills and not plan.decodes
+            self.go_on(plan)
+            return
         assert plan.prefills or plan.decodes
+        if plan.layers is not None:
+            assert plan.prefills and not plan.decodes and not plan.sampled
+            assert plan.layers.pass_id not in self.passes
+            self.passes[plan.layers.pass_id] = plan.prefills, plan.layers.end
         written = []
         for item in plan.prefills:
             assert item.seq_id not in self.tables
@@ -31,6 +44,7 @@ class Ranks:
             assert all(0 <= b < self.num_blocks for b in table.block_ids)
             if item.samples:
                 self.tables[item.seq_id], self.tokens[item.seq_id] = table, list(item.token_ids)
+                self.num_shared[item.seq_id] = item.num_shared_tokens
             written += self.write(table, item.token_ids, item.start, item.end)
         for item in plan.decodes:
             table, tokens = self.tables[item.seq_id], self.tokens[item.seq_id]
@@ -47,6 +61,21 @@ class Ranks:
         for item in plan.decodes:
             self.read(self.tables[item.seq_id], self.tokens[item.seq_id])
 
+    def go_on(self, plan) -> None:
+        """Further layers of a suspended pass write to the slots of the first ones, which nobody else may have touched,
+        and read what was cached before them."""
+        items, next_layer = self.passes.pop(plan.layers.pass_id)
+        assert plan.layers.first == next_layer < plan.layers.end
+        for item in items:
+            table = BlockTable(self.block_size)
+            table.extend(item.block_ranks, item.block_ids)
+            self.read(table, item.token_ids[: item.end])
+        if plan.layers.end < self.num_layers:
+            assert not plan.sampled
+            self.passes[plan.layers.pass_id] = items, plan.layers.end
+        else:
+            assert plan.sampled == [item.seq_id for item in items if item.samples]
+
     def write(self, table, tokens, start, end):
         places = [table.locate(position) for position in range(start, end)]
         for position, place in zip(range(start, end), places, strict=True):
@@ -59,7 +88,7 @@ class Ranks:
 
     def fail(self, plan, seq_id) -> None:
         """NaN: what the sequence wrote since its last finite logits is no longer good for anybody."""
-        first = {item.seq_id: item.num_shared_tokens for item in plan.prefills}
+        first = dict(self.num_shared)
         first |= {item.seq_id: item.position for item in plan.decodes}
         for index in range(first[seq_id] // self.block_size, self.tables[seq_id].num_blocks):
             place = self.tables[seq_id].ranks[index], self.tables[seq_id].block_ids[index]

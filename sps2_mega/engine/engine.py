@@ -15,6 +15,7 @@ from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
+from sps2_mega.engine.layer_work import LayerWork
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.plan_codec import decode, encode
 from sps2_mega.engine.prefill_choice import prompt_layout
@@ -84,6 +85,7 @@ class Engine:
             layout=prompt_layout(rank.transport, config.csa),
             prefix_root=None if config.cache.no_prefix_caching else chain_root(config.csa),
             topology_spans=_topology_spans(rank.executor.prefill.sparse),
+            work=LayerWork.of(self.model_config),
         )
         self.max_model_len = self._scheduler.max_len
         self._outputs = OutputProcessor(self.tokenizer)

@@ -1,21 +1,30 @@
-"""What the next step does: continuous batching, first come first served.
+"""What the next step does: continuous batching of prefills and decodes.
 
-Decides which sequences run, wait or are preempted, by one of two policies: whole prompts before decodes, or chunks of
-prompts together with decodes (Sarathi-Serve's stall-free batches, arXiv 2403.02310). Does not decide where
-blocks go (`kv_cache`), who shares a prefix (`prefix_sharing`), nor when a request is refused or a sequence is
-over (`admission`). Pure Python without a clock or torch, so a simulator can drive the very same scheduler.
+Decides whose turn it is, by one of two policies: prefills before decodes, giving way between layers where there is a
+target for the time between tokens; or chunks of prompts together with decodes. Does not decide which prompts go
+together and first (`prefill_queue`), how hybrid steps are filled (`hybrid_steps`), where blocks go (`prompt_placement`,
+`kv_cache`), who shares a prefix (`prefix_sharing`), nor when a request is refused or a sequence is over
+(`admission`). Pure Python without a clock or torch, so a simulator can drive the very same scheduler.
 
-    sps2      prefill A, B    decode A B    prefill C (all of it)    decode A B C    ...
-    sarathi   A, part of B    decode A + rest of B    decode A B + part of C    decode A B + part of C    ...
+    sps2               prefill A, B    decode A B    prefill C    decode A B C    ...
+    sps2 with target   prefill A, B    decode A B    layers 0-3 of C    decode A B    layers 3-6 of C    decode A B    ...
+    sarathi            A, part of B    decode A + rest of B    decode A B + part of C    decode A B + part of C    ...
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from sps2_mega.config import SchedulerConfig
 from sps2_mega.engine.admission import Limits, finish_reason, refusal
+from sps2_mega.engine.decode_steps import DecodeSteps
+from sps2_mega.engine.hybrid_steps import HybridSteps
+from sps2_mega.engine.layer_work import LayerWork
+from sps2_mega.engine.pace import Pace
+from sps2_mega.engine.prefill_queue import PrefillQueue
 from sps2_mega.engine.prefix_sharing import PrefixSharing
+from sps2_mega.engine.prompt_placement import PromptPlacement
 from sps2_mega.engine.sequence_states import SequenceStates
 from sps2_mega.errors import Refusal
 from sps2_mega.kv_cache.ledger import BlockLedger
@@ -24,6 +33,7 @@ from sps2_mega.types import (
     DecodeItem,
     FinishReason,
     ForwardMode,
+    LayerSlice,
     PrefillItem,
     Sequence,
     StepOutput,
@@ -35,7 +45,7 @@ class Scheduler:
     """`plan` and `commit` alternate; `add`, `finish` and `abort` may come at any time between them.
 
     Blocks of a dropped sequence are reused at once: ranks execute plans in order, and forget what a plan lists as
-    `released` before they execute it.
+    `released` or `dropped` before they execute it. But blocks that later slices of a pass write to are kept till then.
     """
 
     def __init__(
@@ -51,10 +61,12 @@ class Scheduler:
         layout: Layout = "contiguous",
         prefix_root: bytes | None = None,
         topology_spans: Callable[[int], tuple[int, ...]] | None = None,
+        work: LayerWork | None = None,
     ) -> None:
         """`num_blocks` is per sp rank; `layout` is how a whole prompt is spread, as the transport prefers it.
         `prefix_root` (`block_chain.chain_root`) switches prefix caching on; `topology_spans` gives the CSA spans of a
-        prompt length where they come from the ranks."""
+        prompt length where they come from the ranks. `work` is needed with a target for the time between tokens. An
+        `sp_threshold` of None counts as 0 here."""
         self._config = config
         self._limits = Limits(
             max_model_len=max_model_len,
@@ -74,8 +86,17 @@ class Scheduler:
         sharing = None
         if prefix_root is not None:
             sharing = PrefixSharing(self._ledger, root=prefix_root, topology_spans=topology_spans)
+        self._target_s = config.tbt_target_s
+        assert self._target_s is None or work is not None, "a TBT target needs the work of a layer"
+        self._pace = None if self._target_s is None or work is None else Pace(work)
         self._states = SequenceStates(self._ledger, sharing)
-        self._planned: list[Sequence] | None = None
+        placement = PromptPlacement(self._ledger, config.sp_threshold or 0)
+        self._prefills = PrefillQueue(config, self._states, placement, self._pace)
+        self._decodes = DecodeSteps(self._states, self._ledger, self._prefills)
+        self._hybrids = HybridSteps(config, self._states, self._decodes)
+        self._planned: list[Sequence | None] | None = None
+        self._planned_at = 0.0
+        self._decode_is_due = False  # a slice of a prefill ran since the last decode step
         self._step = 0
         self._idle_checked = True
 
@@ -114,7 +135,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> Refusal | None:
         """Queue a sequence, or say why not. The scheduler alone changes it from now on."""
-        if sequence.seq_id in self._states:
+        if sequence.seq_id in self._states or self._states.is_held(sequence.seq_id):
             return Refusal.DUPLICATE_ID
         reason = refusal(sequence, self._limits)
         if reason is not None:
@@ -132,18 +153,21 @@ class Scheduler:
             self._check_when_idle()
             return None
         self._idle_checked = False
+        layers = None
         if self._chunked:
-            prefills, decodes = self._plan_hybrid(now)
+            prefills, decodes = self._hybrids.plan(now)
         else:
-            prefills = self._plan_newcomers(now, self._config.max_prefill_tokens)
-            decodes = [] if prefills else self._plan_decodes()
-        assert prefills or decodes, "sequences wait for an empty KV cache"
+            prefills, layers, decodes = self._plan_separate(now)
+        assert prefills or layers or decodes, "sequences wait for an empty KV cache"
         self._step += 1
-        mode = ForwardMode.PREFILL if prefills else ForwardMode.DECODE
+        mode = ForwardMode.PREFILL if prefills or layers else ForwardMode.DECODE
         if prefills and decodes:
             mode = ForwardMode.HYBRID
-        plan = StepPlan(self._step, mode, prefills, decodes, self._states.take_released())
-        self._planned = [self._states.running[seq_id] for seq_id in plan.sampled]
+        released = self._states.take_released()
+        dropped = self._prefills.planned()
+        plan = StepPlan(self._step, mode, prefills, decodes, released, layers, dropped)
+        self._planned = [self._states.running.get(seq_id) for seq_id in plan.sampled]
+        self._planned_at = now
         return plan
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[Sequence]:
@@ -159,11 +183,12 @@ class Scheduler:
         assert len(output.token_ids) == len(output.logprobs) == len(planned), (
             f"{len(planned)} sequences were planned, the output has {len(output.token_ids)} tokens"
         )
+        self._learn(plan, now - self._planned_at)
         finished = []
         for sequence, token_id, logprob in zip(
             planned, output.token_ids, output.logprobs, strict=True
         ):
-            if self._states.running.get(sequence.seq_id) is not sequence:
+            if sequence is None or self._states.running.get(sequence.seq_id) is not sequence:
                 continue
             if token_id is None:
                 self.finish(sequence.seq_id, FinishReason.ERROR)
@@ -185,6 +210,7 @@ class Scheduler:
         if seq_id not in self._states:
             return False
         self._states.end(seq_id, reason)
+        self._prefills.ended(seq_id)
         return True
 
     def abort(self, seq_id: int) -> bool:
@@ -194,73 +220,46 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Recount sequences and blocks. Raises AssertionError when something was lost or is held twice."""
         self._states.check_integrity()
+        if not self._chunked:
+            self._prefills.check_integrity()
 
-    def _plan_hybrid(self, now: float) -> tuple[list[PrefillItem], list[DecodeItem]]:
-        """All running decodes, and as much of prompts as the step's token budget leaves."""
-        num_waiting = self.num_waiting
-        decodes = self._plan_decodes()
-        preempting = self.num_waiting > num_waiting
-        budget = self._config.chunk_tokens - len(decodes)
-        items: list[PrefillItem] = []
-        for sequence in self._states.prefilling:
-            if budget > 0:
-                items.append(self._states.next_chunk(sequence, budget))
-                budget -= items[-1].num_new_tokens
-        if not preempting:
-            items += self._plan_newcomers(now, budget)
-        return items, decodes
+    def _plan_separate(
+        self, now: float
+    ) -> tuple[list[PrefillItem], LayerSlice | None, list[DecodeItem]]:
+        """A prefill or a slice of one, else decodes. Decodes never wait for more than one slice."""
+        decodes: list[DecodeItem] = []
+        if self._decode_is_due:
+            decodes = self._decodes.plan()
+            self._decode_is_due = False
+        if not decodes:
+            prefill = self._prefills.next_slice(now, *self._room_s(now))
+            if prefill is not None:
+                self._decode_is_due = self._target_s is not None
+                return *prefill, []
+            decodes = self._decodes.plan()
+        return [], None, decodes
 
-    def _plan_newcomers(self, now: float, budget: int) -> list[PrefillItem]:
-        """Prompts in order while `budget` tokens last: chunks of them, or whole ones, the first at any length."""
-        items: list[PrefillItem] = []
-        waiting, index = self._states.waiting, 0
-        while budget > 0 and self.num_running < self._config.max_running:
-            if index >= min(len(waiting), self._config.max_running):
-                break
-            if self._ledger.num_free <= self.num_running:
-                break  # no room for one block; not worth looking for a prefix in every step
-            prefix = self._states.look_up(waiting[index])
-            if prefix is None:
-                index += 1  # it comes when its prefix is there; the next one may go ahead
-                continue
-            missing = waiting[index].num_tokens - len(prefix.blocks) * self._ledger.block_size
-            if not self._chunked and items and missing > budget:
-                break
-            sequence = self._states.admit(index, prefix, now)
-            if sequence is None:
-                break
-            items.append(self._states.next_chunk(sequence, budget if self._chunked else missing))
-            budget -= items[-1].num_new_tokens
-        return items
+    def _room_s(self, now: float) -> tuple[float, float]:
+        """Seconds that the next slice may take, and that one layer may take at most when it is cut into chunks.
 
-    def _plan_decodes(self) -> list[DecodeItem]:
-        items = []
-        # Oldest first, so that it is never preempted for a younger one.
-        for seq_id in list(self._states.running):
-            sequence = self._states.running.get(seq_id)
-            if sequence is None:
-                break  # preempted in this loop, and all that are younger too
-            if self._states.is_prefilling(seq_id):
-                continue
-            position = sequence.num_tokens - 1
-            new_block = None
-            if position == self._ledger.table(seq_id).capacity:
-                new_block = self._grow_or_preempt(seq_id)
-                if new_block is None:
-                    break
-            items.append(DecodeItem(seq_id, sequence.output_token_ids[-1], position, new_block))
-        return items
+        Without running decodes a slice ends after about the target, too, so that short prompts and aborts get in.
+        """
+        if self._target_s is None or self._pace is None:
+            return math.inf, math.inf
+        decoding = self._states.decoding
+        if not decoding:
+            return self._target_s, self._target_s
+        oldest = min(sequence.token_times[-1] for sequence in decoding)
+        layer_room_s = max(self._target_s - self._pace.decode_s, 0.0)
+        return oldest + layer_room_s - now, layer_room_s
 
-    def _grow_or_preempt(self, seq_id: int) -> tuple[int, int] | None:
-        """A new block, taken from the youngest if need be; None when `seq_id` itself is the youngest."""
-        while True:
-            new_block = self._ledger.grow(seq_id)
-            if new_block is not None:
-                return new_block
-            # Alone in the cache a sequence always finds a block: `Limits.max_len` ends it before.
-            assert self.num_running > 1, f"sequence {seq_id} outgrew the KV cache"
-            if self._states.preempt_youngest() == seq_id:
-                return None
+    def _learn(self, plan: StepPlan, seconds: float) -> None:
+        if self._pace is None:
+            return
+        if plan.mode is ForwardMode.DECODE:
+            self._pace.decoded(seconds)
+        else:
+            self._prefills.executed(seconds)
 
     def _check_when_idle(self) -> None:
         if self._idle_checked:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from sps2_mega.kv_cache.allocator import BlockAllocator
 from sps2_mega.kv_cache.block_table import BlockTable
-from sps2_mega.kv_cache.placement import Layout, next_block_rank, prompt_block_ranks
+from sps2_mega.kv_cache.placement import Layout, Spread, next_block_rank, spread_block_ranks
 from sps2_mega.kv_cache.prefix_cache import CachedBlock, PrefixCache, Spans
 
 
@@ -22,10 +22,9 @@ class BlockLedger:
 
     __slots__ = (
         "_allocators",
-        "_layout",
         "_num_tails",
         "_prefixes",
-        "_stripe",
+        "_spread",
         "_tables",
         "block_size",
     )
@@ -33,9 +32,10 @@ class BlockLedger:
     def __init__(
         self, *, num_blocks: int, sp_size: int, block_size: int, layout: Layout, stripe: int = 1
     ) -> None:
-        """`num_blocks` is per sp rank; `stripe` is how many blocks in a row layout `striped` puts on one."""
+        """`num_blocks` is per sp rank; `stripe` is how many blocks in a row layout `striped` puts on one. Prompts lie
+        so unless `admit` is told otherwise."""
         self.block_size = block_size
-        self._layout, self._stripe = layout, stripe
+        self._spread = Spread(layout, stripe)
         self._allocators = [BlockAllocator(num_blocks) for _ in range(sp_size)]
         self._prefixes = PrefixCache()
         self._num_tails = [0] * sp_size  # sequences whose last block is on the rank
@@ -49,6 +49,15 @@ class BlockLedger:
     @property
     def free_per_rank(self) -> list[int]:
         return [allocator.num_free for allocator in self._allocators]
+
+    @property
+    def spread(self) -> Spread:
+        """How prompts lie unless `admit` is told otherwise."""
+        return self._spread
+
+    @property
+    def sp_size(self) -> int:
+        return len(self._allocators)
 
     @property
     def num_free(self) -> int:
@@ -77,9 +86,10 @@ class BlockLedger:
         *,
         spare_blocks: int,
         prefix: Sequence[CachedBlock] = (),
+        spread: Spread | None = None,
     ) -> BlockTable | None:
-        """A table with room for `num_tokens` (>= 1) tokens that begins with the shared blocks of `prefix`; None
-        if fewer than `spare_blocks` stayed free."""
+        """A table with room for `num_tokens` (>= 1) tokens that begins with the shared blocks of `prefix`, the others
+        spread as given; None if fewer than `spare_blocks` stayed free."""
         assert seq_id not in self._tables, f"sequence {seq_id} has blocks already"
         assert num_tokens >= 1, f"sequence {seq_id} has no tokens"
         num_blocks = self.blocks_for(num_tokens) - len(prefix)
@@ -94,7 +104,7 @@ class BlockLedger:
         for block in prefix:
             self._allocators[block.sp_rank].share([block.block_id])
             table.append(block.sp_rank, block.block_id)
-        ranks = prompt_block_ranks(num_blocks, self.free_per_rank, self._layout, self._stripe)
+        ranks = spread_block_ranks(num_blocks, self.free_per_rank, spread or self._spread)
         assert ranks is not None, "placement refuses what the free blocks allow"
         ids = [iter(self._take(rank, ranks.count(rank))) for rank in range(len(self._allocators))]
         table.extend(ranks, [next(ids[rank]) for rank in ranks])

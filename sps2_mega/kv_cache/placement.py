@@ -9,9 +9,20 @@ rules are about balance: of memory, of causal attention work, and of the linear 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 Layout = Literal["contiguous", "zigzag", "striped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Where the new blocks of a prompt go: over all ranks by `layout` (`stripe`: blocks in a row on one rank, where it
+    is striped), or all on `rank` if it has room for them."""
+
+    layout: Layout
+    stripe: int = 1
+    rank: int | None = None
 
 
 def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
@@ -31,6 +42,13 @@ def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
     for rank in roomy[:extra]:
         sizes[rank] += 1
     return sizes
+
+
+def spread_block_ranks(num_blocks: int, free: Sequence[int], spread: Spread) -> list[int] | None:
+    """The sp rank of each block of a prompt, in block order; None when it does not fit."""
+    if spread.rank is not None and free[spread.rank] >= num_blocks:
+        return [spread.rank] * num_blocks
+    return prompt_block_ranks(num_blocks, free, spread.layout, spread.stripe)
 
 
 def prompt_block_ranks(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from sps2_mega.config import flag
+from sps2_mega.config import EngineConfig, flag
 from sps2_mega.errors import ConfigError
 
 # Where EngineConfig sets no limit; a server without one would collect requests that nobody waits for any more.
 DEFAULT_MAX_QUEUE = 256
+# Offline nobody reads along, so that EngineConfig never interrupts a prefill.
+DEFAULT_TBT_TARGET_MS = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,3 +61,14 @@ class ServerConfig:
 def model_name(server: ServerConfig, model: str) -> str:
     """What clients call the model."""
     return server.served_model_name or model.rstrip("/").rpartition("/")[2] or model
+
+
+def for_serving(config: EngineConfig) -> EngineConfig:
+    """The engine's configuration in a server: with a target for the time between tokens, where its scheduler takes
+    one and none was given."""
+    scheduler = config.scheduler
+    if scheduler.policy == "sarathi" or scheduler.tbt_target_ms is not None:
+        return config
+    return config.replace(
+        scheduler=dataclasses.replace(scheduler, tbt_target_ms=DEFAULT_TBT_TARGET_MS)
+    )

@@ -1,5 +1,6 @@
 """Random histories of the scheduler against a model of the ranks: nothing leaks, nothing is lost, and nobody reads
-another prefix's keys. Both policies, with and without shared prefixes, failures included."""
+another prefix's keys. Both policies, prefills whole and in slices of layers and chunks, with and without shared
+prefixes, failures included."""
 
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
@@ -7,10 +8,14 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from scheduled_ranks import Ranks
 
 from sps2_mega.config import SchedulerConfig
+from sps2_mega.engine import prompt_placement
+from sps2_mega.engine.layer_work import LayerWork
 from sps2_mega.engine.scheduler import Scheduler
 from sps2_mega.types import FinishReason, SamplingParams, Sequence, StepOutput
 
 EOS, VOCAB = 3, 17
+LAYERS = 3
+USUAL_CHUNK = prompt_placement.LEAST_CHUNK
 
 
 class SchedulerHistories(RuleBasedStateMachine):
@@ -27,6 +32,9 @@ class SchedulerHistories(RuleBasedStateMachine):
         chunk_tokens=st.one_of(st.none(), st.integers(1, 20)),
         sharing=st.booleans(),
         spans_of=st.sampled_from([None, lambda length: (-(-length // 8) * 4,)]),
+        target_ms=st.sampled_from([None, 1.0, 20.0, 1000.0]),
+        overtake=st.sampled_from([0.0, 4.0]),
+        sp_threshold=st.sampled_from([0, 9, 1000]),
     )
     def start(
         self,
@@ -40,10 +48,20 @@ class SchedulerHistories(RuleBasedStateMachine):
         chunk_tokens,
         sharing,
         spans_of,
+        target_ms,
+        overtake,
+        sp_threshold,
     ):
+        prompt_placement.LEAST_CHUNK = 1  # the prompts are short
         policy = {} if chunk_tokens is None else dict(policy="sarathi", chunk_tokens=chunk_tokens)
+        self.sliced = chunk_tokens is None and target_ms is not None
         config = SchedulerConfig(
-            max_running=max_running, max_prefill_tokens=max_prefill_tokens, **policy
+            max_running=max_running,
+            max_prefill_tokens=max_prefill_tokens,
+            tbt_target_ms=target_ms if self.sliced else None,
+            overtake=overtake,
+            sp_threshold=sp_threshold,
+            **policy,
         )
         self.scheduler = Scheduler(
             config,
@@ -56,10 +74,12 @@ class SchedulerHistories(RuleBasedStateMachine):
             layout=layout,
             prefix_root=b"settings" if sharing else None,
             topology_spans=spans_of,
+            work=LayerWork(num_layers=LAYERS, token_flops=1000, pair_flops=10),
         )
+        self.now, self.waited = 0.0, 0
         self.chunk_tokens, self.sharing, self.spans_of = chunk_tokens, sharing, spans_of
         self.max_running = max_running
-        self.ranks = Ranks(block_size, num_blocks, sp_size)
+        self.ranks = Ranks(block_size, num_blocks, sp_size, LAYERS)
         self.live: dict[int, Sequence] = {}
         self.plan = None
         self.next_id = 0
@@ -86,7 +106,7 @@ class SchedulerHistories(RuleBasedStateMachine):
             params=SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos),
             seed=0,
             max_tokens=max_tokens or 10_000,
-            arrival_time=0.0,
+            arrival_time=self.now,
         )
         if self.scheduler.add(sequence) is None:
             self.live[self.next_id] = sequence
@@ -96,14 +116,17 @@ class SchedulerHistories(RuleBasedStateMachine):
     def make_plan(self):
         if self.plan is not None:
             return
-        self.plan = self.scheduler.plan(0.0)
+        self.could_decode = {s.seq_id for s in self.scheduler._states.decoding}
+        self.plan = self.scheduler.plan(self.now)
         assert (self.plan is not None) == bool(self.live)
         if self.plan is None:
             return
         self.ranks.execute(self.plan)
         if any(seq_id in self.live for seq_id in self.plan.released):
             event("preempted")
-        if self.chunk_tokens is None:
+        if self.sliced:
+            self.check_turns()
+        elif self.chunk_tokens is None:
             assert bool(self.plan.prefills) != bool(self.plan.decodes)
             assert all(item.samples for item in self.plan.prefills)
         else:
@@ -113,7 +136,7 @@ class SchedulerHistories(RuleBasedStateMachine):
             )
             if self.plan.prefills and self.plan.decodes:
                 event("hybrid")
-        if not self.sharing:
+        if not self.sharing and not self.sliced:
             running = {s.seq_id for s in self.scheduler._states.running.values()}
             waiting = self.live.keys() - running
             assert not waiting or max(running) < min(waiting), "first come, first served"
@@ -130,6 +153,20 @@ class SchedulerHistories(RuleBasedStateMachine):
             cached = self.ranks.tokens[item.seq_id]
             assert cached == sequence.prompt_token_ids + sequence.output_token_ids
 
+    def check_turns(self):
+        """Between two slices of prefills whoever can decodes."""
+        self.waited = 0 if self.plan.decodes else self.waited + 1
+        if self.could_decode & self.scheduler._states.running.keys():
+            assert self.waited <= 1, "decodes waited for two slices"
+        if self.plan.layers is not None:
+            event("slice")
+        if any(not item.samples for item in self.plan.prefills):
+            event("chunk")
+        if self.plan.dropped:
+            event("dropped")
+        if len(self.ranks.passes) > 1:
+            event("overtaken")
+
     @rule(data=st.data())
     def commit(self, data):
         if self.plan is not None:
@@ -140,11 +177,12 @@ class SchedulerHistories(RuleBasedStateMachine):
 
     def commit_tokens(self, tokens):
         plan, self.plan = self.plan, None
+        self.now += 0.004 * max(1, len(plan.prefills))
         for seq_id, token in zip(plan.sampled, tokens, strict=True):
             if token is None:
                 self.ranks.fail(plan, seq_id)
         output = StepOutput(tokens, [None] * len(tokens))
-        for sequence in self.scheduler.commit(plan, output, 1.0):
+        for sequence in self.scheduler.commit(plan, output, self.now):
             assert len(sequence.token_times) == len(sequence.output_token_ids)
             if sequence.finish_reason is FinishReason.ERROR:
                 assert tokens[plan.sampled.index(sequence.seq_id)] is None
@@ -183,6 +221,12 @@ class SchedulerHistories(RuleBasedStateMachine):
         """Left alone, everything ends, and the cache is empty."""
         if not hasattr(self, "scheduler"):
             return
+        try:
+            self.run_to_the_end()
+        finally:
+            prompt_placement.LEAST_CHUNK = USUAL_CHUNK
+
+    def run_to_the_end(self):
         for _ in range(20_000):
             self.make_plan()
             if self.plan is None:
@@ -193,7 +237,7 @@ class SchedulerHistories(RuleBasedStateMachine):
 
 TestSchedulerHistories = SchedulerHistories.TestCase
 TestSchedulerHistories.settings = settings(
-    max_examples=400,
+    max_examples=250,
     stateful_step_count=60,
     deadline=None,  # the machine may be busy
     suppress_health_check=[HealthCheck.too_slow],

@@ -1,0 +1,64 @@
+"""How the blocks of a prompt are spread over SP ranks: whole on one, in stripes for its chunks, or by the layout.
+
+Pure rules on counts; blocks are the ledger's. A prompt below `threshold` tokens lies whole on one rank, so that several
+run side by side and their prefill attention moves nothing; one that goes in chunks lies in stripes, so that
+each chunk is on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sps2_mega import types
+from sps2_mega.engine.prefix_sharing import Prefix
+from sps2_mega.kv_cache.ledger import BlockLedger
+from sps2_mega.kv_cache.placement import Spread
+
+LEAST_CHUNK = 64  # tokens on each rank: below it a layer is overhead more than work
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPlacement:
+    """`threshold` is in tokens; 0: no prompt lies on one rank alone by intention."""
+
+    ledger: BlockLedger
+    threshold: int
+
+    @property
+    def sp_size(self) -> int:
+        return self.ledger.sp_size
+
+    @property
+    def least_chunk(self) -> int:
+        """Tokens of the shortest chunk, in whole blocks on each rank."""
+        blocks = -(-LEAST_CHUNK // self.ledger.block_size)
+        return blocks * self.ledger.block_size * self.sp_size
+
+    def num_shared(self, prefix: Prefix) -> int:
+        """Tokens of a prefix that is taken over."""
+        return len(prefix.blocks) * self.ledger.block_size
+
+    def spread(
+        self, sequence: types.Sequence, prefix: Prefix, load: Sequence[int], quantum: int | None
+    ) -> Spread:
+        """For the tokens behind `prefix`. `load[r]` counts tokens that the step has on sp rank r so far; chunks are
+        multiples of `quantum` tokens, None: there are none."""
+        spread = self.ledger.spread
+        if quantum is not None:
+            return Spread("striped", max(1, quantum // (self.ledger.block_size * self.sp_size)))
+        if self.sp_size == 1 or sequence.num_tokens >= self.threshold:
+            return spread
+        return replace(spread, rank=self._rank(sequence, prefix, load))
+
+    def _rank(self, sequence: types.Sequence, prefix: Prefix, load: Sequence[int]) -> int | None:
+        """Where its prefix is, else where least is to be done, then where most room is; None where the prefix is on
+        several ranks, which then all take part anyway, or where no rank has room."""
+        held = {block.sp_rank for block in prefix.blocks}
+        needed = self.ledger.blocks_for(sequence.num_tokens) - len(prefix.blocks)
+        free = self.ledger.free_per_rank
+        candidates = held or range(self.sp_size)
+        if len(held) > 1:
+            return None
+        roomy = [rank for rank in candidates if free[rank] >= needed]
+        return min(roomy, key=lambda rank: (load[rank], -free[rank], rank), default=None)
