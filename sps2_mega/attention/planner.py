@@ -1,7 +1,7 @@
 """Which transport a prefill step takes: seconds from bytes, messages and arithmetic, then the least.
 
     seconds per layer = communication + attention of the busiest rank; calls, merges and copies are attention's
-    with overlap        latencies + the longer of bytes and attention, and 1/M of the shorter    gather, ulysses
+    with overlap        latencies + the longer of bytes and attention, and 1/M of the shorter
                         latencies + sum over steps of the longer of the two                      ring
 
 M is the number of micro-batches. Latencies are never hidden: with parts of useful size they are small, and where
@@ -97,20 +97,20 @@ def estimate(
         _rearranged(transport, shape) + (_through_kernel(moved, shape.itemsize) if on_cpu else 0)
     )
     micro_batches = 1
-    if overlap and transport in ("gather", "ulysses"):
+    if overlap and transport != "ring":
         micro_batches = num_micro_batches(
             PipelineSettings(),
             num_bytes=max(map(sum, moved)),
             flops=sum(step_pairs) * flops_per_pair,
             smallest=CPU_PART if on_cpu else CUDA_PART,
         )
-        if transport == "gather":  # it is cut by KV heads alone
+        if transport != "ulysses":  # they are cut by KV heads alone
             micro_batches = min(micro_batches, shape.num_kv_heads)
-        step_s[0] += (micro_batches - 1) * machine.call_s
+        step_s[0] += (micro_batches - 1) * len(step_s) * machine.call_s
     messages = num_messages(transport, shape.size) * micro_batches
     latency_s = messages * max(link.latency_s for link in machine.links)
     compute_s = sum(step_s)
-    if not overlap or transport == "pass_q":
+    if not overlap:
         seconds = travelling_s + compute_s
     elif transport == "ring":
         per_hop = travelling_s / max(1, shape.size - 1)
