@@ -96,8 +96,15 @@ def open_client(timeout_s: float) -> httpx.AsyncClient:
 async def ask(
     client: httpx.AsyncClient, target: Target, request: TimedRequest, due: float
 ) -> Record:
-    """Sends now and follows the stream to its end. Cancelling it closes the connection."""
+    """Sends now and follows the stream to its end."""
     record = Record(request=request, due=due, sent=time.monotonic())
+    await fill(client, target, record)
+    return record
+
+
+async def fill(client: httpx.AsyncClient, target: Target, record: Record) -> None:
+    """Sends the record's request and notes what comes, as it comes. Cancelling it closes the connection."""
+    request = record.request
     try:
         async with client.stream(
             "POST", target.endpoint, json=target.body(request), headers=target.headers
@@ -111,7 +118,6 @@ async def ask(
     except httpx.HTTPError as error:
         record.error = f"connection: {type(error).__name__}"
     record.end = time.monotonic()
-    return record
 
 
 async def _follow(response: httpx.Response, record: Record) -> None:
