@@ -208,9 +208,8 @@ class DecodeItem:
 
 @dataclass(frozen=True, slots=True)
 class LayerSlice:
-    """Layers [first, end) of one prefill pass: the way of some tokens of some sequences through the model. Ranks keep
-    a pass under `pass_id` from its first slice, whose plan has its items, to its last. `sampled` are the sequences
-    that get a token at the end of this slice: none before the last layer."""
+    """Layers [first, end) of the prefill pass `pass_id`: the way of some tokens through the model. Ranks keep it from its
+    first slice, whose plan has the items, to its last; `sampled` get a token at the end of that one."""
 
     pass_id: int
     first: int
@@ -222,10 +221,8 @@ class LayerSlice:
 class StepPlan:
     """What every rank executes in one step: `prefills`, `decodes` or, as `mode` says, both, of different sequences.
     `released` are sequences whose state ranks drop before the step (finished, aborted or preempted), `dropped` are
-    passes that they forget.
-
-    `layers` is which part of a prefill pass the step runs, None: all layers of `prefills` at once. After the first slice
-    of a pass `prefills` is empty: ranks have the items."""
+    passes that they forget. `layers`: the part of a pass that it runs, with `prefills` in the first slice only; None:
+    all layers at once."""
 
     step: int
     mode: ForwardMode

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from sps2_mega.config import EngineConfig, parts_of_engine_config
+from sps2_mega.config import EngineConfig
+from sps2_mega.config_mapping import parts_of_engine_config
 from sps2_mega.errors import ConfigError, RequestError
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.serving.drive import Submission, drive

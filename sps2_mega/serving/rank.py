@@ -13,7 +13,8 @@ import threading
 
 from sps2_mega.comm.guard import guard
 from sps2_mega.comm.lifeline import active_lifelines
-from sps2_mega.config import EngineConfig, engine_config_from_mapping
+from sps2_mega.config import EngineConfig
+from sps2_mega.config_mapping import engine_config_from_mapping
 from sps2_mega.parallel.launcher import from_environment
 
 

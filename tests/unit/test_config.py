@@ -9,9 +9,8 @@ from sps2_mega.config import (
     EngineConfig,
     ParallelConfig,
     SchedulerConfig,
-    engine_config_from_mapping,
-    parts_of_engine_config,
 )
+from sps2_mega.config_mapping import engine_config_from_mapping, parts_of_engine_config
 
 
 def test_parts_are_the_fields_that_are_configurations():

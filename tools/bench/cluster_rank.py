@@ -55,7 +55,7 @@ def end_with(parent: int) -> None:
 
 def main() -> int:
     from sps2_mega.comm.guard import guard
-    from sps2_mega.config import engine_config_from_mapping
+    from sps2_mega.config_mapping import engine_config_from_mapping
     from sps2_mega.engine.engine import Engine
     from sps2_mega.parallel.launcher import from_environment
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sps2_mega.config import engine_config_from_mapping
+from sps2_mega.config_mapping import engine_config_from_mapping
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.serving.llm import engine_config
 from tools.bench import cluster, cluster_nodes
