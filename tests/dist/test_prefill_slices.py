@@ -1,0 +1,101 @@
+"""Prefills that give way to decodes, between layers and between chunks, give the tokens of whole ones."""
+
+from __future__ import annotations
+
+import families
+import pytest
+from engine_run import run_engine
+
+from sps2_mega.config import CSAConfig
+
+# Under a target of 1 ms every slice is one layer and every chunk the shortest there is.
+LAYOUTS = [
+    (1, 1, "ulysses", 1.0),
+    (1, 2, "auto", 1.0),
+    (1, 3, "ring", 15.0),
+    (2, 2, "gather", 1.0),
+]
+ONE_LAYER = dict(tbt_target_ms=1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama3")
+    families.save_family("llama3-rope", folder)
+    return dict(model=str(folder), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """The long prompts come while others decode; two share a prefix, one has two samples."""
+    texts = families.prompts((33, 1, 320, 16, 7, 129, 650, 5), seed=6)
+    params = [
+        dict(max_tokens=60, temperature=0.0, ignore_eos=True),
+        dict(max_tokens=50, seed=1, ignore_eos=True),
+        dict(max_tokens=20, seed=2, n=2, logprobs=2),
+        dict(max_tokens=24, temperature=0.0, presence_penalty=0.5),
+        dict(max_tokens=1, seed=4),
+        dict(max_tokens=9, seed=5, ignore_eos=True, repetition_penalty=1.2),
+        dict(max_tokens=12, seed=6),
+        dict(max_tokens=30, seed=7, ignore_eos=True),
+    ]
+    texts[7] = texts[5][:100] + texts[7]
+    return list(zip(texts, params, strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(model, requests):
+    return run_engine(model | dict(cache=dict(no_prefix_caching=True)), requests)
+
+
+def assert_same(outputs, expected):
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert output.error is None
+        for completion, reference in zip(output.completions, wanted.completions, strict=True):
+            assert completion.token_ids == reference.token_ids
+            for entry, other in zip(
+                completion.logprobs or [], reference.logprobs or [], strict=True
+            ):
+                assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(("tp", "sp", "transport", "target_ms"), LAYOUTS, ids=str)
+def test_slices_and_chunks_give_the_tokens_of_whole_prompts(
+    model, requests, expected, tp, sp, transport, target_ms
+):
+    options = model | dict(transport=transport, scheduler=dict(tbt_target_ms=target_ms))
+    assert_same(run_engine(options, requests, tp=tp, sp=sp, stagger=2), expected)
+
+
+def test_preemption_of_suspended_prefills(model, requests, expected):
+    options = model | dict(scheduler=ONE_LAYER, cache=dict(num_blocks=24))
+    assert_same(run_engine(options, requests, sp=2, stagger=1), expected)
+
+
+def test_aborts_between_slices(model, requests, expected):
+    options = model | dict(scheduler=ONE_LAYER)
+    for step in (14, 17):
+        outputs = run_engine(options, requests, sp=2, stagger=2, abort=(6, step))
+        assert outputs[6] is None
+        assert_same(outputs[:6] + outputs[7:], expected[:6] + expected[7:])
+
+
+@pytest.mark.parametrize("spans", [(48,), None], ids=["spans", "topology"])
+def test_sparse_prompts_are_the_same_wherever_they_are_cut(model, requests, spans):
+    """Chunks of 128 tokens: the exact tail of 50 is cut in prompts of 129 and 320 tokens."""
+    csa = CSAConfig(degrees=(1, 4), spans=spans, sinks=4, halo=10, tail=50)
+    options = model | dict(csa=csa, cache=dict(no_prefix_caching=True))
+    whole = run_engine(options, requests, sp=2, stagger=2)
+    assert_same(run_engine(options | dict(scheduler=ONE_LAYER), requests, sp=2, stagger=2), whole)
+
+
+def test_a_sliced_prompt_without_finite_logits_fails_alone(model, requests, expected):
+    poison = families.VOCAB - 1
+    texts = families.prompts((90, 20), seed=7)
+    bad = ([*texts[0], poison, *texts[1]], dict(max_tokens=24))
+    asked = [*requests[:3], bad, (texts[0] + [3], dict(max_tokens=24)), *requests[3:]]
+    options = model | dict(scheduler=ONE_LAYER, cache=dict(num_blocks=80), transport="ring")
+    outputs = run_engine(options, asked, sp=2, poison=poison, stagger=1)
+    assert "no finite logits" in outputs[3].error
+    assert outputs[4].error is None
+    assert_same(outputs[:3] + outputs[5:], expected)
