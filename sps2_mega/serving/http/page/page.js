@@ -87,7 +87,7 @@ function showLoad(status) {
   show("waiting", number.format(load.waiting));
   show("ttft", `${seconds(latency.ttft.p50_s)} / ${seconds(latency.ttft.p99_s)}`);
   show("tbt", `${seconds(latency.tbt.p50_s)} / ${seconds(latency.tbt.p99_s)}`);
-  show("prompt-tokens", `${number.format(load.prompt_tokens)}, ${number.format(load.cached_tokens)}`);
+  show("prompt-tokens", `${number.format(load.prompt_tokens)} / ${number.format(load.cached_tokens)}`);
   const now = { tokens: load.output_tokens, at: performance.now() };
   if (before && now.at > before.at) {
     show("rate", number.format((1000 * (now.tokens - before.tokens)) / (now.at - before.at)));
