@@ -1,6 +1,7 @@
 """Which transport each SP level takes in a sparse prefill step: seconds from visible rows and pairs, then the least.
 
-    seconds per layer = communication + attention of the busiest rank; the larger of the two where they overlap
+    seconds per layer = latencies + communication + attention of the busiest rank, its copies included;
+                        latencies + the larger of the two where they overlap
 
 As `planner`, a pure function of the step and of what was measured, so that all ranks choose alike. What is visible is
 counted from the pattern itself, in one layer: the others differ by a rotation.
@@ -101,10 +102,16 @@ def choose_levels(
     parts: dict[tuple[str, ...], tuple[float, float]] = {}
     for names in itertools.product(CANDIDATES, repeat=len(machine.sp_levels)):
         moved, pairs = _spread(visible, names, group_sizes_of(machine.sp_levels), heads)
-        messages = sum(_MESSAGES[name] for name in names)
-        comm_s = link_seconds(moved, machine) + messages * latency_s
-        parts[names] = comm_s, max(pairs) * 4 * head_dim / machine.flops_per_s
-    seconds = {names: max(both) if overlap else sum(both) for names, both in parts.items()}
+        busy_s = [
+            count * 4 * head_dim / machine.flops_per_s + copied * machine.copy_s
+            for count, copied in zip(pairs, _copied(moved, itemsize, machine), strict=True)
+        ]
+        parts[names] = link_seconds(moved, machine), max(busy_s)
+    seconds = {
+        names: sum(_MESSAGES[name] for name in names) * latency_s
+        + (max(both) if overlap else sum(both))
+        for names, both in parts.items()
+    }
     best = min(seconds, key=seconds.__getitem__)
     comm_s, compute_s = parts[best]
     reason = (
@@ -114,6 +121,14 @@ def choose_levels(
         if names != best:
             reason += f"; {','.join(names)} {_ms(found)}"
     return LevelChoice(transports=best, seconds=seconds, reason=reason)
+
+
+def _copied(moved: Matrix, itemsize: int, machine: Machine) -> list[int]:
+    """Numbers that each rank copies: rows are picked before they leave and put in their places after they have come,
+    and on CPU they go through the kernel."""
+    times = 4 if machine.on_cpu else 2
+    sent, received = map(sum, moved), map(sum, zip(*moved, strict=True))
+    return [times * sum(both) // itemsize for both in zip(sent, received, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,6 @@ from sps2_mega.parallel.machine import Machine
 
 TRANSPORTS = ("ulysses", "gather", "ring", "pass_q")
 
-_FASTEST_CPU_FLOPS_PER_S = 1e13  # a rank above it is a GPU, where smaller parts do not pay
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
@@ -86,7 +84,6 @@ def estimate(
     """Bytes, messages, pairs and seconds of one transport in one layer; `overlap`: with the pipeline on."""
     moved = bytes_moved(transport, shape)
     flops_per_pair = 4 * shape.head_dim  # a score and a weighted value: H multiply-adds each
-    on_cpu = machine.flops_per_s < _FASTEST_CPU_FLOPS_PER_S
     travelling_s = link_seconds(moved, machine)
     # Partials of one set of queries are added up once per rank that holds keys.
     merge_s = machine.merge_s * max(shape.queries) * shape.num_heads * shape.head_dim
@@ -94,7 +91,8 @@ def estimate(
     fixed_s = machine.call_s + (merge_s if transport in ("ring", "pass_q") else 0.0)
     step_s = [pairs * flops_per_pair / machine.flops_per_s + fixed_s for pairs in step_pairs]
     step_s[0] += machine.copy_s * (
-        _rearranged(transport, shape) + (_through_kernel(moved, shape.itemsize) if on_cpu else 0)
+        _rearranged(transport, shape)
+        + (_through_kernel(moved, shape.itemsize) if machine.on_cpu else 0)
     )
     micro_batches = 1
     if overlap and transport != "ring":
@@ -102,7 +100,7 @@ def estimate(
             PipelineSettings(),
             num_bytes=max(map(sum, moved)),
             flops=sum(step_pairs) * flops_per_pair,
-            smallest=CPU_PART if on_cpu else CUDA_PART,
+            smallest=CPU_PART if machine.on_cpu else CUDA_PART,
         )
         if transport != "ulysses":  # they are cut by KV heads alone
             micro_batches = min(micro_batches, shape.num_kv_heads)

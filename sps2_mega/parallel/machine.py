@@ -9,6 +9,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+_FASTEST_CPU_FLOPS_PER_S = 1e13
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
@@ -35,6 +37,11 @@ class Machine:
         assert len(self.links) == len(self.sp_levels), (
             f"{len(self.sp_levels)} SP levels need as many links, got {len(self.links)}"
         )
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ranks are CPUs, told from their speed."""
+        return self.flops_per_s < _FASTEST_CPU_FLOPS_PER_S
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
