@@ -28,6 +28,9 @@ from sps2_mega.types import (
     StepPlan,
 )
 
+# What ranks must know besides plans, in this order: a sequence that runs from now on, or one (its id) that no longer does.
+Change = PrefillItem | int
+
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
@@ -67,7 +70,7 @@ class DecodeScheduler:
         self._waiting: deque[Sequence] = deque()
         self._receiving: dict[int, Reservation] = {}
         self._running: dict[int, Sequence] = {}  # oldest first
-        self._released: list[int] = []
+        self._changes: list[Change] = []
         self._step = 0
 
     @property
@@ -119,29 +122,29 @@ class DecodeScheduler:
             self._receiving[sequence.seq_id] = made[-1]
         return made
 
-    def start(self, seq_id: int, token_id: int) -> PrefillItem:
-        """All tokens of a received sequence are cached, and `token_id` follows them: it runs from now on. The item says
-        what ranks have to know; its tokens are all computed."""
+    def start(self, seq_id: int, token_id: int) -> None:
+        """All tokens of a received sequence are cached, and `token_id` follows them: it runs from now on."""
         reservation = self._receiving.pop(seq_id)
         sequence = reservation.sequence
         num_tokens = sequence.num_tokens
-        item = PrefillItem(
-            seq_id,
-            sequence.tokens_from(0),
-            len(sequence.prompt_token_ids),
-            reservation.block_ranks,
-            reservation.block_ids,
-            sequence.params,
-            sequence.seed,
-            start=num_tokens,
-            end=num_tokens,
-            num_shared_tokens=reservation.num_shared_tokens,
+        self._changes.append(
+            PrefillItem(
+                seq_id,
+                sequence.tokens_from(0),
+                len(sequence.prompt_token_ids),
+                reservation.block_ranks,
+                reservation.block_ids,
+                sequence.params,
+                sequence.seed,
+                start=num_tokens,
+                end=num_tokens,
+                num_shared_tokens=reservation.num_shared_tokens,
+            )
         )
         if self._sharing is not None:
             self._sharing.cached(sequence)
         sequence.output_token_ids.append(token_id)
         self._running[seq_id] = sequence
-        return item
 
     def plan(self) -> StepPlan | None:
         """One token for each running sequence that has room for it; None when there is nobody."""
@@ -160,8 +163,12 @@ class DecodeScheduler:
         if not items:
             return None
         self._step += 1
-        released, self._released = self._released, []
-        return StepPlan(self._step, ForwardMode.DECODE, [], items, released)
+        return StepPlan(self._step, ForwardMode.DECODE, [], items, [])
+
+    def take_changes(self) -> list[Change]:
+        """What ranks carry out before they execute the last plan."""
+        changes, self._changes = self._changes, []
+        return changes
 
     def commit(self, plan: StepPlan, output: StepOutput) -> list[FinishReason | None]:
         """Append the step's tokens; for each one why it was the last of its sequence, None where that goes on."""
@@ -180,14 +187,10 @@ class DecodeScheduler:
             reasons.append(reason)
         return reasons
 
-    def is_receiving(self, seq_id: int) -> bool:
-        return seq_id in self._receiving
-
-    def drop(self, seq_id: int) -> Reservation | None:
-        """Forget a sequence in any state; one that is received must have nothing on the way any more. Returns what
-        was reserved for that one. Unknown ids are fine: it may have ended here before the other side knew."""
-        reservation = self._receiving.pop(seq_id, None)
-        if reservation is not None:
+    def drop(self, seq_id: int) -> None:
+        """Forget a sequence in any state; one that is received must have nothing on the way any more. Unknown ids are
+        fine: it may have ended here before the other side knew."""
+        if self._receiving.pop(seq_id, None) is not None:
             self._ledger.release(seq_id)
             if self._sharing is not None:
                 self._sharing.ended(seq_id)
@@ -200,7 +203,6 @@ class DecodeScheduler:
                     if self._sharing is not None:
                         self._sharing.ended(seq_id)
                     break
-        return reservation
 
     def check_integrity(self) -> None:
         """Recount sequences and blocks. Raises AssertionError when something was lost or is held twice."""
@@ -238,7 +240,7 @@ class DecodeScheduler:
     def _preempt(self, seq_id: int) -> None:
         sequence = self._running.pop(seq_id)
         self._ledger.release(seq_id)
-        self._released.append(seq_id)
+        self._changes.append(seq_id)
         if self._sharing is not None:
             self._sharing.stopped(seq_id)
         sequence.num_preemptions += 1
@@ -247,6 +249,6 @@ class DecodeScheduler:
     def _end(self, seq_id: int) -> None:
         del self._running[seq_id]
         self._ledger.release(seq_id)
-        self._released.append(seq_id)
+        self._changes.append(seq_id)
         if self._sharing is not None:
             self._sharing.ended(seq_id)

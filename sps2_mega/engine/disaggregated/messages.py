@@ -26,10 +26,12 @@ from sps2_mega.types import FinishReason, SamplingParams, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message of both drivers: what their side can hold."""
+    """The first message of both drivers: what their side can hold. `shares_prefixes`: equal tokens have equal keys and
+    values, whatever prompt they are in."""
 
     cache_tokens: int
     num_blocks: int
+    shares_prefixes: bool
 
 
 @dataclass(frozen=True, slots=True)

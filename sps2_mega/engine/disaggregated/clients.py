@@ -1,0 +1,101 @@
+"""What clients are owed and get: requests in flight, their tokens as they come from either side, and counts of all that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listed
+
+from sps2_mega.engine.output_processor import OutputProcessor
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.metrics import TokenWaits, waits_ended_at
+from sps2_mega.types import (
+    FinishReason,
+    OutputDelta,
+    PrefillItem,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+    TokenLogprob,
+)
+
+
+class Clients:
+    """Every request added is answered once, with its last sample, or dropped. Counts are since the start of the job;
+    public attributes are to be read only."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._outputs = OutputProcessor(tokenizer)
+        self._samples: dict[str, list[Sequence]] = {}
+        self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
+        self.num_steps, self.last_waits = 0, TokenWaits()
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._samples
+
+    def open_requests(self) -> list[str]:
+        return list(self._samples)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        samples: list[Sequence],
+        *,
+        stream: bool,
+    ) -> None:
+        """Raises RequestError: stop strings were given and there is no tokenizer."""
+        self._outputs.add(request_id, prompt_token_ids, params, samples, stream=stream)
+        self._samples[request_id] = samples
+
+    def drop(self, request_id: str) -> list[Sequence]:
+        """Forget a request; returns its samples, none if it is not in flight."""
+        self._outputs.drop(request_id)
+        return self._samples.pop(request_id, [])
+
+    def take_deltas(self) -> list[OutputDelta]:
+        return self._outputs.take_deltas()
+
+    def take_token(
+        self,
+        sequence: Sequence,
+        token_id: int | None,
+        logprob: TokenLogprob | None,
+        reason: FinishReason | None,
+        now: float,
+    ) -> bool:
+        """True when it was the sequence's last one, for `reason`, or because it completes a stop string, or because
+        there is none."""
+        if token_id is None:
+            sequence.finish_reason = FinishReason.ERROR
+            return True
+        self.output_tokens += 1
+        sequence.output_token_ids.append(token_id)
+        sequence.token_times.append(now)
+        if logprob is not None:
+            sequence.logprobs.append(logprob)
+        if self._outputs.check_stop(sequence) and reason is None:
+            reason = FinishReason.STOP
+        sequence.finish_reason = reason
+        if reason is None:
+            self._outputs.stream(sequence)
+        return reason is not None
+
+    def end(self, sequence: Sequence) -> list[RequestOutput]:
+        """After a sequence's last token: its request's output, if this was the last sample."""
+        output = self._outputs.finished(sequence)
+        if output is None:
+            return []
+        del self._samples[output.request_id]
+        return [output]
+
+    def count_prompt(self, item: PrefillItem) -> None:
+        """Of a pass that is done. Outputs that a preempted sequence computes again do not count."""
+        cached = min(item.start, item.num_prompt_tokens)
+        self.cached_tokens += cached
+        self.prompt_tokens += min(item.end, item.num_prompt_tokens) - cached
+
+    def count_step(self, now: float, sequences: Listed[Sequence]) -> None:
+        """A step of either side gave these sequences a token at time `now`."""
+        if sequences:
+            self.num_steps += 1
+            self.last_waits = waits_ended_at(now, sequences)

@@ -1,0 +1,204 @@
+"""The first decode rank: makes room for sequences, starts them when their keys and values are there, decodes them.
+
+Everything it knows of clients comes from the prefill driver (`messages`). It waits for messages only where there is
+nothing to decode.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import dataclass
+
+from sps2_mega.engine.disaggregated.agreement import agree
+from sps2_mega.engine.disaggregated.control import Heard
+from sps2_mega.engine.disaggregated.decode_rank import DecodeRank
+from sps2_mega.engine.disaggregated.decode_scheduler import DecodeScheduler, Reservation
+from sps2_mega.engine.disaggregated.kv_route import Placement
+from sps2_mega.engine.disaggregated.messages import (
+    Arrived,
+    ControlMessage,
+    Drop,
+    Expect,
+    Leave,
+    Left,
+    NewToken,
+    Room,
+    Start,
+    Tokens,
+)
+from sps2_mega.engine.disaggregated.shipment import Destination, receiving_ranks
+from sps2_mega.engine.startup import StartedRank, failing
+from sps2_mega.kv_cache.block_chain import chain_root
+from sps2_mega.types import Sequence, StepOutput, StepPlan
+
+_PREFILL_DRIVER = 0
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """A sequence that is received. `missing` counts the messages Arrived that are still to come; `dropped`: its blocks
+    are free when the last one has come."""
+
+    number: int
+    seq_id: int
+    num_ranks: int
+    missing: int
+    token_id: int | None = None
+    dropped: bool = False
+
+
+class DecodeDriver:
+    """Every block that the other side may still write to belongs to a transfer."""
+
+    def __init__(self, rank: StartedRank) -> None:
+        self._started, self._side, self._block_size = rank, rank.side, rank.config.cache.block_size
+        self._rank = DecodeRank(rank)
+        self._events = self._rank.control.events
+        self._transfers: dict[int, _Transfer] = {}
+        self._transfer_of: dict[int, _Transfer] = {}  # by sequence
+        self._num_transfers = 0
+        self._leaving = self._reported_idle = False
+
+    def run_worker(self) -> None:
+        """Serves the prefill driver until it leaves."""
+        with failing(self._started.lifeline):
+            self._scheduler = self._make_scheduler()
+            while not (self._leaving and not self._transfers):
+                self._work()
+            self._scheduler.check_integrity()
+            self._send(Left())
+            self._rank.dismiss()
+        self._rank.leave()
+
+    def _make_scheduler(self) -> DecodeScheduler:
+        rank = self._started
+        agreement = agree(rank, self._rank.control, _PREFILL_DRIVER, prefixes=True)
+        return DecodeScheduler(
+            rank.config.scheduler,
+            limits=agreement.limits,
+            block_size=self._block_size,
+            num_blocks=rank.num_blocks,
+            sp_size=rank.groups.sp.size,
+            prefix_root=chain_root(rank.config.csa) if agreement.shares_prefixes else None,
+        )
+
+    def _work(self) -> None:
+        """One step, or if there is none, one wait for messages."""
+        for reservation in self._scheduler.reserve():
+            self._offer(reservation)
+        plan = self._scheduler.plan()
+        if plan is not None:
+            output = self._rank.lead(plan, self._scheduler.take_changes())
+            self._report(plan, output)
+            self._reported_idle = False
+        elif not self._reported_idle and not self._transfers:
+            self._scheduler.check_integrity()
+            self._reported_idle = True
+        self._hear(wait=plan is None)
+
+    def _hear(self, *, wait: bool) -> None:
+        """Handles all messages that are there, and waits for one where there is nothing else to do."""
+        while True:
+            try:
+                heard: Heard = self._events.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            self._handle(heard.message)
+
+    def _handle(self, message: ControlMessage) -> None:
+        match message:
+            case Expect():
+                self._scheduler.add(
+                    Sequence(
+                        seq_id=message.seq_id,
+                        prompt_token_ids=message.prompt_token_ids,
+                        params=message.params,
+                        seed=message.seed,
+                        max_tokens=message.max_tokens,
+                        arrival_time=time.monotonic(),
+                    )
+                )
+            case Start():
+                transfer = self._transfers[message.transfer]
+                transfer.token_id = message.token_id
+                self._settle(transfer)
+            case Arrived():
+                transfer = self._transfers[message.transfer]
+                transfer.missing -= 1
+                self._settle(transfer)
+            case Drop():
+                self._drop(message)
+            case Leave():
+                self._leaving = True
+            case _:
+                raise AssertionError(f"the decode side does not expect {message}")
+
+    def _drop(self, message: Drop) -> None:
+        transfer = self._transfer_of.get(message.seq_id)
+        if transfer is None or transfer.number != message.shipped:
+            # Nothing of it is on the way: not begun, or all here.
+            if transfer is not None:
+                self._forget(transfer)
+            self._release(message.seq_id)
+            return
+        transfer.dropped = True
+        if message.damaged:
+            transfer.missing += transfer.num_ranks  # it comes once more, cleared
+        self._settle(transfer)
+
+    def _settle(self, transfer: _Transfer) -> None:
+        """What becomes of a transfer whose last part may have come."""
+        if transfer.missing or (transfer.token_id is None and not transfer.dropped):
+            return
+        self._forget(transfer)
+        if transfer.dropped:
+            self._release(transfer.seq_id)
+        else:
+            assert transfer.token_id is not None
+            self._scheduler.start(transfer.seq_id, transfer.token_id)
+
+    def _forget(self, transfer: _Transfer) -> None:
+        del self._transfers[transfer.number], self._transfer_of[transfer.seq_id]
+
+    def _release(self, seq_id: int) -> None:
+        self._scheduler.drop(seq_id)
+        self._reported_idle = False
+        self._send(Tokens([], self._scheduler.num_used_blocks))
+
+    def _offer(self, reservation: Reservation) -> None:
+        sequence, number = reservation.sequence, self._num_transfers
+        self._num_transfers += 1
+        first = reservation.num_shared_tokens
+        ranks = receiving_ranks(
+            Destination(number, first, Placement(reservation.block_ranks, reservation.block_ids)),
+            sequence.num_tokens,
+            decode=self._side,
+            block_size=self._block_size,
+        )
+        transfer = _Transfer(number, sequence.seq_id, len(ranks), len(ranks))
+        self._transfers[number] = self._transfer_of[sequence.seq_id] = transfer
+        self._send(
+            Room(
+                sequence.seq_id,
+                number,
+                sequence.num_tokens,
+                first,
+                reservation.block_ranks,
+                reservation.block_ids,
+            )
+        )
+
+    def _report(self, plan: StepPlan, output: StepOutput) -> None:
+        reasons = self._scheduler.commit(plan, output)
+        tokens = [
+            NewToken(item.seq_id, token_id, logprob, reason)
+            for item, token_id, logprob, reason in zip(
+                plan.decodes, output.token_ids, output.logprobs, reasons, strict=True
+            )
+        ]
+        self._send(Tokens(tokens, self._scheduler.num_used_blocks))
+
+    def _send(self, message: ControlMessage) -> None:
+        self._rank.control.send(_PREFILL_DRIVER, message)

@@ -1,0 +1,76 @@
+"""One decode rank's part of a step: let sequences enter and leave, decode; meanwhile keys and values of others arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sps2_mega.comm.collectives import broadcast_bytes
+from sps2_mega.engine.disaggregated.control import Control, Heard
+from sps2_mega.engine.disaggregated.decode_scheduler import Change
+from sps2_mega.engine.disaggregated.frames import decode_decode, encode_decode
+from sps2_mega.engine.disaggregated.kv_receiver import KVReceiver
+from sps2_mega.engine.disaggregated.messages import Arrived
+from sps2_mega.engine.startup import StartedRank, failing
+from sps2_mega.mcore.init import finalize
+from sps2_mega.types import StepOutput, StepPlan
+
+_SHUTDOWN = b""
+
+
+class DecodeRank:
+    """Any rank of the decode side. The driver (the first one) calls `lead`, the others `run_worker`, for the same steps."""
+
+    def __init__(self, rank: StartedRank) -> None:
+        assert rank.bridge is not None and len(rank.sides) == 2
+        self._rank, self._executor, self._global_rank = rank, rank.executor, rank.bridge.rank
+        self._driver = rank.side.first
+        self.control = Control(rank)
+        receiver = KVReceiver(
+            rank.executor.pool,
+            num_layers=rank.executor.config.num_layers,
+            on_arrival=self._tell_driver,
+        )
+        rank.bridge.channel(on_message=receiver.receive, on_error=rank.lifeline.fail)
+
+    def lead(self, plan: StepPlan, changes: Sequence[Change]) -> StepOutput:
+        """Runs a step on all decode ranks, after `changes`."""
+        if self._rank.groups.control.size > 1:
+            broadcast_bytes(encode_decode(plan, changes), self._rank.groups.control)
+        return self._execute(plan, changes)
+
+    def run_worker(self) -> None:
+        """Executes the driver's steps until it leaves."""
+        with failing(self._rank.lifeline):
+            while payload := broadcast_bytes(None, self._rank.groups.control):
+                self._execute(*decode_decode(payload))
+        self.leave()
+
+    def dismiss(self) -> None:
+        """The driver's last word to the others."""
+        broadcast_bytes(_SHUTDOWN, self._rank.groups.control)
+
+    def leave(self) -> None:
+        """The end of this rank; all ranks of the job come here together."""
+        with failing(self._rank.lifeline):
+            assert self._rank.bridge is not None
+            self._rank.bridge.close()
+        self._rank.lifeline.close()
+        finalize()
+
+    def _execute(self, plan: StepPlan, changes: Sequence[Change]) -> StepOutput:
+        self._rank.lifeline.step_begin(plan.step, "decode")
+        for change in changes:
+            if isinstance(change, int):
+                self._executor.forget([change])
+            else:
+                self._executor.enter(change)
+        output = self._executor.execute(plan)
+        self._rank.lifeline.step_end()
+        return output
+
+    def _tell_driver(self, transfer: int) -> None:
+        """In the receiving thread."""
+        if self._global_rank == self._driver:
+            self.control.events.put(Heard(self._global_rank, Arrived(transfer)))
+        else:
+            self.control.send(self._driver, Arrived(transfer))

@@ -1,0 +1,295 @@
+"""The engine of a job with separate decode ranks, as its users see it: what `engine.engine.Engine` offers, on rank 0.
+
+Rank 0 drives the prefill side and owns the requests. Three things happen at once, and meet in one queue of events that
+`step` handles:
+
+    a thread      prefill steps on the prefill ranks, one after another         -> StepDone
+    decode side   room, and the tokens of its steps (`decode_driver`)           -> Heard
+    the caller    add_request, abort
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+
+from sps2_mega.attention.pipeline.metrics import CommSeconds
+from sps2_mega.engine.admission import refusal
+from sps2_mega.engine.disaggregated.agreement import agree
+from sps2_mega.engine.disaggregated.clients import Clients
+from sps2_mega.engine.disaggregated.control import Heard
+from sps2_mega.engine.disaggregated.flights import Flight
+from sps2_mega.engine.disaggregated.messages import (
+    ControlMessage,
+    Drop,
+    Expect,
+    Leave,
+    Left,
+    Room,
+    Start,
+    Tokens,
+)
+from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
+from sps2_mega.engine.disaggregated.prefill_scheduler import prefill_scheduler
+from sps2_mega.engine.disaggregated.step_thread import StepDone, StepThread
+from sps2_mega.engine.samples import samples_of
+from sps2_mega.engine.startup import StartedRank, failing
+from sps2_mega.engine.stats import EngineStats
+from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.errors import Refusal
+from sps2_mega.types import (
+    FinishReason,
+    OutputDelta,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+)
+
+# New requests and aborts are looked at between calls of `step`, which must not wait for long.
+_WAIT_S = 0.005
+
+
+class DisaggregatedEngine:
+    """Every sequence in `_flights` is owed an output; the decode side knows exactly those, and such that it was told
+    to drop."""
+
+    def __init__(self, rank: StartedRank) -> None:
+        self._started, self.config = rank, rank.config
+        self.model_config = rank.resolved.config
+        self.tokenizer: Tokenizer | None = None
+        if rank.resolved.tokenizer is not None:
+            self.tokenizer = Tokenizer.load(rank.resolved.tokenizer)
+        self._rank = PrefillRank(rank)
+        self._control, self._events = self._rank.control, self._rank.control.events
+        self._decode_driver = rank.sides[1].first
+        with failing(rank.lifeline):
+            # Under CSA keys depend on the prompt that a prefix is in.
+            agreement = agree(
+                rank, self._control, self._decode_driver, prefixes=self.config.csa.exact
+            )
+        self._limits, self._num_decode_blocks = agreement.limits, agreement.num_blocks_there
+        self.max_model_len = self._limits.max_len
+        self._scheduler = prefill_scheduler(rank, max_len=self.max_model_len)
+        self._thread = StepThread(self._rank, rank.lifeline, rank.executor.device, self._events)
+        self._clients = Clients(self.tokenizer)
+        self._flights: dict[int, Flight] = {}
+        self._dropped: dict[int, Flight] = {}  # while they are in the step under way
+        self._next_seq_id = 0
+        self._decode_blocks_used = 0
+        self._busy = self._closed = False
+        self._prefill_comm = CommSeconds()
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        arrival_time: float | None = None,
+        stream: bool = False,
+    ) -> Refusal | None:
+        """As `Engine.add_request`."""
+        if request_id in self._clients:
+            return Refusal.DUPLICATE_ID
+        reason = self.refusal(prompt_token_ids, params)
+        if reason is not None:
+            return reason
+        max_waiting = self.config.scheduler.max_waiting
+        if max_waiting is not None and self._num_waiting + params.n > max_waiting:
+            return Refusal.QUEUE_FULL
+        samples = samples_of(
+            request_id,
+            prompt_token_ids,
+            params,
+            first_seq_id=self._next_seq_id,
+            max_len=self.max_model_len,
+            default_seed=self.config.seed,
+            arrival_time=time.monotonic() if arrival_time is None else arrival_time,
+        )
+        self._clients.add(request_id, prompt_token_ids, params, samples, stream=stream)
+        self._next_seq_id += params.n
+        for sample in samples:
+            self._flights[sample.seq_id] = Flight(sample)
+            self._send(
+                Expect(sample.seq_id, prompt_token_ids, params, sample.seed, sample.max_tokens)
+            )
+        return None
+
+    def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
+        """Why such a request could never run; for other threads too, since nothing it reads changes."""
+        asked = Sequence(
+            seq_id=-1,
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            seed=0,
+            max_tokens=params.max_tokens or 1,
+            arrival_time=0.0,
+        )
+        return refusal(asked, self._limits)
+
+    def take_deltas(self) -> list[OutputDelta]:
+        """What steps since the last call added to streamed requests, in order."""
+        return self._clients.take_deltas()
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request in any state, without an output; False when it is not in flight."""
+        samples = self._clients.drop(request_id)
+        for sample in samples:
+            flight = self._flights.pop(sample.seq_id, None)
+            if flight is None:
+                continue  # this sample has ended
+            if flight.attempt is not None:
+                self._scheduler.abort(sample.seq_id)
+            if flight.is_computed:
+                self._dropped[sample.seq_id] = flight  # what is sent is known after the step
+            else:
+                self._send(Drop(sample.seq_id, flight.shipped))
+        return bool(samples)
+
+    def has_work(self) -> bool:
+        """Also while nobody waits for an output, until all blocks are free on both sides."""
+        return bool(self._flights) or self._busy or self._decode_blocks_used > 0
+
+    def stats(self) -> EngineStats:
+        """KV figures are of both sides together, those per rank of the prefill side's sp ranks."""
+        prefill = self._scheduler
+        prefill_blocks = self._started.num_blocks * self._started.groups.sp.size
+        used = sum(prefill.kv_used_per_rank) + self._decode_blocks_used
+        return EngineStats(
+            num_running=len(self._flights) - self._num_waiting,
+            num_waiting=self._num_waiting,
+            kv_usage=used / (prefill_blocks + self._num_decode_blocks),
+            kv_used_per_rank=prefill.kv_used_per_rank,
+            prompt_tokens=self._clients.prompt_tokens,
+            cached_tokens=self._clients.cached_tokens,
+            output_tokens=self._clients.output_tokens,
+            prefill_comm=self._prefill_comm,
+            num_steps=self._clients.num_steps,
+            last_waits=self._clients.last_waits,
+        )
+
+    def step(self) -> list[RequestOutput]:
+        """Wait a moment for news of either side, unless there is nothing to wait for; returns the requests that
+        finished."""
+        with failing(self._started.lifeline):
+            self._begin_prefill()
+            finished = self._handle_events(_WAIT_S if self.has_work() else 0.0)
+            self._begin_prefill()
+            return finished
+
+    def shutdown(self) -> None:
+        """End the job on all ranks; requests in flight are dropped. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        with failing(self._started.lifeline):
+            for request_id in self._clients.open_requests():
+                self.abort(request_id)
+            while self._busy:
+                self._handle_events(_WAIT_S)
+            self._thread.close()
+            self._send(Leave())
+            while not isinstance(heard := self._events.get(), Heard) or not isinstance(
+                heard.message, Left
+            ):
+                continue
+            self._rank.dismiss()
+        self._rank.leave()
+
+    @property
+    def _num_waiting(self) -> int:
+        return sum(not f.is_decoding and not f.is_computed for f in self._flights.values())
+
+    def _begin_prefill(self) -> None:
+        if self._busy:
+            return
+        plan = self._scheduler.plan(time.monotonic())
+        if plan is None:
+            return
+        self._busy = True
+        self._thread.begin(
+            plan,
+            {item.seq_id: self._flights[item.seq_id].begin_pass() for item in plan.prefills},
+        )
+
+    def _handle_events(self, wait_s: float) -> list[RequestOutput]:
+        """All that are there; waits for the first one."""
+        finished: list[RequestOutput] = []
+        while True:
+            try:
+                event = self._events.get(timeout=wait_s) if wait_s else self._events.get_nowait()
+            except queue.Empty:
+                return finished
+            wait_s = 0.0
+            if isinstance(event, StepDone):
+                finished += self._end_prefill(event)
+            else:
+                finished += self._hear(event.message)
+
+    def _hear(self, message: ControlMessage) -> list[RequestOutput]:
+        if isinstance(message, Room):
+            flight = self._flights.get(message.seq_id)
+            if flight is not None:
+                refused = self._scheduler.add(flight.offer(message))
+                assert refused is None, f"sequence {message.seq_id} was refused late: {refused}"
+            return []
+        assert isinstance(message, Tokens), f"the prefill side does not expect {message}"
+        now = time.monotonic()
+        self._decode_blocks_used = message.num_used_blocks
+        got: list[Sequence] = []
+        finished: list[RequestOutput] = []
+        for token in message.tokens:
+            flight = self._flights.get(token.seq_id)
+            if flight is None:
+                continue  # dropped here before the other side knew
+            got.append(flight.sequence)
+            ended = self._clients.take_token(
+                flight.sequence, token.token_id, token.logprob, token.reason, now
+            )
+            if ended and token.reason is None:
+                self._send(Drop(token.seq_id, flight.shipped))
+            if ended:
+                finished += self._end(flight)
+        self._clients.count_step(now, got)
+        return finished
+
+    def _end_prefill(self, done: StepDone) -> list[RequestOutput]:
+        """First tokens go to clients here; the decode side goes on from them."""
+        now = time.monotonic()
+        self._busy = False
+        self._scheduler.commit(done.plan, done.output, now)
+        self._prefill_comm += self._started.executor.prefill_comm
+        finished: list[RequestOutput] = []
+        got: list[Sequence] = []
+        for item, token_id, logprob in zip(
+            done.plan.prefills, done.output.token_ids, done.output.logprobs, strict=True
+        ):
+            self._clients.count_prompt(item)
+            dropped = self._dropped.pop(item.seq_id, None)
+            if dropped is not None:
+                self._send(Drop(item.seq_id, dropped.shipped, damaged=token_id is None))
+                continue
+            flight = self._flights[item.seq_id]
+            attempt = flight.end_pass()
+            assert flight.shipped is not None
+            got.append(flight.sequence)
+            if self._clients.take_token(
+                flight.sequence, token_id, logprob, attempt.finish_reason, now
+            ):
+                self._send(Drop(item.seq_id, flight.shipped, damaged=token_id is None))
+                finished += self._end(flight)
+            else:
+                assert token_id is not None
+                flight.is_decoding = True
+                self._send(Start(item.seq_id, flight.shipped, token_id))
+            # Its blocks are copied by now; what may be found again stays findable.
+            self._scheduler.finish(item.seq_id, FinishReason.LENGTH)
+        self._clients.count_step(now, got)
+        return finished
+
+    def _end(self, flight: Flight) -> list[RequestOutput]:
+        del self._flights[flight.sequence.seq_id]
+        return self._clients.end(flight.sequence)
+
+    def _send(self, message: ControlMessage) -> None:
+        self._control.send(self._decode_driver, message)

@@ -1,0 +1,52 @@
+"""What the driver of a side broadcasts to its ranks before each step <-> bytes: plans, and what goes with them.
+
+prefill   plan, and for each sequence whose pass begins where its keys and values go
+decode    changes in order (sequences that enter, ids that leave), then the plan
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgpack
+
+from sps2_mega.engine.disaggregated.decode_scheduler import Change
+from sps2_mega.engine.disaggregated.kv_route import Placement
+from sps2_mega.engine.disaggregated.shipment import Destination
+from sps2_mega.engine.plan_codec import decode, encode
+from sps2_mega.types import ForwardMode, StepPlan
+
+Destinations = Mapping[int, Destination]
+
+
+def encode_prefill(plan: StepPlan, destinations: Destinations) -> bytes:
+    rows = [
+        (seq_id, d.transfer, d.first, d.placement.block_ranks, d.placement.block_ids)
+        for seq_id, d in destinations.items()
+    ]
+    return bytes(msgpack.packb((encode(plan), rows)))
+
+
+def decode_prefill(payload: bytes) -> tuple[StepPlan, dict[int, Destination]]:
+    plan, rows = msgpack.unpackb(payload, use_list=False)
+    return decode(plan), {
+        seq_id: Destination(transfer, first, Placement(ranks, ids))
+        for seq_id, transfer, first, ranks, ids in rows
+    }
+
+
+def encode_decode(plan: StepPlan, changes: Sequence[Change]) -> bytes:
+    packed = [
+        change
+        if isinstance(change, int)
+        else encode(StepPlan(0, ForwardMode.PREFILL, [change], [], []))
+        for change in changes
+    ]
+    return bytes(msgpack.packb((encode(plan), packed)))
+
+
+def decode_decode(payload: bytes) -> tuple[StepPlan, list[Change]]:
+    plan, packed = msgpack.unpackb(payload, use_list=False)
+    return decode(plan), [
+        change if isinstance(change, int) else decode(change).prefills[0] for change in packed
+    ]

@@ -1,0 +1,57 @@
+"""Prefill steps in a thread of their own, so that tokens of the decode side are passed on while a long prompt runs."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sps2_mega.comm.lifeline import Lifeline
+from sps2_mega.engine.disaggregated.frames import Destinations
+from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
+from sps2_mega.engine.startup import failing
+from sps2_mega.types import StepOutput, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A prefill step has ended on this rank."""
+
+    plan: StepPlan
+    output: StepOutput
+
+
+class StepThread:
+    """Runs one step at a time; puts a StepDone into `events` after each."""
+
+    def __init__(
+        self,
+        rank: PrefillRank,
+        lifeline: Lifeline,
+        device: torch.device,
+        events: queue.SimpleQueue[Any],
+    ) -> None:
+        self._rank, self._lifeline, self._device, self._events = rank, lifeline, device, events
+        self._steps: queue.SimpleQueue[tuple[StepPlan, Destinations] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="sps2-prefill", daemon=True)
+        self._thread.start()
+
+    def begin(self, plan: StepPlan, destinations: Destinations) -> None:
+        """To be called again only after the step's StepDone."""
+        self._steps.put((plan, destinations))
+
+    def close(self) -> None:
+        """Ends the thread, after the step under way."""
+        self._steps.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with failing(self._lifeline):
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a thread has a current device of its own
+            while (step := self._steps.get()) is not None:
+                plan, destinations = step
+                self._events.put(StepDone(plan, self._rank.lead(plan, destinations)))
