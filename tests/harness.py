@@ -69,6 +69,8 @@ def default_group(timeout_s: float = 60) -> Any:
     return dist.group.WORLD
 
 
+_INSIDE_RANK = "SPS2_TEST_RANK"
+
 _pools: dict[int, RankPool] = {}  # least recently used first
 
 
@@ -251,7 +253,13 @@ class _Rank:
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What a launcher would set, on one node; everything else is inherited."""
+    if os.environ.get(_INSIDE_RANK):
+        # Ranks import the module of the function that they run: without a guard it would start ranks, and so on.
+        raise RuntimeError(
+            "a rank started ranks: put the script's main part behind __name__ == '__main__'"
+        )
     return os.environ | {
+        _INSIDE_RANK: "1",
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(rank),

@@ -120,3 +120,12 @@ def test_local_function_is_refused():
 def test_default_group_lasts_over_calls():
     assert harness.run_ranks(sum_of_ranks, 2) == [1.0, 1.0]
     assert harness.run_ranks(sum_of_ranks, 2) == [1.0, 1.0]
+
+
+def ranks_within_ranks(rank):
+    harness.run_ranks(pid, 1)
+
+
+def test_a_rank_starts_no_ranks():
+    with pytest.raises(harness.RankError, match="a rank started ranks"):
+        harness.run_ranks(ranks_within_ranks, 2)
