@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from sps2_mega.comm import last_words
 from sps2_mega.comm import lifeline_wire as wire
 from sps2_mega.comm.lifeline_address import HubAddress, listen
-from sps2_mega.comm.lifeline_hub import Hub, Limits, silence_text
+from sps2_mega.comm.lifeline_hub import MISSED_BEATS, Hub, Limits, silence_text
 from sps2_mega.comm.lifeline_wire import LineSocket
 from sps2_mega.comm.process_facts import own_member
 from sps2_mega.comm.verdict import (
@@ -129,6 +129,7 @@ class Lifeline:
         self._overdue_place: Place | None = None
         self._traceback: str | None = None
         self._finishing = False
+        self._heard = time.monotonic()  # of the hub
         self._ending = threading.Lock()  # taken by the thread that ends the process, never released
         link.send("hello", token=address.token, member=wire.to_json(member))
         self._thread = threading.Thread(target=self._watch, name="sps2-lifeline", daemon=True)
@@ -182,7 +183,13 @@ class Lifeline:
         evidence = self._own_evidence(kind, cause, exit_code)
         if self._link.send("evidence", evidence=wire.to_json(evidence)):
             time.sleep(ANSWER_S)  # the verdict ends the process, from the other thread
-        self._carry_out(self._judge_alone(evidence))
+        items, silence = [evidence], time.monotonic() - self._heard
+        if kind == Kind.LOST_PEER and silence > MISSED_BEATS * self._limits.interval:
+            hung = Evidence(
+                kind=Kind.HUNG, rank=0, place=evidence.place, cause=silence_text(silence)
+            )
+            items.append(hung)
+        self._carry_out(self._judge_alone(*items))
 
     @property
     def _place_now(self) -> Place:
@@ -194,23 +201,23 @@ class Lifeline:
         rank, place = self._info.rank, self._place_now
         return Evidence(kind=kind, rank=rank, place=place, cause=cause, exit_code=exit_code)
 
-    def _judge_alone(self, evidence: Evidence) -> Verdict:
+    def _judge_alone(self, *evidence: Evidence) -> Verdict:
         known = {0: self._address.member, self._info.rank: self._member}
-        return judge([evidence], known, {}, step_timeout=self._limits.step)
+        return judge(evidence, known, {}, step_timeout=self._limits.step)
 
     def _watch(self) -> None:
         """The daemon thread: beats, reports an overdue step, obeys verdicts, notices the loss of the hub."""
         poller = select.poll()
         poller.register(self._link, select.POLLIN)
-        heard = tick = next_beat = time.monotonic()
+        self._heard = tick = next_beat = time.monotonic()
         while True:
             ready = poller.poll(self._limits.interval * 1000 / 4)
             now = time.monotonic()
             if now - tick > self._limits.heartbeat / 2:
-                heard = now  # this process itself was stopped: see Hub._forgive
+                self._heard = now  # this process itself was stopped: see Hub._forgive
             tick = now
             if ready:
-                heard = now
+                self._heard = now
                 messages, is_open = self._link.receive()
                 if self._obey(messages):
                     return
@@ -218,7 +225,7 @@ class Lifeline:
                     if self._finishing:
                         return
                     self._lose_hub(Kind.DIED, "connection closed (killed?)")
-            if now - heard > self._limits.heartbeat:
+            if now - self._heard > self._limits.heartbeat:
                 self._lose_hub(Kind.HUNG, silence_text(self._limits.heartbeat))
             if now >= next_beat:
                 next_beat = now + self._limits.interval

@@ -24,6 +24,8 @@ from sps2_mega.comm.verdict import Evidence, Kind, Member, Place, judge
 
 ROOT_CAUSE_WINDOW_S = 0.2  # others that died in the same instant
 EFFECT_WINDOW_S = 1.0  # the cause of a lost connection or of a launcher's SIGTERM
+# Heartbeats that a rank has missed when others complain, until it is the one to blame, and to kill.
+MISSED_BEATS = 2
 NOT_CONNECTED = Place(None, "start-up")
 
 
@@ -39,7 +41,7 @@ class Limits:
 
 
 def silence_text(seconds: float) -> str:
-    return f"no heartbeat for {seconds:g} s (hung, or its node is unreachable)"
+    return f"no heartbeat for {seconds:.3g} s (hung, or its node is unreachable)"
 
 
 class _Peer:
@@ -192,6 +194,16 @@ class Hub:
             for peer in self._unfinished():
                 self._blame(peer, Kind.HUNG, f"not finished {limits.close:g} s after rank 0")
 
+    def _blame_the_silent(self, now: float) -> None:
+        """A step that does not end, or a lost peer, is often the effect of a rank that stands still; it would not end
+        by itself either."""
+        if min(evidence.kind for evidence in self._evidence) not in (Kind.OVERDUE, Kind.LOST_PEER):
+            return
+        for peer in self._unfinished():
+            silence = now - peer.heard
+            if silence > MISSED_BEATS * self._limits.interval:
+                self._blame(peer, Kind.HUNG, silence_text(silence))
+
     def _blame(self, peer: _Peer, kind: Kind, cause: str) -> None:
         """Ranks step together, so where rank 0 is now tells more than a heartbeat of up to a second ago."""
         assert peer.member is not None
@@ -212,6 +224,7 @@ class Hub:
 
     def _decide(self) -> None:
         self._decided = True
+        self._blame_the_silent(time.monotonic())
         members = {peer.member.rank: peer.member for peer in self._peers if peer.member}
         places = {peer.member.rank: peer.place for peer in self._peers if peer.member}
         verdict = judge(self._evidence, members, places, step_timeout=self._limits.step)

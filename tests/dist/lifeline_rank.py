@@ -8,6 +8,7 @@ writes `ready-R` there when it is inside its step. What RANK does in its third s
     raise     RANK raises, the others sleep
     overdue   RANK sleeps in the step, the others go on to the next one and sleep there
     lost      RANK raises as a transport does whose peer died, while the others sleep
+    stall     RANK says that it is ready and sleeps; the others complain as transports do 2 s later
     quit      RANK ends with code 0, but without closing its lifeline, while the others close theirs
     early     RANK raises before there is a lifeline
     fresh     every rank has started and waits for its first step
@@ -30,7 +31,12 @@ from sps2_mega.parallel.launcher import LaunchInfo, from_environment
 def main(info: LaunchInfo, folder: Path, scenario: str, culprit: int) -> None:
     if scenario == "early":
         raise ConfigError("tp 3 does not divide 4 heads")
-    life = start(info, folder, step_timeout=1.0 if scenario == "overdue" else 60.0)
+    life = start(
+        info,
+        folder,
+        step_timeout=1.0 if scenario == "overdue" else 60.0,
+        heartbeat_timeout=8.0 if scenario == "stall" else 2.0,
+    )
     is_culprit = info.rank == culprit
     life.wait_for_work()
     if scenario == "fresh":
@@ -68,11 +74,16 @@ def act(scenario: str, is_culprit: bool, ready: Path) -> None:
         raise RuntimeError(
             "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3"
         )
-    if scenario in ("sleep", "raise", "lost") or (scenario == "overdue" and is_culprit):
+    if scenario == "stall" and not is_culprit:
+        time.sleep(2)
+        raise RuntimeError("Timed out waiting 2000ms for recv operation to complete")
+    if scenario in ("sleep", "raise", "lost", "stall") or (scenario == "overdue" and is_culprit):
         time.sleep(60)
 
 
-def start(info: LaunchInfo, folder: Path, step_timeout: float) -> Lifeline:
+def start(
+    info: LaunchInfo, folder: Path, *, step_timeout: float, heartbeat_timeout: float
+) -> Lifeline:
     address = folder / "address"
 
     def publish(text: str) -> None:
@@ -85,7 +96,11 @@ def start(info: LaunchInfo, folder: Path, step_timeout: float) -> Lifeline:
         return address.read_text()
 
     return Lifeline.start(
-        info, publish=publish, lookup=lookup, step_timeout=step_timeout, heartbeat_timeout=2.0
+        info,
+        publish=publish,
+        lookup=lookup,
+        step_timeout=step_timeout,
+        heartbeat_timeout=heartbeat_timeout,
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("lifeline_rank.py")
 ROOT = Path(__file__).resolve().parents[2]
-HEARTBEAT_TIMEOUT_S = 2.0  # what the program uses
+HEARTBEAT_TIMEOUT_S = 2.0  # what the program uses, but in one scenario
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,19 @@ def test_stopped_rank_is_found_by_silence_and_killed(tmp_path, victim):
     assert codes[victim] == -signal.SIGKILL
     assert f"rank {victim} " in message
     assert "stopped answering in step 2 (decode): no heartbeat for 2 s" in message
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_who_stands_still_is_blamed_and_killed_when_others_complain_earlier(tmp_path, victim):
+    """A transport may give up before silence alone is enough (here 8 s)."""
+    with job(tmp_path, "stall", culprit=victim) as running:
+        running.wait_ready()
+        running.ranks[victim].send_signal(signal.SIGSTOP)
+        codes = running.wait_end(7)
+        [message] = running.messages()
+    assert codes[victim] == -signal.SIGKILL
+    assert f"rank {victim} " in message
+    assert "stopped answering in step 2 (decode): no heartbeat for " in message
 
 
 @pytest.mark.parametrize("scenario", ["fresh", "idle"])
