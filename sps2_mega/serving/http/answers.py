@@ -47,6 +47,7 @@ class Answer:
     echoes: list[str] | None = None
     include_usage: bool = False
     _offsets: dict[int, TextOffsets] = field(default_factory=dict)
+    _around: tuple[str, str] | None = None
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The body of an answer that was waited for. Sample s of prompt p is choice p * n + s."""
@@ -76,13 +77,10 @@ class Answer:
             for index in range(call.num_samples):
                 for opening in self._opening(index):
                     yield self._event([opening])
-            async for delta in call.deltas(silence=keep_alive):
-                if delta is None:
-                    yield KEEP_ALIVE
-                    continue
-                choice = self._choice(delta)
-                if choice is not None:
-                    yield self._event([choice])
+            async for deltas in call.deltas(silence=keep_alive):
+                text = self._choices(deltas) if deltas else KEEP_ALIVE
+                if text:
+                    yield text
             if self.include_usage:
                 outputs = [call.outputs[index] for index in range(len(call.prompts))]
                 yield self._event([], usage=_usage_of_all(outputs))
@@ -99,6 +97,24 @@ class Answer:
             return []
         text = self.echoes[index // self.num_samples]
         return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}]
+
+    def _choices(self, deltas: list[Delta]) -> str:
+        """An event for each delta that says something, in one piece: each piece is written by itself."""
+        before, after = self._frame
+        return "".join(
+            before + _encode(choice) + after
+            for delta in deltas
+            if (choice := self._choice(delta)) is not None
+        )
+
+    @property
+    def _frame(self) -> tuple[str, str]:
+        """What stands around a choice in an event, the same for all of an answer."""
+        if self._around is None:
+            # Quotes inside of strings are escaped, so this occurs once, whatever the model is called.
+            before, opening, after = self._event([{}]).partition('"choices":[')
+            self._around = before + opening, after.removeprefix("{}")
+        return self._around
 
     def _choice(self, event: Delta) -> dict[str, Any] | None:
         delta = event.delta

@@ -7,6 +7,7 @@ bytes is `answers`'.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -35,7 +36,8 @@ class Call:
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
     on_close: Callable[[Call], None]
     streamed_tokens: int = 0  # in deltas, which only streams have
-    _events: asyncio.Queue[Delta | RequestOutput | ApiError] = field(default_factory=asyncio.Queue)
+    _events: deque[Delta | ApiError] = field(default_factory=deque)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def num_samples(self) -> int:
@@ -56,36 +58,65 @@ class Call:
     def add(self, event: Delta | ApiError) -> None:
         if isinstance(event, Delta):
             self.streamed_tokens += len(event.delta.token_ids)
-        self._events.put_nowait(event)
+        self._events.append(event)
+        self._news.set()
 
     def answer(self, prompt_index: int, output: RequestOutput) -> None:
         if output.error is not None:
             return self.add(ApiError(500, output.error, code="generation_failed"))
         self.outputs[prompt_index] = output
-        return self._events.put_nowait(output)
+        return self._news.set()
 
-    async def deltas(self, *, silence: float) -> AsyncIterator[Delta | None]:
-        """What steps add, until everything is answered; None after each `silence` seconds without.
+    async def deltas(self, *, silence: float) -> AsyncIterator[list[Delta]]:
+        """What steps add, all that has come at a time, until everything is answered; nothing after each `silence`
+        seconds without.
 
         Raises:
             ApiError: the call failed, or took too long.
         """
         loop = asyncio.get_running_loop()
-        while not (self.is_answered and self._events.empty()):
-            left = self.deadline - loop.time()
-            if left <= 0:
-                raise timed_out(self.timeout)
-            try:
-                async with asyncio.timeout(min(silence, left)):
-                    event = await self._events.get()
-            except TimeoutError:
-                if silence < left:
-                    yield None
-                continue
+        heard = loop.time()
+        # One timer per silence and not per event: when it fires too early, the next one is set.
+        timer: asyncio.TimerHandle | None = None
+
+        def look() -> None:
+            nonlocal timer
+            timer = None
+            self._news.set()
+
+        try:
+            while self._events or not self.is_answered:
+                now = loop.time()
+                if now >= self.deadline:
+                    raise timed_out(self.timeout)
+                if self._events:
+                    heard = now
+                    deltas, failure = self._taken()
+                    if deltas:
+                        yield deltas
+                    if failure is not None:
+                        raise failure
+                elif now >= heard + silence:
+                    heard = now
+                    yield []
+                else:
+                    if timer is None:
+                        timer = loop.call_at(min(heard + silence, self.deadline), look)
+                    await self._news.wait()
+                    self._news.clear()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _taken(self) -> tuple[list[Delta], ApiError | None]:
+        """All waiting deltas, and the failure that ends them."""
+        deltas: list[Delta] = []
+        while self._events:
+            event = self._events.popleft()
             if isinstance(event, ApiError):
-                raise event
-            if isinstance(event, Delta):
-                yield event
+                return deltas, event
+            deltas.append(event)
+        return deltas, None
 
     async def finish(self) -> list[RequestOutput]:
         """Waits for everything; one output per prompt, in order.
