@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from sps2_mega.bundled import bundled_folders
 from sps2_mega.checkpoint.architecture import check_keys, model_config_from_mapping
 from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
@@ -67,10 +68,10 @@ def read_model_file(path: Path) -> ModelFile:
 
 
 def model_files() -> dict[str, Path]:
-    """Name -> file: those of ./model_configs, then those beside the package."""
+    """Name -> file: those of ./model_configs, then those that come with the package."""
     files: dict[str, Path] = {}
-    for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        for path in sorted((folder / "model_configs").glob("*.yaml")):
+    for folder in bundled_folders("model_configs"):
+        for path in sorted(folder.glob("*.yaml")):
             files.setdefault(path.stem, path)
     return files
 

@@ -1,7 +1,7 @@
 """Facts of the hardware that the simulator prices: one GPU, its node, its links; each figure with its source.
 
     hardware/<name>.yaml   the GPU, and the names of its two links
-    hardware/links.yaml    the links
+    hardware/links.yaml    the links; a file may have some of its own, as those that `tools/bench/calibrate.py` writes
 
 Decides what figures there are and that none comes without a source; what is computed from them is the cost terms'.
 """
@@ -16,18 +16,22 @@ from typing import Any
 
 import yaml
 
+from sps2_mega.bundled import bundled_folders
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Link, Machine
+
+_MEASURED = ("step_overhead_s", "call_s", "merge_s", "copy_s")  # a file may lack them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """Nodes of equal GPUs. `*_per_s` are peak figures, of which the efficiencies are reached; FLOPs count a multiply
     and an add as two. `layer_overhead_s` are gaps between the small kernels of one layer. Links are per GPU and one
-    direction, as reached.
+    direction, as reached. The last four are 0 where nobody measured them: the host's share of a step, and attention's
+    small costs as in `Machine`.
 
     Raises:
-        ConfigError: a figure is not positive, or an efficiency above 1.
+        ConfigError: a figure is not positive (the last four: negative), or an efficiency above 1.
     """
 
     name: str
@@ -42,11 +46,20 @@ class Hardware:
     gpus_per_node: int
     intra_node: Link
     inter_node: Link
+    step_overhead_s: float = 0.0
+    call_s: float = 0.0
+    merge_s: float = 0.0
+    copy_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float | int) and not value > 0:
+            if field.name in _MEASURED:
+                if not value >= 0:
+                    raise ConfigError(
+                        f"hardware {self.name}: {field.name} must be >= 0, got {value}"
+                    )
+            elif isinstance(value, float | int) and not value > 0:
                 raise ConfigError(f"hardware {self.name}: {field.name} must be > 0, got {value}")
             if field.name.endswith("_efficiency") and value > 1:
                 raise ConfigError(f"hardware {self.name}: {field.name} must be <= 1, got {value}")
@@ -86,6 +99,9 @@ class Hardware:
             sp_levels=tuple(size for size, _ in kept),
             links=tuple(link for _, link in kept),
             flops_per_s=self.attention_flops_per_s,
+            call_s=self.call_s,
+            merge_s=self.merge_s,
+            copy_s=self.copy_s,
         )
 
 
@@ -101,17 +117,20 @@ def load_hardware(name: str, *, inter_node: str | None = None) -> Hardware:
             f"{name!r} is not a name in hardware/ ({', '.join(sorted(_files())) or 'none found'})"
         )
     content = _read(path)
-    links = _read(path.parent / "links.yaml") if (path.parent / "links.yaml").is_file() else {}
-    links = {**links, **content.pop("links", {})}
+    links: dict[str, Any] = {}
+    for folder in (*reversed(bundled_folders("hardware")), path.parent):
+        if (folder / "links.yaml").is_file():
+            links |= _read(folder / "links.yaml")
+    links |= content.pop("links", {})
     if inter_node is not None:
         content["inter_node"] = inter_node
     for key in ("intra_node", "inter_node"):
         content[key] = _link(links, content.get(key), f"{path}: {key}")
     _check_sources(content, str(path))
     known = {field.name for field in dataclasses.fields(Hardware)} - {"name"}
-    if content.keys() != known:
+    if not known - set(_MEASURED) <= content.keys() <= known:
         raise ConfigError(
-            f"{path}: missing {sorted(known - content.keys()) or 'nothing'}, "
+            f"{path}: missing {sorted(known - set(_MEASURED) - content.keys()) or 'nothing'}, "
             f"unknown {sorted(content.keys() - known) or 'nothing'}"
         )
     return Hardware(name=path.stem, **content)
@@ -122,10 +141,10 @@ def hardware_names() -> list[str]:
 
 
 def _files() -> dict[str, Path]:
-    """Name -> file: those of ./hardware, then those beside the package."""
+    """Name -> file: those of ./hardware, then those that come with the package."""
     files: dict[str, Path] = {}
-    for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        for path in sorted((folder / "hardware").glob("*.yaml")):
+    for folder in bundled_folders("hardware"):
+        for path in sorted(folder.glob("*.yaml")):
             if path.stem != "links":
                 files.setdefault(path.stem, path)
     return files

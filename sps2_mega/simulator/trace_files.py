@@ -21,6 +21,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from sps2_mega.bundled import bundled_folders
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival
 from sps2_mega.simulator.servegen import draw_arrivals, read_windows
@@ -44,7 +45,8 @@ def trace_path(name: str) -> Path:
     """
     path = Path(name)
     if name in BUNDLED:
-        path = Path(__file__).resolve().parents[2] / "traces" / BUNDLED[name]
+        places = [folder / BUNDLED[name] for folder in bundled_folders("traces")]
+        path = next((place for place in places if place.is_file()), places[-1])
     if not path.is_file():
         raise ConfigError(f"{name!r} is neither a file nor one of {', '.join(sorted(BUNDLED))}")
     return path
