@@ -61,3 +61,87 @@ def test_outputs_are_those_of_one_rank(model, one_rank, shape):
                 assert [e.token_id for e in one.logprobs] == [e.token_id for e in other.logprobs]
                 values = [e.logprob for e in other.logprobs]
                 assert [e.logprob for e in one.logprobs] == pytest.approx(values, abs=1e-4)
+
+
+def num_prefilled(stats):
+    """Prompt tokens of all passes, computed or found in the cache."""
+    return stats.prompt_tokens + stats.cached_tokens
+
+
+def prompt_tokens_once(lines):
+    return sum(len(prompt) * params.get("n", 1) for prompt, params in lines)
+
+
+def test_sequences_that_lose_their_blocks_are_prefilled_again_and_go_on_as_they_were(model):
+    """Short prompts with long answers, of which only two fit the cache to their end."""
+    lines = [
+        (prompt, params | dict(max_tokens=90 + 9 * number, ignore_eos=True, stop_token_ids=()))
+        for number, (prompt, params) in enumerate(requests()[:6])
+    ]
+    lines = [(prompt[:23], params | dict(min_tokens=0)) for prompt, params in lines]
+    ran = run_disaggregated(model | dict(cache=dict(block_size=4, num_blocks=66)), lines)
+    assert tokens(ran.outputs) == tokens(run_engine(model, lines))
+    assert num_prefilled(ran.stats) > prompt_tokens_once(lines)
+
+
+def test_roomy_decode_ranks_preempt_nobody(model, one_rank):
+    ran = run_disaggregated(model | dict(cache=dict(num_blocks=400)), requests())
+    assert tokens(ran.outputs) == tokens(one_rank)
+    assert num_prefilled(ran.stats) == prompt_tokens_once(requests())
+    assert ran.stats.output_tokens == sum(len(t) for sample in tokens(one_rank) for t in sample)
+
+
+def test_aborts_at_any_point_free_all_blocks(model, one_rank):
+    """The job itself asserts that no block stays in use on either side."""
+    aborts = {0: 1, 2: 0, 3: 2, 4: 9, 5: 0, 7: 30}
+    ran = run_disaggregated(
+        model | dict(cache=dict(block_size=4, num_blocks=66)),
+        requests(),
+        decode_ranks=2,
+        decode_tp=2,
+        aborts=aborts,
+    )
+    # How far the others are when steps come so fast is chance; these two cannot have finished.
+    assert ran.outputs[2] is None and ran.outputs[5] is None
+    for number, output in enumerate(ran.outputs):
+        if output is not None:
+            assert tokens([output]) == tokens([one_rank[number]])
+        else:
+            assert number in aborts
+
+
+def test_a_request_that_fails_leaves_the_others_and_the_blocks_whole(model, one_rank):
+    """Token 7 is poisoned on the prefill side; clean requests then reuse the blocks."""
+    lines = requests()
+    poisoned = [(prompt + [7] + prompt, params) for prompt, params in lines[:3]]
+    clean = [(prompt, params) for prompt, params in lines if 7 not in prompt]
+    expected = [one for (prompt, _), one in zip(lines, one_rank, strict=True) if 7 not in prompt]
+    assert len(clean) > 3
+    ran = run_disaggregated(
+        model | dict(cache=dict(block_size=4, num_blocks=120)),
+        poisoned + clean,
+        decode_ranks=2,
+        poison=7,
+    )
+    assert all(output.error and not output.completions for output in ran.outputs[:3])
+    assert tokens(ran.outputs[3:]) == tokens(expected)
+
+
+def test_a_job_can_end_with_all_requests_in_flight(model):
+    ran = run_disaggregated(model, requests(max_tokens=60), sp=2, leave_early=True)
+    assert ran.outputs[0] is None
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mistral-window", {}),
+        ("llama-one-kv-head", dict(dtype="float32")),
+        ("gpt2", {}),
+    ],
+)
+def test_other_models(tmp_path, family, options):
+    families.save_family(family, tmp_path)
+    model = dict(model=str(tmp_path), dtype="float32") | options
+    ran = run_disaggregated(model, requests(), tp=2, decode_ranks=1)
+    assert tokens(ran.outputs) == tokens(run_engine(model, requests()))

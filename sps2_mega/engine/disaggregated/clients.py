@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Listed
 
+from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.output_processor import OutputProcessor
+from sps2_mega.engine.stats import EngineStats
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.metrics import TokenWaits, waits_ended_at
 from sps2_mega.types import (
@@ -19,14 +21,13 @@ from sps2_mega.types import (
 
 
 class Clients:
-    """Every request added is answered once, with its last sample, or dropped. Counts are since the start of the job;
-    public attributes are to be read only."""
+    """Every request added is answered once, with its last sample, or dropped. Counts are since the start of the job."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._outputs = OutputProcessor(tokenizer)
         self._samples: dict[str, list[Sequence]] = {}
-        self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
-        self.num_steps, self.last_waits = 0, TokenWaits()
+        self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._num_steps, self._last_waits = 0, TokenWaits()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._samples
@@ -68,7 +69,7 @@ class Clients:
         if token_id is None:
             sequence.finish_reason = FinishReason.ERROR
             return True
-        self.output_tokens += 1
+        self._output_tokens += 1
         sequence.output_token_ids.append(token_id)
         sequence.token_times.append(now)
         if logprob is not None:
@@ -91,11 +92,34 @@ class Clients:
     def count_prompt(self, item: PrefillItem) -> None:
         """Of a pass that is done. Outputs that a preempted sequence computes again do not count."""
         cached = min(item.start, item.num_prompt_tokens)
-        self.cached_tokens += cached
-        self.prompt_tokens += min(item.end, item.num_prompt_tokens) - cached
+        self._cached_tokens += cached
+        self._prompt_tokens += min(item.end, item.num_prompt_tokens) - cached
 
     def count_step(self, now: float, sequences: Listed[Sequence]) -> None:
         """A step of either side gave these sequences a token at time `now`."""
         if sequences:
-            self.num_steps += 1
-            self.last_waits = waits_ended_at(now, sequences)
+            self._num_steps += 1
+            self._last_waits = waits_ended_at(now, sequences)
+
+    def stats(
+        self,
+        *,
+        num_running: int,
+        num_waiting: int,
+        kv_usage: float,
+        kv_used_per_rank: tuple[int, ...],
+        prefill_comm: CommSeconds,
+    ) -> EngineStats:
+        """What was counted here, with what others know."""
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=num_waiting,
+            kv_usage=kv_usage,
+            kv_used_per_rank=kv_used_per_rank,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self._output_tokens,
+            prefill_comm=prefill_comm,
+            num_steps=self._num_steps,
+            last_waits=self._last_waits,
+        )

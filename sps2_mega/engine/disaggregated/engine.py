@@ -37,6 +37,7 @@ from sps2_mega.engine.startup import StartedRank, failing
 from sps2_mega.engine.stats import EngineStats
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
+from sps2_mega.mcore.gpt import GPT
 from sps2_mega.types import (
     FinishReason,
     OutputDelta,
@@ -146,6 +147,11 @@ class DisaggregatedEngine:
                 self._send(Drop(sample.seq_id, flight.shipped))
         return bool(samples)
 
+    @property
+    def model(self) -> GPT:
+        """This rank's model, for measurements."""
+        return self._started.executor.model
+
     def has_work(self) -> bool:
         """Also while nobody waits for an output, until all blocks are free on both sides."""
         return bool(self._flights) or self._busy or self._decode_blocks_used > 0
@@ -155,17 +161,12 @@ class DisaggregatedEngine:
         prefill = self._scheduler
         prefill_blocks = self._started.num_blocks * self._started.groups.sp.size
         used = sum(prefill.kv_used_per_rank) + self._decode_blocks_used
-        return EngineStats(
+        return self._clients.stats(
             num_running=len(self._flights) - self._num_waiting,
             num_waiting=self._num_waiting,
             kv_usage=used / (prefill_blocks + self._num_decode_blocks),
             kv_used_per_rank=prefill.kv_used_per_rank,
-            prompt_tokens=self._clients.prompt_tokens,
-            cached_tokens=self._clients.cached_tokens,
-            output_tokens=self._clients.output_tokens,
             prefill_comm=self._prefill_comm,
-            num_steps=self._clients.num_steps,
-            last_waits=self._clients.last_waits,
         )
 
     def step(self) -> list[RequestOutput]:
