@@ -197,6 +197,8 @@ class Engine:
             plan = self._scheduler.plan(time.monotonic())
             if plan is None:
                 return []
+            # A rank that does not take the plan keeps rank 0 here: the step has begun.
+            self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
             if self._control.size > 1:
                 broadcast_bytes(encode(plan), self._control)
             output = self._execute(plan)
