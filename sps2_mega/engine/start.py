@@ -10,7 +10,7 @@ from sps2_mega.engine.disaggregated.decode_rank import DecodeRank
 from sps2_mega.engine.disaggregated.engine import DisaggregatedEngine
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
 from sps2_mega.engine.engine import Engine
-from sps2_mega.engine.startup import start_rank
+from sps2_mega.engine.startup import StartedRank, start_rank
 from sps2_mega.parallel.launcher import LaunchInfo
 
 Driver = Engine | DisaggregatedEngine
@@ -30,7 +30,11 @@ def start_driver(
         ConfigError, CheckpointError: the configuration or the checkpoint cannot work.
     """
     assert info.rank == 0, f"rank {info.rank} does not take requests"
-    rank = start_rank(config, info, show_progress=show_progress, on_stage=on_stage)
+    return driver_of(start_rank(config, info, show_progress=show_progress, on_stage=on_stage))
+
+
+def driver_of(rank: StartedRank) -> Driver:
+    """The engine that takes requests, on rank 0."""
     return Engine(rank) if rank.bridge is None else DisaggregatedEngine(rank)
 
 

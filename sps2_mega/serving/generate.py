@@ -20,7 +20,7 @@ def run_generate(config: EngineConfig, options: BatchOptions, info: LaunchInfo) 
 
     with guard(info):
         try:
-            return _follow(config) if info.rank else _lead(config, options, info)
+            return _follow(config, info) if info.rank else _lead(config, options, info)
         except (ConfigError, CheckpointError) as error:
             # Raised on all ranks alike, or on this one, which then tells the others before it raises.
             return _could_not_run(error, info)
@@ -40,9 +40,9 @@ def _lead(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
         if job.num_left == 0 and info.world_size == 1:
             sys.stdout.write(f"nothing to do: all lines are answered in {options.output}\n")
             return job.exit_code
-        from sps2_mega.engine.engine import Engine
+        from sps2_mega.engine.start import start_driver
 
-        engine = Engine.start(config, show_progress=sys.stderr.isatty())
+        engine = start_driver(config, info, show_progress=sys.stderr.isatty())
         code = job.run(engine)
         engine.shutdown()
     finally:
@@ -52,10 +52,10 @@ def _lead(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
     return code
 
 
-def _follow(config: EngineConfig) -> int:
-    from sps2_mega.engine.engine import Engine
+def _follow(config: EngineConfig, info: LaunchInfo) -> int:
+    from sps2_mega.engine.start import run_worker
 
-    Engine.start(config).run_worker()
+    run_worker(config, info)
     return 0
 
 

@@ -30,7 +30,7 @@ class LLM:
     """A loaded model. Use it as a context manager or call `close`: ranks live until then."""
 
     def __init__(self, model: str, *, tp: int = 1, sp: int = 1, **options: Any) -> None:
-        """Loads `model` (a folder or a name in model_configs/) on tp * sp ranks.
+        """Loads `model` (a folder or a name in model_configs/) on tp * sp ranks, and `decode_ranks` more if given.
 
         `options` are fields of EngineConfig and of its parts: dtype, seed, max_model_len, num_blocks, ...;
         a part can also be given whole, as csa=CSAConfig(...).
@@ -39,26 +39,25 @@ class LLM:
             ConfigError, CheckpointError: it cannot work; the message says why.
             SystemExit: on other ranks than rank 0 of a launcher, when rank 0 has closed.
         """
-        from sps2_mega.engine.engine import Engine
-        from sps2_mega.engine.startup import start_rank
+        from sps2_mega.engine.start import run_worker, start_driver
 
         self.config = engine_config(model, tp=tp, sp=sp, options=options)
         self._ranks = None
         info = from_environment()
-        if info.launcher == "none" and tp * sp > 1:
+        if info.launcher == "none" and self.config.parallel.world_size > 1:
             from sps2_mega.serving.local_ranks import LocalRanks
 
             self._ranks = LocalRanks(self.config)
             info = self._ranks.info
+        if info.rank > 0:
+            run_worker(self.config, info)
+            sys.exit(0)
         try:
-            self._engine = Engine(start_rank(self.config, info, show_progress=False))
+            self._engine = start_driver(self.config, info)
         except BaseException:
             if self._ranks is not None:
                 self._ranks.close(told=False)
             raise
-        if info.rank > 0:
-            self._engine.run_worker()
-            sys.exit(0)
 
     def generate(
         self,

@@ -34,7 +34,7 @@ class LocalRanks:
 
     def __init__(self, config: EngineConfig, *, grace_s: float = 0.0) -> None:
         """A child that gets a signal waits `grace_s` seconds for this process to end the job first."""
-        world_size = config.parallel.tp * config.parallel.sp
+        world_size = config.parallel.world_size
         self.info = _launch_info(0, world_size, _free_port())
         self._closing = threading.Event()
         self._children = [

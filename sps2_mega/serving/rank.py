@@ -20,12 +20,13 @@ from sps2_mega.parallel.launcher import from_environment
 
 def main() -> int:
     grace_s = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
-    with guard(from_environment(), on_stop=lambda _: patience(grace_s)):
+    info = from_environment()
+    with guard(info, on_stop=lambda _: patience(grace_s)):
         config = config_from_json(sys.stdin.buffer.readline())
         threading.Thread(target=_end_with_parent, name="sps2-parent", daemon=True).start()
-        from sps2_mega.engine.engine import Engine
+        from sps2_mega.engine.start import run_worker
 
-        Engine.start(config).run_worker()
+        run_worker(config, info)
     return 0
 
 

@@ -21,7 +21,7 @@ from sps2_mega.serving.http.settings import DEFAULT_MAX_QUEUE, ServerConfig, mod
 if TYPE_CHECKING:
     import socket
 
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import Driver
     from sps2_mega.engine.startup import StartedRank
     from sps2_mega.serving.http.front import Front, ServedModel
 
@@ -83,9 +83,9 @@ def _follow(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int
     grace_s = server.drain_timeout + 2 * _ENDING_S
     with guard(info, on_stop=lambda _: patience(grace_s)):
         try:
-            from sps2_mega.engine.engine import Engine
+            from sps2_mega.engine.start import run_worker
 
-            Engine.start(config).run_worker()
+            run_worker(config, info)
         except (ConfigError, CheckpointError) as error:
             return _could_not_start(error, info)
     return 0
@@ -100,7 +100,7 @@ def _serve(
     *,
     began: float,
 ) -> None:
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import driver_of
     from sps2_mega.engine.startup import start_rank
     from sps2_mega.serving.http.app import build_app
     from sps2_mega.serving.http.engine_loop import run_engine
@@ -114,7 +114,7 @@ def _serve(
     # The front bounds the queue, before a request is tokenised; the scheduler takes what it lets in.
     config = config.replace(scheduler=dataclasses.replace(config.scheduler, max_waiting=None))
     ranks = None
-    if info.launcher == "none" and config.parallel.tp * config.parallel.sp > 1:
+    if info.launcher == "none" and config.parallel.world_size > 1:
         ranks = LocalRanks(config, grace_s=server.drain_timeout + 2 * _ENDING_S)
         info = ranks.info
     try:
@@ -124,7 +124,7 @@ def _serve(
             show_progress=True,
             on_stage=lambda stage: http.call_soon(front.loading, stage),
         )
-        engine = Engine(started)
+        engine = driver_of(started)
     except BaseException:
         if ranks is not None:
             ranks.close(told=False)
@@ -142,7 +142,7 @@ def _serve(
     sys.stdout.flush()
 
 
-def _served_model(engine: Engine, started: StartedRank) -> ServedModel:
+def _served_model(engine: Driver, started: StartedRank) -> ServedModel:
     from sps2_mega.serving.http.front import ServedFacts, ServedModel
 
     groups = started.groups
@@ -175,7 +175,7 @@ def _memory_text(started: StartedRank) -> str:
     return text if warning is None else f"{text}  warning: {warning}\n"
 
 
-def _ready_line(url: str, name: str, engine: Engine, started: StartedRank, seconds: float) -> str:
+def _ready_line(url: str, name: str, engine: Driver, started: StartedRank, seconds: float) -> str:
     parallel = engine.config.parallel
     return (
         f"sps2_mega is ready: {name} at {url}/v1, tp={parallel.tp} sp={parallel.sp} on "

@@ -113,7 +113,7 @@ def test_aborts_at_any_point_free_all_blocks(model, one_rank):
 def test_a_request_that_fails_leaves_the_others_and_the_blocks_whole(model, one_rank):
     """Token 7 is poisoned on the prefill side; clean requests then reuse the blocks."""
     lines = requests()
-    poisoned = [(prompt + [7] + prompt, params) for prompt, params in lines[:3]]
+    poisoned = [([*prompt, 7, *prompt], params) for prompt, params in lines[:3]]
     clean = [(prompt, params) for prompt, params in lines if 7 not in prompt]
     expected = [one for (prompt, _), one in zip(lines, one_rank, strict=True) if 7 not in prompt]
     assert len(clean) > 3
