@@ -18,6 +18,7 @@ import threading
 import time
 from typing import IO
 
+from sps2_mega.comm.lifeline import active_lifelines
 from sps2_mega.config import EngineConfig
 from sps2_mega.parallel.launcher import LaunchInfo
 
@@ -61,9 +62,10 @@ class LocalRanks:
             dead = next((c for c in self._children if c.process.poll() is not None), None)
             if dead is None:
                 continue
-            sys.stderr.write(dead.report())
-            sys.stderr.flush()
-            # The lifeline, once there is one, ends this process with its own message before this does.
+            # The lifeline, once there is one, says why and ends this process before this does.
+            if not active_lifelines():
+                sys.stderr.write(dead.report())
+                sys.stderr.flush()
             if not self._closing.wait(_GRACE_SECONDS):
                 for child in self._children:
                     child.process.kill()
