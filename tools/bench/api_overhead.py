@@ -5,7 +5,8 @@
 Both keep --at-once requests under way: a server with --max-num-seqs of them and as many clients, waiting for whole answers
 or streaming them; and LLM.generate in a process of its own with the same engine options. They take turns, so that a
 noise of the machine meets all of them. The ratio is the server's output tokens per second over those of offline
-generation; clients run on the same machine and count against the server.
+generation; clients run on the same machine and count against the server. The CPU time that each token takes in the
+server's processes and in those of offline generation is told too: other work on the machine hardly moves it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import machine
 from tools.bench.api_overhead_offline import OfflineProcess
 from tools.bench.generate import source_prompts
-from tools.bench.serving_process import RunningServer, served
+from tools.bench.serving_process import RunningServer, cpu_seconds, served
 from tools.bench.sse import events
 
 
@@ -37,21 +39,28 @@ def main() -> int:
     texts = source_prompts(args.requests, args.shortest, args.longest)
     texts = [texts[i % len(texts)] for i in range(args.requests)]
     flags = [*shlex.split(args.flags), "--max-num-seqs", str(args.at_once)]
+    flags += ["--threads", str(args.threads)]
     degrees = ["--tp", str(args.tp), "--sp", str(args.sp)]
     with (
         tempfile.TemporaryDirectory() as folder,
-        OfflineProcess(args.model, [*degrees, *flags], threads=args.threads) as offline,
+        OfflineProcess(args.model, [*degrees, *flags]) as offline,
         served(
             ["--model", args.model, *degrees, *flags],
             Path(folder) / "server.log",
-            threads=args.threads,
         ) as server,
     ):
         rounds = taken_in_turn(
             {
-                "offline": lambda: offline.seconds(texts, args.new_tokens),
-                "server": lambda: asyncio.run(asked(server, texts, args, stream=False)),
-                "server, streaming": lambda: asyncio.run(asked(server, texts, args, stream=True)),
+                "offline": measured(
+                    lambda: offline.seconds(texts, args.new_tokens),
+                    lambda: cpu_seconds(offline.pid),
+                ),
+                "server": measured(
+                    lambda: asyncio.run(asked(server, texts, args, stream=False)), server.cpu_s
+                ),
+                "server, streaming": measured(
+                    lambda: asyncio.run(asked(server, texts, args, stream=True)), server.cpu_s
+                ),
             },
             args.repeats,
         )
@@ -85,17 +94,33 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Took:
+    """One contestant's run: until all was answered, and computed meanwhile by its processes."""
+
+    seconds: float
+    cpu_s: float
+
+
+def measured(run: Callable[[], float], cpu_s: Callable[[], float]) -> Callable[[], Took]:
+    def took() -> Took:
+        before = cpu_s()
+        return Took(run(), cpu_s() - before)
+
+    return took
+
+
 def taken_in_turn(
-    contestants: dict[str, Callable[[], float]], repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of each, `repeats` times after one warm-up; the order turns around from round to round."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    contestants: dict[str, Callable[[], Took]], repeats: int
+) -> dict[str, list[Took]]:
+    """What each took, `repeats` times after one warm-up; the order turns around from round to round."""
+    found: dict[str, list[Took]] = {name: [] for name in contestants}
     for number in range(repeats + 1):
         names = list(contestants) if number % 2 else list(reversed(contestants))
         for name in names:
-            seconds = contestants[name]()
+            took = contestants[name]()
             if number:
-                found[name].append(seconds)
+                found[name].append(took)
     return found
 
 
@@ -145,21 +170,25 @@ async def _streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> int:
     return int(usage["completion_tokens"])
 
 
-def summary(rounds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
+def summary(rounds: dict[str, list[Took]], tokens: int) -> dict[str, Any]:
     """Tokens per second (medians), and the server's share of offline speed: median and range over rounds."""
-    offline = rounds["offline"]
+    seconds = {name: [took.seconds for took in each] for name, each in rounds.items()}
     ratios = {
-        name: sorted(base / mine for base, mine in zip(offline, seconds, strict=True))
-        for name, seconds in rounds.items()
+        name: sorted(base / mine for base, mine in zip(seconds["offline"], each, strict=True))
+        for name, each in seconds.items()
         if name != "offline"
     }
     return {
         "output_tokens_per_s": {
-            name: tokens / statistics.median(seconds) for name, seconds in rounds.items()
+            name: tokens / statistics.median(each) for name, each in seconds.items()
         },
         "ratio": {name: statistics.median(each) for name, each in ratios.items()},
         "ratio_range": {name: [each[0], each[-1]] for name, each in ratios.items()},
-        "seconds": rounds,
+        "cpu_us_per_token": {
+            name: 1e6 * statistics.median(took.cpu_s for took in each) / tokens
+            for name, each in rounds.items()
+        },
+        "seconds": seconds,
     }
 
 

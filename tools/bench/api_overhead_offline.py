@@ -22,16 +22,20 @@ _ANSWER = "seconds: "
 class OfflineProcess:
     """A loaded model that generates when asked to; idle in between. Use it as a context manager."""
 
-    def __init__(self, model: str, flags: list[str], *, threads: int) -> None:
+    def __init__(self, model: str, flags: list[str]) -> None:
         """`flags` are the engine's, as launch/serve.py takes them."""
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), "--model", model, *flags],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def seconds(self, prompts: list[str], new_tokens: int) -> float:
         """Time to answer all of the prompts with so many tokens each.

@@ -38,9 +38,13 @@ class RunningServer:
                 total += process.memory_info().rss
         return total
 
+    def cpu_s(self) -> float:
+        """Seconds that the server's processes have computed."""
+        return cpu_seconds(self.process.pid)
+
 
 @contextlib.contextmanager
-def served(flags: Sequence[str], log: Path, *, threads: int = 1) -> Iterator[RunningServer]:
+def served(flags: Sequence[str], log: Path) -> Iterator[RunningServer]:
     """launch/serve.py with these flags on a free loopback port. It must end by itself when told to; what is left is killed.
 
     Raises:
@@ -51,7 +55,7 @@ def served(flags: Sequence[str], log: Path, *, threads: int = 1) -> Iterator[Run
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "launch" / "serve.py"), "--port", "0", *flags],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -61,6 +65,16 @@ def served(flags: Sequence[str], log: Path, *, threads: int = 1) -> Iterator[Run
         yield RunningServer(url=url, model=name, process=process, log=log)
     finally:
         _end(process)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Seconds that a process and its descendants have computed, the kernel's on their behalf included."""
+    total = 0.0
+    for process in _tree(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
