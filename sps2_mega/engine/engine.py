@@ -9,23 +9,18 @@ Rank 0 drives: plan -> broadcast -> every rank executes -> commit. The other ran
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
-from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
-from sps2_mega.engine.layer_work import LayerWork
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.plan_codec import decode, encode
-from sps2_mega.engine.prefill_choice import prompt_layout
-from sps2_mega.engine.scheduler import Scheduler
+from sps2_mega.engine.scheduler_setup import make_scheduler
 from sps2_mega.engine.seeds import derive_seed, derive_seed_from_text
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
 from sps2_mega.engine.stats import EngineStats
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
-from sps2_mega.kv_cache.block_chain import chain_root
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import finalize
 from sps2_mega.metrics import TokenWaits, waits_ended_at
@@ -61,7 +56,7 @@ class Engine:
         return cls(start_rank(config, info, show_progress=show_progress and info.rank == 0))
 
     def __init__(self, rank: StartedRank) -> None:
-        self.config = config = rank.config
+        self.config = rank.config
         self.model_config: ModelConfig = rank.resolved.config
         self.is_driver = rank.groups.global_rank == 0
         self.tokenizer: Tokenizer | None = None
@@ -74,19 +69,7 @@ class Engine:
             return
         if rank.resolved.tokenizer is not None:
             self.tokenizer = Tokenizer.load(rank.resolved.tokenizer)
-        self._scheduler = Scheduler(
-            config.scheduler,
-            block_size=config.cache.block_size,
-            num_blocks=rank.num_blocks,
-            sp_size=rank.groups.sp.size,
-            max_model_len=rank.max_model_len,
-            vocab_size=self.model_config.vocab_size,
-            eos_token_ids=self.model_config.eos_token_ids,
-            layout=prompt_layout(rank.transport, config.csa),
-            prefix_root=None if config.cache.no_prefix_caching else chain_root(config.csa),
-            topology_spans=_topology_spans(rank.executor.prefill.sparse),
-            work=LayerWork.of(self.model_config),
-        )
+        self._scheduler = make_scheduler(rank)
         self.max_model_len = self._scheduler.max_len
         self._outputs = OutputProcessor(self.tokenizer)
         self._samples: dict[str, list[Sequence]] = {}
@@ -271,10 +254,3 @@ class Engine:
                 self._rank.trace.finish()
         self._rank.lifeline.close()
         finalize()
-
-
-def _topology_spans(sparse: SparsePrefill | None) -> Callable[[int], tuple[int, ...]] | None:
-    """The CSA spans of a prompt length, where they come from the ranks."""
-    if sparse is None or sparse.csa.spans is not None:
-        return None
-    return lambda prompt_len: sparse.pattern(prompt_len).spans

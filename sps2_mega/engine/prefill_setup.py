@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sps2_mega.attention.apart import NoPrompts, OwnPart, own_part
 from sps2_mega.attention.layout import PrefillLayout
 from sps2_mega.attention.leveled import Leveled
 from sps2_mega.attention.pattern import CSAPattern
@@ -14,7 +15,7 @@ from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.attention.transports import Transport, make_transport
 from sps2_mega.engine.prefill_planner import PrefillPlanner
-from sps2_mega.parallel.groups import Group
+from sps2_mega.parallel.groups import SINGLE, Group
 from sps2_mega.types import PrefillItem
 
 
@@ -36,6 +37,21 @@ class PrefillSetup:
         device: torch.device,
     ) -> Transport:
         """The attention of one step: the same choice on every rank."""
+        if self.transport == "auto" and group.size > 1:
+            part = own_part(layout, group.rank)
+            if part is not None:
+                return self._apart(part, items, device)
+        patterns = [self.pattern_of(item) for item in items] if self.sparse is not None else []
+        return self._over(layout, items, patterns, group, device)
+
+    def _over(
+        self,
+        layout: PrefillLayout,
+        items: Sequence[PrefillItem],
+        patterns: Sequence[CSAPattern],
+        group: Group,
+        device: torch.device,
+    ) -> Transport:
         if self.sparse is None:
             name = self.transport
             if name == "auto" and self.planner is not None:
@@ -43,7 +59,6 @@ class PrefillSetup:
             return make_transport(name, layout, group, device, self.pipeline)
         sparse = self.sparse
         prompt_lens = [item.num_prompt_tokens for item in items]
-        patterns = [self.pattern_of(item) for item in items]
         transports = sparse.transports
         if transports == ("auto",):
             assert self.planner is not None, "transport auto on several ranks comes with a planner"
@@ -61,6 +76,21 @@ class PrefillSetup:
             device=device,
             pipeline=self.pipeline,
         )
+
+    def _apart(
+        self, part: OwnPart, items: Sequence[PrefillItem], device: torch.device
+    ) -> Transport:
+        """Every prompt lies whole on one rank: as in a job of this rank alone."""
+        if not part.sequences:
+            return NoPrompts()
+        alone = replace(self, transport="gather", planner=None, pipeline=None)
+        if self.sparse is not None:
+            alone = replace(
+                alone, sparse=replace(self.sparse, transports=("gather",), sp_levels=(1,))
+            )
+        own = [items[index] for index in part.sequences]
+        patterns = [self.pattern_of(item) for item in own] if self.sparse is not None else []
+        return alone._over(part.layout, own, patterns, SINGLE, device)
 
     def pattern_of(self, item: PrefillItem) -> CSAPattern:
         """A sequence's CSA pattern: its spans are recorded where it may share a prefix with prompts of other
