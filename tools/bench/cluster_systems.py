@@ -6,10 +6,15 @@ random weights: time does not depend on them, and shapes can then follow the que
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from sps2_mega.checkpoint.hf_config import model_config_from_hf
+from sps2_mega.checkpoint.model_file import named_model_file
+from sps2_mega.config import ModelConfig
 
 VOCAB = 512
 _LLAMA = {
@@ -155,6 +160,17 @@ def named(names: str, known: Collection[str], what: str) -> list[str]:
     if unknown:
         raise ValueError(f"unknown {what} {', '.join(unknown)}; known are {', '.join(known)}")
     return found
+
+
+def shape_config(shape: Shape) -> ModelConfig:
+    """What the engine knows of the shape's model, in float32, as it is run here."""
+    if shape.llama is None:
+        config = named_model_file(shape.name).config
+    else:
+        config = model_config_from_hf(
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | shape.llama
+        )
+    return dataclasses.replace(config, dtype="float32")
 
 
 def model_path(shape: Shape, folder: Path) -> str:

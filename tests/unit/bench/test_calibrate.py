@@ -1,0 +1,90 @@
+"""The file that calibrate.py writes: it loads, says where figures come from, and simulates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sps2_mega.parallel.machine import Link
+from sps2_mega.simulator.arrivals import Arrival
+from sps2_mega.simulator.hardware import load_hardware
+from sps2_mega.simulator.simulator import simulate
+from sps2_mega.simulator.system import System
+from tests.unit.simulator.small_model import MODEL
+from tools.bench.calibrate import main
+from tools.bench.calibrate_file import hardware_text
+from tools.bench.calibrate_terms import Terms
+
+FAST, SLOW = Link(latency_s=1e-5, bytes_per_s=1e10), Link(latency_s=1e-3, bytes_per_s=1e8)
+TERMS = Terms(
+    device="abacus",
+    ranks=4,
+    ranks_per_node=2,
+    tokens=33,
+    peak_flops_per_s=1e12,
+    linear_flops_per_s=8e11,
+    attention_flops_per_s=5e11,
+    memory_bytes=4e9,
+    read_bytes_per_s=2e10,
+    layer_overhead_s=1e-4,
+    step_overhead_s=2e-3,
+    call_s=3e-5,
+    merge_s=1e-9,
+    copy_s=2e-9,
+    levels=(2, 2),
+    links=(FAST, SLOW),
+)
+
+
+def written(terms, folder, **more):
+    path = folder / "mine.yaml"
+    path.write_text(hardware_text(terms, model="m", command="python x", date="2026-01-01", **more))
+    return str(path)
+
+
+def test_measured_terms_become_hardware_and_serve_requests(tmp_path):
+    hardware = load_hardware(written(TERMS, tmp_path))
+    assert hardware.gemm_flops_per_s == pytest.approx(8e11)
+    assert hardware.attention_flops_per_s == pytest.approx(5e11)
+    assert hardware.read_bytes_per_s == pytest.approx(2e10)
+    machine = hardware.sp_machine(1, 4)
+    assert machine.sp_levels == (2, 2) and machine.links == (FAST, SLOW)
+    assert (machine.call_s, machine.merge_s, machine.copy_s) == (3e-5, 1e-9, 2e-9)
+    arrivals = [Arrival(time_s=0.1 * i, prompt_len=n, output_len=2) for i, n in enumerate([1, 777])]
+    run = simulate(arrivals, System(name="x", sp=4), MODEL, hardware)
+    assert len(run.timings) == 2 and run.refused == 0
+
+
+def test_links_between_nodes_can_be_several(tmp_path):
+    between = {"between-1gbit": FAST, "between-2mbit": SLOW}
+    path = written(TERMS, tmp_path, between=between)
+    assert load_hardware(path).inter_node == FAST
+    assert load_hardware(path, inter_node="between-2mbit").inter_node == SLOW
+    assert load_hardware(path, inter_node="ethernet-25g").inter_node.bytes_per_s < 3.2e9
+
+
+def test_one_rank_has_no_link_and_still_a_file(tmp_path):
+    alone = dataclasses.replace(TERMS, ranks=1, ranks_per_node=1, levels=(), links=())
+    hardware = load_hardware(written(alone, tmp_path))
+    assert hardware.inter_node.bytes_per_s == pytest.approx(2e10)
+
+
+def test_every_figure_says_how_and_when(tmp_path):
+    text = open(written(TERMS, tmp_path)).read()
+    assert text.count("measured, python x, 2026-01-01") >= 12 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "x.json"], "must end in .yaml"),
+        (["--output", "x.yaml", "--tokens", "1"], "--tokens must be >= 2"),
+        (["--output", "x.yaml", "--nodes", "1"], "--nodes must be at least 2"),
+        (["--output", "x.yaml", "--nodes", "2", "--rates", "fast"], "a link rate is"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())

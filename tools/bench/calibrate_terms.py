@@ -1,0 +1,259 @@
+"""The simulator's terms of one machine, measured by all ranks of a job at once; the slowest rank counts.
+
+    peak        the largest product that is timed               linear     a layer of the model without attention
+    attention   causal, one long prompt                         memory     a matrix read for one vector, as decode does
+    layer       the same layer with one token                   links      `comm.probe`, per SP level
+    step        of an engine's step what is not the layers      small      calls, merges, copies: `engine.machine_probe`
+
+The layer is Megatron's own with random weights, so what is between its products is counted where it occurs. Means, not
+best times: where ranks share cores, waiting for one is part of the price. Decides no units of the file
+(`calibrate_file`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sps2_mega.comm.probe import agree_most, measure_links
+from sps2_mega.config import ModelConfig
+from sps2_mega.engine.engine import Engine
+from sps2_mega.engine.machine_probe import attention_speed
+from sps2_mega.engine.startup import StartedRank, start_rank
+from sps2_mega.kernels.attention.sdpa import attend_run
+from sps2_mega.mcore.gpt import GPT
+from sps2_mega.parallel.groups import Group
+from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.parallel.machine import Link
+from sps2_mega.serving.llm import engine_config
+from sps2_mega.simulator.compute import causal_pairs
+from sps2_mega.simulator.model_size import model_size
+from sps2_mega.types import SamplingParams
+
+_LAYERS = 2  # of the timed model: more would measure the same again
+_LONG_ENOUGH_S = 0.3
+_MOST_ROUNDS = 200
+_PEAK_WIDTH = {"cpu": 1024, "cuda": 8192}
+_READ_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
+_STEPS = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """Rates per rank while all ranks work; `memory_bytes` is what one rank may have. `links` and `levels` are those of the
+    SP levels, empty for one rank."""
+
+    device: str
+    ranks: int
+    ranks_per_node: int
+    tokens: int
+    peak_flops_per_s: float
+    linear_flops_per_s: float
+    attention_flops_per_s: float
+    memory_bytes: float
+    read_bytes_per_s: float
+    layer_overhead_s: float
+    step_overhead_s: float
+    call_s: float
+    merge_s: float
+    copy_s: float
+    levels: tuple[int, ...]
+    links: tuple[Link, ...]
+
+
+def measure(
+    model: ModelConfig, info: LaunchInfo, *, tokens: int | None, device: str, dtype: str
+) -> Terms | None:
+    """All ranks call it together; None on all but rank 0. `tokens` None: 4096 on CPU, 8192 on CUDA.
+
+    Raises:
+        ConfigError: ranks cannot meet, or CUDA is asked for and is not there.
+    """
+    # An engine on the bundled model joins the ranks, and its steps show what the host needs.
+    config = engine_config(
+        "sps2-tiny",
+        tp=1,
+        sp=info.world_size,
+        options={
+            "num_blocks": 64,
+            "device": device,
+            "dtype": dtype,
+            "threads": torch.get_num_threads() if device == "cuda" else 1,
+        },
+    )
+    rank = start_rank(config, info, show_progress=False)
+    engine, timer = Engine(rank), _Timer(rank)
+    if tokens is None:
+        tokens = 4096 if timer.on_cpu else 8192
+    links: tuple[Link, ...] = ()
+    levels = tuple(group.size for group in rank.groups.sp_levels if group.size > 1)
+    if info.world_size > 1:
+        found = measure_links(rank.groups.sp_levels, rank.groups.control, timer.device)
+        pairs = zip(rank.groups.sp_levels, found, strict=True)
+        links = tuple(link for group, link in pairs if group.size > 1)
+    gpt = _random_gpt(model, rank)
+    size = model_size(model)
+    one_s, all_s = _layer_s(gpt, 1, timer), _layer_s(gpt, tokens, timer)
+    small = attention_speed(model.head_dim, timer.dtype, timer.device, rank.groups.control)
+    read_s = timer.agreed(_read_once(timer))
+    read_rate = _READ_BYTES[timer.device.type] / read_s
+    flops = 2.0 * tokens * size.layer_params
+    linear = flops / max(all_s - one_s, all_s / 10)
+    attention = _attention_rate(model, tokens, timer)
+    step_s = _host_step_s(engine, timer)
+    if step_s is None:
+        return None
+    weights_s = size.layer_params * timer.itemsize / read_rate
+    width = _PEAK_WIDTH[timer.device.type]
+    return Terms(
+        device=_device_name(timer.device),
+        ranks=info.world_size,
+        ranks_per_node=info.local_world_size,
+        tokens=tokens,
+        peak_flops_per_s=max(2.0 * width**3 / timer.peak_s, linear, attention),
+        linear_flops_per_s=linear,
+        attention_flops_per_s=attention,
+        memory_bytes=_memory_bytes(timer.device, info),
+        read_bytes_per_s=read_rate,
+        layer_overhead_s=max(one_s - weights_s, one_s / 10),
+        step_overhead_s=step_s,
+        call_s=small["call_s"],
+        merge_s=small["merge_s"],
+        copy_s=small["copy_s"],
+        levels=levels,
+        links=links,
+    )
+
+
+class _Timer:
+    """Times calls on all ranks at once, and keeps the peak, which every rank measures first."""
+
+    def __init__(self, rank: StartedRank) -> None:
+        self.device, self.dtype = rank.compute.device, rank.compute.dtype
+        self.control: Group = rank.groups.control
+        width = _PEAK_WIDTH[self.device.type]
+        square = torch.ones(width, width, dtype=self.dtype, device=self.device)
+        self.peak_s = self.agreed(lambda: square @ square)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def agreed(self, call: Callable[[], object]) -> float:
+        """Mean seconds of a call on the slowest rank, all ranks calling as often."""
+        call()  # the first may compile or allocate
+        once = agree_most(self._seconds(call, 1), self.control)
+        rounds = max(2, min(_MOST_ROUNDS, int(_LONG_ENOUGH_S / max(once, 1e-9))))
+        return agree_most(self._seconds(call, rounds), self.control)
+
+    def _seconds(self, call: Callable[[], object], rounds: int) -> float:
+        self._finish()
+        began = time.perf_counter()
+        for _ in range(rounds):
+            call()
+        self._finish()
+        return (time.perf_counter() - began) / rounds
+
+    def _finish(self) -> None:
+        if not self.on_cpu:
+            torch.cuda.synchronize(self.device)
+
+
+class _NoAttention:
+    """Stands where attention would: what is left of the layer is timed."""
+
+    def attend(self, layer: int, q_TNH: Tensor, k: Tensor, v: Tensor, rule: object) -> Tensor:
+        return q_TNH
+
+
+def _random_gpt(model: ModelConfig, rank: StartedRank) -> GPT:
+    """Few layers of that width and a small vocabulary, with weights that keep numbers finite."""
+    short = dataclasses.replace(model, num_layers=_LAYERS, vocab_size=64, sliding_window=None)
+    gpt = GPT(short, rank.groups, dtype=rank.compute.dtype, device=rank.compute.device)
+    with torch.inference_mode():
+        for weight in gpt.weights().values():
+            torch.nn.init.normal_(weight, std=0.02)
+    return gpt
+
+
+def _layer_s(gpt: GPT, tokens: int, timer: _Timer) -> float:
+    """One layer of `tokens` tokens, without attention, the embedding and the head."""
+    ids = torch.zeros(tokens, dtype=torch.int64, device=timer.device)
+    start = gpt.begin(ids, ids, _NoAttention())
+
+    def layers() -> None:
+        run = dataclasses.replace(start)
+        gpt.advance(run, _LAYERS)
+
+    return timer.agreed(layers) / _LAYERS
+
+
+def _attention_rate(model: ModelConfig, tokens: int, timer: _Timer) -> float:
+    def made(heads: int) -> Tensor:
+        return torch.zeros(tokens, heads, model.head_dim, dtype=timer.dtype, device=timer.device)
+
+    q, k, v = made(model.num_heads), made(model.num_kv_heads), made(model.num_kv_heads)
+    seconds = timer.agreed(lambda: attend_run(q, k, v, scale=1.0, q_start=0))
+    return 4.0 * model.head_dim * model.num_heads * causal_pairs(0, tokens) / seconds
+
+
+def _read_once(timer: _Timer) -> Callable[[], object]:
+    columns = 4096
+    rows = _READ_BYTES[timer.device.type] // timer.itemsize // columns
+    matrix = torch.ones(rows, columns, dtype=timer.dtype, device=timer.device)
+    vector = torch.ones(columns, dtype=timer.dtype, device=timer.device)
+    return lambda: matrix @ vector
+
+
+def _host_step_s(engine: Engine, timer: _Timer) -> float | None:
+    """Of a decode step what is not its layers: planning, telling the ranks, sampling, committing. None on ranks that
+    follow, which leave the job here."""
+    if not engine.is_driver:
+        engine.run_worker()
+        return None
+    advance, inside = engine.model.advance, 0.0
+
+    def timed(*arguments: Any) -> None:
+        nonlocal inside
+        began = time.perf_counter()
+        advance(*arguments)
+        inside += time.perf_counter() - began
+
+    engine.model.advance = timed  # type: ignore[method-assign]
+    params = SamplingParams(max_tokens=_STEPS, temperature=0.0, ignore_eos=True)
+    engine.add_request("steps", [1, 2, 3], params)
+    engine.step()
+    inside, began, before = 0.0, time.perf_counter(), engine.stats().num_steps
+    while engine.has_work():
+        engine.step()
+    seconds = time.perf_counter() - began - inside
+    steps = engine.stats().num_steps - before
+    engine.shutdown()
+    return seconds / steps
+
+
+def _memory_bytes(device: torch.device, info: LaunchInfo) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return psutil.virtual_memory().total / info.local_world_size
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    from tools.bench.machine import describe
+
+    facts = describe()
+    return f"{facts['cpu']}, {torch.get_num_threads()} of {facts['cores']} cores per rank"
