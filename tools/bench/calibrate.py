@@ -25,8 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Link
@@ -38,6 +37,7 @@ from tools.bench.cluster_nodes import (
     rate_name,
 )
 from tools.bench.cluster_nodes import Link as Cable
+from tools.bench.machine import ROOT
 
 _PORT = 29700
 _RANK_S = 600.0

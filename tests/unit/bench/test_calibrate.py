@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_one_rank_has_no_link_and_still_a_file(tmp_path):
 
 
 def test_every_figure_says_how_and_when(tmp_path):
-    text = open(written(TERMS, tmp_path)).read()
+    text = Path(written(TERMS, tmp_path)).read_text()
     assert text.count("measured, python x, 2026-01-01") >= 12 + 2 * 2
 
 
