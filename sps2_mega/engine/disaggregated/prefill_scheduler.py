@@ -12,7 +12,7 @@ from sps2_mega.kv_cache.block_chain import chain_root
 
 def prefill_scheduler(rank: StartedRank, *, max_len: int) -> Scheduler:
     """`max_len` is the longest prompt plus output that both sides can hold, in tokens. What waits here has been admitted
-    before, so there is no limit."""
+    before, so there is no limit, and nothing decodes here that a prefill would have to give way to."""
     config, model = rank.config, rank.resolved.config
     sparse = rank.executor.prefill.sparse
     spans = None
@@ -20,7 +20,7 @@ def prefill_scheduler(rank: StartedRank, *, max_len: int) -> Scheduler:
         pattern = sparse.pattern
         spans = lambda prompt_len: pattern(prompt_len).spans  # noqa: E731
     return Scheduler(
-        dataclasses.replace(config.scheduler, max_waiting=None),
+        dataclasses.replace(config.scheduler, max_waiting=None, tbt_target_ms=None),
         block_size=config.cache.block_size,
         num_blocks=rank.num_blocks,
         sp_size=rank.groups.sp.size,
