@@ -2,19 +2,25 @@
 
 With spans from the topology a longer prompt has the same picture at a larger scale: far pairs grow with the square of
 its length and far rows with the length. So the level planner is asked once, about one long prompt; sinks, halo and the
-exact tail, which do not grow so, are added by count. Decides which transport each level takes: the fastest.
+exact tail, which do not grow so, are added by count. Given spans do not scale: then it is asked about the one length that
+is to be priced. Decides which transport each level takes: the fastest.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.level_planner import choose_levels, visible_between
 from sps2_mega.attention.pattern import CSAPattern, topology_spans
-from sps2_mega.attention.pipeline.settings import CUDA_PART, PipelineSettings, num_micro_batches
+from sps2_mega.attention.pipeline.settings import (
+    CPU_PART,
+    CUDA_PART,
+    PipelineSettings,
+    SmallestPart,
+    num_micro_batches,
+)
 from sps2_mega.attention.works import group_sizes_of
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
@@ -36,11 +42,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Combination:
-    """Transports by level; `link_s` per token of the prompt, `compute_s` per squared token, `latency_s` as it is."""
+    """Transports by level; `link_s` and `copy_s` per token of the prompt, `compute_s` per squared token, `latency_s` as
+    it is."""
 
     transports: tuple[str, ...]
     link_s: float
     compute_s: float
+    copy_s: float
     latency_s: float
 
 
@@ -56,6 +64,7 @@ class SparseCost:
     itemsize: int
     exchange_s: float
     exchange_bytes_per_s: float
+    smallest: SmallestPart
     combinations: tuple[_Combination, ...]
 
     def seconds(
@@ -68,7 +77,7 @@ class SparseCost:
         near_s = self._near_s(prompts, hardware)
         found = []
         for way in self.combinations:
-            compute_s = way.compute_s * squared + near_s
+            compute_s = way.compute_s * squared + way.copy_s * tokens + near_s
             comm_s = way.link_s * tokens + way.latency_s + self._tail_s(len(prompts))
             total = compute_s + comm_s
             if pipelined:
@@ -84,6 +93,13 @@ class SparseCost:
                 )
             )
         return min(found, key=lambda seconds: seconds.total_s)
+
+    def forced(self, transport: str) -> SparseCost:
+        """The same where one transport is forced on every level."""
+        kept = tuple(way for way in self.combinations if set(way.transports) == {transport})
+        if not kept:
+            raise ConfigError(f"CSA has no transport {transport!r} that the simulator prices")
+        return replace(self, combinations=kept)
 
     def _near_s(self, prompts: list[Prompt], hardware: Hardware) -> float:
         """Sinks and halo, which every query sees, and the tail, which sees all keys."""
@@ -107,7 +123,7 @@ class SparseCost:
             PipelineSettings(),
             num_bytes=int(comm_s * self.exchange_bytes_per_s),
             flops=int(compute_s * hardware.attention_flops_per_s),
-            smallest=CUDA_PART,
+            smallest=self.smallest,
         )
 
 
@@ -119,39 +135,44 @@ def sparse_cost(
     num_kv_heads: int,
     head_dim: int,
     itemsize: int,
+    length: int | None = None,
 ) -> SparseCost:
-    """Raises:
-    ConfigError: spans are given (only those from the topology scale with a prompt), or degrees do not fit the levels.
+    """`length`: the only prompt length that will be priced, needed where spans are given.
+
+    Raises:
+        ConfigError: spans without a length (only those from the topology scale), or degrees do not fit the levels.
     """
-    if csa.spans is not None:
+    if csa.spans is not None and length is None:
         raise ConfigError(f"the simulator prices CSA spans from the topology, got {csa.spans}")
     size = math.prod(machine.sp_levels)
     heads = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    length = _SHARD * size
+    length = length or _SHARD * size
+    shard = -(-length // size)
     pattern = CSAPattern(
         degrees=csa.level_degrees,
-        spans=topology_spans(_SHARD, group_sizes_of(machine.sp_levels)),
+        spans=csa.spans or topology_spans(shard, group_sizes_of(machine.sp_levels)),
         sinks=0,
         halo=0,
         tail=0,
         sample_queries=csa.sample_queries,
         block=csa.block,
     )
-    layout = build_layout([list(range(size))], [length], block_size=_SHARD, sp_size=size)
+    layout = build_layout([list(range(size))], [length], block_size=shard, sp_size=size)
     visible = visible_between(layout, [pattern], [length], range(num_kv_heads))
 
     def seconds(fake: Machine) -> dict[tuple[str, ...], float]:
         chosen = choose_levels(visible, fake, itemsize=itemsize, overlap=False, **heads)
         return chosen.seconds
 
-    # One thing at a time: bytes, arithmetic, messages.
+    # One thing at a time: bytes, arithmetic, copies, messages.
     silent = tuple(replace(link, latency_s=0.0) for link in machine.links)
     instant = tuple(replace(link, latency_s=0.0, bytes_per_s=math.inf) for link in machine.links)
     late = tuple(replace(link, bytes_per_s=math.inf) for link in machine.links)
-    link_s = seconds(replace(machine, links=silent, flops_per_s=math.inf))
-    compute_s = seconds(replace(machine, links=instant))
-    latency_s = seconds(replace(machine, links=late, flops_per_s=math.inf))
-    names = itertools.chain(link_s)
+    plain = replace(machine, copy_s=0.0)
+    link_s = seconds(replace(plain, links=silent, flops_per_s=math.inf))
+    compute_s = seconds(replace(plain, links=instant))
+    copied_s = seconds(replace(machine, links=instant))
+    latency_s = seconds(replace(plain, links=late, flops_per_s=math.inf))
     slowest = max(machine.links, key=lambda link: link.latency_s)
     return SparseCost(
         csa=csa,
@@ -159,14 +180,16 @@ def sparse_cost(
         itemsize=itemsize,
         exchange_s=slowest.latency_s,
         exchange_bytes_per_s=slowest.bytes_per_s,
+        smallest=CPU_PART if machine.on_cpu else CUDA_PART,
         combinations=tuple(
             _Combination(
                 transports=way,
                 link_s=link_s[way] / length,
                 compute_s=compute_s[way] / float(length) ** 2,
+                copy_s=(copied_s[way] - compute_s[way]) / length,
                 latency_s=latency_s[way],
             )
-            for way in names
+            for way in link_s
         ),
         **heads,
     )

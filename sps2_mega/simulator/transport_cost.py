@@ -1,19 +1,25 @@
 """Seconds of exact attention over SP ranks by each transport: the planner's bytes, the pipeline's order.
 
 Bytes of a step with equal shares are linear in its new and its cached tokens, so `attention.traffic` is asked twice,
-when a cost is made, and never again: a step then costs a few multiplications, on any number of ranks. Decides which
-transport a step of `auto` takes, as the engine does: the fastest.
+when a cost is made, and never again: a step then costs a few multiplications, on any number of ranks. Calls, merges and
+copies cost what was measured of the hardware, nothing where nobody measured. Decides which transport a step of `auto`
+takes, as the engine does: the fastest.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sps2_mega.attention.heads import split_heads
-from sps2_mega.attention.pipeline.settings import CUDA_PART, PipelineSettings, num_micro_batches
-from sps2_mega.attention.planner import link_seconds
+from sps2_mega.attention.pipeline.settings import (
+    CPU_PART,
+    CUDA_PART,
+    PipelineSettings,
+    num_micro_batches,
+)
+from sps2_mega.attention.planner import estimate, link_seconds
 from sps2_mega.attention.step_shape import StepShape
 from sps2_mega.attention.traffic import bytes_moved, num_messages
 from sps2_mega.parallel.machine import Link, Machine
@@ -44,7 +50,7 @@ class AttentionSeconds:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCost:
     """One transport on one machine. `query_s[l]` and `key_s[l]` are link seconds per token of level l, for one token
-    per rank; `sent` is bytes per rank likewise."""
+    per rank; `sent` is bytes per rank and `copy_s` seconds of copying likewise."""
 
     transport: str
     size: int
@@ -58,6 +64,9 @@ class TransportCost:
     key_s: tuple[float, ...]
     query_sent: float
     key_sent: float
+    query_copy_s: float
+    key_copy_s: float
+    on_cpu: bool
 
     def seconds(
         self, pairs: float, new: float, keys: float, hardware: Hardware, *, pipelined: bool
@@ -66,11 +75,14 @@ class TransportCost:
         queries, held = new / self.size, keys / self.size
         kv_bytes = 2 * held * self.num_kv_heads * self.head_dim * self.itemsize
         own = pairs * self.num_heads * self.busiest_share
-        compute_s = attention_s(own, self.head_dim, kv_bytes, hardware)
+        compute_s = attention_s(own, self.head_dim, kv_bytes, hardware) + hardware.call_s
         if self.size == 1:
             return AttentionSeconds(
                 transport=self.transport, compute_s=compute_s, comm_s=0.0, exposed_s=0.0
             )
+        compute_s += queries * self.query_copy_s + held * self.key_copy_s
+        if self.transport in ("ring", "pass_q"):
+            compute_s += (self.size - 1) * hardware.call_s
         latency = num_messages(self.transport, self.size) * self.latency_s
         query_s = max(queries * s for s in self.query_s)
         link_s = max(queries * q + held * k for q, k in zip(self.query_s, self.key_s, strict=True))
@@ -78,11 +90,15 @@ class TransportCost:
         total = compute_s + comm_s
         if pipelined and self.transport == "ring":
             total = ring_s(comm_s / (self.size - 1), [compute_s / self.size] * self.size)
-        elif pipelined and self.transport != "pass_q":
+        elif pipelined:
             parts = self._micro_batches(queries, held, own)
-            back = query_s / 2 if self.transport == "ulysses" else 0.0
+            if self.on_cpu:  # its exchanges are small: each part pays for its own
+                comm_s += (parts - 1) * latency
+                compute_s += (parts - 1) * hardware.call_s
+            back = query_s / 2 if self.transport in ("ulysses", "pass_q") else 0.0
             each = [(comm_s - back) / parts] * parts, [compute_s / parts] * parts
-            total = pipelined_s(*each, [back / parts] * parts)
+            # Both directions of the pipeline send over the same link.
+            total = max(comm_s, pipelined_s(*each, [back / parts] * parts))
         return AttentionSeconds(
             transport=self.transport,
             compute_s=compute_s,
@@ -96,16 +112,18 @@ class TransportCost:
             PipelineSettings(),
             num_bytes=int(queries * self.query_sent + held * self.key_sent),
             flops=int(own * 4 * self.head_dim),
-            smallest=CUDA_PART,
+            smallest=CPU_PART if self.on_cpu else CUDA_PART,
         )
-        return min(wanted, self.num_kv_heads) if self.transport == "gather" else wanted
+        return wanted if self.transport == "ulysses" else min(wanted, self.num_kv_heads)
 
     def _merge_s(self, queries: float, hardware: Hardware) -> float:
         """Partials of every rank but the first are read and merged into a float32 sum, which is read and written."""
         if self.transport not in ("ring", "pass_q"):
             return 0.0
-        row = self.num_heads * self.head_dim * (self.itemsize + 8)
-        return memory_s((self.size - 1) * queries * row, hardware)
+        numbers = (self.size - 1) * queries * self.num_heads * self.head_dim
+        if hardware.merge_s:
+            return numbers * hardware.merge_s
+        return memory_s(numbers * (self.itemsize + 8), hardware)
 
 
 def transport_costs(
@@ -130,6 +148,7 @@ def transport_costs(
             share = max(len(own) for own, _ in shares) / num_heads
         query_s, query_sent = _per_token(name, heads, machine, queries=_UNIT, keys=0)
         key_s, key_sent = _per_token(name, heads, machine, queries=0, keys=_UNIT)
+        copy_s = [_copy_s(name, heads, machine, *counts) for counts in ((_UNIT, 0), (0, _UNIT))]
         costs.append(
             TransportCost(
                 transport=name,
@@ -140,6 +159,9 @@ def transport_costs(
                 key_s=key_s,
                 query_sent=query_sent,
                 key_sent=key_sent,
+                query_copy_s=copy_s[0],
+                key_copy_s=copy_s[1],
+                on_cpu=machine.on_cpu,
                 **heads,
             )
         )
@@ -165,12 +187,7 @@ def _per_token(
 ) -> tuple[tuple[float, ...], float]:
     """Link seconds of each level, and bytes sent by a rank, per token of each rank."""
     size = math.prod(machine.sp_levels)
-    moved = bytes_moved(
-        name,
-        StepShape(
-            queries=(queries,) * size, keys=(keys,) * size, pairs=((0,) * size,) * size, **heads
-        ),
-    )
+    moved = bytes_moved(name, _shape(heads, size, queries, keys))
     seconds = []
     for level in range(len(machine.links)):
         # Only this level's link takes time.
@@ -181,3 +198,17 @@ def _per_token(
         alone = Machine(sp_levels=machine.sp_levels, links=links, flops_per_s=1.0)
         seconds.append(link_seconds(moved, alone) / _UNIT)
     return tuple(seconds), max(map(sum, moved)) / _UNIT
+
+
+def _copy_s(name: str, heads: dict[str, int], machine: Machine, queries: int, keys: int) -> float:
+    """Seconds of copying per token of each rank, as the planner counts it."""
+    alone = replace(machine, call_s=0.0, merge_s=0.0)
+    shape = _shape(heads, math.prod(machine.sp_levels), queries, keys)
+    return estimate(name, shape, alone, overlap=False).compute_s / _UNIT
+
+
+def _shape(heads: dict[str, int], size: int, queries: int, keys: int) -> StepShape:
+    """A step without work, of equal shares."""
+    return StepShape(
+        queries=(queries,) * size, keys=(keys,) * size, pairs=((0,) * size,) * size, **heads
+    )

@@ -102,3 +102,43 @@ def test_sparser_is_cheaper_and_given_spans_are_refused():
     assert totals == sorted(totals, reverse=True)
     with pytest.raises(ConfigError, match="spans from the topology"):
         sparse_cost(CSAConfig(degrees=(1, 2), spans=(64,)), machine, **HEADS)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_measured_copies_calls_and_merges_are_counted_as_the_planner_does(transport):
+    slow = ROUND.replace(copy_s=1e-9, call_s=3e-5, merge_s=2e-9, peak_flops_per_s=1e11)
+    machine, new, sp = slow.sp_machine(4, 3), 24_000, 3
+    shape = StepShape(
+        queries=(new // sp,) * sp,
+        keys=(new // sp,) * sp,
+        pairs=((int(causal_pairs(0, new) / sp / sp),) * sp,) * sp,
+        **HEADS,
+    )
+    planned = estimate(transport, shape, machine, overlap=False)
+    (cost,) = transport_costs([transport], machine, **HEADS)
+    priced = cost.seconds(causal_pairs(0, new), new, new, slow, pipelined=False)
+    assert priced.comm_s == pytest.approx(planned.comm_s)
+    # The planner merges once per rank that holds keys, the simulator once less: the first partial is the sum.
+    assert priced.compute_s + priced.merge_s == pytest.approx(planned.compute_s, rel=0.02)
+    plain = slow.replace(copy_s=0.0, call_s=0.0, merge_s=0.0)
+    (cheap,) = transport_costs([transport], plain.sp_machine(4, 3), **HEADS)
+    less = cheap.seconds(causal_pairs(0, new), new, new, plain, pipelined=False)
+    assert less.compute_s < priced.compute_s
+
+
+def test_given_spans_are_priced_at_the_one_length_that_is_asked_for():
+    csa = CSAConfig(degrees=(1, 4), spans=(1024,))
+    length = 8191
+    alone, two = (
+        sparse_cost(csa, machine, **HEADS, length=length).forced("gather")
+        for machine in (ROUND.sp_machine(1, 1), ROUND.sp_machine(4, 2))
+    )
+    prompt = [Prompt(start=0, end=length)]
+    one = alone.seconds(prompt, ROUND, pipelined=False)
+    both = two.seconds(prompt, ROUND, pipelined=False)
+    # The second rank has more far keys to look at than the first: half of the work is the least it has.
+    assert 0.5 < both.compute_s / one.compute_s < 0.8
+    dense_s = 4.0 * 128 * 8 * causal_pairs(0, length) / ROUND.attention_flops_per_s
+    assert 0.3 < one.compute_s / dense_s < 0.5
+    with pytest.raises(ConfigError, match="'pigeon'"):
+        two.forced("pigeon")
