@@ -16,8 +16,9 @@ from sps2_mega.errors import ConfigError, Refusal
 from sps2_mega.kv_cache.block_chain import chain_root
 from sps2_mega.metrics import StepMeter
 from sps2_mega.simulator.arrivals import VOCAB_SIZE
-from sps2_mega.simulator.step_cost import StepCost
-from sps2_mega.types import DecodeItem, Sequence, StepOutput, StepPlan
+from sps2_mega.simulator.sparse_cost import Prompt
+from sps2_mega.simulator.step_cost import StepCost, Terms
+from sps2_mega.types import DecodeItem, PrefillItem, Sequence, StepOutput, StepPlan
 
 BLOCK_SIZE = (
     64  # tokens; four of the engine's, which changes little here and quarters the bookkeeping
@@ -63,6 +64,7 @@ class SimulatedEngine:
             layout=prompt_layout("auto", csa),
             prefix_root=chain_root(csa) if prefix_caching else None,
             topology_spans=None if spans is None else lambda length: spans(length).spans,
+            work=cost.size.layer_work,
         )
         self.meter = StepMeter()
         self.terms: Counter[str] = Counter()
@@ -71,6 +73,7 @@ class SimulatedEngine:
         self.load_tokens = 0
         self.plan: StepPlan | None = None
         self._seconds = 0.0
+        self._passes: dict[int, list[PrefillItem]] = {}  # suspended between layers
 
     def add(self, sequence: Sequence) -> Refusal | None:
         refusal = self.scheduler.add(sequence)
@@ -86,7 +89,7 @@ class SimulatedEngine:
         self.plan = self.scheduler.plan(now)
         if self.plan is None:
             return None
-        terms = self.cost.of_plan(self._computed(self.plan))
+        terms = self._terms(self.plan)
         self.terms.update(terms)
         self._seconds = sum(terms.values())
         self.busy_s += self._seconds
@@ -100,13 +103,36 @@ class SimulatedEngine:
         count = len(plan.sampled)
         finished = self.scheduler.commit(plan, StepOutput([0] * count, [None] * count), now)
         self.meter.record(
-            prompt_tokens=sum(item.num_new_tokens for item in self._computed(plan).prefills),
+            prompt_tokens=self._prompt_tokens(plan),
             output_tokens=count,
             seconds=self._seconds,
         )
+        if plan.layers is not None and plan.layers.end == self.cost.size.num_layers:
+            del self._passes[plan.layers.pass_id]
         for sequence in finished:
             self.load_tokens -= len(sequence.prompt_token_ids) + sequence.max_tokens
         return finished
+
+    def _terms(self, plan: StepPlan) -> Terms:
+        """What the step costs; of a pass in slices each layer costs the same, and the last slice has the head."""
+        for pass_id in plan.dropped:
+            del self._passes[pass_id]
+        if plan.layers is None:
+            return self.cost.of_plan(self._computed(plan))
+        items = self._passes.setdefault(plan.layers.pass_id, plan.prefills)
+        return self.cost.of_slice(
+            [Prompt(start=item.start, end=item.end) for item in items],
+            num_layers=plan.layers.end - plan.layers.first,
+            num_sampled=len(plan.layers.sampled),
+        )
+
+    def _prompt_tokens(self, plan: StepPlan) -> int:
+        """Of a slice its layers' share, so that slices of a pass add up to its tokens."""
+        if plan.layers is None:
+            return sum(item.num_new_tokens for item in self._computed(plan).prefills)
+        count = sum(item.num_new_tokens for item in self._passes[plan.layers.pass_id])
+        num_layers = self.cost.size.num_layers
+        return count * plan.layers.end // num_layers - count * plan.layers.first // num_layers
 
     def _computed(self, plan: StepPlan) -> StepPlan:
         """The plan as the model sees it: a prompt that comes with its keys and values is one more decode. After a
@@ -145,4 +171,5 @@ def scheduler_config(cost: StepCost) -> SchedulerConfig:
         chunk_tokens=system.chunk_tokens,
         max_running=system.max_running,
         max_prefill_tokens=system.max_prefill_tokens,
+        tbt_target_ms=system.tbt_target_ms,
     )

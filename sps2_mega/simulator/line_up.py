@@ -8,7 +8,8 @@
     ring          dense context parallelism, keys and values in a ring (arXiv 2411.01783)
     ulysses       dense, heads by all-to-all (arXiv 2309.14509)
     sps2          exact SP prefill by the planner's transport, queries move in decode
-    sps2-csa      the same with sparse attention
+    sps2-yield    the same, where a prefill gives way to decodes between layers so that they keep a target
+    sps2-csa      sps2 with sparse attention
     sps2-split    sps2-csa with engines of their own for decode
 
 Every family gets all its layouts, and those with chunks several sizes, so that none is compared at a bad setting;
@@ -29,6 +30,7 @@ from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.system import System
 
 CHUNKS = (512, 2048, 8192)
+TBT_TARGET_MS = 100.0  # the server's default
 FAMILIES = (
     "sarathi",
     "sarathi-large",
@@ -38,6 +40,7 @@ FAMILIES = (
     "ring",
     "ulysses",
     "sps2",
+    "sps2-yield",
     "sps2-csa",
     "sps2-split",
 )
@@ -183,6 +186,8 @@ def _together(family: str, place: Place, inside: Sequence[int]) -> list[System]:
                 system = system.replace(transports=transports[family], elastic=False)
             elif family == "sps2-csa":
                 system = system.replace(csa=place.csa(tp, sp))
+            elif family == "sps2-yield":
+                system = system.replace(tbt_target_ms=TBT_TARGET_MS)
             found.append(system)
     return found
 

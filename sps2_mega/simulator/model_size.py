@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sps2_mega.config import ModelConfig
+from sps2_mega.engine.layer_work import LayerWork
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -27,6 +28,15 @@ class ModelSize:
     ffn_params: int
     itemsize: int
     ffn_itemsize: int
+
+    @property
+    def layer_work(self) -> LayerWork:
+        """What the scheduler counts with."""
+        return LayerWork(
+            num_layers=self.num_layers,
+            token_flops=2 * self.layer_params,
+            pair_flops=4 * self.num_heads * self.head_dim,
+        )
 
     @property
     def layer_params(self) -> int:

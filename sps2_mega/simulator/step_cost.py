@@ -60,20 +60,36 @@ class StepCost:
         self, prompts: Sequence[Prompt], *, num_decodes: int, context: int, num_sampled: int
     ) -> Terms:
         """`prompts` are prefilled; `num_decodes` sequences, with `context` tokens together, get one more token."""
+        terms = self._of_layers(prompts, num_decodes, context)
+        terms["head"] = self._head_s(num_sampled)
+        return terms
+
+    def of_slice(self, prompts: Sequence[Prompt], *, num_layers: int, num_sampled: int) -> Terms:
+        """`prompts` go through some of the layers; with the last ones there are tokens to sample."""
+        share = num_layers / self.size.num_layers
+        terms = {name: share * seconds for name, seconds in self._of_layers(prompts, 0, 0).items()}
+        terms["head"] = self._head_s(num_sampled) if num_sampled else 0.0
+        return terms
+
+    def _of_layers(
+        self, prompts: Sequence[Prompt], num_decodes: int, context: int
+    ) -> dict[str, float]:
+        """All layers, with the prompts spread or side by side."""
         new = sum(p.end - p.start for p in prompts)
         terms = self._layers(list(prompts), new / self.sp, num_decodes, context)
         if self.system.elastic and self.sp > 1 and len(prompts) > 1 and not num_decodes:
             apart = self._side_by_side(prompts)
             if apart is not None and sum(apart.values()) < sum(terms.values()):
                 terms = apart
-        rows = num_sampled / self.sp
-        terms["head"] = gemm_s(
-            rows,
+        return terms
+
+    def _head_s(self, num_sampled: int) -> float:
+        return gemm_s(
+            num_sampled / self.sp,
             self.size.head_params / self.tp,
             self.size.head_params * self.size.itemsize / self.tp,
             self.hardware,
         )
-        return terms
 
     def transport_of(self, prompt_len: int) -> str:
         """The transport that a prompt of this length takes, one per SP level under CSA."""

@@ -20,7 +20,7 @@ class System:
     `decode_replicas` > 0: that many further engines, of `decode_tp` * `decode_sp` GPUs, decode what the others
     have prefilled (disaggregated). `decode_move` is what travels in SP decode: queries, or keys and values.
     `dcp` TP ranks that would hold the same KV head share its tokens instead (decode context parallelism).
-    `chunk_tokens`: with policy sarathi. `elastic`: short prompts may run whole on one SP rank each, side by side.
+    `chunk_tokens`: with policy sarathi. `tbt_target_ms`: prefill gives way to decodes between layers. `elastic`: short prompts may run whole on one SP rank each, side by side.
 
     Raises:
         ConfigError: a degree is below 1, or settings exclude each other.
@@ -37,6 +37,7 @@ class System:
     elastic: bool = True
     chunk_tokens: int = 2048
     max_prefill_tokens: int = 8192
+    tbt_target_ms: float | None = None
     max_running: int = 256
     dcp: int = 1
     decode_move: Literal["queries", "keys"] = "queries"
