@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -16,6 +17,11 @@ import openai
 import pytest
 from generation_job import generate_command, texts_of, write_requests
 from launched import ROOT, LaunchedJob, launch_command, launched
+
+from tools.soak import with_ids
+from tools.soak_cases import Answer, CaseMix
+from tools.soak_client import soak
+from tools.soak_state import state_faults
 
 NUM_CLIENTS = 32
 LIMIT_S = 15.0
@@ -72,6 +78,7 @@ def test_clients_get_what_generate_writes_and_sigterm_drains(tmp_path):
 
         check_seeds_and_samples(url)
         leave_a_stream(url)
+        soak_a_little(url, lines, offline)
 
         first = iter(long_stream(url, 150))
         next(first)
@@ -107,6 +114,24 @@ def leave_a_stream(url: str) -> None:
     while metric(url, "num_requests_running") or metric(url, "kv_cache_usage_perc"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def soak_a_little(url: str, lines: list[dict], offline: dict) -> None:
+    """Mixed shapes, clients that leave and invalid requests; tools/soak.py does the same with thousands."""
+    answers = [
+        Answer(
+            fields={name: value for name, value in line.items() if name != "id"},
+            text=offline[line["id"]],
+            num_tokens=line["max_tokens"],
+        )
+        for line in lines
+    ]
+    known = [with_ids(answer, url) for answer in answers]
+    mix = CaseMix(answers=known, model="sps2-tiny", max_model_len=4096)
+    result = asyncio.run(soak(url, mix.draw(60), at_once=12))
+    assert result.faults == []
+    assert (result.done, result.endings["left"], result.endings["refused"]) == (60, 12, 6)
+    assert list(state_faults(url)) == []
 
 
 def long_stream(url: str, max_tokens: int) -> openai.Stream:

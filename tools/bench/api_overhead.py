@@ -18,26 +18,21 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import machine
+from tools.bench.api_overhead_clients import answered, asked_of
 from tools.bench.api_overhead_offline import OfflineProcess
-from tools.bench.generate import source_prompts
-from tools.bench.serving_process import RunningServer, cpu_seconds, served
-from tools.bench.sse import events
+from tools.bench.serving_process import cpu_seconds, served
 
 
 def main() -> int:
     args = parser().parse_args()
-    texts = source_prompts(args.requests, args.shortest, args.longest)
-    texts = [texts[i % len(texts)] for i in range(args.requests)]
+    asks = asked_of(args.requests, args.shortest, args.longest, args.new_tokens)
     flags = [*shlex.split(args.flags), "--max-num-seqs", str(args.at_once)]
     flags += ["--threads", str(args.threads)]
     degrees = ["--tp", str(args.tp), "--sp", str(args.sp)]
@@ -52,19 +47,21 @@ def main() -> int:
         rounds = taken_in_turn(
             {
                 "offline": measured(
-                    lambda: offline.seconds(texts, args.new_tokens),
+                    lambda: offline.seconds(asks),
                     lambda: cpu_seconds(offline.pid),
                 ),
                 "server": measured(
-                    lambda: asyncio.run(asked(server, texts, args, stream=False)), server.cpu_s
+                    lambda: asyncio.run(answered(server, asks, args.at_once, stream=False)),
+                    server.cpu_s,
                 ),
                 "server, streaming": measured(
-                    lambda: asyncio.run(asked(server, texts, args, stream=True)), server.cpu_s
+                    lambda: asyncio.run(answered(server, asks, args.at_once, stream=True)),
+                    server.cpu_s,
                 ),
             },
             args.repeats,
         )
-    result = summary(rounds, len(texts) * args.new_tokens)
+    result = summary(rounds, sum(new_tokens for _, new_tokens in asks))
     result["settings"] = {n: v for n, v in vars(args).items() if n not in ("save", "name")}
     print(json.dumps(result, indent=1))
     if args.save:
@@ -84,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--requests", type=int, default=64)
     found.add_argument("--at-once", type=int, default=16)
-    found.add_argument("--new-tokens", type=int, default=64)
+    found.add_argument("--new-tokens", type=int, default=64, help="mean")
     found.add_argument("--shortest", type=int, default=100, help="characters of a prompt")
     found.add_argument("--longest", type=int, default=1500)
     found.add_argument("--threads", type=int, default=1, help="CPU threads per rank")
@@ -122,52 +119,6 @@ def taken_in_turn(
             if number:
                 found[name].append(took)
     return found
-
-
-async def asked(
-    server: RunningServer, texts: list[str], args: argparse.Namespace, *, stream: bool
-) -> float:
-    """Seconds until all are answered.
-
-    Raises:
-        RuntimeError: an answer has another number of tokens than was asked for.
-    """
-    waiting = iter(texts)
-    async with httpx.AsyncClient(base_url=server.url, timeout=600, trust_env=False) as client:
-
-        async def work() -> None:
-            for text in waiting:  # all workers take from the same iterator
-                body = {
-                    "model": server.model,
-                    "prompt": text,
-                    "max_tokens": args.new_tokens,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "stream": stream,
-                }
-                tokens = await (_streamed if stream else _whole)(client, body)
-                if tokens != args.new_tokens:
-                    raise RuntimeError(f"{tokens} tokens came instead of {args.new_tokens}")
-
-        began = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(args.at_once)))
-        return time.perf_counter() - began
-
-
-async def _whole(client: httpx.AsyncClient, body: dict[str, Any]) -> int:
-    answer = await client.post("/v1/completions", json=body)
-    answer.raise_for_status()
-    return int(answer.json()["usage"]["completion_tokens"])
-
-
-async def _streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> int:
-    usage: dict[str, Any] = {}
-    wanted = body | {"stream_options": {"include_usage": True}}
-    async with client.stream("POST", "/v1/completions", json=wanted) as response:
-        response.raise_for_status()
-        async for event in events(response):
-            usage = event.get("usage") or usage
-    return int(usage["completion_tokens"])
 
 
 def summary(rounds: dict[str, list[Took]], tokens: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Offline generation in a process of its own that takes batches one after the other, for a comparison in turns.
 
-Run as a program it is that process: flags of launch/serve.py's engine, then JSON lines {"prompts": .., "new_tokens": ..}
-on standard input, each answered by the seconds that it took.
+Run as a program it is that process: flags of launch/serve.py's engine, then on standard input JSON lines, each a list of
+(prompt, number of new tokens), answered by the seconds that it took.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ class OfflineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def seconds(self, prompts: list[str], new_tokens: int) -> float:
-        """Time to answer all of the prompts with so many tokens each.
+    def seconds(self, asks: list[tuple[str, int]]) -> float:
+        """Time to answer all of the prompts, each with as many tokens as it says.
 
         Raises:
             RuntimeError: the process ended; its log is on standard error.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        asked = {"prompts": prompts, "new_tokens": new_tokens}
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps(asks) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith(_ANSWER):
@@ -85,15 +84,16 @@ def main() -> None:
     }
     with LLM(config.model, tp=config.parallel.tp, sp=config.parallel.sp, **options) as llm:
         for line in sys.stdin:
-            asked = json.loads(line)
-            params = SamplingParams(
-                max_tokens=asked["new_tokens"], temperature=0.0, ignore_eos=True
-            )
+            prompts, lengths = zip(*json.loads(line), strict=True)
+            params = [
+                SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
+                for length in lengths
+            ]
             began = time.perf_counter()
-            outputs = llm.generate(asked["prompts"], params)
+            outputs = llm.generate(prompts, params)
             seconds = time.perf_counter() - began
-            lengths = {len(done.token_ids) for out in outputs for done in out.completions}
-            assert lengths == {asked["new_tokens"]}, lengths
+            found = tuple(len(output.completions[0].token_ids) for output in outputs)
+            assert found == lengths, found
             print(f"{_ANSWER}{seconds}", flush=True)
 
 
