@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [
     *(sys.executable, str(ROOT / "tools" / "bench" / "cluster.py")),
     *("--shapes", "sps2-tiny", "--tokens", "301", "--chunks", "100", "--repeats", "1"),
-    *("--rates", "1gbit,2mbit", "--systems", "alone,tp-chunked-100,ulysses,ulysses-pipelined"),
+    *(
+        "--decode",
+        "3",
+        "--rates",
+        "1gbit,2mbit",
+        "--systems",
+        "alone,tp-chunked-100,ulysses,ulysses-pipelined",
+    ),
 ]
 
 
@@ -45,6 +52,7 @@ def test_two_nodes_give_the_answers_of_one_rank_and_a_slow_link_costs_time():
     for name in ("tp-chunked-100", "ulysses"):
         fast, slow = curves[name]["1gbit"]["ttft_s"], curves[name]["2mbit"]["ttft_s"]
         assert slow > 2 * fast, (name, fast, slow)
+    assert all(point["tbt_s"] > 0 for curve in curves.values() for point in curve.values())
     assert max(run["max_logprob_difference"].values()) < 1e-4
     assert namespaces_of(bench.pid) == []
 

@@ -4,7 +4,7 @@
 
 Nodes are network namespaces with one rank of one thread each; every link is limited by tc in both directions. One
 job per system stays loaded while the rate changes under it, and systems take turns on the same prompts (greedy,
-one new token, no prefix caching):
+one new token and --decode more, no prefix caching):
 
     alone              one rank, no communication
     tp-chunked-N       TP over the nodes, prompts in chunks (Sarathi); the best of several N is kept
@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--latency-ms", type=float, default=0.0, help="added to every packet, each way"
     )
+    made.add_argument(
+        "--decode",
+        type=int,
+        default=0,
+        help="tokens after the first one, for the time between them",
+    )
     made.add_argument("--repeats", type=int, default=3, help="of every system at every rate")
     made.add_argument("--systems", default="", help="only these, by name")
     made.add_argument("--save", action="store_true", help="write docs/results/NAME.json and .png")
@@ -81,7 +87,9 @@ def run_all(arguments: argparse.Namespace, cluster: Cluster) -> Iterator[Run]:
         for name in named(arguments.shapes, SHAPES, "shape"):
             shape = SHAPES[name]
             model = model_path(shape, Path(place))
-            for tokens in sorted({min(int(n), shape.longest) for n in arguments.tokens.split(",")}):
+            for tokens in sorted(
+                {min(int(n), shape.longest - arguments.decode) for n in arguments.tokens.split(",")}
+            ):
                 degrees = tuple(map(int, arguments.degrees.split(",")))
                 chosen = systems(
                     chunk_sizes=[int(size) for size in arguments.chunks.split(",")],
@@ -91,7 +99,7 @@ def run_all(arguments: argparse.Namespace, cluster: Cluster) -> Iterator[Run]:
                     known = [system.name for system in chosen]
                     wanted = named(arguments.systems, known, "system")
                     chosen = [s for s in chosen if s.name in wanted]
-                run = Run(shape=shape, tokens=tokens, systems=chosen)
+                run = Run(shape=shape, tokens=tokens, decode=arguments.decode, systems=chosen)
                 folder = Path(tempfile.mkdtemp(dir=place))
                 with Jobs(cluster.nodes, folder) as jobs:
                     measurement = Measurement(
@@ -149,9 +157,10 @@ def main() -> int:
     runs: list[Run] = []
     try:
         require_means()
-        if arguments.nodes < 2 or arguments.repeats < 1:
+        if arguments.nodes < 2 or arguments.repeats < 1 or arguments.decode < 0:
             raise ClusterError(
-                f"2 nodes and 1 repeat at least, got {arguments.nodes} and {arguments.repeats}"
+                f"2 nodes and 1 repeat at least, got {arguments.nodes} and {arguments.repeats}; "
+                f"--decode must not be negative, got {arguments.decode}"
             )
         with emulated_cluster(arguments.nodes) as cluster:
             for run in run_all(arguments, cluster):

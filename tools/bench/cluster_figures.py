@@ -28,10 +28,11 @@ _BLOCK = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One prefill. `attention_s`: computing of all layers' attention; `head_groups` times `query_parts` are the
+    """One prompt; `tbt_s` the middle gap between its tokens, 0 where there is one only. `attention_s`: computing of all layers' attention; `head_groups` times `query_parts` are the
     micro-batches of a layer; zeros where nothing was recorded."""
 
     ttft_s: float
+    tbt_s: float = 0.0
     exposed_comm_s: float = 0.0
     total_comm_s: float = 0.0
     attention_s: float = 0.0
@@ -61,13 +62,17 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     """Medians, and the range of the time to the first token."""
     middle = {
         name: statistics.median(getattr(sample, name) for sample in samples)
-        for name in ("ttft_s", "exposed_comm_s", "total_comm_s", "attention_s")
+        for name in ("ttft_s", "tbt_s", "exposed_comm_s", "total_comm_s", "attention_s")
     }
     last = samples[-1]
     found: dict[str, Any] = {
         "ttft_s": middle["ttft_s"],
         "ttft_range_s": [min(s.ttft_s for s in samples), max(s.ttft_s for s in samples)],
     }
+    tbt_s = middle.pop("tbt_s")
+    if tbt_s:
+        found["tbt_s"] = tbt_s
+        found["tbt_range_s"] = [min(s.tbt_s for s in samples), max(s.tbt_s for s in samples)]
     if middle["total_comm_s"]:
         found |= middle
         found["overlap"] = max(0.0, 1.0 - middle["exposed_comm_s"] / middle["total_comm_s"])

@@ -32,10 +32,11 @@ class JobFailed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One prefill, seconds; communication is zero for systems that do not record it. `logprobs` are the
-    likeliest first tokens, `events` the stages of rank 0 in the format of Chrome traces."""
+    """One prompt, seconds; `gaps_s` between its tokens; communication is the prefill's, zero for systems that do not record
+    it. `logprobs` are the likeliest first tokens, `events` the stages of rank 0 in the format of Chrome traces."""
 
     ttft_s: float
+    gaps_s: tuple[float, ...]
     exposed_comm_s: float
     total_comm_s: float
     logprobs: dict[int, float]
@@ -78,16 +79,16 @@ class Job:
             self._next_answer()
             self._ready = True
 
-    def prefill(self, tokens: list[int]) -> Measured:
+    def ask(self, tokens: list[int], new_tokens: int) -> Measured:
         """Raises JobFailed: the job ended, or refused the prompt."""
         stdin = self._processes[0].stdin
         assert stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the answer will be missing, and says why
-            stdin.write(json.dumps(tokens) + "\n")
+            stdin.write(json.dumps({"tokens": tokens, "new_tokens": new_tokens}) + "\n")
             stdin.flush()
         answer = self._next_answer()
-        logprobs = dict(answer.pop("logprobs"))
-        return Measured(**answer, logprobs=logprobs, events=self._new_events())
+        logprobs, gaps_s = dict(answer.pop("logprobs")), tuple(answer.pop("gaps_s"))
+        return Measured(**answer, gaps_s=gaps_s, logprobs=logprobs, events=self._new_events())
 
     def close(self) -> None:
         """Ends all ranks: they leave when stdin closes, and are killed where they do not."""
@@ -175,8 +176,8 @@ class Jobs:
         for job in self._running.values():
             job.wait_ready()
 
-    def prefill(self, name: str, tokens: list[int]) -> Measured:
-        return self._running[name].prefill(tokens)
+    def ask(self, name: str, tokens: list[int], new_tokens: int) -> Measured:
+        return self._running[name].ask(tokens, new_tokens)
 
     def end(self, name: str) -> None:
         self._running.pop(name).close()

@@ -7,6 +7,7 @@ get the same prompts. Answers are compared with those of one rank.
 from __future__ import annotations
 
 import random
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -104,7 +105,8 @@ class Measurement:
 
     def _config(self, system: System) -> EngineConfig:
         degrees = system.degrees(len(self._cluster.nodes))
-        blocks = -(-(self.run.tokens + 1) // _BLOCK)
+        longest = self.run.tokens + 1 + self.run.decode
+        blocks = -(-longest // _BLOCK)
         config = engine_config(
             self._model,
             **degrees,
@@ -114,7 +116,7 @@ class Measurement:
                 "dtype": "float32",
                 "device": "cpu",
                 "threads": 1,
-                "max_model_len": self.run.tokens + 1,
+                "max_model_len": longest,
                 "step_timeout": _IDLE_S,
                 **system.options,
             },
@@ -125,10 +127,11 @@ class Measurement:
 
     def _prefill(self, system: System, *, repeat: int) -> Sample:
         tokens = prompt(self.run.tokens, self.run.shape.vocab_size, seed=repeat)
-        measured = self._jobs.prefill(system.name, tokens)
+        measured = self._jobs.ask(system.name, tokens, 1 + self.run.decode)
         self._compare(system, repeat, measured.logprobs)
         return Sample(
             ttft_s=measured.ttft_s,
+            tbt_s=statistics.median(measured.gaps_s) if measured.gaps_s else 0.0,
             exposed_comm_s=measured.exposed_comm_s,
             total_comm_s=measured.total_comm_s,
             **stages_of(measured.events),

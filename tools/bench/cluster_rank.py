@@ -1,7 +1,7 @@
 """A rank of an emulated cluster: configuration as argument, on rank 0 prompts from stdin and measures to stdout.
 
-`python tools/bench/cluster_rank.py PARENT CONFIG` with the starting process's id and EngineConfig in JSON; prompts and
-measures are JSON lines. Started by `cluster_jobs`. The job ends when stdin of rank 0 closes.
+`python tools/bench/cluster_rank.py PARENT CONFIG` with the starting process's id and EngineConfig in JSON; prompts, with
+how many tokens to answer, and measures are JSON lines. Started by `cluster_jobs`. The job ends when stdin of rank 0 closes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from sps2_mega.comm.parent_watch import PR_SET_PDEATHSIG
 NUM_LOGPROBS = 8
 
 
-def prefill(engine: Any, number: int, tokens: list[int]) -> dict[str, Any]:
-    """Measures of one prompt, all of which is computed: seconds, and the likeliest first tokens."""
+def answer(engine: Any, number: int, tokens: list[int], new_tokens: int) -> dict[str, Any]:
+    """Measures of one prompt, all of which is computed: seconds, gaps between tokens, and the likeliest first tokens."""
     from sps2_mega.types import SamplingParams
 
     before = engine.stats()
-    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=NUM_LOGPROBS, ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=new_tokens, temperature=0.0, logprobs=NUM_LOGPROBS, ignore_eos=True
+    )
     refused = engine.add_request(str(number), tokens, params)
     if refused is not None:
         return {"error": f"{refused.value} (prompt of {len(tokens)} tokens)"}
@@ -36,13 +38,14 @@ def prefill(engine: Any, number: int, tokens: list[int]) -> dict[str, Any]:
     after = engine.stats()
     computed = after.prompt_tokens - before.prompt_tokens
     assert computed == len(tokens), f"{computed} of {len(tokens)} prompt tokens were computed"
-    [answer] = outputs[0].completions
+    [found] = outputs[0].completions
     comm, earlier = after.prefill_comm, before.prefill_comm
     return {
-        "ttft_s": answer.timings.ttft_s,
+        "ttft_s": found.timings.ttft_s,
+        "gaps_s": list(found.timings.gaps_s),
         "exposed_comm_s": comm.exposed_comm_s - earlier.exposed_comm_s,
         "total_comm_s": comm.total_comm_s - earlier.total_comm_s,
-        "logprobs": [[token, value] for token, value in answer.logprobs[0].top],
+        "logprobs": [[token, value] for token, value in found.logprobs[0].top],
     }
 
 
@@ -65,14 +68,14 @@ def main() -> int:
         if not engine.is_driver:
             engine.run_worker()
             return 0
-        _answer({"ready": True})
+        _tell({"ready": True})
         for number, line in enumerate(sys.stdin):
-            _answer(prefill(engine, number, json.loads(line)))
+            _tell(answer(engine, number, **json.loads(line)))
         engine.shutdown()
     return 0
 
 
-def _answer(values: dict[str, Any]) -> None:
+def _tell(values: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 

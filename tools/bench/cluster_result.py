@@ -23,10 +23,12 @@ from tools.bench.cluster_systems import Shape, System
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Samples of every system at every rate, and the largest difference of its answers from one rank's."""
+    """Samples of every system at every rate, and the largest difference of its answers from one rank's. `decode` tokens
+    follow the first one."""
 
     shape: Shape
     tokens: int
+    decode: int = 0
     systems: list[System]
     samples: dict[str, dict[float | None, list[Sample]]] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
@@ -38,7 +40,9 @@ def result_of(run: Run, ranks: int) -> dict[str, Any]:
     """What goes into the result file."""
     return {
         "model": run.shape.about,
+        "shape": run.shape.name,
         "tokens": run.tokens,
+        "decode": run.decode,
         "balanced_rate": None if run.balance is None else rate_name(run.balance),
         "chunk_sizes_ttft_s": run.tuning,
         "max_logprob_difference": run.differences,
