@@ -12,6 +12,7 @@ import openai
 from fake_engine import FakeEngine
 
 from sps2_mega.engine.memory_table import RankMemory
+from sps2_mega.parallel.sides import Side
 from sps2_mega.serving.http.app import build_app
 from sps2_mega.serving.http.engine_loop import Stop, run_engine
 from sps2_mega.serving.http.front import Front, ServedFacts, ServedModel
@@ -22,8 +23,7 @@ from sps2_mega.serving.http.settings import ServerConfig
 MODEL = "fake"
 FACTS = ServedFacts(
     world_size=6,
-    tp=2,
-    sp=3,
+    sides=(Side(name="all", first=0, tp=2, sp=3),),
     sp_levels=(3,),
     device="cpu",
     dtype="float32",

@@ -145,15 +145,13 @@ def _serve(
 def _served_model(engine: Driver, started: StartedRank) -> ServedModel:
     from sps2_mega.serving.http.front import ServedFacts, ServedModel
 
-    groups = started.groups
     return ServedModel(
         tokenizer=engine.tokenizer,
         max_len=engine.max_model_len,
         refusal=engine.refusal,
         facts=ServedFacts(
             world_size=len(started.memory),
-            tp=groups.tp.size,
-            sp=groups.sp.size,
+            sides=started.sides,
             sp_levels=started.sp_levels,
             device=started.compute.device.type,
             dtype=_dtype_name(started),
@@ -170,15 +168,19 @@ def _memory_text(started: StartedRank) -> str:
     from sps2_mega.engine.memory_table import memory_table, shortage
 
     tokens = started.num_blocks * started.config.cache.block_size
-    text = memory_table(started.memory, cache_tokens_per_rank=tokens) + "\n"
+    side = None if len(started.sides) == 1 else started.side.name
+    text = memory_table(started.memory, cache_tokens_per_rank=tokens, side=side) + "\n"
     warning = shortage(started.memory)
     return text if warning is None else f"{text}  warning: {warning}\n"
 
 
 def _ready_line(url: str, name: str, engine: Driver, started: StartedRank, seconds: float) -> str:
-    parallel = engine.config.parallel
+    sides = ", ".join(
+        f"{'' if side.name == 'all' else f'{side.name} '}tp={side.tp} sp={side.sp}"
+        for side in started.sides
+    )
     return (
-        f"sps2_mega is ready: {name} at {url}/v1, tp={parallel.tp} sp={parallel.sp} on "
+        f"sps2_mega is ready: {name} at {url}/v1, {sides} on "
         f"{started.compute.device.type} in {_dtype_name(started)}, context {engine.max_model_len} tokens, "
         f"page at {url}/, after {seconds:.1f} s\n"
     )

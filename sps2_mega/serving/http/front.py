@@ -22,6 +22,7 @@ from typing import Any
 from sps2_mega.engine.memory_table import RankMemory
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
+from sps2_mega.parallel.sides import Side
 from sps2_mega.serving.http.api_errors import ApiError, queue_full, refused
 from sps2_mega.serving.http.calls import Call, Delta
 from sps2_mega.serving.http.engine_loop import Abort, Command, StepResult, Stop, Submit
@@ -43,11 +44,11 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedFacts:
-    """What runs, for those who watch: ranks and their memory, and the KV cache in blocks of each SP rank."""
+    """What runs, for those who watch: ranks and their memory, and the KV cache in blocks of each SP rank. `sides` are
+    all ranks, or those that prefill and those that decode; what follows them is of the first."""
 
     world_size: int
-    tp: int
-    sp: int
+    sides: tuple[Side, ...]
     sp_levels: tuple[int, ...]
     device: str
     dtype: str

@@ -20,12 +20,20 @@ class Memory(pydantic.BaseModel):
     free: int
 
 
-class Layout(pydantic.BaseModel):
-    """What runs, once it is loaded. `sp_levels` are sizes of the SP levels, innermost first."""
+class SideLayout(pydantic.BaseModel):
+    """Ranks that do the same: `all`, or those of `prefill` and of `decode`."""
 
-    world_size: int
+    name: str
     tp: int
     sp: int
+
+
+class Layout(pydantic.BaseModel):
+    """What runs, once it is loaded. Levels, transport and KV cache are those of the first side; `sp_levels` are sizes
+    of the SP levels, innermost first."""
+
+    world_size: int
+    sides: list[SideLayout]
     sp_levels: list[int]
     device: str
     dtype: str
@@ -35,7 +43,8 @@ class Layout(pydantic.BaseModel):
 
 
 class KVCache(pydantic.BaseModel):
-    """Blocks of `block_size` tokens; `used_per_rank` has one entry for each SP rank."""
+    """Blocks of `block_size` tokens; `used_per_rank` has one entry for each SP rank of the
+    first side."""
 
     block_size: int
     blocks_per_rank: int
@@ -128,8 +137,7 @@ def status_of(front: Front, *, model: str, version: str, uptime_s: float) -> Sta
 def _layout(facts: ServedFacts) -> Layout:
     return Layout(
         world_size=facts.world_size,
-        tp=facts.tp,
-        sp=facts.sp,
+        sides=[SideLayout(name=side.name, tp=side.tp, sp=side.sp) for side in facts.sides],
         sp_levels=list(facts.sp_levels),
         device=facts.device,
         dtype=facts.dtype,
@@ -148,7 +156,7 @@ def _layout(facts: ServedFacts) -> Layout:
 
 
 def _kv_cache(front: Front, facts: ServedFacts) -> KVCache:
-    used = [0] * facts.sp if front.stats is None else list(front.stats.kv_used_per_rank)
+    used = [0] * facts.sides[0].sp if front.stats is None else list(front.stats.kv_used_per_rank)
     return KVCache(
         block_size=facts.block_size, blocks_per_rank=facts.blocks_per_rank, used_per_rank=used
     )

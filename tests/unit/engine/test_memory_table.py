@@ -31,6 +31,11 @@ def test_one_rank() -> None:
     assert lines[-1].split() == ["free", "0.00", "MiB", "0.00", "MiB"]
 
 
+def test_where_ranks_do_different_things_the_cache_is_that_of_some() -> None:
+    table = memory_table([rank(0)], cache_tokens_per_rank=48, side="prefill")
+    assert "= 48 tokens on each prefill SP rank" in table
+
+
 def test_a_shortage_names_the_rank_and_the_amount() -> None:
     assert shortage([rank(0), rank(5)]) is None
     text = shortage([rank(9), rank(-GIB), rank(-3 * GIB)])

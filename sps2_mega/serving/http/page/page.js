@@ -63,11 +63,15 @@ function showKv(cache) {
   });
 }
 
+function sideText({ name, tp, sp }) {
+  return `${name === "all" ? "" : `${name} on `}TP ${tp}, SP ${sp}`;
+}
+
 function showLayout(layout, cache) {
   const levels = layout.sp_levels.join(" x ");
   show(
     "layout",
-    `${layout.world_size} ${layout.world_size === 1 ? "rank" : "ranks"}: TP ${layout.tp}, SP ${layout.sp}` +
+    `${layout.world_size} ${layout.world_size === 1 ? "rank" : "ranks"}: ${layout.sides.map(sideText).join("; ")}` +
       `${layout.sp_levels.length > 1 ? ` (levels ${levels})` : ""}, ${layout.device}, ${layout.dtype}, ` +
       `transport ${layout.transport}, context ${number.format(layout.max_model_len)} tokens, ` +
       `${cache.block_size} tokens per block`,
