@@ -12,10 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival, scaled

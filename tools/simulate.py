@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError

@@ -11,12 +11,13 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sps2_mega.simulator.fitting import fitted_gemm_efficiency, fitted_latency_s
 from sps2_mega.simulator.hardware import load_hardware
 from sps2_mega.simulator.validation import Comparison, compare
+from tools.simulation.document import EVALUATION, ROOT, with_part
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs" / "evaluation.md"
+DOCUMENT = EVALUATION
 RESULTS = ROOT / "docs" / "results" / "validation.json"
 BEGIN, END = (
     "<!-- validation: made by tools/validate_simulator.py -->",
@@ -50,11 +51,7 @@ def table() -> str:
 
 def document_with(text: str, new_table: str) -> str:
     """`text` with what is between the markers replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{DOCUMENT} needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{new_table}\n\n{END}{after}"
+    return with_part(text, BEGIN, END, new_table)
 
 
 def as_json(found: Comparison) -> dict[str, object]:

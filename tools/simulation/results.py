@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.simulation.document import EVALUATION, ROOT, with_part
 from tools.simulation.report import BASELINES, CLAIMS, OURS, gains, ratio_table
 from tools.simulation.setting import Outcome
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "docs" / "evaluation.md"
+DOCUMENT = EVALUATION
 BEGIN, END = "<!-- ratios: made by tools.simulation.results -->", "<!-- end of ratios -->"
 
 
@@ -66,11 +66,7 @@ def summary(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
 
 def document_with(text: str, new_table: str) -> str:
     """`text` with what is between the markers replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{DOCUMENT} needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{new_table}\n\n{END}{after}"
+    return with_part(text, BEGIN, END, new_table)
 
 
 def main() -> int:
