@@ -48,9 +48,12 @@ def job_on_rank(
     poison: int | None = None,
     stream: bool = False,
     leave_early: bool = False,
+    drop_after_s: dict[int, float] | None = None,
+    wave: int | None = None,
 ) -> Ran | None:
     """On rank 0 what came of it. `aborts[request]` is the number of steps with news after which it is dropped; `poison` is a
-    token whose embedding becomes NaN on the prefill ranks; `leave_early` ends the job with all requests in flight."""
+    token whose embedding becomes NaN on the prefill ranks; `leave_early` ends the job with all requests in flight. `drop_after_s[request]` are seconds after
+    which it is dropped. Requests from number `wave` on come when those with such a time have ended."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
     from sps2_mega.engine.start import run_worker, start_driver
     from sps2_mega.parallel.launcher import from_environment
@@ -71,14 +74,28 @@ def job_on_rank(
     if poison is not None:
         engine.model.weights()["embedding.word_embeddings.weight"].data[poison] = float("nan")
     results: list[Any] = [None] * len(requests)
-    for number, (prompt, params) in enumerate(requests):
-        results[number] = engine.add_request(
-            str(number), prompt, SamplingParams(**params), stream=stream
-        )
+
+    def add(numbers: range) -> None:
+        for number in numbers:
+            prompt, params = requests[number]
+            results[number] = engine.add_request(
+                str(number), prompt, SamplingParams(**params), stream=stream
+            )
+
+    wave = len(requests) if wave is None else wave
+    add(range(wave))
+    began, drops = time.monotonic(), dict(drop_after_s or {})
     deltas: list[Any] = []
     aborts = dict(aborts or {})
     deadline = time.monotonic() + 120
-    while engine.has_work():
+    while engine.has_work() or wave < len(requests):
+        for number, seconds in list(drops.items()):
+            if time.monotonic() - began >= seconds:
+                del drops[number]
+                assert engine.abort(str(number)) == (results[number] is None)
+        if not drops and wave < len(requests):
+            add(range(wave, len(requests)))
+            wave = len(requests)
         assert time.monotonic() < deadline, engine.stats()
         for number, after in list(aborts.items()):
             if engine.stats().num_steps >= after:

@@ -145,3 +145,37 @@ def test_other_models(tmp_path, family, options):
     model = dict(model=str(tmp_path), dtype="float32") | options
     ran = run_disaggregated(model, requests(), tp=2, decode_ranks=1)
     assert tokens(ran.outputs) == tokens(run_engine(model, requests()))
+
+
+LONG = dict(temperature=0.0, max_tokens=12, ignore_eos=True)
+IN_SLICES = dict(
+    scheduler=dict(tbt_target_ms=0.001)
+)  # one layer per step, and chunks of long prompts
+
+
+def long_and_short():
+    prompts = families.prompts((1500, 7, 900, 1, 33), seed=5)
+    return [(prompt, LONG) for prompt in prompts]
+
+
+def test_keys_of_chunks_and_slices_arrive_as_well(model):
+    ran = run_disaggregated(model | IN_SLICES, long_and_short(), sp=2, decode_ranks=2)
+    assert tokens(ran.outputs) == tokens(run_engine(model, long_and_short()))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05])
+def test_long_prompts_can_be_dropped_between_their_chunks(model, seconds):
+    """The job asserts that no block stays in use; what comes after gets the right keys into the same blocks."""
+    lines = long_and_short()
+    again = [(prompt, LONG) for prompt in families.prompts((700, 3, 1100), seed=9)]
+    ran = run_disaggregated(
+        model | IN_SLICES | dict(cache=dict(block_size=4, num_blocks=500)),
+        lines + again,
+        sp=2,
+        decode_ranks=2,
+        drop_after_s={0: seconds, 2: seconds, 3: seconds},
+        wave=len(lines),
+    )
+    assert tokens(ran.outputs[len(lines) :]) == tokens(run_engine(model, again))
+    for number, output in enumerate(ran.outputs[: len(lines)]):
+        assert output is not None or number in (0, 2, 3)

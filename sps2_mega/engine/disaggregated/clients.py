@@ -90,10 +90,11 @@ class Clients:
         return [output]
 
     def count_prompt(self, item: PrefillItem) -> None:
-        """Of a pass that is done. Outputs that a preempted sequence computes again do not count."""
-        cached = min(item.start, item.num_prompt_tokens)
-        self._cached_tokens += cached
-        self._prompt_tokens += min(item.end, item.num_prompt_tokens) - cached
+        """Of a pass that has begun. Outputs that a preempted sequence computes again do not count."""
+        prompt = item.num_prompt_tokens
+        self._prompt_tokens += min(item.end, prompt) - min(item.start, prompt)
+        if item.start == item.num_shared_tokens:
+            self._cached_tokens += min(item.start, prompt)
 
     def count_step(self, now: float, sequences: Listed[Sequence]) -> None:
         """A step of either side gave these sequences a token at time `now`."""

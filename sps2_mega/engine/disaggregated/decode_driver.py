@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sps2_mega.engine.disaggregated.agreement import agree
 from sps2_mega.engine.disaggregated.control import Heard
@@ -27,7 +27,12 @@ from sps2_mega.engine.disaggregated.messages import (
     Start,
     Tokens,
 )
-from sps2_mega.engine.disaggregated.shipment import Destination, receiving_ranks
+from sps2_mega.engine.disaggregated.shipment import (
+    Destination,
+    original,
+    receiving_ranks,
+    repeated,
+)
 from sps2_mega.engine.startup import StartedRank, failing
 from sps2_mega.kv_cache.block_chain import chain_root
 from sps2_mega.types import Sequence, StepOutput, StepPlan
@@ -37,13 +42,14 @@ _PREFILL_DRIVER = 0
 
 @dataclass(slots=True)
 class _Transfer:
-    """A sequence that is received. `missing` counts the messages Arrived that are still to come; `dropped`: its blocks
-    are free when the last one has come."""
+    """A sequence that is received. `expected` and `arrived` are (transfer, rank) of messages Arrived; `dropped`: its
+    blocks are free when all that is expected has come."""
 
     number: int
     seq_id: int
-    num_ranks: int
-    missing: int
+    ranks: tuple[int, ...]
+    expected: set[tuple[int, int]]
+    arrived: set[tuple[int, int]] = field(default_factory=set)
     token_id: int | None = None
     dropped: bool = False
 
@@ -105,9 +111,9 @@ class DecodeDriver:
             except queue.Empty:
                 return
             wait = False
-            self._handle(heard.message)
+            self._handle(heard.source, heard.message)
 
-    def _handle(self, message: ControlMessage) -> None:
+    def _handle(self, source: int, message: ControlMessage) -> None:
         match message:
             case Expect():
                 self._scheduler.add(
@@ -125,9 +131,11 @@ class DecodeDriver:
                 transfer.token_id = message.token_id
                 self._settle(transfer)
             case Arrived():
-                transfer = self._transfers[message.transfer]
-                transfer.missing -= 1
-                self._settle(transfer)
+                # Unknown: a rank that had all of it before it was cut says so again.
+                arriving = self._transfers.get(original(message.transfer))
+                if arriving is not None:
+                    arriving.arrived.add((message.transfer, source))
+                    self._settle(arriving)
             case Drop():
                 self._drop(message)
             case Leave():
@@ -145,12 +153,14 @@ class DecodeDriver:
             return
         transfer.dropped = True
         if message.damaged:
-            transfer.missing += transfer.num_ranks  # it comes once more, cleared
+            transfer.expected |= {(repeated(transfer.number), rank) for rank in transfer.ranks}
         self._settle(transfer)
 
     def _settle(self, transfer: _Transfer) -> None:
         """What becomes of a transfer whose last part may have come."""
-        if transfer.missing or (transfer.token_id is None and not transfer.dropped):
+        if transfer.expected - transfer.arrived or (
+            transfer.token_id is None and not transfer.dropped
+        ):
             return
         self._forget(transfer)
         if transfer.dropped:
@@ -177,7 +187,9 @@ class DecodeDriver:
             decode=self._side,
             block_size=self._block_size,
         )
-        transfer = _Transfer(number, sequence.seq_id, len(ranks), len(ranks))
+        transfer = _Transfer(
+            number, sequence.seq_id, tuple(ranks), {(number, rank) for rank in ranks}
+        )
         self._transfers[number] = self._transfer_of[sequence.seq_id] = transfer
         self._send(
             Room(

@@ -28,6 +28,7 @@ class DecodeRank:
         receiver = KVReceiver(
             rank.executor.pool,
             num_layers=rank.executor.config.num_layers,
+            num_senders=rank.sides[0].size,
             on_arrival=self._tell_driver,
         )
         rank.bridge.channel(on_message=receiver.receive, on_error=rank.lifeline.fail)

@@ -28,6 +28,9 @@ from sps2_mega.types import (
     StepPlan,
 )
 
+# So many prefill steps' worth of sequences have blocks before their keys come: what the other side can choose from.
+STEPS_AHEAD = 4
+
 # What ranks must know besides plans, in this order: a sequence that runs from now on, or one (its id) that no longer does.
 Change = PrefillItem | int
 
@@ -88,11 +91,7 @@ class DecodeScheduler:
         index = 0
         while index < len(self._waiting) and self._num_admitted < self._config.max_running:
             sequence = self._waiting[index]
-            ahead = sum(r.sequence.num_tokens for r in self._receiving.values())
-            if (
-                self._receiving
-                and ahead + sequence.num_tokens > 2 * self._config.max_prefill_tokens
-            ):
+            if self._prefill_steps_ahead() >= STEPS_AHEAD:
                 break  # blocks that nobody fills for long are better used by those that run
             prefix = None if self._sharing is None else self._sharing.look_up(sequence)
             if self._sharing is not None and prefix is None:
@@ -216,6 +215,12 @@ class DecodeScheduler:
             self._sharing.check_integrity(holders, waiting | holders)
         if not holders:
             assert self._ledger.num_free == self._ledger.num_blocks, "KV cache blocks leaked"
+
+    def _prefill_steps_ahead(self) -> float:
+        """A long prompt counts as one, so that short ones can overtake it."""
+        largest = self._config.max_prefill_tokens
+        tokens = (reservation.sequence.num_tokens for reservation in self._receiving.values())
+        return sum(min(count, largest) for count in tokens) / largest
 
     @property
     def _num_admitted(self) -> int:

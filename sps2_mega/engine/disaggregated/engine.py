@@ -13,7 +13,6 @@ from __future__ import annotations
 import queue
 import time
 
-from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.admission import refusal
 from sps2_mega.engine.disaggregated.agreement import agree
 from sps2_mega.engine.disaggregated.clients import Clients
@@ -29,9 +28,9 @@ from sps2_mega.engine.disaggregated.messages import (
     Start,
     Tokens,
 )
+from sps2_mega.engine.disaggregated.prefill_driver import PrefillDriver
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
-from sps2_mega.engine.disaggregated.prefill_scheduler import prefill_scheduler
-from sps2_mega.engine.disaggregated.step_thread import StepDone, StepThread
+from sps2_mega.engine.disaggregated.step_thread import StepDone
 from sps2_mega.engine.samples import samples_of
 from sps2_mega.engine.startup import StartedRank, failing
 from sps2_mega.engine.stats import EngineStats
@@ -39,7 +38,6 @@ from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.types import (
-    FinishReason,
     OutputDelta,
     RequestOutput,
     SamplingParams,
@@ -70,15 +68,14 @@ class DisaggregatedEngine:
             )
         self._limits, self._num_decode_blocks = agreement.limits, agreement.num_blocks_there
         self.max_model_len = self._limits.max_len
-        self._scheduler = prefill_scheduler(rank, max_len=self.max_model_len)
-        self._thread = StepThread(self._rank, rank.lifeline, rank.executor.device, self._events)
-        self._clients = Clients(self.tokenizer)
         self._flights: dict[int, Flight] = {}
-        self._dropped: dict[int, Flight] = {}  # while they are in the step under way
+        self._prefill = PrefillDriver(
+            rank, self._rank, self._flights, max_len=self.max_model_len, send_drop=self._send
+        )
+        self._clients = Clients(self.tokenizer)
         self._next_seq_id = 0
         self._decode_blocks_used = 0
-        self._busy = self._closed = False
-        self._prefill_comm = CommSeconds()
+        self._closed = False
 
     def add_request(
         self,
@@ -137,14 +134,9 @@ class DisaggregatedEngine:
         samples = self._clients.drop(request_id)
         for sample in samples:
             flight = self._flights.pop(sample.seq_id, None)
-            if flight is None:
-                continue  # this sample has ended
-            if flight.attempt is not None:
-                self._scheduler.abort(sample.seq_id)
-            if flight.is_computed:
-                self._dropped[sample.seq_id] = flight  # what is sent is known after the step
-            else:
-                self._send(Drop(sample.seq_id, flight.shipped))
+            if flight is not None:  # else this sample has ended
+                self._prefill.drop(flight)
+        self._prefill.dropped_all()
         return bool(samples)
 
     @property
@@ -154,11 +146,11 @@ class DisaggregatedEngine:
 
     def has_work(self) -> bool:
         """Also while nobody waits for an output, until all blocks are free on both sides."""
-        return bool(self._flights) or self._busy or self._decode_blocks_used > 0
+        return bool(self._flights) or self._prefill.is_busy or self._decode_blocks_used > 0
 
     def stats(self) -> EngineStats:
         """KV figures are of both sides together, those per rank of the prefill side's sp ranks."""
-        prefill = self._scheduler
+        prefill = self._prefill
         prefill_blocks = self._started.num_blocks * self._started.groups.sp.size
         used = sum(prefill.kv_used_per_rank) + self._decode_blocks_used
         return self._clients.stats(
@@ -166,16 +158,16 @@ class DisaggregatedEngine:
             num_waiting=self._num_waiting,
             kv_usage=used / (prefill_blocks + self._num_decode_blocks),
             kv_used_per_rank=prefill.kv_used_per_rank,
-            prefill_comm=self._prefill_comm,
+            prefill_comm=prefill.comm,
         )
 
     def step(self) -> list[RequestOutput]:
         """Wait a moment for news of either side, unless there is nothing to wait for; returns the requests that
         finished."""
         with failing(self._started.lifeline):
-            self._begin_prefill()
+            self._prefill.begin_step()
             finished = self._handle_events(_WAIT_S if self.has_work() else 0.0)
-            self._begin_prefill()
+            self._prefill.begin_step()
             return finished
 
     def shutdown(self) -> None:
@@ -186,9 +178,9 @@ class DisaggregatedEngine:
         with failing(self._started.lifeline):
             for request_id in self._clients.open_requests():
                 self.abort(request_id)
-            while self._busy:
+            while self._prefill.is_busy:
                 self._handle_events(_WAIT_S)
-            self._thread.close()
+            self._prefill.close()
             self._send(Leave())
             while not isinstance(heard := self._events.get(), Heard) or not isinstance(
                 heard.message, Left
@@ -200,18 +192,6 @@ class DisaggregatedEngine:
     @property
     def _num_waiting(self) -> int:
         return sum(not f.is_decoding and not f.is_computed for f in self._flights.values())
-
-    def _begin_prefill(self) -> None:
-        if self._busy:
-            return
-        plan = self._scheduler.plan(time.monotonic())
-        if plan is None:
-            return
-        self._busy = True
-        self._thread.begin(
-            plan,
-            {item.seq_id: self._flights[item.seq_id].begin_pass() for item in plan.prefills},
-        )
 
     def _handle_events(self, wait_s: float) -> list[RequestOutput]:
         """All that are there; waits for the first one."""
@@ -231,8 +211,7 @@ class DisaggregatedEngine:
         if isinstance(message, Room):
             flight = self._flights.get(message.seq_id)
             if flight is not None:
-                refused = self._scheduler.add(flight.offer(message))
-                assert refused is None, f"sequence {message.seq_id} was refused late: {refused}"
+                self._prefill.offer(flight, message)
             return []
         assert isinstance(message, Tokens), f"the prefill side does not expect {message}"
         now = time.monotonic()
@@ -257,34 +236,22 @@ class DisaggregatedEngine:
     def _end_prefill(self, done: StepDone) -> list[RequestOutput]:
         """First tokens go to clients here; the decode side goes on from them."""
         now = time.monotonic()
-        self._busy = False
-        self._scheduler.commit(done.plan, done.output, now)
-        self._prefill_comm += self._started.executor.prefill_comm
+        for item in done.plan.prefills:
+            self._clients.count_prompt(item)
         finished: list[RequestOutput] = []
         got: list[Sequence] = []
-        for item, token_id, logprob in zip(
-            done.plan.prefills, done.output.token_ids, done.output.logprobs, strict=True
-        ):
-            self._clients.count_prompt(item)
-            dropped = self._dropped.pop(item.seq_id, None)
-            if dropped is not None:
-                self._send(Drop(item.seq_id, dropped.shipped, damaged=token_id is None))
-                continue
-            flight = self._flights[item.seq_id]
-            attempt = flight.end_pass()
+        for first in self._prefill.end_step(done, now):
+            flight, sequence = first.flight, first.flight.sequence
             assert flight.shipped is not None
-            got.append(flight.sequence)
-            if self._clients.take_token(
-                flight.sequence, token_id, logprob, attempt.finish_reason, now
-            ):
-                self._send(Drop(item.seq_id, flight.shipped, damaged=token_id is None))
+            got.append(sequence)
+            if self._clients.take_token(sequence, first.token_id, first.logprob, first.reason, now):
+                damaged = first.token_id is None
+                self._send(Drop(sequence.seq_id, flight.shipped, damaged=damaged))
                 finished += self._end(flight)
             else:
-                assert token_id is not None
+                assert first.token_id is not None
                 flight.is_decoding = True
-                self._send(Start(item.seq_id, flight.shipped, token_id))
-            # Its blocks are copied by now; what may be found again stays findable.
-            self._scheduler.finish(item.seq_id, FinishReason.LENGTH)
+                self._send(Start(sequence.seq_id, flight.shipped, first.token_id))
         self._clients.count_step(now, got)
         return finished
 

@@ -1,6 +1,6 @@
 """Where each sequence is on its way through both sides, as the prefill driver knows it.
 
-    expected --Room--> offered --plan--> computed (in a pass) --first token--> decoding --last token-->
+    expected --Room--> offered --plan--> computed (in passes) --first token--> decoding --last token-->
         ^                                                                        |
         '------------------------ Room again, after a preemption -----------------'
 
@@ -54,16 +54,19 @@ class Flight:
         return self.attempt
 
     def begin_pass(self) -> Destination:
-        """A step with its first layer is planned: its tokens will be sent, whatever becomes of it."""
+        """A pass over the next of its tokens is planned: they will be sent."""
         assert self.room is not None
         self.is_computed, self.shipped = True, self.room.transfer
-        return Destination(
-            self.room.transfer,
-            self.room.first,
-            Placement(self.room.block_ranks, self.room.block_ids),
-        )
+        return self.destination
 
-    def end_pass(self) -> Sequence:
+    @property
+    def destination(self) -> Destination:
+        """Where the attempt's tokens go."""
+        assert self.room is not None
+        placement = Placement(self.room.block_ranks, self.room.block_ids)
+        return Destination(self.room.transfer, self.room.first, placement)
+
+    def end_attempt(self) -> Sequence:
         """The attempt has its token; returns it, and leaves the flight without one."""
         attempt, self.attempt, self.room = self.attempt, None, None
         assert attempt is not None

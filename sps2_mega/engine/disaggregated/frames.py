@@ -7,6 +7,7 @@ decode    changes in order (sequences that enter, ids that leave), then the plan
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgpack
 
@@ -19,20 +20,34 @@ from sps2_mega.types import ForwardMode, StepPlan
 Destinations = Mapping[int, Destination]
 
 
-def encode_prefill(plan: StepPlan, destinations: Destinations) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A sequence is over before all of it was computed: of `transfer`, which reaches `ranks` of the job, nothing more
+    comes."""
+
+    seq_id: int
+    transfer: int
+    ranks: tuple[int, ...]
+
+
+def encode_prefill(
+    plan: StepPlan | None, destinations: Destinations, cuts: Sequence[Cut] = ()
+) -> bytes:
     rows = [
         (seq_id, d.transfer, d.first, d.placement.block_ranks, d.placement.block_ids)
         for seq_id, d in destinations.items()
     ]
-    return bytes(msgpack.packb((encode(plan), rows)))
+    ended = [(cut.seq_id, cut.transfer, cut.ranks) for cut in cuts]
+    return bytes(msgpack.packb((plan and encode(plan), rows, ended)))
 
 
-def decode_prefill(payload: bytes) -> tuple[StepPlan, dict[int, Destination]]:
-    plan, rows = msgpack.unpackb(payload, use_list=False)
-    return decode(plan), {
+def decode_prefill(payload: bytes) -> tuple[StepPlan | None, dict[int, Destination], list[Cut]]:
+    plan, rows, ended = msgpack.unpackb(payload, use_list=False)
+    destinations = {
         seq_id: Destination(transfer, first, Placement(ranks, ids))
         for seq_id, transfer, first, ranks, ids in rows
     }
+    return plan and decode(plan), destinations, [Cut(*cut) for cut in ended]
 
 
 def encode_decode(plan: StepPlan, changes: Sequence[Change]) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sps2_mega.engine.disaggregated.kv_sender import LAYER, MANIFEST
+from sps2_mega.engine.disaggregated.kv_sender import CUT, LAYER, MANIFEST
 from sps2_mega.engine.disaggregated.shipment import Manifest
 from sps2_mega.kv_cache.pool import KVPool
 
@@ -23,42 +23,77 @@ from sps2_mega.kv_cache.pool import KVPool
 class _Incoming:
     manifest: Manifest
     slots_T: Tensor
-    layers_left: int
+    next_layer: int = 0
 
 
 class KVReceiver:
-    """From each rank one shipment at a time; calls `on_arrival(transfer)` once all of a transfer is in this rank's
-    cache."""
+    """Calls `on_arrival(transfer)` once all of a transfer is in this rank's cache, or once no more of it comes.
 
-    def __init__(self, pool: KVPool, *, num_layers: int, on_arrival: Callable[[int], None]) -> None:
-        self._pool, self._num_layers, self._on_arrival = pool, num_layers, on_arrival
+    Of each sender's shipments any number may be under way.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        *,
+        num_layers: int,
+        num_senders: int,
+        on_arrival: Callable[[int], None],
+    ) -> None:
+        self._pool, self._num_layers, self._num_senders = pool, num_layers, num_senders
+        self._on_arrival = on_arrival
         keys, _ = pool.layer(0)
         self._device, self._dtype, self._head_dim = keys.device, keys.dtype, keys.shape[-1]
         self._stream: torch.cuda.Stream | None = None
-        self._incoming: dict[int, _Incoming] = {}  # by sender
-        self._num_complete: dict[int, int] = {}  # shipments, by transfer
+        self._incoming: dict[tuple[int, int], _Incoming] = {}  # by sender and shipment
+        self._num_cells: dict[int, int] = {}  # that have come, by transfer
+        self._num_cuts: dict[int, int] = {}  # by transfer
 
-    def receive(self, source: int, kind: int, layer: int, payload: Tensor) -> None:
+    def receive(self, source: int, kind: int, detail: int, payload: Tensor) -> None:
         """A message of the channel; `payload` is this object's from now on."""
         if kind == MANIFEST:
-            assert source not in self._incoming, f"rank {source} began anew before its last layer"
             manifest = Manifest.decode(payload.numpy().tobytes())
             slots = torch.from_numpy(manifest.slots.copy()).to(self._device)
-            self._incoming[source] = _Incoming(manifest, slots, self._num_layers)
-            return
-        assert kind == LAYER, f"message of unknown kind {kind} from rank {source}"
-        incoming = self._incoming[source]
-        expected = self._num_layers - incoming.layers_left
-        assert layer == expected, f"layer {layer} from rank {source} instead of {expected}"
+            self._incoming[source, detail] = _Incoming(manifest, slots)
+        elif kind == CUT:
+            self._cut(source, detail)
+        else:
+            assert kind == LAYER, f"message of unknown kind {kind} from rank {source}"
+            shipment, layer = divmod(detail, self._num_layers)
+            self._take(self._incoming[source, shipment], layer, payload)
+            if layer == self._num_layers - 1:
+                self._complete(self._incoming.pop((source, shipment)))
+
+    def _take(self, incoming: _Incoming, layer: int, payload: Tensor) -> None:
+        assert layer == incoming.next_layer, f"layer {layer} instead of {incoming.next_layer}"
+        incoming.next_layer += 1
         with self._on_own_stream():
             self._write(layer, incoming, payload)
-        incoming.layers_left -= 1
-        if incoming.layers_left == 0:
-            del self._incoming[source]
-            if self._stream is not None:
-                self._stream.synchronize()
-            for transfer, num_shipments in incoming.manifest.transfers:
-                self._count(transfer, num_shipments)
+
+    def _complete(self, incoming: _Incoming) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+        for transfer, num_cells, total in incoming.manifest.transfers:
+            have = self._num_cells.pop(transfer, 0) + num_cells
+            assert have <= total, f"{have} of {total} cells of transfer {transfer}"
+            if have == total:
+                self._on_arrival(transfer)
+            else:
+                self._num_cells[transfer] = have
+
+    def _cut(self, source: int, transfer: int) -> None:
+        """Says so when all senders have said it. A rank that had all before says it twice, then."""
+        for key, incoming in list(self._incoming.items()):
+            if key[0] == source and any(t == transfer for t, _, _ in incoming.manifest.transfers):
+                del self._incoming[key]
+        num_cuts = self._num_cuts.pop(transfer, 0) + 1
+        if num_cuts < self._num_senders:
+            self._num_cuts[transfer] = num_cuts
+            return
+        self._num_cells.pop(transfer, None)
+        if self._stream is not None:
+            self._stream.synchronize()  # what came last is not written into blocks of others
+        self._on_arrival(transfer)
 
     @torch.inference_mode()
     def _write(self, layer: int, incoming: _Incoming, payload: Tensor) -> None:
@@ -68,13 +103,6 @@ class KVReceiver:
         heads = slice(manifest.first_head, manifest.first_head + manifest.num_heads)
         for pages, new in zip(self._pool.layer(layer), rows, strict=True):
             pages.flatten(0, 1)[:, heads].index_copy_(0, incoming.slots_T, new)
-
-    def _count(self, transfer: int, num_shipments: int) -> None:
-        complete = self._num_complete.pop(transfer, 0) + 1
-        if complete < num_shipments:
-            self._num_complete[transfer] = complete
-        else:
-            self._on_arrival(transfer)
 
     def _on_own_stream(self) -> AbstractContextManager[object]:
         if self._device.type != "cuda":

@@ -85,10 +85,10 @@ def rows_from(
     }
 
 
-def num_row_sources(
-    src: Placement, dst: Placement, *, first: int, end: int, block_size: int
-) -> dict[int, int]:
-    """How many SP ranks of the prefill side send rows of tokens [first, end), by receiving SP rank."""
-    blocks = range(first // block_size, -(-end // block_size))
-    pairs = {(dst.block_ranks[block], src.block_ranks[block]) for block in blocks}
-    return {receiver: sum(other == receiver for other, _ in pairs) for receiver, _ in sorted(pairs)}
+def rows_per_rank(dst: Placement, *, first: int, end: int, block_size: int) -> dict[int, int]:
+    """How many of tokens [first, end) each SP rank of the decode side keeps; `first` is a block's first token."""
+    counts: dict[int, int] = {}
+    for start in range(first, end, block_size):
+        rank = dst.block_ranks[start // block_size]
+        counts[rank] = counts.get(rank, 0) + min(block_size, end - start)
+    return counts

@@ -17,7 +17,9 @@ from sps2_mega.comm.channel import Channel, Message
 from sps2_mega.engine.disaggregated.shipment import Shipment
 from sps2_mega.kv_cache.pool import KVPool
 
-MANIFEST, LAYER = 0, 1  # kinds of messages
+# Kinds of messages. Their detail: of MANIFEST the shipment, of LAYER shipment * number of layers + layer, of CUT the
+# transfer. Each rank numbers its shipments by the pass.
+MANIFEST, LAYER, CUT = 0, 1, 2
 MAX_BATCHES = 4
 
 
@@ -29,25 +31,36 @@ class _Load:
 
 
 class KVSender:
-    """Sends what a step's shipments say, each layer once, in layer order."""
+    """Sends what a pass's shipments say, each layer once, in layer order; passes may be under way side by side."""
 
-    def __init__(self, channel: Channel, pool: KVPool) -> None:
-        self._channel, self._pool = channel, pool
+    def __init__(self, channel: Channel, pool: KVPool, *, num_layers: int) -> None:
+        self._channel, self._pool, self._num_layers = channel, pool, num_layers
+        self._num_passes = 0
 
     def begin(self, shipments: Sequence[Shipment]) -> ShipmentsUnderWay:
         """Tells receivers what comes; `layer_done` of the result then sends layers."""
+        number = self._num_passes
+        self._num_passes += 1
         if shipments:
-            self._channel.post(
-                [Message(s.dst, MANIFEST, 0, _as_tensor(s.manifest.encode())) for s in shipments]
-            )
-        return ShipmentsUnderWay(self._channel, self._pool, shipments)
+            manifests = [(s.dst, _as_tensor(s.manifest.encode())) for s in shipments]
+            self._channel.post([Message(dst, MANIFEST, number, m) for dst, m in manifests])
+        return ShipmentsUnderWay(
+            self._channel, self._pool, shipments, first_detail=number * self._num_layers
+        )
+
+    def cut(self, transfer: int, ranks: Sequence[int]) -> None:
+        """Tells those ranks of the job that a transfer reaches that no more of it comes from here, nor of any pass with
+        it that is under way."""
+        self._channel.post([Message(rank, CUT, transfer) for rank in ranks])
 
 
 class ShipmentsUnderWay:
-    """The shipments of one step; a rank with nothing to send has one without any."""
+    """The shipments of one pass; a rank with nothing to send has one without any."""
 
-    def __init__(self, channel: Channel, pool: KVPool, shipments: Sequence[Shipment]) -> None:
-        self._channel, self._pool = channel, pool
+    def __init__(
+        self, channel: Channel, pool: KVPool, shipments: Sequence[Shipment], *, first_detail: int
+    ) -> None:
+        self._channel, self._pool, self._first_detail = channel, pool, first_detail
         device = pool.layer(0)[0].device
         self._loads = [
             _Load(
@@ -59,7 +72,7 @@ class ShipmentsUnderWay:
         ]
 
     def layer_done(self, layer: int) -> None:
-        """The cache holds this layer's keys and values of all tokens of the step."""
+        """The cache holds this layer's keys and values of all tokens of the pass."""
         if not self._loads:
             return
         # [keys and values, tokens, heads, head_dim]
@@ -83,7 +96,7 @@ class ShipmentsUnderWay:
             ready = copied.synchronize
         self._channel.post(
             [
-                Message(load.dst, LAYER, layer, r.view(-1).view(torch.uint8))
+                Message(load.dst, LAYER, self._first_detail + layer, r.view(-1).view(torch.uint8))
                 for load, r in zip(self._loads, rows, strict=True)
             ],
             ready=ready,

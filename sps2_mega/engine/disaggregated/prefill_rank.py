@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.engine.disaggregated.control import Control
-from sps2_mega.engine.disaggregated.frames import Destinations, decode_prefill, encode_prefill
+from sps2_mega.engine.disaggregated.frames import Cut, Destinations, decode_prefill, encode_prefill
 from sps2_mega.engine.disaggregated.kv_sender import MAX_BATCHES, KVSender
-from sps2_mega.engine.disaggregated.shipment import Shipment, plan_shipments
+from sps2_mega.engine.disaggregated.shipment import Destination, Shipment, plan_shipments, repeated
 from sps2_mega.engine.startup import StartedRank, failing
 from sps2_mega.mcore.init import finalize
 from sps2_mega.types import PrefillItem, StepOutput, StepPlan
@@ -25,19 +28,30 @@ class PrefillRank:
         channel = rank.bridge.channel(
             on_message=_nobody_sends_here, on_error=rank.lifeline.fail, max_batches=MAX_BATCHES
         )
-        self._sender = KVSender(channel, rank.executor.pool)
+        self._sender = KVSender(
+            channel, rank.executor.pool, num_layers=rank.executor.config.num_layers
+        )
+        # By sequence: its pass that began last, until it has its token.
+        self._passes: dict[int, tuple[PrefillItem, Destination]] = {}
 
     def lead(self, plan: StepPlan, destinations: Destinations) -> StepOutput:
-        """Runs a step on all prefill ranks. `destinations` are those of sequences whose pass begins with it."""
-        if self._rank.groups.control.size > 1:
-            broadcast_bytes(encode_prefill(plan, destinations), self._rank.groups.control)
+        """Runs a step on all prefill ranks. `destinations` are those of sequences in passes that begin with it."""
+        self._tell(encode_prefill(plan, destinations))
         return self._execute(plan, destinations)
+
+    def cut(self, cuts: Sequence[Cut]) -> None:
+        """Lets no prefill rank send more of these, after the last step."""
+        self._tell(encode_prefill(None, {}, cuts))
+        self._cut(cuts)
 
     def run_worker(self) -> None:
         """Executes the driver's steps until it leaves."""
         with failing(self._rank.lifeline):
             while payload := broadcast_bytes(None, self._rank.groups.control):
-                self._execute(*decode_prefill(payload))
+                plan, destinations, cuts = decode_prefill(payload)
+                if plan is not None:
+                    self._execute(plan, destinations)
+                self._cut(cuts)
         self.leave()
 
     def dismiss(self) -> None:
@@ -55,37 +69,56 @@ class PrefillRank:
         rank.lifeline.close()
         finalize()
 
+    def _tell(self, frame: bytes) -> None:
+        if self._rank.groups.control.size > 1:
+            broadcast_bytes(frame, self._rank.groups.control)
+
     def _execute(self, plan: StepPlan, destinations: Destinations) -> StepOutput:
         self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
-        under_way = self._sender.begin(self._shipments(plan.prefills, destinations))
-        output = self._executor.execute(plan, on_layer=under_way.layer_done)
-        self._overwrite_failed(plan, destinations, output)
+        on_layer = None
+        if plan.prefills:
+            entering = {item.seq_id: (item, destinations[item.seq_id]) for item in plan.prefills}
+            self._passes |= entering
+            on_layer = self._sender.begin(self._shipments(list(entering.values()))).layer_done
+        output = self._executor.execute(plan, on_layer=on_layer)
+        sampled = [self._passes.pop(seq_id) for seq_id in plan.sampled]
+        self._overwrite(
+            [
+                over
+                for over, token_id in zip(sampled, output.token_ids, strict=True)
+                if token_id is None
+            ]
+        )
         if self._rank.trace is not None:
             self._rank.trace.flush()
         self._rank.lifeline.step_end()
         return output
 
-    def _overwrite_failed(
-        self, plan: StepPlan, destinations: Destinations, output: StepOutput
-    ) -> None:
+    def _overwrite(self, failed: list[tuple[PrefillItem, Destination]]) -> None:
         """Numbers that are not finite must not stay in blocks of the decode side: what the executor has cleared here
-        is sent once more."""
-        failed = {
-            seq_id
-            for seq_id, token_id in zip(plan.sampled, output.token_ids, strict=True)
-            if token_id is None
-        }
+        is sent once more, all chunks at once."""
         if not failed:
             return
-        items = [item for item in plan.prefills if item.seq_id in failed]
-        again = self._sender.begin(self._shipments(items, destinations))
+        again = [
+            (
+                replace(item, start=item.num_shared_tokens),
+                replace(destination, transfer=repeated(destination.transfer)),
+            )
+            for item, destination in failed
+        ]
+        under_way = self._sender.begin(self._shipments(again))
         for layer in range(self._executor.config.num_layers):
-            again.layer_done(layer)
+            under_way.layer_done(layer)
 
-    def _shipments(self, items: list[PrefillItem], destinations: Destinations) -> list[Shipment]:
+    def _cut(self, cuts: Sequence[Cut]) -> None:
+        for cut in cuts:
+            self._passes.pop(cut.seq_id, None)
+            self._sender.cut(cut.transfer, cut.ranks)
+
+    def _shipments(self, items: list[tuple[PrefillItem, Destination]]) -> list[Shipment]:
         groups = self._rank.groups
         return plan_shipments(
-            [(item, destinations[item.seq_id]) for item in items],
+            items,
             prefill=self._prefill_side,
             decode=self._decode_side,
             sp_rank=groups.sp.rank,

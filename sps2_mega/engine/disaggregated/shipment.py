@@ -1,8 +1,9 @@
-"""What one prefill rank sends to one decode rank in one step: all its rows for that rank, layer by layer.
+"""What one prefill rank sends to one decode rank in one pass: all its rows for that rank, layer by layer.
 
-A shipment begins with its manifest, from which the receiver knows where every row goes and which transfers it is part
-of; then comes one message per layer. A transfer is one sequence on its way: it is complete on a rank when all shipments
-with rows of it are, and each says how many those are.
+One pass is all layers for some tokens of each sequence in it, whole prompts or chunks. A shipment begins with its
+manifest, from which the receiver knows where every row goes and which transfers it is part of; then comes one
+message per layer. A transfer is one sequence on its way: it is complete on a rank when so many cells have come in
+all layers as the rank's blocks of it have. A cell is one KV head of one token.
 
 Pure planning, and the manifest's bytes; who sends is `kv_sender`.
 """
@@ -18,9 +19,10 @@ import numpy as np
 from sps2_mega.engine.disaggregated.kv_route import (
     HeadCut,
     Placement,
+    Rows,
     head_cuts,
-    num_row_sources,
     rows_from,
+    rows_per_rank,
 )
 from sps2_mega.parallel.sides import Side
 from sps2_mega.types import PrefillItem
@@ -28,23 +30,33 @@ from sps2_mega.types import PrefillItem
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Room that the decode side has made for one sequence: for its tokens from `first` on; what comes before it has
-    already. `transfer` names this sequence's way across."""
+    """Room that the decode side has made for one sequence: for its tokens from `first` on, which is a block's first; what
+    comes before it has already. `transfer` names this sequence's way across."""
 
     transfer: int
     first: int
     placement: Placement
 
 
+def repeated(transfer: int) -> int:
+    """The name of a transfer that comes once more, cleared, because its numbers were not finite."""
+    return -1 - transfer
+
+
+def original(transfer: int) -> int:
+    """The name that a transfer had when there was room for it."""
+    return transfer if transfer >= 0 else -1 - transfer
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """`slots` of the receiving rank's cache get, in each layer, the heads [first_head, first_head + num_heads).
-    `transfers` are (transfer, number of shipments with rows of it to this rank)."""
+    `transfers` are (transfer, its cells in this shipment, all of its cells that come to this rank)."""
 
     slots: np.ndarray
     first_head: int
     num_heads: int
-    transfers: tuple[tuple[int, int], ...]
+    transfers: tuple[tuple[int, int, int], ...]
 
     def encode(self) -> bytes:
         slots = self.slots.astype(np.int64, copy=False).tobytes()
@@ -76,20 +88,20 @@ def plan_shipments(
     num_kv_heads: int,
     block_size: int,
 ) -> list[Shipment]:
-    """All shipments of one prefill rank in a step that computes these items to their last token."""
+    """All shipments of one prefill rank in a pass over these items."""
     cuts = head_cuts(num_kv_heads, src_tp=prefill.tp, dst_tp=decode.tp)
     shipments = []
     for receiver, parts in sorted(_parts_by_receiver(items, sp_rank, block_size).items()):
         for cut in cuts:
             if cut.src != tp_rank:
                 continue
-            num_cuts = sum(other.dst == cut.dst for other in cuts)
+            num_heads = sum(other.count for other in cuts if other.dst == cut.dst)
             shipments.append(
                 Shipment(
                     decode.global_rank(tp_rank=cut.dst, sp_rank=receiver),
-                    np.concatenate([part.src_slots for part in parts]),
+                    np.concatenate([part.rows.src_slots for part in parts]),
                     cut.src_start,
-                    _manifest(parts, cut, num_cuts),
+                    _manifest(parts, cut, num_heads),
                 )
             )
     return shipments
@@ -109,12 +121,11 @@ def receiving_ranks(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Rows of one transfer; `num_row_sources` SP ranks have some for the same receiver."""
+    """Rows of one transfer, and how many its receiver gets of it from all ranks in all passes."""
 
     transfer: int
-    src_slots: np.ndarray
-    dst_slots: np.ndarray
-    num_row_sources: int
+    rows: Rows
+    num_rows: int
 
 
 def _parts_by_receiver(
@@ -122,21 +133,30 @@ def _parts_by_receiver(
 ) -> dict[int, list[_Part]]:
     parts: dict[int, list[_Part]] = {}
     for item, destination in items:
-        assert item.samples, "a prompt moves with the step that completes it"
-        source = Placement(item.block_ranks, item.block_ids)
-        span = dict(first=destination.first, end=item.end, block_size=block_size)
-        num_sources = num_row_sources(source, destination.placement, **span)
-        for receiver, rows in rows_from(sp_rank, source, destination.placement, **span).items():
-            parts.setdefault(receiver, []).append(
-                _Part(destination.transfer, rows.src_slots, rows.dst_slots, num_sources[receiver])
-            )
+        source, placement = Placement(item.block_ranks, item.block_ids), destination.placement
+        first = destination.first
+        if item.start > item.num_shared_tokens:
+            first = max(first, item.start)  # the chunks before have brought what was cached
+        sent = rows_from(
+            sp_rank, source, placement, first=first, end=item.end, block_size=block_size
+        )
+        num_rows = rows_per_rank(
+            placement, first=destination.first, end=len(item.token_ids), block_size=block_size
+        )
+        for receiver, rows in sent.items():
+            part = _Part(destination.transfer, rows, num_rows[receiver])
+            parts.setdefault(receiver, []).append(part)
     return parts
 
 
-def _manifest(parts: Sequence[_Part], cut: HeadCut, num_cuts: int) -> Manifest:
+def _manifest(parts: Sequence[_Part], cut: HeadCut, num_heads: int) -> Manifest:
+    """`num_heads` are all that the receiver has."""
     return Manifest(
-        np.concatenate([part.dst_slots for part in parts]),
+        np.concatenate([part.rows.dst_slots for part in parts]),
         cut.dst_start,
         cut.count,
-        tuple((part.transfer, part.num_row_sources * num_cuts) for part in parts),
+        tuple(
+            (part.transfer, len(part.rows.dst_slots) * cut.count, part.num_rows * num_heads)
+            for part in parts
+        ),
     )

@@ -33,9 +33,7 @@ def side_config(config: EngineConfig, side: Side) -> EngineConfig:
             "its pattern follows the ranks that prefilled"
         )
     if side.name == "prefill":
-        # Nobody decodes here, so no prefill has to give way.
-        scheduler = dataclasses.replace(config.scheduler, tbt_target_ms=0.0)
-        return dataclasses.replace(config, scheduler=scheduler)
+        return config
     return dataclasses.replace(
         config,
         parallel=ParallelConfig(tp=side.tp, sp=side.sp),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sps2_mega.comm.lifeline import Lifeline
-from sps2_mega.engine.disaggregated.frames import Destinations
+from sps2_mega.engine.disaggregated.frames import Cut, Destinations
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
 from sps2_mega.engine.startup import failing
 from sps2_mega.types import StepOutput, StepPlan
@@ -24,6 +25,12 @@ class StepDone:
     output: StepOutput
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    plan: StepPlan
+    destinations: Destinations
+
+
 class StepThread:
     """Runs one step at a time; puts a StepDone into `events` after each."""
 
@@ -35,16 +42,20 @@ class StepThread:
         events: queue.SimpleQueue[Any],
     ) -> None:
         self._rank, self._lifeline, self._device, self._events = rank, lifeline, device, events
-        self._steps: queue.SimpleQueue[tuple[StepPlan, Destinations] | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[_Step | Sequence[Cut] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="sps2-prefill", daemon=True)
         self._thread.start()
 
     def begin(self, plan: StepPlan, destinations: Destinations) -> None:
         """To be called again only after the step's StepDone."""
-        self._steps.put((plan, destinations))
+        self._steps.put(_Step(plan, destinations))
+
+    def cut(self, cuts: Sequence[Cut]) -> None:
+        """Nothing more of these is sent, after the step under way."""
+        self._steps.put(cuts)
 
     def close(self) -> None:
-        """Ends the thread, after the step under way."""
+        """Ends the thread, after what it was given to do."""
         self._steps.put(None)
         self._thread.join()
 
@@ -52,6 +63,9 @@ class StepThread:
         with failing(self._lifeline):
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a thread has a current device of its own
-            while (step := self._steps.get()) is not None:
-                plan, destinations = step
-                self._events.put(StepDone(plan, self._rank.lead(plan, destinations)))
+            while (work := self._steps.get()) is not None:
+                if isinstance(work, _Step):
+                    output = self._rank.lead(work.plan, work.destinations)
+                    self._events.put(StepDone(work.plan, output))
+                else:
+                    self._rank.cut(work)

@@ -99,13 +99,14 @@ def test_the_last_one_waits_for_those_on_their_way_instead_of_giving_way():
     scheduler.check_integrity()
 
 
-def test_room_is_made_only_as_far_ahead_as_prefill_can_use_soon():
-    scheduler = make(num_blocks=100, max_prefill_tokens=10)
-    for seq_id, length in enumerate((30, 15, 5, 5)):
+def test_room_is_made_only_as_far_ahead_as_prefill_can_choose_from():
+    """Four steps' worth, where a long prompt counts as one step."""
+    scheduler = make(num_blocks=200, max_prefill_tokens=10)
+    for seq_id, length in enumerate((300, 15, 10, 5, 5, 5)):
         scheduler.add(sequence(seq_id, length))
-    assert [r.sequence.seq_id for r in scheduler.reserve()] == [0]  # the first at any length
-    scheduler.start(0, 5)
-    assert [r.sequence.seq_id for r in scheduler.reserve()] == [1, 2]
+    assert [r.sequence.seq_id for r in scheduler.reserve()] == [0, 1, 2, 3, 4]
+    scheduler.start(3, 5)
+    assert [r.sequence.seq_id for r in scheduler.reserve()] == [5]
 
 
 def test_samples_of_one_prompt_share_blocks_one_after_the_other():

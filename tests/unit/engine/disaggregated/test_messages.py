@@ -65,9 +65,14 @@ def test_frames_arrive_as_they_were_sent():
     whole = PrefillItem(1, [7, 8, 9], 3, [0], [4], SamplingParams(), 5, 0, 3)
     plan = StepPlan(8, ForwardMode.PREFILL, [whole], [], [2])
     payload = frames.encode_prefill(plan, {1: Destination(6, 2, Placement([1, 0], [3, 5]))})
-    again, destinations = frames.decode_prefill(payload)
-    assert again == plan
+    again, destinations, cuts = frames.decode_prefill(payload)
+    assert again == plan and cuts == []
     destination = destinations[1]
     assert (destination.transfer, destination.first) == (6, 2)
     assert list(destination.placement.block_ranks) == [1, 0]
     assert list(destination.placement.block_ids) == [3, 5]
+
+
+def test_cuts_travel_without_a_plan():
+    cuts = [frames.Cut(3, 9, (4, 5)), frames.Cut(4, 10, ())]
+    assert frames.decode_prefill(frames.encode_prefill(None, {}, cuts)) == (None, {}, cuts)

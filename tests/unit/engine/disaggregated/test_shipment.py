@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,8 +71,9 @@ def steps(draw):
             source.block_ids,
             SamplingParams(),
             0,
-            start=draw(st.integers(0, length - 1)),
+            start=(start := draw(st.integers(0, length - 1))),
             end=length,
+            num_shared_tokens=start,
         )
         items.append((item, Destination(100 + number, first, target)))
     return heads, prefill, decode, block_size, items
@@ -98,11 +100,31 @@ def filled_prefill_pools(heads, prefill, block_size, items):
     return pools
 
 
-@given(steps())
+def chunked(items, num_chunks):
+    """Passes over so many chunks of each sequence, of which the shortest may be empty."""
+    passes = []
+    for chunk in range(num_chunks):
+        part = []
+        for item, destination in items:
+            size = -(-(item.end - item.start) // num_chunks)
+            start = item.start + chunk * size
+            end = min(item.end, start + size)
+            if start < end:
+                part.append((replace(item, start=start, end=end), destination))
+        passes.append(part)
+    return passes
+
+
+def shipments_of(passes, **shapes):
+    return [shipment for items in passes for shipment in plan_shipments(items, **shapes)]
+
+
+@given(steps(), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
-def test_every_head_of_every_token_arrives_once_where_it_belongs(step):
+def test_every_head_of_every_token_arrives_once_where_it_belongs(step, num_chunks):
     heads, prefill, decode, block_size, items = step
     sources = filled_prefill_pools(heads, prefill, block_size, items)
+    passes = chunked(items, num_chunks)
     targets = {
         rank: np.zeros(
             (400, len(local_kv_heads(heads, tp_rank=rank % decode.tp, tp=decode.tp))), int
@@ -111,8 +133,8 @@ def test_every_head_of_every_token_arrives_once_where_it_belongs(step):
     }
     complete: Counter = Counter()
     for (sp_rank, tp_rank), pool in sources.items():
-        for shipment in plan_shipments(
-            items,
+        for shipment in shipments_of(
+            passes,
             prefill=prefill,
             decode=decode,
             sp_rank=sp_rank,
@@ -126,8 +148,8 @@ def test_every_head_of_every_token_arrives_once_where_it_belongs(step):
             target = targets[shipment.dst - decode.first]
             assert not target[manifest.slots, kept].any(), "something arrives twice"
             target[manifest.slots, kept] = pool[shipment.slots, sent]
-            for transfer, total in manifest.transfers:
-                complete[transfer, shipment.dst, total] += 1
+            for transfer, num_cells, total in manifest.transfers:
+                complete[transfer, shipment.dst, total] += num_cells
     expected = {rank: np.zeros_like(target) for rank, target in targets.items()}
     for item, destination in items:
         for position in range(destination.first, item.end):
@@ -140,7 +162,7 @@ def test_every_head_of_every_token_arrives_once_where_it_belongs(step):
     for rank, target in targets.items():
         assert np.array_equal(target, expected[rank])
     # What a receiver counts ends exactly when all is there, on exactly those ranks that the driver waits for.
-    assert all(count == total for (_, _, total), count in complete.items())
+    assert all(cells == total for (_, _, total), cells in complete.items())
     for item, destination in items:
         told = {dst for transfer, dst, _ in complete if transfer == destination.transfer}
         waited = receiving_ranks(destination, item.end, decode=decode, block_size=block_size)

@@ -1,0 +1,145 @@
+"""The prefill side as rank 0 drives it: which sequences it computes, step by step, and what it leaves of those dropped.
+
+Plans are the scheduler's and are made here, in the caller's thread; a thread of its own runs them on all prefill ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sps2_mega.attention.pipeline.metrics import CommSeconds
+from sps2_mega.engine.disaggregated.flights import Flight
+from sps2_mega.engine.disaggregated.frames import Cut
+from sps2_mega.engine.disaggregated.messages import Drop, Room
+from sps2_mega.engine.disaggregated.open_passes import OpenPasses
+from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
+from sps2_mega.engine.disaggregated.prefill_scheduler import prefill_scheduler
+from sps2_mega.engine.disaggregated.shipment import receiving_ranks
+from sps2_mega.engine.disaggregated.step_thread import StepDone, StepThread
+from sps2_mega.engine.startup import StartedRank
+from sps2_mega.types import FinishReason, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """What a prefill gave a sequence in flight. `reason`: why it was also its last token."""
+
+    flight: Flight
+    token_id: int | None
+    logprob: TokenLogprob | None
+    reason: FinishReason | None
+
+
+class PrefillDriver:
+    """One step at a time. The decode side hears of every dropped sequence what comes of it, by `send_drop`."""
+
+    def __init__(
+        self,
+        started: StartedRank,
+        rank: PrefillRank,
+        flights: Mapping[int, Flight],
+        *,
+        max_len: int,
+        send_drop: Callable[[Drop], None],
+    ) -> None:
+        """`flights` are all sequences that somebody wants, by id, kept by the caller."""
+        self._started, self._flights, self._send_drop = started, flights, send_drop
+        self._scheduler = prefill_scheduler(started, max_len=max_len)
+        self._thread = StepThread(
+            rank, started.lifeline, started.executor.device, rank.control.events
+        )
+        self._passes = OpenPasses(started.resolved.config.num_layers)
+        self._dropped: dict[int, Flight] = {}  # while passes with them are under way
+        self.is_busy = False  # a step is under way
+        self.comm = CommSeconds()  # rank 0's, in all steps
+
+    @property
+    def kv_used_per_rank(self) -> tuple[int, ...]:
+        """Blocks of each sp rank."""
+        return self._scheduler.kv_used_per_rank
+
+    def offer(self, flight: Flight, room: Room) -> None:
+        """The decode side has room for a sequence: it is computed when its turn comes."""
+        refused = self._scheduler.add(flight.offer(room))
+        assert refused is None, f"sequence {room.seq_id} was refused late: {refused}"
+
+    def begin_step(self) -> None:
+        """The next step, if none is under way and there is something to do."""
+        if self.is_busy:
+            return
+        plan = self._scheduler.plan(time.monotonic())
+        if plan is None:
+            return
+        self.is_busy = True
+        self._passes.planned(plan)
+        self._thread.begin(
+            plan,
+            {item.seq_id: self._flights[item.seq_id].begin_pass() for item in plan.prefills},
+        )
+
+    def end_step(self, done: StepDone, now: float) -> list[FirstToken]:
+        """Takes the outcome of the step under way."""
+        self.is_busy = False
+        plan, output = done.plan, done.output
+        self._scheduler.commit(plan, output, now)
+        self.comm += self._started.executor.prefill_comm
+        tokens = []
+        for seq_id, token_id, logprob in zip(
+            plan.sampled, output.token_ids, output.logprobs, strict=True
+        ):
+            dropped = self._dropped.pop(seq_id, None)
+            if dropped is not None:
+                self._send_drop(Drop(seq_id, dropped.shipped, damaged=token_id is None))
+                continue
+            flight = self._flights[seq_id]
+            attempt = flight.end_attempt()
+            tokens.append(FirstToken(flight, token_id, logprob, attempt.finish_reason))
+            # Its blocks are copied by now; what may be found again stays findable.
+            self._scheduler.finish(seq_id, FinishReason.LENGTH)
+        self._cut_dropped()
+        return tokens
+
+    def drop(self, flight: Flight) -> None:
+        """Nobody wants this sequence any more, which the caller no longer has in its flights."""
+        seq_id = flight.sequence.seq_id
+        if flight.attempt is not None:
+            self._scheduler.abort(seq_id)
+        if flight.is_computed:
+            self._dropped[seq_id] = flight  # what is sent of it is known between steps
+        else:
+            self._send_drop(Drop(seq_id, flight.shipped))
+
+    def dropped_all(self) -> None:
+        """Call after some sequences were dropped, when those that were dropped together all are."""
+        self._cut_dropped()
+
+    def close(self) -> None:
+        """Ends the thread, after all that it was given to do."""
+        assert not self.is_busy and not self._dropped, "a step is under way"
+        self._thread.close()
+
+    def _cut_dropped(self) -> None:
+        """Of sequences that were dropped while they were computed, and will not be completed for the sake of others,
+        nothing more is sent."""
+        if self.is_busy:
+            return
+        cuts = []
+        for seq_id, flight in list(self._dropped.items()):
+            if not self._passes.goes_on(seq_id, self._flights):
+                del self._dropped[seq_id]
+                self._send_drop(Drop(seq_id, flight.shipped))
+                cuts.append(self._cut_of(flight))
+        if cuts:
+            self._thread.cut(cuts)
+
+    def _cut_of(self, flight: Flight) -> Cut:
+        destination, sequence = flight.destination, flight.sequence
+        ranks = receiving_ranks(
+            destination,
+            sequence.num_tokens,
+            decode=self._started.sides[1],
+            block_size=self._started.config.cache.block_size,
+        )
+        return Cut(sequence.seq_id, destination.transfer, tuple(ranks))
