@@ -129,6 +129,9 @@ class Executor:
         else:
             assert plan.layers is not None, "a whole pass ends with the last layer"
             self._suspended[plan.layers.pass_id] = passing
+            if self.device.type == "cuda":
+                # Nothing else waits for a slice, and its seconds tell how many layers the next one may have.
+                torch.cuda.current_stream(self.device).synchronize()
             output = StepOutput([], [])
         if passing.prefills:
             num_tokens = sum(item.num_new_tokens for item in passing.prefills)
