@@ -20,7 +20,8 @@ PARAMS = [
     dict(seed=7, max_tokens=1),
 ]
 # prefill tp, sp | decode ranks, tp
-SHAPES = [(1, 1, 1, 1), (1, 2, 2, 2), (2, 1, 1, 1), (1, 1, 3, 1)]
+SHAPES = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 2), (1, 2, 1, 1)]
+LARGE_SHAPES = [(1, 2, 2, 2), (1, 1, 3, 1)]
 
 
 def requests(max_tokens=24):
@@ -47,8 +48,7 @@ def tokens(outputs):
     return [[c.token_ids for c in output.completions] for output in outputs]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outputs_are_those_of_one_rank(model, one_rank, shape):
+def check_outputs(model, one_rank, shape):
     tp, sp, decode_ranks, decode_tp = shape
     ran = run_disaggregated(
         model, requests(), tp=tp, sp=sp, decode_ranks=decode_ranks, decode_tp=decode_tp
@@ -61,6 +61,11 @@ def test_outputs_are_those_of_one_rank(model, one_rank, shape):
                 assert [e.token_id for e in one.logprobs] == [e.token_id for e in other.logprobs]
                 values = [e.logprob for e in other.logprobs]
                 assert [e.logprob for e in one.logprobs] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_are_those_of_one_rank(model, one_rank, shape):
+    check_outputs(model, one_rank, shape)
 
 
 def num_prefilled(stats):
@@ -145,6 +150,12 @@ def test_other_models(tmp_path, family, options):
     model = dict(model=str(tmp_path), dtype="float32") | options
     ran = run_disaggregated(model, requests(), tp=2, decode_ranks=1)
     assert tokens(ran.outputs) == tokens(run_engine(model, requests()))
+
+
+# From here on four ranks: the ranks of smaller jobs above stay alive from test to test.
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+def test_outputs_of_larger_jobs_are_those_of_one_rank(model, one_rank, shape):
+    check_outputs(model, one_rank, shape)
 
 
 LONG = dict(temperature=0.0, max_tokens=12, ignore_eos=True)
