@@ -116,7 +116,7 @@ class PrefillQueue:
 
     def _choose(self, now: float, layer_room_s: float) -> PrefillGroup | None:
         first = min(self._groups, key=self._key, default=None)
-        if len(self._groups) < MAX_GROUPS:
+        if len(self._groups) < MAX_GROUPS and self._states.has_room(self._config.max_running):
             key = math.inf if first is None else self._key(first)
             formed = self._form(now, layer_room_s, key)
             if formed is not None:

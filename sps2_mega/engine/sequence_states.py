@@ -66,14 +66,19 @@ class SequenceStates:
     def add(self, sequence: Sequence) -> None:
         self.waiting[sequence.seq_id] = sequence
 
+    def has_room(self, max_running: int) -> bool:
+        """Whether a waiting sequence may perhaps be admitted: one more can run, and there is a block for it."""
+        num_running = len(self.running)
+        return num_running < max_running and self._ledger.num_free > num_running
+
     def newcomers(
         self, order: Iterable[Sequence], max_running: int
     ) -> Iterator[tuple[Sequence, Prefix]]:
         """Waiting sequences that may be admitted now, in `order`, with what they can begin with. The caller admits
         each before it asks for the next, or stops."""
         for sequence in islice(order, max_running):
-            if len(self.running) >= max_running or self._ledger.num_free <= len(self.running):
-                return  # no room for one block; not worth looking for a prefix in every step
+            if not self.has_room(max_running):
+                return  # not worth looking for a prefix in every step
             prefix = Prefix((), None)
             if self._sharing is not None:
                 found = self._sharing.look_up(sequence)
