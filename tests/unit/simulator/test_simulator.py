@@ -23,6 +23,7 @@ SYSTEMS = [
     System(name="csa", sp=8, csa=CSAConfig(degrees=(1, 2, 4))),
     System(name="ring", sp=4, transports=("ring",), pipelined=False, decode_move="keys"),
     System(name="split", sp=4, decode_replicas=2, decode_tp=2),
+    System(name="yields", sp=4, tbt_target_ms=0.5),
 ]
 
 
@@ -143,6 +144,29 @@ def test_decode_engines_keep_prefills_out_of_the_gaps():
     )
     assert max(split.timings[0].gaps_s) < max(together.timings[0].gaps_s) / 2
     assert split.system.num_gpus == 8
+
+
+def test_a_prefill_that_gives_way_keeps_the_gaps_near_the_target():
+    arrivals = [Arrival(time_s=0.0, prompt_len=64, output_len=400)] + [
+        Arrival(time_s=0.001 * i, prompt_len=12_345, output_len=2) for i in range(1, 30)
+    ]
+    whole = simulate(arrivals, System(name="whole", sp=4), MODEL, ROUND)
+    yields = simulate(arrivals, System(name="yields", sp=4, tbt_target_ms=1.0), MODEL, ROUND)
+    gaps = sorted(yields.timings[0].gaps_s)
+    assert gaps[-8] < 1.2e-3 < max(whole.timings[0].gaps_s) / 2
+    assert sum(meter.prefill_tokens for meter in yields.meters) == 64 + 29 * 12_345
+
+
+def test_slices_of_a_pass_cost_what_the_pass_costs():
+    cost = step_cost(System(name="x", sp=4), MODEL, ROUND, tp=1, sp=4)
+    prompts = [Prompt(start=100, end=1001)]
+    whole = cost.of_tokens(prompts, num_decodes=0, context=0, num_sampled=1)
+    slices = [
+        cost.of_slice(prompts, num_layers=1, num_sampled=sampled)
+        for sampled in [0] * (MODEL.num_layers - 1) + [1]
+    ]
+    for name, seconds in whole.items():
+        assert sum(terms[name] for terms in slices) == pytest.approx(seconds)
 
 
 def test_short_prompts_side_by_side_are_never_slower():
