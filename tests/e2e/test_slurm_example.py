@@ -27,7 +27,7 @@ for pid in "${pids[@]}"; do
         wait "$pid" && one=0 || one=$?
         kill -0 "$pid" 2>/dev/null || break
     done
-    if [[ $one -ne 0 ]]; then
+    if [[ $one -ne 0 && $code -eq 0 ]]; then
         code=$one
         kill -TERM "${pids[@]}" 2>/dev/null
     fi
@@ -66,6 +66,16 @@ def slurm(tmp_path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def quick(slurm, tmp_path) -> dict[str, str]:
+    """The same without a launcher below it, which costs seconds and is not what is asked."""
+    (tmp_path / "launch").mkdir()
+    script = tmp_path / "launch" / "torchrun.sh"
+    script.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return {**slurm, "SLURM_SUBMIT_DIR": str(tmp_path)}
+
+
 def batch(*program: str) -> list[str]:
     return ["bash", str(ROOT / "launch" / "slurm.sbatch"), *program]
 
@@ -81,29 +91,29 @@ def test_two_nodes_answer_as_one_rank_does(tmp_path, slurm):
     assert sorted(texts_of(answers)) == sorted(ids)
 
 
-def test_a_failed_job_goes_back_into_the_queue_a_few_times(tmp_path, slurm):
+def test_a_failed_job_goes_back_into_the_queue_a_few_times(tmp_path, quick):
     program = tmp_path / "fails.py"
     program.write_text("raise SystemExit(3)\n")
     for restarts, expected in (("1", True), ("5", False)):
         with launched(
-            batch(str(program)), tmp_path / "log", **slurm, SLURM_RESTART_COUNT=restarts
+            batch(str(program)), tmp_path / "log", **quick, SLURM_RESTART_COUNT=restarts
         ) as job:
-            assert job.main.wait(60) != 0
+            assert job.main.wait(60) == 3
         assert ("requeued 4711" in job.output()) is expected, job.output()
 
 
-def test_a_signal_reaches_the_ranks_and_the_job_stays_ended(tmp_path, slurm):
+def test_a_signal_reaches_the_ranks_and_the_job_stays_ended(tmp_path, quick):
     program = tmp_path / "waits.py"
     program.write_text(
         "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('told', flush=True), sys.exit(0)))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('told', flush=True), sys.exit(7)))\n"
         "print('waiting', flush=True)\n"
         "time.sleep(60)\n"
     )
-    with launched(batch(str(program)), tmp_path / "log", **slurm) as job:
+    with launched(batch(str(program)), tmp_path / "log", **quick) as job:
         job.wait_until(lambda: job.output().count("waiting") == 2, 60)
         job.send(job.main.pid, signal.SIGTERM)
-        job.wait_end(20)
+        assert job.wait_end(20) == 7
     assert job.output().count("told") == 2
     assert "requeued" not in job.output()
 

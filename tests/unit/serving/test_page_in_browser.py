@@ -25,9 +25,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def server(tokenizer) -> Iterator[FakeServer]:
+def server(browser, tokenizer) -> Iterator[FakeServer]:
     with serving(FakeEngine(tokenizer, max_model_len=5000, step_s=0.02)) as running:
         yield running
+        browser.open("about:blank")  # a page that still asks would keep the server from ending
 
 
 def opened(browser: Browser, server: FakeServer) -> None:
