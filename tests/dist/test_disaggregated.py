@@ -7,6 +7,8 @@ import pytest
 from disaggregated_run import run_disaggregated
 from engine_run import run_engine
 
+from sps2_mega.config import CSAConfig
+
 LENGTHS = (5, 1, 40, 16, 77, 200, 33, 129, 64)
 PARAMS = [
     dict(temperature=0.0),
@@ -150,6 +152,15 @@ def test_other_models(tmp_path, family, options):
     model = dict(model=str(tmp_path), dtype="float32") | options
     ran = run_disaggregated(model, requests(), tp=2, decode_ranks=1)
     assert tokens(ran.outputs) == tokens(run_engine(model, requests()))
+
+
+def test_sparse_prompts_keep_the_pattern_of_the_ranks_that_prefill_them(model):
+    """Spans follow the prefill side's two SP ranks, as in a job of two ranks; generated tokens see all keys."""
+    sparse = model | dict(csa=CSAConfig(degrees=(1, 4), halo=8, tail=8), max_model_len=512)
+    expected = run_engine(sparse, requests(), sp=2)
+    ran = run_disaggregated(sparse, requests(), sp=2)
+    assert tokens(ran.outputs) == tokens(expected)
+    assert tokens(expected) != tokens(run_engine(model, requests()))
 
 
 # From here on four ranks: the ranks of smaller jobs above stay alive from test to test.
