@@ -20,12 +20,13 @@ for ((task = 0; task < SLURM_JOB_NUM_NODES; task++)); do
     SLURM_PROCID=$task "$@" &
     pids+=($!)
 done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
+trap 'interrupted=1; kill -TERM "${pids[@]}" 2>/dev/null' TERM
 code=0
 for pid in "${pids[@]}"; do
-    while true; do
+    interrupted=1
+    while [[ -n $interrupted ]]; do
+        interrupted=
         wait "$pid" && one=0 || one=$?
-        kill -0 "$pid" 2>/dev/null || break
     done
     if [[ $one -ne 0 && $code -eq 0 ]]; then
         code=$one
