@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from sps2_mega.config import EngineConfig
@@ -52,4 +53,14 @@ def run_worker(config: EngineConfig, info: LaunchInfo) -> None:
         worker = PrefillRank(rank)
     else:
         worker = DecodeDriver(rank) if info.rank == rank.side.first else DecodeRank(rank)
+    settle()
     worker.run_worker()
+
+
+def settle() -> None:
+    """Takes what exists now out of garbage collection, in a process that only serves from here on.
+
+    There are some 300,000 objects, mostly of imported libraries, and looking through them stops a step for 0.1 s.
+    """
+    gc.collect()
+    gc.freeze()

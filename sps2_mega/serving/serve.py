@@ -100,7 +100,7 @@ def _serve(
     *,
     began: float,
 ) -> None:
-    from sps2_mega.engine.start import driver_of
+    from sps2_mega.engine.start import driver_of, settle
     from sps2_mega.engine.startup import start_rank
     from sps2_mega.serving.http.app import build_app
     from sps2_mega.serving.http.engine_loop import run_engine
@@ -129,6 +129,7 @@ def _serve(
         if ranks is not None:
             ranks.close(told=False)
         raise
+    settle()
     http.call_soon(front.ready, _served_model(engine, started))
     sys.stdout.write(_memory_text(started))
     sys.stdout.write(_ready_line(url, names[0], engine, started, time.monotonic() - began))

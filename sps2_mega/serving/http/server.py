@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ from fastapi import FastAPI
 from sps2_mega.errors import ConfigError
 from sps2_mega.serving.http.front import Front
 
+# Python's own, 5 ms, is how long the engine's thread may wait after each operator while this one is computing.
+_SWITCH_S = 1e-4
 _LINGER_S = 3  # for the last responses, once the engine has stopped
 _BACKLOG = 1024
 
@@ -69,6 +72,8 @@ class HttpServer:
         self._thread = threading.Thread(target=self._run, name="sps2-http", daemon=True)
 
     def start(self) -> None:
+        """Returns once requests are taken. Threads of this process change places more often from now on."""
+        sys.setswitchinterval(_SWITCH_S)
         self._thread.start()
         self._running.wait()
 
