@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import islice
 
 from sps2_mega.config import SchedulerConfig
 from sps2_mega.engine.pace import Pace
@@ -131,7 +132,11 @@ class PrefillQueue:
         budget, num_new = float(self._config.max_prefill_tokens), 0
         load = [0] * self._placement.sp_size
         left_s = 0.0
-        for sequence, prefix in self._states.newcomers(self._order(), self._config.max_running):
+        order = list(islice(self._order(), self._config.max_running))
+        longest_whole = self._placement.longest_whole(
+            (sequence.num_tokens for sequence in order), self._config.max_prefill_tokens
+        )
+        for sequence, prefix in self._states.newcomers(order, self._config.max_running):
             start = self._placement.num_shared(prefix)
             missing = sequence.num_tokens - start
             seconds = self._prompt_s(start, sequence.num_tokens)
@@ -142,7 +147,9 @@ class PrefillQueue:
             quantum = self._quantum(start, sequence.num_tokens, layer_room_s)
             if members and (quantum is not None or num_new + missing > budget):
                 break
-            spread = self._placement.spread(sequence, prefix, load, quantum)
+            spread = self._placement.spread(
+                sequence, prefix, load, quantum=quantum, longest_whole=longest_whole
+            )
             if not self._states.admit(sequence, prefix, now, spread):
                 break
             members.append(sequence)

@@ -1,13 +1,13 @@
 """How the blocks of a prompt are spread over SP ranks: whole on one, in stripes for its chunks, or by the layout.
 
-Pure rules on counts; blocks are the ledger's. A prompt below `threshold` tokens lies whole on one rank, so that several
-run side by side and their prefill attention moves nothing; one that goes in chunks lies in stripes, so that
-each chunk is on all ranks.
+Pure rules on counts; blocks are the ledger's. Short prompts lie whole on one rank, so that several run side by side
+and their prefill attention moves nothing; one that goes in chunks lies in stripes, so that each chunk is on
+all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sps2_mega import types
@@ -20,10 +20,12 @@ LEAST_CHUNK = 64  # tokens on each rank: below it a layer is overhead more than 
 
 @dataclass(frozen=True, slots=True)
 class PromptPlacement:
-    """`threshold` is in tokens; 0: no prompt lies on one rank alone by intention."""
+    """Prompts below `threshold` tokens lie whole on one rank; where there is one for each rank, also those below
+    `crowd_threshold` that are no more than a rank's share of the work. 0: none by intention."""
 
     ledger: BlockLedger
     threshold: int
+    crowd_threshold: int = 0
 
     @property
     def sp_size(self) -> int:
@@ -39,15 +41,35 @@ class PromptPlacement:
         """Tokens of a prefix that is taken over."""
         return len(prefix.blocks) * self.ledger.block_size
 
+    def longest_whole(self, num_tokens: Iterable[int], budget: int) -> int:
+        """Prompts below so many tokens lie whole on one rank, when those with `num_tokens` wait, the first of which make
+        up a step of about `budget` tokens."""
+        if self.sp_size == 1 or self.crowd_threshold <= self.threshold:
+            return self.threshold
+        count = total = 0
+        for number in num_tokens:
+            if count and total + number > budget:
+                break
+            count, total = count + 1, total + number
+        if count < self.sp_size:
+            return self.threshold
+        return max(self.threshold, min(self.crowd_threshold, total // self.sp_size + 1))
+
     def spread(
-        self, sequence: types.Sequence, prefix: Prefix, load: Sequence[int], quantum: int | None
+        self,
+        sequence: types.Sequence,
+        prefix: Prefix,
+        load: Sequence[int],
+        *,
+        quantum: int | None,
+        longest_whole: int,
     ) -> Spread:
         """For the tokens behind `prefix`. `load[r]` counts tokens that the step has on sp rank r so far; chunks are
         multiples of `quantum` tokens, None: there are none."""
         spread = self.ledger.spread
         if quantum is not None:
             return Spread("striped", max(1, quantum // (self.ledger.block_size * self.sp_size)))
-        if self.sp_size == 1 or sequence.num_tokens >= self.threshold:
+        if self.sp_size == 1 or sequence.num_tokens >= longest_whole:
             return spread
         return replace(spread, rank=self._rank(sequence, prefix, load))
 

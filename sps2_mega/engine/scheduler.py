@@ -62,11 +62,12 @@ class Scheduler:
         prefix_root: bytes | None = None,
         topology_spans: Callable[[int], tuple[int, ...]] | None = None,
         work: LayerWork | None = None,
+        crowd_threshold: int = 0,
     ) -> None:
         """`num_blocks` is per sp rank; `layout` is how a whole prompt is spread, as the transport prefers it.
         `prefix_root` (`block_chain.chain_root`) switches prefix caching on; `topology_spans` gives the CSA spans of a
         prompt length where they come from the ranks. `work` is needed with a target for the time between tokens. An
-        `sp_threshold` of None counts as 0 here."""
+        `sp_threshold` of None counts as 0 here; `crowd_threshold` is the one where prompts come together."""
         self._config = config
         self._limits = Limits(
             max_model_len=max_model_len,
@@ -90,7 +91,7 @@ class Scheduler:
         assert self._target_s is None or work is not None, "a TBT target needs the work of a layer"
         self._pace = None if self._target_s is None or work is None else Pace(work)
         self._states = SequenceStates(self._ledger, sharing)
-        placement = PromptPlacement(self._ledger, config.sp_threshold or 0)
+        placement = PromptPlacement(self._ledger, config.sp_threshold or 0, crowd_threshold)
         self._prefills = PrefillQueue(config, self._states, placement, self._pace)
         self._decodes = DecodeSteps(self._states, self._ledger, self._prefills)
         self._hybrids = HybridSteps(config, self._states, self._decodes)

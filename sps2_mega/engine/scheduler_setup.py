@@ -7,11 +7,10 @@ import logging
 from collections.abc import Callable
 
 from sps2_mega.attention.spans import SparsePrefill
-from sps2_mega.config import SchedulerConfig
 from sps2_mega.engine.layer_work import LayerWork
 from sps2_mega.engine.prefill_choice import prompt_layout
 from sps2_mega.engine.scheduler import Scheduler
-from sps2_mega.engine.side_by_side import auto_threshold
+from sps2_mega.engine.side_by_side import CROWD, auto_threshold
 from sps2_mega.engine.startup import StartedRank
 from sps2_mega.kv_cache.block_chain import chain_root
 
@@ -22,8 +21,9 @@ def make_scheduler(rank: StartedRank) -> Scheduler:
     """For the rank that drives the others."""
     config, model = rank.config, rank.resolved.config
     work = LayerWork.of(model)
+    threshold, crowd_threshold = _sp_thresholds(rank, work)
     return Scheduler(
-        _with_sp_threshold(rank, work),
+        dataclasses.replace(config.scheduler, sp_threshold=threshold),
         block_size=config.cache.block_size,
         num_blocks=rank.num_blocks,
         sp_size=rank.groups.sp.size,
@@ -34,29 +34,30 @@ def make_scheduler(rank: StartedRank) -> Scheduler:
         prefix_root=None if config.cache.no_prefix_caching else chain_root(config.csa),
         topology_spans=_topology_spans(rank.executor.prefill.sparse),
         work=work,
+        crowd_threshold=crowd_threshold,
     )
 
 
-def _with_sp_threshold(rank: StartedRank, work: LayerWork) -> SchedulerConfig:
-    """With what the machine suggests where `--sp-threshold` is not given; 0 where a transport is forced or chunks are
-    mixed with decodes."""
-    scheduler = rank.config.scheduler
-    if scheduler.policy == "sarathi":
-        return scheduler
-    planner, sp_size = rank.executor.prefill.planner, rank.groups.sp.size
-    threshold = scheduler.sp_threshold
-    if threshold is None and planner is not None and sp_size > 1:
-        threshold = auto_threshold(
-            planner,
-            work,
-            block_size=rank.config.cache.block_size,
-            sp_size=sp_size,
-            tp_size=rank.groups.tp.size,
-        )
-        log.info(
-            "prompts below %d tokens are prefilled on one SP rank each, side by side", threshold
-        )
-    return dataclasses.replace(scheduler, sp_threshold=threshold or 0)
+def _sp_thresholds(rank: StartedRank, work: LayerWork) -> tuple[int, int]:
+    """In tokens, alone and where prompts come together: as given, else what the machine suggests. 0 where a transport
+    is forced: the user then wants to see it at work."""
+    given, planner = rank.config.scheduler.sp_threshold, rank.executor.prefill.planner
+    sp_size = rank.groups.sp.size
+    if given is not None or planner is None or sp_size == 1:
+        return given or 0, 0
+    threshold = auto_threshold(
+        planner,
+        work,
+        block_size=rank.config.cache.block_size,
+        sp_size=sp_size,
+        tp_size=rank.groups.tp.size,
+    )
+    log.info(
+        "prompts below %d tokens are prefilled whole on one SP rank, several at a time below %d",
+        threshold,
+        CROWD * threshold,
+    )
+    return threshold, CROWD * threshold
 
 
 def _topology_spans(sparse: SparsePrefill | None) -> Callable[[int], tuple[int, ...]] | None:

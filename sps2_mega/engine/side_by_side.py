@@ -1,7 +1,8 @@
 """`--sp-threshold` where it is not given: below which length a prompt is done sooner on one SP rank than on all.
 
-A pure function of the model and of what was measured of the machine. It compares one prompt, alone in its step: with
-several at a time one rank each is better still, since nothing travels.
+A pure function of the model and of what was measured of the machine. It compares one prompt, alone in its step. With
+one for each rank nothing travels and all are busy, so then longer ones too are better off whole, until
+unequal lengths cost more than communication: by rule of thumb `CROWD` times as long.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from sps2_mega.engine.layer_work import LayerWork
 from sps2_mega.engine.prefill_planner import PrefillPlanner
 from sps2_mega.kv_cache.placement import prompt_block_ranks
 
+CROWD = 8
 _LONGEST = 2**15  # tokens: a longer prompt is spread, whatever the links
 
 

@@ -20,7 +20,7 @@ DECODE_S = 0.01
 class Machine:
     """A scheduler and the seconds that its steps take."""
 
-    def __init__(self, *, num_blocks=4096, sp_size=2, block_size=16, **config):
+    def __init__(self, *, num_blocks=4096, sp_size=2, block_size=16, crowd_threshold=0, **config):
         self.scheduler = Scheduler(
             SchedulerConfig(**{"tbt_target_ms": 100.0} | config),
             block_size=block_size,
@@ -29,6 +29,7 @@ class Machine:
             max_model_len=200_000,
             vocab_size=100,
             work=WORK,
+            crowd_threshold=crowd_threshold,
         )
         self.now, self.next_id = 0.0, 0
         self.plans, self.passes = [], {}
@@ -264,3 +265,22 @@ def test_short_prompts_lie_on_one_rank_each_and_long_ones_on_all():
     ranks = [set(item.block_ranks) for item in machine.step().prefills]
     assert [len(found) for found in ranks] == [1, 1, 1, 1, 4, 1]
     assert set().union(*ranks[:4]) == {0, 1, 2, 3}, "one rank each"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "whole"),
+    [
+        ((60, 60), [True, True]),
+        ((90,), [False]),  # alone: only below the threshold
+        ((90, 90), [True, True]),
+        ((90, 200), [True, False]),  # more than a rank's share, and too long anyway
+        ((70, 30, 10), [False, True, True]),
+        ((140, 140, 140, 140), [False] * 4),
+    ],
+)
+def test_where_there_is_one_for_each_rank_longer_prompts_lie_whole_too(lengths, whole):
+    machine = Machine(sp_threshold=65, crowd_threshold=130, overtake=0.0, tbt_target_ms=None)
+    for length in lengths:
+        machine.add(length)
+    ranks = [set(item.block_ranks) for item in machine.step().prefills]
+    assert [len(found) == 1 for found in ranks] == whole
