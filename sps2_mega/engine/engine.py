@@ -15,8 +15,8 @@ from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.plan_codec import decode, encode
+from sps2_mega.engine.samples import samples_of
 from sps2_mega.engine.scheduler_setup import make_scheduler
-from sps2_mega.engine.seeds import derive_seed, derive_seed_from_text
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
 from sps2_mega.engine.stats import EngineStats
 from sps2_mega.engine.tokenizer import Tokenizer
@@ -95,22 +95,15 @@ class Engine:
         """
         if request_id in self._samples:
             return Refusal.DUPLICATE_ID
-        now = time.monotonic() if arrival_time is None else arrival_time
-        seed = params.seed
-        if seed is None:
-            seed = derive_seed_from_text(self.config.seed, request_id)
-        room = max(1, self.max_model_len - len(prompt_token_ids))
-        samples = [
-            Sequence(
-                seq_id=self._next_seq_id + index,
-                prompt_token_ids=prompt_token_ids,
-                params=params,
-                seed=derive_seed(seed, index),
-                max_tokens=room if params.max_tokens is None else params.max_tokens,
-                arrival_time=now,
-            )
-            for index in range(params.n)
-        ]
+        samples = samples_of(
+            request_id,
+            prompt_token_ids,
+            params,
+            first_seq_id=self._next_seq_id,
+            max_len=self.max_model_len,
+            default_seed=self.config.seed,
+            arrival_time=time.monotonic() if arrival_time is None else arrival_time,
+        )
         self._outputs.add(request_id, prompt_token_ids, params, samples, stream=stream)
         for added, sample in enumerate(samples):
             refusal = self._scheduler.add(sample)
@@ -188,7 +181,7 @@ class Engine:
             now = time.monotonic()
             ended = self._scheduler.commit(plan, output, now)
             self._num_steps += 1
-            self._last_waits = waits_ended_at(now, [self._sequences[s] for s in plan.sampled])
+            self._last_waits = waits_ended_at(now, self._still_here(plan.sampled))
             self._count_prompt_tokens(plan)
             self._output_tokens += len(output.token_ids)
             return self._collect(plan, ended)
@@ -227,10 +220,13 @@ class Engine:
             if item.start == item.num_shared_tokens:
                 self._cached_tokens += min(item.start, prompt)
 
+    def _still_here(self, seq_ids: list[int]) -> list[Sequence]:
+        """A sequence that was aborted between slices of its group's prefill is sampled with the group all the same."""
+        return [self._sequences[seq_id] for seq_id in seq_ids if seq_id in self._sequences]
+
     def _collect(self, plan: StepPlan, ended: list[Sequence]) -> list[RequestOutput]:
         """Look for stop strings in what goes on, and hand out requests whose last sample ended."""
-        for seq_id in plan.sampled:
-            sequence = self._sequences[seq_id]
+        for sequence in self._still_here(plan.sampled):
             if sequence.finish_reason is FinishReason.ERROR:
                 continue
             if self._outputs.check_stop(sequence) and sequence.finish_reason is None:

@@ -5,6 +5,7 @@ Plans are the scheduler's and are made here, in the caller's thread; a thread of
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from sps2_mega.engine.disaggregated.frames import Cut
 from sps2_mega.engine.disaggregated.messages import Drop, Room
 from sps2_mega.engine.disaggregated.open_passes import OpenPasses
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
-from sps2_mega.engine.disaggregated.prefill_scheduler import prefill_scheduler
 from sps2_mega.engine.disaggregated.shipment import receiving_ranks
 from sps2_mega.engine.disaggregated.step_thread import StepDone, StepThread
+from sps2_mega.engine.scheduler_setup import make_scheduler
 from sps2_mega.engine.startup import StartedRank
 from sps2_mega.types import FinishReason, TokenLogprob
 
@@ -44,9 +45,19 @@ class PrefillDriver:
         max_len: int,
         send_drop: Callable[[Drop], None],
     ) -> None:
-        """`flights` are all sequences that somebody wants, by id, kept by the caller."""
+        """`flights` are all sequences that somebody wants, by id, kept by the caller; `max_len` is the longest prompt plus
+        output that both sides can hold, in tokens."""
         self._started, self._flights, self._send_drop = started, flights, send_drop
-        self._scheduler = prefill_scheduler(started, max_len=max_len)
+        # What waits has been admitted before. With a target for the time between tokens prompts run in slices here
+        # too, where nobody decodes: so that short ones and aborts get in.
+        unlimited = dataclasses.replace(started.config.scheduler, max_waiting=None)
+        self._scheduler = make_scheduler(
+            dataclasses.replace(
+                started,
+                config=started.config.replace(scheduler=unlimited),
+                max_model_len=max_len,
+            )
+        )
         self._thread = StepThread(
             rank, started.lifeline, started.executor.device, rank.control.events
         )
