@@ -51,6 +51,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file for the verdict")
+    parser.add_argument("--log", type=Path, help="the server's (default: shown if it ends early)")
     args = parser.parse_args()
     flags = shlex.split(args.flags)
     degrees = ["--tp", str(args.tp), "--sp", str(args.sp)]
@@ -64,7 +65,7 @@ def main() -> int:
                 longest=args.longest,
             )
             print(f"{len(answers)} answers are known; soaking", flush=True)
-            log = Path(folder) / "server.log"
+            log = args.log or Path(folder) / "server.log"
             with served(["--model", args.model, *degrees, *flags], log) as server:
                 verdict = run(server, answers, args)
         except RuntimeError as error:
@@ -97,6 +98,13 @@ def run(server: RunningServer, answers: list[Answer], args: argparse.Namespace) 
 
     result = asyncio.run(soak(server.url, cases, at_once=args.at_once, on_done=note))
     seconds = time.monotonic() - began
+    code = server.process.poll()
+    if code is not None:
+        end = server.log.read_text(errors="replace")[-4000:]
+        raise RuntimeError(
+            f"the server ended with exit code {code} after {result.done} requests, {len(result.faults)} "
+            f"with faults, the first of them: {result.faults[:3]}\n{end}"
+        )
     faults = [*result.faults, *state_faults(server.url), *memory.faults(args.requests)]
     return _verdict(server, result, faults, memory, seconds, args)
 
