@@ -65,6 +65,9 @@ class Bridge:
         """
         if self._group is None:
             return
+        # Receivers must be there until the last message of any rank has come.
+        for channel in self._channels:
+            channel.flush()
         self._meet("silent")
         for channel in self._channels:
             channel.finish((self.rank + 1) % self.world_size)

@@ -80,6 +80,10 @@ class Channel:
         """Sends a batch after those before it. `ready` returns when the payloads hold what they should."""
         self._queue.put(_Batch(messages, ready))
 
+    def flush(self) -> None:
+        """Waits until all that was posted has been received."""
+        self._queue.join()
+
     def finish(self, neighbour: int) -> None:
         """Ends both threads, on all ranks together and after the last message: each rank lets another one go, whose
         numbers are a permutation."""
@@ -104,6 +108,7 @@ class Channel:
                     )
             for work, _ in works:  # tensors stay alive until they are sent
                 work.wait()
+            self._queue.task_done()
 
     def _receive_all(self) -> None:
         while True:

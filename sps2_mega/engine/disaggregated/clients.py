@@ -28,6 +28,7 @@ class Clients:
         self._samples: dict[str, list[Sequence]] = {}
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._num_steps, self._last_waits = 0, TokenWaits()
+        self._is_turn_counted = False
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._samples
@@ -96,11 +97,23 @@ class Clients:
         if item.start == item.num_shared_tokens:
             self._cached_tokens += min(item.start, prompt)
 
+    def begin_turn(self) -> None:
+        """Steps that are counted from now on count as one: those who look at waits do so once per turn."""
+        self._is_turn_counted = False
+
     def count_step(self, now: float, sequences: Listed[Sequence]) -> None:
         """A step of either side gave these sequences a token at time `now`."""
-        if sequences:
+        if not sequences:
+            return
+        waits = waits_ended_at(now, sequences)
+        if self._is_turn_counted:
+            before = self._last_waits
+            waits = TokenWaits(
+                ttfts_s=before.ttfts_s + waits.ttfts_s, gaps_s=before.gaps_s + waits.gaps_s
+            )
+        else:
             self._num_steps += 1
-            self._last_waits = waits_ended_at(now, sequences)
+        self._last_waits, self._is_turn_counted = waits, True
 
     def stats(
         self,

@@ -164,6 +164,7 @@ class DisaggregatedEngine:
     def step(self) -> list[RequestOutput]:
         """Wait a moment for news of either side, unless there is nothing to wait for; returns the requests that
         finished."""
+        self._clients.begin_turn()
         with failing(self._started.lifeline):
             self._prefill.begin_step()
             finished = self._handle_events(_WAIT_S if self.has_work() else 0.0)

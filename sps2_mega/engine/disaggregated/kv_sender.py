@@ -88,7 +88,7 @@ class ShipmentsUnderWay:
         ready = None
         if rows[0].is_cuda:
             rows = [
-                torch.empty_like(r, device="cpu", pin_memory=True).copy_(r, non_blocking=True)
+                torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True)
                 for r in rows
             ]
             copied = torch.cuda.Event()
