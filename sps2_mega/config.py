@@ -262,6 +262,9 @@ class EngineConfig:
         "weights and activations (auto: the checkpoint's on CUDA, float32 on CPU)",
         choices=DTYPES,
     )
+    load_format: Literal["auto", "dummy"] = flag(
+        "auto", "dummy: random weights, to measure without a checkpoint", choices=("auto", "dummy")
+    )
     device: Literal["auto", "cpu", "cuda"] = flag(
         "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
     )

@@ -261,6 +261,7 @@ FROZEN_FLAGS = {
     "device",
     "dtype",
     "kv-memory-fraction",
+    "load-format",
     "max-model-len",
     "max-num-seqs",
     "max-prefill-tokens",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sps2_mega.checkpoint.end_tokens import end_token_ids
+from sps2_mega.checkpoint.hf_config import read_hf_config
 from sps2_mega.checkpoint.model_file import model_files, named_model_file, read_model_file
 from sps2_mega.checkpoint.source import iteration_folder, open_checkpoint
 from sps2_mega.config import CSAConfig, ModelConfig
@@ -33,9 +34,10 @@ class ResolvedModel:
 
 
 def resolve_model(
-    name_or_path: str | Path, *, tokenizer: str | Path | None = None
+    name_or_path: str | Path, *, tokenizer: str | Path | None = None, needs_weights: bool = True
 ) -> ResolvedModel:
-    """`tokenizer` is a folder that replaces the model's own.
+    """`tokenizer` is a folder that replaces the model's own. Without `needs_weights` a folder with a config.json alone
+    will do, or a name whose weights are elsewhere: `path` is then not to be read.
 
     Raises:
         ConfigError: no such folder or name, the weights are not on this machine, or the model cannot be run.
@@ -46,11 +48,11 @@ def resolve_model(
         raise ConfigError(f"tokenizer {given}: no {' or '.join(TOKENIZER_FILES)} there")
     path = Path(name_or_path)
     if path.is_dir():
-        config, tokens = open_checkpoint(path).config, given or tokenizer_folder(path)
+        config, tokens = _stated(path, needs_weights), given or tokenizer_folder(path)
         if tokens is not None and not config.eos_token_ids:
             config = replace(config, eos_token_ids=end_token_ids(tokens))
         return ResolvedModel(name=path.resolve().name, config=config, path=path, tokenizer=tokens)
-    return _named_model(str(name_or_path), given)
+    return _named_model(str(name_or_path), given, needs_weights)
 
 
 def suggested_csa(name_or_path: str | Path) -> CSAConfig | None:
@@ -69,12 +71,18 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _named_model(name: str, tokenizer: Path | None) -> ResolvedModel:
+def _stated(folder: Path, needs_weights: bool) -> ModelConfig:
+    if not needs_weights and (folder / "config.json").is_file():
+        return read_hf_config(folder)
+    return open_checkpoint(folder).config
+
+
+def _named_model(name: str, tokenizer: Path | None, needs_weights: bool) -> ResolvedModel:
     try:
         file = named_model_file(name)
     except ConfigError as error:
         raise ConfigError(f"model {name!r} is not a folder, and {error}") from None
-    if file.weights is None or not file.weights.is_dir():
+    if needs_weights and (file.weights is None or not file.weights.is_dir()):
         where = "are not bundled" if file.weights is None else f"are not in {file.weights}"
         raise ConfigError(
             f"the weights of {name} {where}. They are published at {file.source}: download them and pass the "
@@ -83,7 +91,7 @@ def _named_model(name: str, tokenizer: Path | None) -> ResolvedModel:
     return ResolvedModel(
         name=name,
         config=file.config,
-        path=file.weights,
+        path=file.weights or Path(name),
         tokenizer=tokenizer or file.tokenizer,
         suggested_tp=file.tp,
         suggested_sp=file.sp,

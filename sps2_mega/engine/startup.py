@@ -8,15 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from sps2_mega.attention.planner import TRANSPORTS
-from sps2_mega.checkpoint.load import load_weights
 from sps2_mega.checkpoint.resolve import ResolvedModel, resolve_model
 from sps2_mega.checkpoint.sharding import check_tp, num_query_groups
-from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.comm.bridge import Bridge
 from sps2_mega.comm.lifeline import Lifeline
 from sps2_mega.comm.noticeboard import tell_rank_zero
@@ -27,13 +24,13 @@ from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.load_progress import LoadProgress
 from sps2_mega.engine.machine_probe import machine_facts
 from sps2_mega.engine.memory_table import RankMemory
+from sps2_mega.engine.model_setup import load_model
 from sps2_mega.engine.prefill_choice import choose_transport, sparse_prefill
 from sps2_mega.engine.prefill_pipeline import check_pipeline, make_pipeline
 from sps2_mega.engine.prefill_planner import PrefillPlanner
 from sps2_mega.engine.prefill_setup import PrefillSetup
 from sps2_mega.engine.tracing import TraceFile
 from sps2_mega.errors import CheckpointError, ConfigError
-from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import (
     Compute,
     agree_topology,
@@ -123,7 +120,7 @@ def start_rank(
         bridge = Bridge.open(store, info.rank, info.world_size) if len(sides) > 1 else None
         pipeline, trace = make_pipeline(config, groups, compute.device)
         joined = time.monotonic()
-        gpt = _load_model(resolved, groups, compute, progress)
+        gpt = load_model(config.load_format, resolved, groups, compute, progress)
         loaded = time.monotonic()
         progress.stage("allocating the KV cache")
         cache = allocate_cache(config, model, groups, compute, info, max_model_len, transport)
@@ -197,7 +194,9 @@ class _Checked:
 
 def _check_on_this_rank(config: EngineConfig, info: LaunchInfo) -> _Checked:
     """Everything that can be refused without other ranks."""
-    resolved = resolve_model(config.model, tokenizer=config.tokenizer)
+    resolved = resolve_model(
+        config.model, tokenizer=config.tokenizer, needs_weights=config.load_format != "dummy"
+    )
     config = config.replace(csa=config.csa.over(resolved.csa))
     check_tp(resolved.config, config.parallel.tp)
     check_pipeline(config, info.rank)
@@ -278,20 +277,3 @@ def failing(lifeline: Lifeline) -> Iterator[None]:
 def _threads_per_rank(info: LaunchInfo) -> int:
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // info.local_world_size)
-
-
-def _load_model(
-    resolved: ResolvedModel, groups: ParallelGroups, compute: Compute, progress: LoadProgress
-) -> GPT:
-    gpt = GPT(resolved.config, groups, dtype=compute.dtype, device=compute.device)
-    source = open_checkpoint(resolved.path, resolved.config)
-    with progress.reading(Path(resolved.path).name) as on_bytes:
-        load_weights(
-            gpt.weights(),
-            source,
-            resolved.config,
-            tp_rank=groups.tp.rank,
-            tp=groups.tp.size,
-            on_bytes=on_bytes,
-        )
-    return gpt

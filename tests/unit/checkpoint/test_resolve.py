@@ -197,3 +197,12 @@ def test_integers_may_stand_for_floats() -> None:
     config = model_config_from_mapping(fields, "here")
     assert config == LLAMA
     assert isinstance(config.rope.theta, float)  # type: ignore[union-attr]
+
+
+def test_where_no_weights_are_needed_a_config_or_a_name_will_do(tmp_path: Path) -> None:
+    export_huggingface(MemorySource(LLAMA), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert resolve_model(tmp_path, needs_weights=False).config == LLAMA
+    with pytest.raises(CheckpointError, match="safetensors"):
+        resolve_model(tmp_path)
+    assert resolve_model("llama-3-8b", needs_weights=False).config.num_layers == 32
