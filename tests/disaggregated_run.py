@@ -54,23 +54,11 @@ def job_on_rank(
     """On rank 0 what came of it. `aborts[request]` is the number of steps with news after which it is dropped; `poison` is a
     token whose embedding becomes NaN on the prefill ranks; `leave_early` ends the job with all requests in flight. `drop_after_s[request]` are seconds after
     which it is dropped. Requests from number `wave` on come when those with such a time have ended."""
-    from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-    from sps2_mega.engine.start import run_worker, start_driver
-    from sps2_mega.parallel.launcher import from_environment
+    engine = started(rank, port, options, parallel)
+    if engine is None:
+        return None
     from sps2_mega.types import SamplingParams
 
-    os.environ["MASTER_PORT"] = str(port)
-    options = dict(options)
-    config = EngineConfig(
-        parallel=ParallelConfig(**parallel),
-        cache=CacheConfig(**options.pop("cache", {})),
-        scheduler=SchedulerConfig(**options.pop("scheduler", {})),
-        **options,
-    )
-    if rank:
-        run_worker(config, from_environment())
-        return None
-    engine = start_driver(config, from_environment())
     if poison is not None:
         engine.model.weights()["embedding.word_embeddings.weight"].data[poison] = float("nan")
     results: list[Any] = [None] * len(requests)
@@ -113,3 +101,23 @@ def job_on_rank(
         assert stats.num_running == stats.num_waiting == 0
     engine.shutdown()
     return Ran(results, stats, deltas)
+
+
+def started(rank: int, port: int, options: dict[str, Any], parallel: dict[str, int]) -> Any:
+    """The engine on rank 0. The other ranks follow it to its end and get None."""
+    from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+    from sps2_mega.engine.start import run_worker, start_driver
+    from sps2_mega.parallel.launcher import from_environment
+
+    os.environ["MASTER_PORT"] = str(port)
+    options = dict(options)
+    config = EngineConfig(
+        parallel=ParallelConfig(**parallel),
+        cache=CacheConfig(**options.pop("cache", {})),
+        scheduler=SchedulerConfig(**options.pop("scheduler", {})),
+        **options,
+    )
+    if rank == 0:
+        return start_driver(config, from_environment())
+    run_worker(config, from_environment())
+    return None

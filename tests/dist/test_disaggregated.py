@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import families
 import pytest
+from disaggregated_history import random_history
 from disaggregated_run import run_disaggregated
 from engine_run import run_engine
+from harness import free_port, run_ranks
 
 from sps2_mega.config import CSAConfig
 
@@ -22,8 +24,7 @@ PARAMS = [
     dict(seed=7, max_tokens=1),
 ]
 # prefill tp, sp | decode ranks, tp
-SHAPES = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 2), (1, 2, 1, 1)]
-LARGE_SHAPES = [(1, 2, 2, 2), (1, 1, 3, 1)]
+SHAPES = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 2)]
 
 
 def requests(max_tokens=24):
@@ -139,17 +140,11 @@ def test_a_job_can_end_with_all_requests_in_flight(model):
     assert ran.outputs[0] is None
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("mistral-window", {}),
-        ("llama-one-kv-head", dict(dtype="float32")),
-        ("gpt2", {}),
-    ],
-)
-def test_other_models(tmp_path, family, options):
+@pytest.mark.parametrize("family", ["mistral-window", "llama-one-kv-head"])
+def test_other_models(tmp_path, family):
+    """A sliding window; a KV head that both prefill ranks have."""
     families.save_family(family, tmp_path)
-    model = dict(model=str(tmp_path), dtype="float32") | options
+    model = dict(model=str(tmp_path), dtype="float32")
     ran = run_disaggregated(model, requests(), tp=2, decode_ranks=1)
     assert tokens(ran.outputs) == tokens(run_engine(model, requests()))
 
@@ -163,10 +158,25 @@ def test_sparse_prompts_keep_the_pattern_of_the_ranks_that_prefill_them(model):
     assert tokens(expected) != tokens(run_engine(model, requests()))
 
 
+@pytest.mark.parametrize(
+    ("parallel", "scheduler"),
+    [
+        (dict(sp=2, decode_ranks=1), dict(tbt_target_ms=0.001)),
+        (dict(decode_ranks=2, decode_tp=2), dict(max_prefill_tokens=64)),
+    ],
+)
+def test_random_histories_lose_nothing(model, parallel, scheduler):
+    tight = dict(cache=dict(block_size=4, num_blocks=340), scheduler=scheduler)
+    args = (free_port(), model | tight, parallel, 1, 40)
+    history = run_ranks(random_history, 3, *args, timeout=200)[0]
+    assert history.num_aborted and history.answered
+    expected = run_engine(model, [request for request, _ in history.answered])
+    assert [samples for _, samples in history.answered] == tokens(expected)
+
+
 # From here on four ranks: the ranks of smaller jobs above stay alive from test to test.
-@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
-def test_outputs_of_larger_jobs_are_those_of_one_rank(model, one_rank, shape):
-    check_outputs(model, one_rank, shape)
+def test_outputs_of_sp_prefill_and_tp_decode_are_those_of_one_rank(model, one_rank):
+    check_outputs(model, one_rank, (1, 2, 2, 2))
 
 
 LONG = dict(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -185,7 +195,7 @@ def test_keys_of_chunks_and_slices_arrive_as_well(model):
     assert tokens(ran.outputs) == tokens(run_engine(model, long_and_short()))
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("seconds", [0.0, 0.03])
 def test_long_prompts_can_be_dropped_between_their_chunks(model, seconds):
     """The job asserts that no block stays in use; what comes after gets the right keys into the same blocks."""
     lines = long_and_short()
