@@ -99,3 +99,13 @@ def test_a_sliced_prompt_without_finite_logits_fails_alone(model, requests, expe
     assert "no finite logits" in outputs[3].error
     assert outputs[4].error is None
     assert_same(outputs[:3] + outputs[5:], expected)
+
+
+def test_an_abort_between_slices_leaves_the_rest_of_its_group(model, requests, expected):
+    """Without others that decode, prompts that come together are one group, which goes on without the one that left."""
+    options = model | dict(scheduler=dict(tbt_target_ms=1.0, overtake=0.0))
+    together = [1, 3, 4]
+    for step in (1, 2):
+        outputs = run_engine(options, [requests[i] for i in together], sp=2, abort=(1, step))
+        assert outputs[1] is None
+        assert_same([outputs[0], outputs[2]], [expected[1], expected[4]])
