@@ -36,7 +36,7 @@ SYSTEMS = (
     "sps2=--sp 2 --tbt-target-ms {target}",
     *(
         f"sarathi-{size}=--tp 2 --scheduler sarathi --chunk-tokens {size}"
-        for size in (32, 128, 512)
+        for size in (32, 64, 128, 256)
     ),
 )
 
