@@ -77,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tp", type=int, default=1)
     found.add_argument("--sp", type=int, default=1)
     found.add_argument(
-        "--flags", default="--dtype float32 --num-kv-blocks 2048 --no-prefix-caching"
+        "--flags",
+        default="--dtype float32 --num-kv-blocks 2048 --no-prefix-caching --tbt-target-ms 0",
+        help="of both engines; by default both prefill without giving way, so that they take the same steps",
     )
     found.add_argument("--requests", type=int, default=64)
     found.add_argument("--at-once", type=int, default=16)
