@@ -15,7 +15,7 @@ from torch import Tensor
 from sps2_mega.checkpoint.sharding import num_query_groups
 from sps2_mega.comm.collectives import minimum
 from sps2_mega.config import EngineConfig, ModelConfig
-from sps2_mega.engine.memory import activation_bytes, num_kv_blocks
+from sps2_mega.engine.memory import activation_bytes, decode_rank_bytes, num_kv_blocks
 from sps2_mega.engine.memory_table import RankMemory
 from sps2_mega.errors import ConfigError
 from sps2_mega.kv_cache.pool import KVPool
@@ -44,8 +44,11 @@ def allocate_cache(
     info: LaunchInfo,
     max_model_len: int,
     transport: str,
+    *,
+    prefills: bool = True,
 ) -> CacheShare:
-    """The pool; all ranks agree on the number of blocks by the minimum."""
+    """The pool; all ranks agree on the number of blocks by the minimum. Ranks that do not prefill have small steps, and
+    keys and values of a prompt that come in from others."""
     block_size, sp = config.cache.block_size, groups.sp.size
     if block_size < 1:
         raise ConfigError(f"block_size must be at least 1, got {block_size}")
@@ -59,14 +62,25 @@ def allocate_cache(
     )
     blocks_per_sequence = -(-max_model_len // block_size)
     free_bytes = _free_bytes(compute.device, info)
-    largest_step = activation_bytes(
-        model,
-        tp=groups.tp.size,
-        sp=sp,
-        num_tokens=max(config.scheduler.max_prefill_tokens, max_model_len),
-        itemsize=compute.dtype.itemsize,
-        gathers_keys=transport in ("gather", "auto"),
-    )
+    longest_pass = max(config.scheduler.max_prefill_tokens, max_model_len)
+    if prefills:
+        largest_step = activation_bytes(
+            model,
+            tp=groups.tp.size,
+            sp=sp,
+            num_tokens=longest_pass,
+            itemsize=compute.dtype.itemsize,
+            gathers_keys=transport in ("gather", "auto"),
+        )
+    else:
+        largest_step = decode_rank_bytes(
+            model,
+            tp=groups.tp.size,
+            sp=sp,
+            num_decodes=config.scheduler.max_running,
+            num_received=longest_pass,
+            itemsize=compute.dtype.itemsize,
+        )
     num_blocks = num_kv_blocks(
         config.cache,
         bytes_per_block=bytes_per_block,

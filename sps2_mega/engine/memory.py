@@ -24,6 +24,18 @@ def activation_bytes(
     return (-(-num_tokens // sp) * width + num_tokens * gathered) * itemsize
 
 
+def decode_rank_bytes(
+    model: ModelConfig, *, tp: int, sp: int, num_decodes: int, num_received: int, itemsize: int
+) -> int:
+    """The same for a rank that only decodes: a step in which all of `num_decodes` run here, while one layer's keys and
+    values of a prompt of `num_received` tokens come in."""
+    step = activation_bytes(
+        model, tp=tp, sp=1, num_tokens=num_decodes, itemsize=itemsize, gathers_keys=False
+    )
+    cells = -(-num_received // sp) * (max(model.num_kv_heads, tp) // tp)
+    return step + 2 * cells * model.head_dim * itemsize
+
+
 def num_kv_blocks(
     cache: CacheConfig,
     *,

@@ -123,7 +123,16 @@ def start_rank(
         gpt = load_model(config.load_format, resolved, groups, compute, progress)
         loaded = time.monotonic()
         progress.stage("allocating the KV cache")
-        cache = allocate_cache(config, model, groups, compute, info, max_model_len, transport)
+        cache = allocate_cache(
+            config,
+            model,
+            groups,
+            compute,
+            info,
+            max_model_len,
+            transport,
+            prefills=side.name != "decode",
+        )
         num_blocks = cache.num_blocks
         planner = None
         if transport == "auto":

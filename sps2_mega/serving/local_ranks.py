@@ -21,6 +21,7 @@ from typing import IO
 from sps2_mega.comm.lifeline import active_lifelines
 from sps2_mega.config import EngineConfig
 from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.parallel.sides import split_sides
 
 _LOOPBACK = "127.0.0.1"
 _TAIL_LINES = 30
@@ -34,8 +35,13 @@ class LocalRanks:
     """Ranks 1 to world_size - 1 as children; until `close`, the end of one of them is a failure."""
 
     def __init__(self, config: EngineConfig, *, grace_s: float = 0.0) -> None:
-        """A child that gets a signal waits `grace_s` seconds for this process to end the job first."""
+        """A child that gets a signal waits `grace_s` seconds for this process to end the job first.
+
+        Raises:
+            ConfigError: there can be no such job.
+        """
         world_size = config.parallel.world_size
+        split_sides(config.parallel, world_size)
         self.info = _launch_info(0, world_size, _free_port())
         self._closing = threading.Event()
         self._children = [

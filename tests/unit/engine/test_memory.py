@@ -1,7 +1,7 @@
 import pytest
 
 from sps2_mega.config import CacheConfig, ModelConfig
-from sps2_mega.engine.memory import activation_bytes, num_kv_blocks
+from sps2_mega.engine.memory import activation_bytes, decode_rank_bytes, num_kv_blocks
 from sps2_mega.errors import ConfigError
 
 MIB = 2**20
@@ -64,3 +64,25 @@ def test_gathered_keys_are_counted_for_all_tokens_and_only_where_they_are_gather
     alone = activation_bytes(model, tp=1, sp=1, gathers_keys=True, **options)
     assert alone == activation_bytes(model, tp=1, sp=1, gathers_keys=False, **options)
     assert ulysses * 1001 == alone * 251  # a rank's share is rounded up
+
+
+def test_ranks_that_only_decode_need_room_for_a_step_and_for_keys_that_come_in():
+    model = ModelConfig(
+        family="llama",
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=100,
+        max_position_embeddings=64,
+    )
+    shape = dict(itemsize=2, num_decodes=3)
+    step = activation_bytes(model, tp=2, sp=1, num_tokens=3, itemsize=2, gathers_keys=False)
+    alone = decode_rank_bytes(model, tp=2, sp=1, num_received=1001, **shape)
+    assert alone == step + 2 * 1001 * 8 * 2
+    shared = decode_rank_bytes(model, tp=2, sp=4, num_received=1001, **shape)
+    assert shared == step + 2 * 251 * 8 * 2
+    # With more ranks than KV heads each rank still has one.
+    assert decode_rank_bytes(model, tp=8, sp=1, num_received=10, **shape) > 2 * 10 * 8 * 2
