@@ -25,7 +25,7 @@ def all_reduce_s(num_bytes: float, ranks: int, hardware: Hardware) -> float:
         seconds += 2 * link.latency_s + moved / link.bytes_per_s
     if nodes > 1:
         link = hardware.inter_node
-        moved = 2.0 * (nodes - 1) / nodes * num_bytes / local
+        moved = 2.0 * (nodes - 1) / nodes * num_bytes / local * hardware.reduce_factor
         seconds += (nodes - 1) * link.latency_s + moved / link.bytes_per_s
     return seconds
 

@@ -20,18 +20,20 @@ from sps2_mega.bundled import bundled_folders
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Link, Machine
 
-_MEASURED = ("step_overhead_s", "call_s", "merge_s", "copy_s")  # a file may lack them
+_FACTORS = ("exchange_factor", "stream_factor", "reduce_factor")  # a link has them
+_MEASURED = ("step_overhead_s", "call_s", "merge_s", "copy_s", *_FACTORS)  # a file may lack them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """Nodes of equal GPUs. `*_per_s` are peak figures, of which the efficiencies are reached; FLOPs count a multiply
     and an add as two. `layer_overhead_s` are gaps between the small kernels of one layer. Links are per GPU and one
-    direction, as reached. The last four are 0 where nobody measured them: the host's share of a step, and attention's
-    small costs as in `Machine`.
+    direction, as reached. The last seven are neutral where nobody measured them: the host's share of a
+    step, attention's small costs as in `Machine`, and how much longer than the link's rate says all-to-alls take between
+    nodes, one at a time or several under way, and sums.
 
     Raises:
-        ConfigError: a figure is not positive (the last four: negative), or an efficiency above 1.
+        ConfigError: a figure is not positive (the last seven: negative), or an efficiency above 1.
     """
 
     name: str
@@ -50,6 +52,9 @@ class Hardware:
     call_s: float = 0.0
     merge_s: float = 0.0
     copy_s: float = 0.0
+    exchange_factor: float = 1.0
+    stream_factor: float = 1.0
+    reduce_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -124,9 +129,11 @@ def load_hardware(name: str, *, inter_node: str | None = None) -> Hardware:
     links |= content.pop("links", {})
     if inter_node is not None:
         content["inter_node"] = inter_node
+    outer = str(content.get("inter_node"))
     for key in ("intra_node", "inter_node"):
         content[key] = _link(links, content.get(key), f"{path}: {key}")
     _check_sources(content, str(path))
+    content |= {key: float(links[outer][key]) for key in _FACTORS if key in links[outer]}
     known = {field.name for field in dataclasses.fields(Hardware)} - {"name"}
     if not known - set(_MEASURED) <= content.keys() <= known:
         raise ConfigError(

@@ -78,7 +78,9 @@ class SparseCost:
         found = []
         for way in self.combinations:
             compute_s = way.compute_s * squared + way.copy_s * tokens + near_s
-            comm_s = way.link_s * tokens + way.latency_s + self._tail_s(len(prompts))
+            factor = hardware.stream_factor if pipelined else hardware.exchange_factor
+            link_s = way.link_s * tokens * factor
+            comm_s = link_s + way.latency_s + self._tail_s(len(prompts))
             total = compute_s + comm_s
             if pipelined:
                 parts = self._micro_batches(comm_s, compute_s, hardware)

@@ -86,6 +86,9 @@ class TransportCost:
         latency = num_messages(self.transport, self.size) * self.latency_s
         query_s = max(queries * s for s in self.query_s)
         link_s = max(queries * q + held * k for q, k in zip(self.query_s, self.key_s, strict=True))
+        factor = hardware.stream_factor if pipelined else hardware.exchange_factor
+        if self.transport in ("ulysses", "pass_q"):
+            query_s, link_s = query_s * factor, link_s * factor
         comm_s = latency + link_s
         total = compute_s + comm_s
         if pipelined and self.transport == "ring":

@@ -28,7 +28,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
-from sps2_mega.parallel.machine import Link
 from tools.bench.cluster_jobs import rank_environment
 from tools.bench.cluster_nodes import (
     ClusterError,
@@ -114,6 +113,7 @@ def on_emulated_nodes(args: argparse.Namespace) -> str:
         ValueError: a rate is not one.
     """
     from tools.bench.calibrate_file import hardware_text
+    from tools.bench.calibrate_links import MeasuredLink
     from tools.bench.calibrate_terms import Terms
 
     rates = parse_rates(args.rates.split(","))
@@ -150,10 +150,10 @@ def on_emulated_nodes(args: argparse.Namespace) -> str:
                 raise ClusterError(f"at {rate_name(rate)} ranks ended with exit codes {codes}")
             found[f"between-{rate_name(rate)}"] = json.loads(output.read_text())
     first = next(iter(found.values()))
-    links = {name: Link(**terms["links"][-1]) for name, terms in found.items()}
+    links = {name: MeasuredLink(**terms["links"][-1]) for name, terms in found.items()}
     terms = Terms(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in first.items() if k != "links"},
-        links=tuple(Link(**link) for link in first["links"]),
+        links=tuple(MeasuredLink(**link) for link in first["links"]),
     )
     return hardware_text(terms, model=args.model, command=_command(), date=_today(), between=links)
 

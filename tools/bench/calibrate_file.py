@@ -10,14 +10,19 @@ from typing import Any
 
 import yaml
 
-from sps2_mega.parallel.machine import Link
+from tools.bench.calibrate_links import MeasuredLink
 from tools.bench.calibrate_terms import Terms
 
 _HEAD = "# Measured figures of one machine for sps2_mega's simulator; see docs/evaluation.md. FLOPs count a multiply and an add as two.\n"
 
 
 def hardware_text(
-    terms: Terms, *, model: str, command: str, date: str, between: Mapping[str, Link] | None = None
+    terms: Terms,
+    *,
+    model: str,
+    command: str,
+    date: str,
+    between: Mapping[str, MeasuredLink] | None = None,
 ) -> str:
     """YAML that `load_hardware` reads. `between`: links between nodes by name, the first one is the file's own; None: the
     outermost SP level's."""
@@ -65,23 +70,29 @@ def hardware_text(
     return _HEAD + yaml.safe_dump(content, sort_keys=False, width=10_000)
 
 
-def _levels(terms: Terms) -> tuple[Link, Link]:
+def _levels(terms: Terms) -> tuple[MeasuredLink, MeasuredLink]:
     """Inside a node, between nodes; where one was not there, the other stands for it, and a rank alone gets its memory."""
     if not terms.links:
-        alone = Link(latency_s=terms.call_s, bytes_per_s=terms.read_bytes_per_s)
+        alone = MeasuredLink(latency_s=terms.call_s, bytes_per_s=terms.read_bytes_per_s)
         return alone, alone
     return terms.links[0], terms.links[-1]
 
 
-def _link(link: Link, how: str) -> dict[str, Any]:
+def _link(link: MeasuredLink, how: str) -> dict[str, Any]:
     return {
         "nominal_bytes_per_s": _short(link.bytes_per_s),
         "efficiency": 1.0,
         "latency_s": _short(link.latency_s),
+        "exchange_factor": _short(link.exchange_factor),
+        "stream_factor": _short(link.stream_factor),
+        "reduce_factor": _short(link.reduce_factor),
         "sources": {
             "nominal_bytes_per_s": how,
             "efficiency": "the rate above is what was reached",
             "latency_s": how,
+            "exchange_factor": f"an all-to-all over what that rate says; {how}",
+            "stream_factor": f"several all-to-alls under way, likewise; {how}",
+            "reduce_factor": f"an all-reduce over what that rate says; {how}",
         },
     }
 

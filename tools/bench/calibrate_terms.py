@@ -2,7 +2,7 @@
 
     peak        the largest product that is timed               linear     a layer of the model without attention
     attention   causal, one long prompt                         memory     a matrix read for one vector, as decode does
-    layer       the same layer with one token                   links      `comm.probe`, per SP level
+    layer       the same layer with one token                   links      `calibrate_links`, per SP level
     step        of an engine's step what is not the layers      small      calls, merges, copies: `engine.machine_probe`
 
 The layer is Megatron's own with random weights, so what is between its products is counted where it occurs. Means, not
@@ -21,25 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sps2_mega.comm.probe import agree_most, measure_links
 from sps2_mega.config import ModelConfig
 from sps2_mega.engine.engine import Engine
 from sps2_mega.engine.machine_probe import attention_speed
 from sps2_mega.engine.startup import StartedRank, start_rank
 from sps2_mega.kernels.attention.sdpa import attend_run
 from sps2_mega.mcore.gpt import GPT
-from sps2_mega.parallel.groups import Group
 from sps2_mega.parallel.launcher import LaunchInfo
-from sps2_mega.parallel.machine import Link
 from sps2_mega.serving.llm import engine_config
 from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.model_size import model_size
 from sps2_mega.types import SamplingParams
+from tools.bench.calibrate_links import MeasuredLink, measured_links
+from tools.bench.calibrate_timer import PEAK_WIDTH, Timer
 
 _LAYERS = 2  # of the timed model: more would measure the same again
-_LONG_ENOUGH_S = 0.3
-_MOST_ROUNDS = 200
-_PEAK_WIDTH = {"cpu": 1024, "cuda": 8192}
 _READ_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
 _STEPS = 48
 
@@ -64,7 +60,7 @@ class Terms:
     merge_s: float
     copy_s: float
     levels: tuple[int, ...]
-    links: tuple[Link, ...]
+    links: tuple[MeasuredLink, ...]
 
 
 def measure(
@@ -88,15 +84,11 @@ def measure(
         },
     )
     rank = start_rank(config, info, show_progress=False)
-    engine, timer = Engine(rank), _Timer(rank)
+    engine, timer = Engine(rank), Timer(rank)
     if tokens is None:
         tokens = 4096 if timer.on_cpu else 8192
-    links: tuple[Link, ...] = ()
-    levels = tuple(group.size for group in rank.groups.sp_levels if group.size > 1)
-    if info.world_size > 1:
-        found = measure_links(rank.groups.sp_levels, rank.groups.control, timer.device)
-        pairs = zip(rank.groups.sp_levels, found, strict=True)
-        links = tuple(link for group, link in pairs if group.size > 1)
+    groups = [group for group in rank.groups.sp_levels if group.size > 1]
+    links = measured_links(groups, timer)
     gpt = _random_gpt(model, rank)
     size = model_size(model)
     one_s, all_s = _layer_s(gpt, 1, timer), _layer_s(gpt, tokens, timer)
@@ -110,7 +102,7 @@ def measure(
     if step_s is None:
         return None
     weights_s = size.layer_params * timer.itemsize / read_rate
-    width = _PEAK_WIDTH[timer.device.type]
+    width = PEAK_WIDTH[timer.device.type]
     return Terms(
         device=_device_name(timer.device),
         ranks=info.world_size,
@@ -126,47 +118,9 @@ def measure(
         call_s=small["call_s"],
         merge_s=small["merge_s"],
         copy_s=small["copy_s"],
-        levels=levels,
+        levels=tuple(group.size for group in groups),
         links=links,
     )
-
-
-class _Timer:
-    """Times calls on all ranks at once, and keeps the peak, which every rank measures first."""
-
-    def __init__(self, rank: StartedRank) -> None:
-        self.device, self.dtype = rank.compute.device, rank.compute.dtype
-        self.control: Group = rank.groups.control
-        width = _PEAK_WIDTH[self.device.type]
-        square = torch.ones(width, width, dtype=self.dtype, device=self.device)
-        self.peak_s = self.agreed(lambda: square @ square)
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.device.type == "cpu"
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
-
-    def agreed(self, call: Callable[[], object]) -> float:
-        """Mean seconds of a call on the slowest rank, all ranks calling as often."""
-        call()  # the first may compile or allocate
-        once = agree_most(self._seconds(call, 1), self.control)
-        rounds = max(2, min(_MOST_ROUNDS, int(_LONG_ENOUGH_S / max(once, 1e-9))))
-        return agree_most(self._seconds(call, rounds), self.control)
-
-    def _seconds(self, call: Callable[[], object], rounds: int) -> float:
-        self._finish()
-        began = time.perf_counter()
-        for _ in range(rounds):
-            call()
-        self._finish()
-        return (time.perf_counter() - began) / rounds
-
-    def _finish(self) -> None:
-        if not self.on_cpu:
-            torch.cuda.synchronize(self.device)
 
 
 class _NoAttention:
@@ -186,7 +140,7 @@ def _random_gpt(model: ModelConfig, rank: StartedRank) -> GPT:
     return gpt
 
 
-def _layer_s(gpt: GPT, tokens: int, timer: _Timer) -> float:
+def _layer_s(gpt: GPT, tokens: int, timer: Timer) -> float:
     """One layer of `tokens` tokens, without attention, the embedding and the head."""
     ids = torch.zeros(tokens, dtype=torch.int64, device=timer.device)
     start = gpt.begin(ids, ids, _NoAttention())
@@ -198,7 +152,7 @@ def _layer_s(gpt: GPT, tokens: int, timer: _Timer) -> float:
     return timer.agreed(layers) / _LAYERS
 
 
-def _attention_rate(model: ModelConfig, tokens: int, timer: _Timer) -> float:
+def _attention_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:
     def made(heads: int) -> Tensor:
         return torch.zeros(tokens, heads, model.head_dim, dtype=timer.dtype, device=timer.device)
 
@@ -207,7 +161,7 @@ def _attention_rate(model: ModelConfig, tokens: int, timer: _Timer) -> float:
     return 4.0 * model.head_dim * model.num_heads * causal_pairs(0, tokens) / seconds
 
 
-def _read_once(timer: _Timer) -> Callable[[], object]:
+def _read_once(timer: Timer) -> Callable[[], object]:
     columns = 4096
     rows = _READ_BYTES[timer.device.type] // timer.itemsize // columns
     matrix = torch.ones(rows, columns, dtype=timer.dtype, device=timer.device)
@@ -215,7 +169,7 @@ def _read_once(timer: _Timer) -> Callable[[], object]:
     return lambda: matrix @ vector
 
 
-def _host_step_s(engine: Engine, timer: _Timer) -> float | None:
+def _host_step_s(engine: Engine, timer: Timer) -> float | None:
     """Of a decode step what is not its layers: planning, telling the ranks, sampling, committing. None on ranks that
     follow, which leave the job here."""
     if not engine.is_driver:

@@ -15,9 +15,17 @@ from sps2_mega.simulator.system import System
 from tests.unit.simulator.small_model import MODEL
 from tools.bench.calibrate import main
 from tools.bench.calibrate_file import hardware_text
+from tools.bench.calibrate_links import MeasuredLink
 from tools.bench.calibrate_terms import Terms
 
-FAST, SLOW = Link(latency_s=1e-5, bytes_per_s=1e10), Link(latency_s=1e-3, bytes_per_s=1e8)
+FAST = MeasuredLink(latency_s=1e-5, bytes_per_s=1e10)
+SLOW = MeasuredLink(latency_s=1e-3, bytes_per_s=1e8, exchange_factor=1.5, reduce_factor=0.75)
+
+
+def plain(measured):
+    return Link(latency_s=measured.latency_s, bytes_per_s=measured.bytes_per_s)
+
+
 TERMS = Terms(
     device="abacus",
     ranks=4,
@@ -50,8 +58,9 @@ def test_measured_terms_become_hardware_and_serve_requests(tmp_path):
     assert hardware.attention_flops_per_s == pytest.approx(5e11)
     assert hardware.read_bytes_per_s == pytest.approx(2e10)
     machine = hardware.sp_machine(1, 4)
-    assert machine.sp_levels == (2, 2) and machine.links == (FAST, SLOW)
+    assert machine.sp_levels == (2, 2) and machine.links == (plain(FAST), plain(SLOW))
     assert (machine.call_s, machine.merge_s, machine.copy_s) == (3e-5, 1e-9, 2e-9)
+    assert (hardware.exchange_factor, hardware.reduce_factor) == (1.5, 0.75)
     arrivals = [Arrival(time_s=0.1 * i, prompt_len=n, output_len=2) for i, n in enumerate([1, 777])]
     run = simulate(arrivals, System(name="x", sp=4), MODEL, hardware)
     assert len(run.timings) == 2 and run.refused == 0
@@ -60,8 +69,10 @@ def test_measured_terms_become_hardware_and_serve_requests(tmp_path):
 def test_links_between_nodes_can_be_several(tmp_path):
     between = {"between-1gbit": FAST, "between-2mbit": SLOW}
     path = written(TERMS, tmp_path, between=between)
-    assert load_hardware(path).inter_node == FAST
-    assert load_hardware(path, inter_node="between-2mbit").inter_node == SLOW
+    assert load_hardware(path).inter_node == plain(FAST)
+    assert load_hardware(path).exchange_factor == 1.0
+    slow = load_hardware(path, inter_node="between-2mbit")
+    assert (slow.inter_node, slow.exchange_factor) == (plain(SLOW), 1.5)
     assert load_hardware(path, inter_node="ethernet-25g").inter_node.bytes_per_s < 3.2e9
 
 
@@ -73,7 +84,7 @@ def test_one_rank_has_no_link_and_still_a_file(tmp_path):
 
 def test_every_figure_says_how_and_when(tmp_path):
     text = Path(written(TERMS, tmp_path)).read_text()
-    assert text.count("measured, python x, 2026-01-01") >= 12 + 2 * 2
+    assert text.count("measured, python x, 2026-01-01") >= 12 + 2 * 5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""The links between ranks as this project uses them: rows to the next rank, all-to-alls of heads, sums of TP.
+
+Libraries reach different shares of one line for them (gloo's all-to-all may send in one direction after the other), so
+the first gives the rate and the others how much longer they take than that rate says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sps2_mega.attention.pipeline.settings import WINDOW
+from sps2_mega.comm.exchange import post_all_to_all, post_shift
+from sps2_mega.comm.probe import measure_links
+from sps2_mega.parallel.groups import Group
+from sps2_mega.parallel.machine import Link
+from tools.bench.calibrate_timer import Timer
+
+_ROUNDS = 12  # an exchange may take once or twice as long, by chance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredLink:
+    """One SP level; factors are over what `bytes_per_s` says."""
+
+    latency_s: float
+    bytes_per_s: float
+    exchange_factor: float = 1.0
+    stream_factor: float = 1.0
+    reduce_factor: float = 1.0
+
+
+def measured_links(groups: Sequence[Group], timer: Timer) -> tuple[MeasuredLink, ...]:
+    """Of every level of several ranks; all ranks call it together and get the same."""
+    probed = measure_links(groups, timer.control, timer.device)
+    return tuple(_measured(group, link, timer) for group, link in zip(groups, probed, strict=True))
+
+
+def _measured(group: Group, probed: Link, timer: Timer) -> MeasuredLink:
+    x = torch.zeros(_sent_bytes(probed), dtype=torch.uint8, device=timer.device)
+    count, others = x.numel(), group.size - 1
+    shift_s = timer.agreed(lambda: post_shift(x, count, count, group).wait(), least=_ROUNDS)
+    rate = count / max(shift_s - probed.latency_s, shift_s / 10)
+    sizes = [count // others] * group.size
+    sizes[group.rank] = 0
+    parts = x[: sum(sizes)]
+    exchange_s = timer.agreed(
+        lambda: post_all_to_all(parts, sizes, sizes, group).wait(), least=_ROUNDS
+    )
+    stream_s = timer.agreed(partial(_stream, parts, sizes, group), least=_ROUNDS)
+    summed = torch.zeros(count // 4, dtype=torch.float32, device=timer.device)
+    reduce_s = timer.agreed(lambda: dist.all_reduce(summed, group=group.handle), least=_ROUNDS)
+    reduced = 2.0 * others / group.size * summed.nbytes
+    return MeasuredLink(
+        latency_s=probed.latency_s,
+        bytes_per_s=rate,
+        exchange_factor=max(exchange_s - probed.latency_s, exchange_s / 10) * rate / parts.nbytes,
+        stream_factor=max(stream_s - probed.latency_s, stream_s / 10) * rate / parts.nbytes,
+        reduce_factor=max(reduce_s - others * probed.latency_s, reduce_s / 10) * rate / reduced,
+    )
+
+
+def _stream(x: Tensor, sizes: Sequence[int], group: Group) -> None:
+    """The same bytes as one exchange, in several under way at once, as the pipeline has them."""
+    pending = []
+    few = [size // WINDOW for size in sizes]
+    for part in x[: sum(few) * WINDOW].chunk(WINDOW):
+        pending.append(post_all_to_all(part, few, few, group))
+    for each in pending:
+        each.wait()
+
+
+def _sent_bytes(link: Link) -> int:
+    """About what a layer sends: a few hundredths of a second, within sizes that occur; a multiple of 4."""
+    most = 2**22 if link.bytes_per_s < 5e9 else 2**28
+    return int(min(max(0.05 * link.bytes_per_s, 2**19), most)) // 4 * 4

@@ -1,0 +1,54 @@
+"""Times calls on all ranks at once, so that what they share counts; the slowest rank's mean is everybody's answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from sps2_mega.comm.probe import agree_most
+from sps2_mega.engine.startup import StartedRank
+from sps2_mega.parallel.groups import Group
+
+PEAK_WIDTH = {"cpu": 1024, "cuda": 8192}  # of the square product that is timed first
+_LONG_ENOUGH_S = 0.3
+_MOST_ROUNDS = 200
+
+
+class Timer:
+    """Times calls on all ranks at once, and keeps the peak, which every rank measures first."""
+
+    def __init__(self, rank: StartedRank) -> None:
+        self.device, self.dtype = rank.compute.device, rank.compute.dtype
+        self.control: Group = rank.groups.control
+        width = PEAK_WIDTH[self.device.type]
+        square = torch.ones(width, width, dtype=self.dtype, device=self.device)
+        self.peak_s = self.agreed(lambda: square @ square)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def agreed(self, call: Callable[[], object], *, least: int = 2) -> float:
+        """Mean seconds of a call on the slowest rank, all ranks calling as often, `least` times or more."""
+        call()  # the first may compile or allocate
+        once = agree_most(self._seconds(call, 1), self.control)
+        rounds = max(least, min(_MOST_ROUNDS, int(_LONG_ENOUGH_S / max(once, 1e-9))))
+        return agree_most(self._seconds(call, rounds), self.control)
+
+    def _seconds(self, call: Callable[[], object], rounds: int) -> float:
+        self._finish()
+        began = time.perf_counter()
+        for _ in range(rounds):
+            call()
+        self._finish()
+        return (time.perf_counter() - began) / rounds
+
+    def _finish(self) -> None:
+        if not self.on_cpu:
+            torch.cuda.synchronize(self.device)

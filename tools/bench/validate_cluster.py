@@ -1,0 +1,144 @@
+"""Holds the simulator against the emulated cluster: times of all systems, measured and simulated, and their errors.
+
+    python tools/bench/validate_cluster.py [docs/results/cluster*.json ..] [--calibrated docs/results]
+
+Reads what cluster.py wrote (--save) and what calibrate.py measured (calibrated-SHAPE-RANKS.yaml), writes
+docs/results/validation-cluster.json and a section of docs/evaluation.md. How is `cluster_simulated`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from sps2_mega.errors import ConfigError
+from tools.bench.cluster_simulated import Row, rows_of
+from tools.simulation.document import EVALUATION, ROOT, with_part
+
+RESULTS = ROOT / "docs" / "results"
+OUTPUT = RESULTS / "validation-cluster.json"
+BEGIN = "<!-- cluster: made by tools/bench/validate_cluster.py -->"
+END = "<!-- end of cluster -->"
+GOAL_MEDIAN, GOAL_WORST = 0.10, 0.25
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="*", type=Path, help="files of cluster.py")
+    parser.add_argument("--calibrated", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--dry-run", action="store_true", help="only print the table")
+    args = parser.parse_args(arguments)
+    try:
+        found = validated(args.results or cluster_results(), args.calibrated)
+    except (ConfigError, OSError, KeyError, ValueError) as error:
+        print(f"validate_cluster: {error}", file=sys.stderr)
+        return 2
+    print(section(found))
+    if not args.dry_run:
+        OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
+        EVALUATION.write_text(written(EVALUATION.read_text(), found))
+    return 0
+
+
+def written(text: str, found: Mapping[str, Any]) -> str:
+    """The document with the section that stands for `found`."""
+    return with_part(text, BEGIN, END, section(found))
+
+
+def cluster_results() -> list[Path]:
+    """The stored result files of cluster.py."""
+    return sorted(RESULTS.glob("cluster*.json"))
+
+
+def validated(results: Sequence[Path], calibrated: Path) -> dict[str, Any]:
+    """What goes into validation-cluster.json.
+
+    Raises:
+        ConfigError: there are no results, or a calibration is missing.
+    """
+    if not results:
+        raise ConfigError("no result of cluster.py: run it with --save first")
+    rows: list[Row] = []
+    speeds: dict[str, float] = {}
+    for path in results:
+        more, speed = rows_of(json.loads(path.read_text()), calibrated)
+        rows += more
+        speeds |= {f"{path.stem}, {what}": round(value, 3) for what, value in speed.items()}
+    return {
+        "results": [path.name for path in results],
+        "speed": speeds,
+        "rows": [
+            dataclasses.asdict(row) | {"error": round(row.error, 4), "calibrates": row.calibrates}
+            for row in rows
+        ],
+    }
+
+
+def section(found: Mapping[str, Any]) -> str:
+    """Markdown: the errors in short, then every setting."""
+    rows = [Row(**{k: v for k, v in row.items() if k not in _DERIVED}) for row in found["rows"]]
+    lines = [
+        "| figure | settings | median error | worst | within 10 % | beyond 25 % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for figure in ("ttft", "tbt"):
+        errors = [row for row in rows if row.figure == figure and not row.calibrates]
+        if errors:
+            lines.append(_summary(figure.upper(), errors))
+    speeds = ", ".join(f"{value:g} ({what})" for what, value in found["speed"].items())
+    lines += [
+        "",
+        f"The machine's speed against its calibration, from one rank alone: {speeds}.",
+        "",
+        "| model, ranks, tokens | system | link | TTFT measured | simulated | error | TBT measured | simulated | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_setting: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        what = f"{row.shape}, {row.nodes}, {row.tokens}"
+        by_setting.setdefault((what, row.system, row.rate), {})[row.figure] = row
+    for (what, system, rate), figures in by_setting.items():
+        cells = [what, system, rate]
+        for figure in ("ttft", "tbt"):
+            cells += _cells(figures.get(figure))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_DERIVED = ("error", "calibrates")
+
+
+def _summary(name: str, rows: Sequence[Row]) -> str:
+    errors = [abs(row.error) for row in rows]
+    worst = max(rows, key=lambda row: abs(row.error))
+    near = sum(error <= GOAL_MEDIAN for error in errors)
+    far = sum(error > GOAL_WORST for error in errors)
+    where = f"{worst.shape}, {worst.nodes} ranks, {worst.system} at {worst.rate}"
+    return (
+        f"| {name} | {len(rows)} | {statistics.median(errors):.1%} | {worst.error:+.1%} ({where}) "
+        f"| {near} | {far} |"
+    )
+
+
+def _cells(row: Row | None) -> list[str]:
+    if row is None:
+        return ["", "", ""]
+    error = "calibrates" if row.calibrates and row.figure == "ttft" else f"{row.error:+.1%}"
+    return [_seconds(row.measured_s), _seconds(row.simulated_s), error]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
