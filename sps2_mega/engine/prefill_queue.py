@@ -22,6 +22,8 @@ from sps2_mega.types import LayerSlice, PrefillItem, Sequence
 
 # Groups on their way at a time: a long one, one that overtakes it, one that overtakes both. Each keeps hidden states.
 MAX_GROUPS = 3
+# Computing again costs everybody, waiting one request: and equal prompts must not be told apart by a measurement.
+_PATIENCE = 2.0
 
 
 class PrefillQueue:
@@ -136,7 +138,9 @@ class PrefillQueue:
         longest_whole = self._placement.longest_whole(
             (sequence.num_tokens for sequence in order), self._config.max_prefill_tokens
         )
-        for sequence, prefix in self._states.newcomers(order, self._config.max_running):
+        for sequence, prefix in self._states.newcomers(
+            order, self._config.max_running, self._worth_waiting
+        ):
             start = self._placement.num_shared(prefix)
             missing = sequence.num_tokens - start
             seconds = self._prompt_s(start, sequence.num_tokens)
@@ -172,7 +176,15 @@ class PrefillQueue:
         )
 
     def _key(self, group: PrefillGroup) -> float:
-        """What is under way counts by its layers to go, what comes after by tokens."""
+        return self._weighted(group.arrival_time, self._left_s(group))
+
+    def _worth_waiting(self, filler: Sequence, start: int, end: int) -> bool:
+        """Not for a long prompt that is interrupted, if it takes far longer than to compute the shared tokens again."""
+        group = self._group_of(filler.seq_id)
+        return group is None or self._left_s(group) <= _PATIENCE * self._prompt_s(start, end)
+
+    def _left_s(self, group: PrefillGroup) -> float:
+        """Expected seconds: what is under way counts by its layers to go, what comes after by tokens."""
         assert self._pace is not None, "groups stay only where they are interrupted"
         work = self._pace.work
         left_s = 0.0
@@ -185,7 +197,7 @@ class PrefillQueue:
                 total = sequence.num_tokens
                 start = ends.get(sequence.seq_id, total - self._states.num_uncached(sequence))
                 left_s += self._prompt_s(start, total)
-        return self._weighted(group.arrival_time, left_s)
+        return left_s
 
     def _weighted(self, arrival_time: float, seconds: float) -> float:
         return arrival_time + self._config.overtake * seconds

@@ -15,6 +15,9 @@ from sps2_mega.kv_cache.block_chain import extend_chain
 from sps2_mega.kv_cache.ledger import BlockLedger
 from sps2_mega.kv_cache.prefix_cache import CachedBlock, Spans
 
+# Of (a running sequence, start, end): whether to wait until it has computed the tokens [start, end) of another one too.
+WorthWaiting = Callable[[types.Sequence, int, int], bool]
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
@@ -34,7 +37,7 @@ class _Filling:
 
 
 class PrefixSharing:
-    """Two sequences never compute the same full block at the same time if one can wait for the other."""
+    """Two sequences compute the same full block at the same time only if waiting is not worth it."""
 
     def __init__(
         self,
@@ -52,9 +55,11 @@ class PrefixSharing:
         self._filled_by: dict[bytes, int] = {}
         self._waits_for: dict[int, int] = {}
 
-    def look_up(self, sequence: types.Sequence) -> Prefix | None:
+    def look_up(
+        self, sequence: types.Sequence, worth_waiting: WorthWaiting = lambda *_: True
+    ) -> Prefix | None:
         """What a waiting sequence can begin with now; None when a running one is about to make more of it
-        findable. At least one token is always left to compute."""
+        findable and that is worth waiting for. At least one token is always left to compute."""
         if self._waits_for.get(sequence.seq_id) in self._filling:
             return None  # chunks of a long prompt take many steps; the verdict is the same in all of them
         chain = self._chain(sequence)
@@ -68,7 +73,11 @@ class PrefixSharing:
         blocks = self._ledger.find_prefix(usable, accepts)
         if len(blocks) < len(usable):
             filler = self._filling.get(self._filled_by.get(usable[len(blocks)], -1))
-            if filler is not None and accepts(filler.sequence.spans):
+            if (
+                filler is not None
+                and accepts(filler.sequence.spans)
+                and worth_waiting(filler.sequence, *self._shareable(usable, len(blocks), filler))
+            ):
                 self._waits_for[sequence.seq_id] = filler.sequence.seq_id
                 return None
         return Prefix(blocks, blocks[0].spans if blocks else own)
@@ -105,6 +114,15 @@ class PrefixSharing:
         assert self._filling.keys() <= running, "a sequence that does not run fills blocks"
         assert set(self._filled_by.values()) <= self._filling.keys(), "nobody fills a block"
         assert self._chains.keys() | self._waits_for.keys() <= known, "a sequence that is over"
+
+    def _shareable(self, chain: Sequence[bytes], first: int, filler: _Filling) -> tuple[int, int]:
+        """Token positions [start, end) of the blocks from number `first` on that a filler will make findable."""
+        last = first
+        for mine, theirs in zip(chain[first:], filler.chain[first:], strict=False):
+            if mine != theirs:
+                break
+            last += 1
+        return first * self._ledger.block_size, last * self._ledger.block_size
 
     def _own_spans(self, sequence: types.Sequence) -> Spans:
         if self._topology_spans is None or sequence.num_preemptions:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from sps2_mega.engine.prefix_sharing import Prefix, PrefixSharing
+from sps2_mega.engine.prefix_sharing import Prefix, PrefixSharing, WorthWaiting
 from sps2_mega.kv_cache.ledger import BlockLedger
 from sps2_mega.kv_cache.placement import Spread
 from sps2_mega.types import FinishReason, PrefillItem, Sequence
@@ -72,7 +72,10 @@ class SequenceStates:
         return num_running < max_running and self._ledger.num_free > num_running
 
     def newcomers(
-        self, order: Iterable[Sequence], max_running: int
+        self,
+        order: Iterable[Sequence],
+        max_running: int,
+        worth_waiting: WorthWaiting = lambda *_: True,
     ) -> Iterator[tuple[Sequence, Prefix]]:
         """Waiting sequences that may be admitted now, in `order`, with what they can begin with. The caller admits
         each before it asks for the next, or stops."""
@@ -81,7 +84,7 @@ class SequenceStates:
                 return  # not worth looking for a prefix in every step
             prefix = Prefix((), None)
             if self._sharing is not None:
-                found = self._sharing.look_up(sequence)
+                found = self._sharing.look_up(sequence, worth_waiting)
                 if found is None:
                     continue  # it comes when its prefix is there; the next one may go ahead
                 prefix = found

@@ -20,24 +20,27 @@ DECODE_S = 0.01
 class Machine:
     """A scheduler and the seconds that its steps take."""
 
-    def __init__(self, *, num_blocks=4096, sp_size=2, block_size=16, crowd_threshold=0, **config):
+    def __init__(
+        self, *, num_blocks=4096, sp_size=2, crowd_threshold=0, prefix_root=None, **config
+    ):
         self.scheduler = Scheduler(
             SchedulerConfig(**{"tbt_target_ms": 100.0} | config),
-            block_size=block_size,
+            block_size=16,
             num_blocks=num_blocks,
             sp_size=sp_size,
             max_model_len=200_000,
             vocab_size=100,
             work=WORK,
             crowd_threshold=crowd_threshold,
+            prefix_root=prefix_root,
         )
         self.now, self.next_id = 0.0, 0
         self.plans, self.passes = [], {}
 
-    def add(self, prompt_len, max_tokens=1):
+    def add(self, prompt_len, max_tokens=1, prompt=None):
         sequence = Sequence(
             seq_id=self.next_id,
-            prompt_token_ids=[1] * prompt_len,
+            prompt_token_ids=prompt or [self.next_id % 100] * prompt_len,
             params=SamplingParams(max_tokens=max_tokens),
             seed=0,
             max_tokens=max_tokens,
@@ -284,3 +287,16 @@ def test_where_there_is_one_for_each_rank_longer_prompts_lie_whole_too(lengths, 
         machine.add(length)
     ranks = [set(item.block_ranks) for item in machine.step().prefills]
     assert [len(found) == 1 for found in ranks] == whole
+
+
+def test_a_short_prompt_waits_for_a_long_one_only_if_it_shares_most_of_it():
+    machine = Machine(prefix_root=b"settings")
+    machine.warm_up()
+    text = [i % 97 for i in range(12_000)]
+    long = machine.add(0, prompt=text)
+    machine.step()
+    system = machine.add(0, prompt=text[:64] + [98] * 40)
+    again = machine.add(0, prompt=[*text[:11_000], 98])
+    machine.run()
+    assert system.token_times[0] < long.token_times[0] < again.token_times[0]
+    assert system.num_cached_tokens == 0 and again.num_cached_tokens == 10_992
