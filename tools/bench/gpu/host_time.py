@@ -1,0 +1,106 @@
+"""Where the host's time of a decode step goes, in the real engine: scheduling, inputs, launches, sampling, the rest.
+
+    plan     Scheduler.plan                          launch   the model's calls until they return
+    inputs   plan -> tensors on the device           device   waiting for the launched work to end
+    sample   sampling, the tokens' way to the host   commit   Scheduler.commit
+    rest     everything else of Engine.step
+
+The step is cut by a synchronisation before sampling, which the engine itself does not do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from sps2_mega.engine import executor as executor_module
+from sps2_mega.engine.engine import Engine
+from sps2_mega.engine.scheduler import Scheduler
+from sps2_mega.mcore.gpt import GPT
+from sps2_mega.types import SamplingParams
+from tools.bench.gpu.engine_rank import config_of
+from tools.bench.gpu.part import Part
+
+_PIECES = {
+    "plan": [(Scheduler, "plan")],
+    "inputs": [(executor_module, "decode_input")],
+    "launch": [(GPT, "begin"), (GPT, "advance"), (GPT, "finish"), (GPT, "logits")],
+    "sample": [(executor_module, "sample")],
+    "commit": [(Scheduler, "commit")],
+}
+
+
+def run(part: Part) -> None:
+    sizes = part.sizes
+    longest = sizes.host_prompt + 3 * sizes.host_steps
+    config = config_of(
+        part, num_blocks=sizes.host_batch * (-(-longest // 16) + 1), max_model_len=longest
+    )
+    engine = Engine.start(config)
+    try:
+        for name, params in (("greedy", dict(temperature=0.0)), ("top-p", dict(top_p=0.9, seed=1))):
+            part.case(
+                {"case": "host", "sampling": name, "batch": sizes.host_batch},
+                partial(_timed, part, engine, params),
+            )
+    finally:
+        engine.shutdown()
+
+
+def _timed(part: Part, engine: Engine, params: dict[str, Any]) -> dict[str, Any]:
+    sizes = part.sizes
+    sampling = SamplingParams(max_tokens=sizes.host_steps, ignore_eos=True, **params)
+    for number in range(sizes.host_batch):
+        tokens = [1 + (number + i) % 100 for i in range(sizes.host_prompt)]
+        refusal = engine.add_request(f"{number}", tokens, sampling)
+        assert refusal is None, refusal
+    while engine.stats().num_running < sizes.host_batch:
+        engine.step()
+    steps: list[dict[str, float]] = []
+    spent: defaultdict[str, float] = defaultdict(float)
+    with ExitStack() as stack:
+        for piece, places in _PIECES.items():
+            for owner, name in places:
+                timed = _clocked(part, getattr(owner, name), piece, spent)
+                stack.enter_context(patch.object(owner, name, timed))
+        while engine.stats().num_running == sizes.host_batch:
+            spent.clear()
+            began = time.perf_counter()
+            engine.step()
+            spent["rest"] = time.perf_counter() - began - sum(spent.values())
+            steps.append(dict(spent))
+    while engine.has_work():
+        engine.step()
+    steady = steps[len(steps) // 4 : -1] or steps
+    pieces = {name: statistics.median(step.get(name, 0.0) for step in steady) for name in spent}
+    whole = [sum(step.values()) for step in steady]
+    return {
+        "steps": len(steady),
+        "seconds": statistics.median(whole),
+        "host_seconds": sum(taken for name, taken in pieces.items() if name != "device"),
+        "pieces": pieces,
+    }
+
+
+def _clocked(
+    part: Part, call: Callable[..., Any], piece: str, spent: dict[str, float]
+) -> Callable[..., Any]:
+    def timed(*arguments: Any, **options: Any) -> Any:
+        if piece == "sample" and part.on_cuda:
+            began = time.perf_counter()
+            torch.cuda.current_stream().synchronize()
+            spent["device"] += time.perf_counter() - began
+        began = time.perf_counter()
+        result = call(*arguments, **options)
+        spent[piece] += time.perf_counter() - began
+        return result
+
+    return timed
