@@ -19,7 +19,7 @@ PORT ?= 8000
 ARGS ?=
 DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup generate serve test test-fast test-gpu lint format type bench train accuracy doctor clean help
+.PHONY: setup generate serve test test-fast test-gpu lint format type bench train accuracy evaluate doctor clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -84,6 +84,9 @@ accuracy: setup ## measure what attention settings cost in accuracy, for docs/ac
 	done
 	$(BIN)/python tools/eval_accuracy.py --name accuracy \
 		--merge $(foreach length,$(ACCURACY_LENGTHS),out/accuracy/accuracy-$(length).json)
+
+evaluate: setup ## simulate comparisons again, tables and pictures of docs/evaluation.md (10 minutes; ARGS=--full for all)
+	$(BIN)/python tools/evaluate.py $(ARGS)
 
 doctor: setup ## what this machine has and what will be used
 	$(BIN)/python tools/doctor.py

@@ -4,6 +4,7 @@ python tools/plan.py --model llama-3.1-70b --gpu h200 --nodes 4 --trace FILE --s
 
 Every setting of SPS2 (tp, sp, engines, colocated or split, exact or CSA) and of chunked prefill serves the trace's beginning
 in the simulator; the one with most requests per second within the limits wins, then the one with the shortest responses.
+Around the best ones chunk sizes, targets, numbers of engines and shares of GPUs are then tried in smaller steps.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ from sps2_mega.simulator.step_cost import step_cost
 from sps2_mega.simulator.system import System
 from sps2_mega.simulator.trace_files import BUNDLED, read_trace
 from tools.simulate import full_attention
+from tools.simulation.grid import neighbours
 from tools.simulation.setting import layout_of
 
-EXACT = ("sarathi", "sps2")
+EXACT = ("sarathi", "sps2", "sps2-yield")
 SPARSE = ("sps2-csa", "sps2-split")
+_REFINED = (
+    3  # so many of the best have their neighbours tried, as often as that finds something better
+)
+_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +102,37 @@ def plans(args: argparse.Namespace) -> list[Plan]:
         far_degree=args.far_degree,
     )
     arrivals = scaled(read_trace(args.trace, limit=args.requests), rate=args.rate)
-    systems = settings(place, exact=args.exact)
     limits = Limits(ttft_s=args.slo_ttft, tbt_s=args.slo_tbt)
-    found = [
-        _tried(system, place, arrivals, limits) for system in tqdm(systems, disable=args.quiet)
-    ]
-    return sorted(found, key=lambda plan: plan.rank)
+    return ranked(place, arrivals, limits, exact=args.exact, quiet=args.quiet)
+
+
+def ranked(
+    place: Place,
+    arrivals: Sequence[Arrival],
+    limits: Limits,
+    *,
+    exact: bool = False,
+    quiet: bool = True,
+) -> list[Plan]:
+    """All settings that were tried, best first.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    found: list[Plan] = []
+    following = settings(place, exact=exact)
+    for _ in range(1 + _ROUNDS):
+        for system in tqdm(following, disable=quiet, leave=False):
+            found.append(tried(system, place, arrivals, limits))
+        found.sort(key=lambda plan: plan.rank)
+        known = [plan.system for plan in found]
+        following = []
+        for plan in found[:_REFINED]:
+            near = neighbours(plan.system, place)
+            following += [system for system in near if system not in [*known, *following]]
+        if not following:
+            break
+    return found
 
 
 def settings(place: Place, *, exact: bool) -> list[System]:
@@ -145,7 +176,8 @@ def table(found: Sequence[Plan], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _tried(system: System, place: Place, arrivals: list[Arrival], limits: Limits) -> Plan:
+def tried(system: System, place: Place, arrivals: Sequence[Arrival], limits: Limits) -> Plan:
+    """What the simulator expects of one setting."""
     run = simulate(arrivals, system, place.model, place.hardware)
     return Plan(system=system, figures=figures(run, limits))
 

@@ -40,6 +40,7 @@ DEFAULT_FAMILIES = (
     "ring",
     "ulysses",
     "sps2",
+    "sps2-yield",
     "sps2-csa",
     "sps2-split",
 )

@@ -10,7 +10,7 @@ from tools.simulation.setting import Outcome, Setting, layout_of
 
 BASELINE = "sarathi"
 BASELINES = (BASELINE, "sarathi-large", "sarathi-wide")
-OURS = ("sps2", "sps2-csa", "sps2-split")
+OURS = ("sps2", "sps2-yield", "sps2-csa", "sps2-split")
 
 
 @dataclass(frozen=True, slots=True)

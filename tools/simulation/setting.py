@@ -77,4 +77,6 @@ def layout_of(system: System) -> str:
         text += f" + {system.decode_replicas} x tp{system.decode_tp}"
     if system.policy == "sarathi":
         text += f", chunks of {system.chunk_tokens}"
+    if system.tbt_target_ms is not None:
+        text += f", {system.tbt_target_ms:g} ms between tokens"
     return text

@@ -32,7 +32,7 @@ def test_plans_are_ordered_by_goodput_and_then_by_response(trace):
     ranks = [entry.rank for entry in found]
     assert ranks == sorted(ranks) and len(found) > 10
     assert all(entry.system.csa.exact for entry in found)
-    assert {"sarathi", "sps2", "sps2-split"} == {entry.system.name for entry in found}
+    assert {"sarathi", "sps2", "sps2-yield", "sps2-split"} == {entry.system.name for entry in found}
     assert {entry.system.num_gpus for entry in found} == {8}
 
 

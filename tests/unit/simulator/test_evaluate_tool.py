@@ -1,0 +1,65 @@
+"""tools/evaluate.py: which stored comparisons run again, with which arguments, and what they become."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sps2_mega.errors import ConfigError
+from tools import evaluate, simulate
+from tools.evaluate import Stored
+
+
+def items(*seconds, folder=None):
+    return [
+        Stored(path=(folder or evaluate.ROOT) / f"simulated-{n}.json", arguments={}, wall_s=s)
+        for n, s in zip("abcdef", seconds, strict=False)
+    ]
+
+
+def chosen(known, *arguments):
+    found = evaluate.selected(known, evaluate._parser().parse_args(arguments))
+    return "".join(item.name for item in found)
+
+
+def test_what_fits_into_the_minutes_runs():
+    known = items(10, 50, 100, 200)
+    assert chosen(known, "--minutes", "2", "--jobs", "1") == "ab"
+    assert chosen(known, "--minutes", "8", "--jobs", "1") == "abcd"
+    assert chosen(known, "--minutes", "2", "--jobs", "9") == "ab", "a long one would end late"
+    assert chosen(known, "--full", "--minutes", "2") == "abcd"
+    assert chosen(known, "--only", "d", "--minutes", "2") == "d"
+
+
+def test_what_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="no comparison x; there are a, b"):
+        chosen(items(1, 2), "--only", "x")
+    with pytest.raises(ConfigError, match="must be positive"):
+        chosen(items(1, 2), "--jobs", "0")
+
+
+def test_a_stored_comparison_runs_again_with_its_own_arguments(tmp_path):
+    rows = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    rows += [f"2023-11-16 18:17:{i:02},{n},{1 + i}" for i, n in enumerate([63, 1, 2000])]
+    trace = tmp_path / "trace.csv"
+    trace.write_text("\n".join(rows))
+    output = tmp_path / "simulated-x.json"
+    made = ["--trace", str(trace), "--gpus", "2", "--tune-on", "1", "--systems", "sarathi", "sps2"]
+    assert simulate.main([*made, "--quiet", "--no-pictures", "--output", str(output)]) == 0
+    before = json.loads(output.read_text())
+    evaluate.again(Stored(path=output, arguments=before["arguments"], wall_s=1.0))
+    after = json.loads(output.read_text())
+    assert [o["system"]["name"] for o in after["outcomes"]] == ["sarathi", "sps2", "sps2-yield"]
+    for old, new in zip(before["outcomes"], after["outcomes"], strict=False):
+        assert new["figures"] == old["figures"]
+    assert after["wall_s"] > 0 and not list(tmp_path.glob("*.part"))
+    assert after["arguments"] == before["arguments"] | {
+        "systems": ["sarathi", "sps2", "sps2-yield"]
+    }
+
+
+def test_every_stored_comparison_can_be_listed(capsys):
+    assert evaluate.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert "llama-3-8b-h100-long" in text and text.count("\n") == len(evaluate.stored())
