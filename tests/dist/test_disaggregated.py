@@ -5,7 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 from disaggregated_history import random_history
-from disaggregated_run import run_disaggregated
+from disaggregated_run import run_disaggregated, started
 from engine_run import run_engine
 from harness import free_port, run_ranks
 
@@ -147,6 +147,33 @@ def test_other_models(tmp_path, family):
     model = dict(model=str(tmp_path), dtype="float32")
     ran = run_disaggregated(model, requests(), tp=2, decode_ranks=1)
     assert tokens(ran.outputs) == tokens(run_engine(model, requests()))
+
+
+def stream_beside_a_prefill(rank, port, options, parallel):
+    """Deltas of a stream between the submission of a long prompt and its first token, and what was left of the prompt."""
+    engine = started(rank, port, options, parallel)
+    if engine is None:
+        return None
+    from sps2_mega.types import SamplingParams
+
+    long = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    endless = SamplingParams(max_tokens=1500, temperature=0.0, ignore_eos=True)
+    engine.add_request("stream", [3, 4, 5], endless, stream=True)
+    while len(engine.take_deltas()) == 0:
+        engine.step()
+    engine.add_request("long", families.prompts((2000,), seed=1)[0], long)
+    num_deltas = 0
+    while not engine.step():
+        num_deltas += len(engine.take_deltas())
+    engine.shutdown()
+    return num_deltas
+
+
+def test_streams_go_on_while_a_prompt_is_prefilled_in_one_step(model):
+    """Rank 0 passes tokens on although it runs that step itself."""
+    roomy = dict(cache=dict(num_blocks=300))
+    args = (free_port(), model | roomy, dict(decode_ranks=1))
+    assert run_ranks(stream_beside_a_prefill, 2, *args)[0] >= 1
 
 
 def test_sparse_prompts_keep_the_pattern_of_the_ranks_that_prefill_them(model):

@@ -60,7 +60,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         slots = self.slots.astype(np.int64, copy=False).tobytes()
-        return msgpack.packb((slots, self.first_head, self.num_heads, self.transfers))
+        return bytes(msgpack.packb((slots, self.first_head, self.num_heads, self.transfers)))
 
     @classmethod
     def decode(cls, payload: bytes) -> Manifest:
