@@ -313,19 +313,32 @@ def append(bench: Bench, bandwidth: float) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": times, "share_of_copy": shares}
 
 
-def run(bench: Bench) -> dict[str, Any]:
+def run(bench: Bench, written: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All measurements; `written` gets what there is so far after each of them."""
     from sps2_mega.kernels.backend import Backend
     from tools.bench.device_time import copy_bandwidth
 
     bandwidth = copy_bandwidth(bench.device, bench.sizes.copied_bytes, bench.repeats)
     result: dict[str, Any] = {"copy_bytes_per_s": bandwidth}
-    result["csa"] = [csa(bench, degree) for degree in (4, 8)]
-    if Backend.TRITON in bench.backends:
-        result["csa_tiles"] = tile_shapes(bench)
     shapes = [(b, c) for c in bench.sizes.contexts for b in bench.sizes.batches]
-    result["decode"] = [decode(bench, *shape, bandwidth) for shape in shapes]
-    result["merge"] = [merge(bench, partials, bandwidth) for partials in (2, 8)]
-    result["append"] = append(bench, bandwidth)
+    works: list[tuple[str, Callable[[], Any]]] = [
+        *(("csa", partial(csa, bench, degree)) for degree in (4, 8)),
+        *(("decode", partial(decode, bench, *shape, bandwidth)) for shape in shapes),
+        *(("merge", partial(merge, bench, partials, bandwidth)) for partials in (2, 8)),
+        ("append", partial(append, bench, bandwidth)),
+    ]
+    if Backend.TRITON in bench.backends:
+        works.append(("csa_tiles", partial(tile_shapes, bench)))
+    for name, work in works:
+        try:
+            found = work()
+        except RuntimeError as error:  # one kernel that fails must not take the others with it
+            found = {"error": str(error).splitlines()[0][:300]}
+        if name in ("csa", "decode", "merge"):
+            result.setdefault(name, []).append(found)
+        else:
+            result[name] = found
+        written(result)
     return result
 
 
@@ -336,6 +349,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes; works on a CPU")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--save", action="store_true", help="write docs/results/NAME.json")
+    parser.add_argument(
+        "--out", type=Path, help="write FOLDER/NAME.json after each measurement, print short lines"
+    )
     parser.add_argument("--name", default="gpu-kernels", help="of the result file")
     arguments = parser.parse_args()
 
@@ -362,10 +378,36 @@ def main() -> None:
     if arguments.tiny:
         head["warning"] = "tiny sizes: shows that everything starts, the times mean nothing"
     with torch.inference_mode():
-        result = head | run(bench)
-    print(json.dumps(result, indent=2))
+        result = head | run(bench, partial(_keep, arguments, head))
+    print(json.dumps(result, indent=2) if arguments.out is None else "\n".join(lines(result)))
     if arguments.save:
         print("written:", machine.save(arguments.name, {"arguments": vars(arguments)} | result))
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result in short: one line per measurement, times in ms and the share that the target is about."""
+
+    def short(found: dict[str, Any] | None) -> str:
+        if not found or "seconds" not in found:
+            return json.dumps(found)
+        shares = found.get("share_of_ideal", {}) | found.get("share_of_copy", {})
+        what = [f"{key} {found[key]}" for key in ("degrees", "batch", "context") if key in found]
+        times = [
+            f"{name} {1e3 * taken:.4g} ms" + (f" ({shares[name]:.2f})" if name in shares else "")
+            for name, taken in found["seconds"].items()
+        ]
+        return ", ".join(what + times)
+
+    found = [f"copy {result['copy_bytes_per_s'] * 1e-12:.3g} TB/s"]
+    for name in ("csa", "decode", "merge", "csa_tiles"):
+        found += [f"{name}: {short(each)}" for each in result.get(name, [])]
+    return [*found, f"append: {short(result.get('append'))}"]
+
+
+def _keep(arguments: argparse.Namespace, head: dict[str, Any], result: dict[str, Any]) -> None:
+    if arguments.out is not None:
+        content = {"machine": machine.describe()} | head | result
+        (arguments.out / f"{arguments.name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
