@@ -2,9 +2,9 @@
 
     linear          projections and feed-forward layers            attention     scores and values, or reading the cache
     transport       attention's communication that is not hidden   merge         partials of other ranks
-    tp_all_reduce   two per layer                                  decode_exchange   queries out, partials back
+    tp_all_reduce   two per layer, one of the embedding            decode_exchange   queries out, partials back
     kv_write        new keys and values into the cache             overhead      gaps between small kernels
-    head            logits of the tokens that are sampled
+    head            logits of the tokens that are sampled          host        planning, telling ranks, sampling
 
 Decides how a step's tokens are dealt to the ranks of an engine: evenly, or, where that is faster and the system allows
 it, short prompts whole on one SP rank each. What is in a step is the scheduler's choice.
@@ -61,15 +61,13 @@ class StepCost:
     ) -> Terms:
         """`prompts` are prefilled; `num_decodes` sequences, with `context` tokens together, get one more token."""
         terms = self._of_layers(prompts, num_decodes, context)
-        terms["head"] = self._head_s(num_sampled)
-        return terms
+        return self._of_step(terms, num_sampled)
 
     def of_slice(self, prompts: Sequence[Prompt], *, num_layers: int, num_sampled: int) -> Terms:
         """`prompts` go through some of the layers; with the last ones there are tokens to sample."""
         share = num_layers / self.size.num_layers
         terms = {name: share * seconds for name, seconds in self._of_layers(prompts, 0, 0).items()}
-        terms["head"] = self._head_s(num_sampled) if num_sampled else 0.0
-        return terms
+        return self._of_step(terms, num_sampled)
 
     def _of_layers(
         self, prompts: Sequence[Prompt], num_decodes: int, context: int
@@ -83,13 +81,17 @@ class StepCost:
                 terms = apart
         return terms
 
-    def _head_s(self, num_sampled: int) -> float:
-        return gemm_s(
+    def _of_step(self, terms: dict[str, float], num_sampled: int) -> Terms:
+        """`terms` of layers, and what comes once in a step; the host's share only where it was measured."""
+        terms["head"] = gemm_s(
             num_sampled / self.sp,
             self.size.head_params / self.tp,
             self.size.head_params * self.size.itemsize / self.tp,
             self.hardware,
         )
+        if self.hardware.step_overhead_s:
+            terms["host"] = self.hardware.step_overhead_s
+        return terms
 
     def transport_of(self, prompt_len: int) -> str:
         """The transport that a prompt of this length takes, one per SP level under CSA."""
@@ -120,7 +122,7 @@ class StepCost:
         return {
             "linear": layers
             * gemm_s(rows, size.layer_params / self.tp, size.layer_bytes / self.tp, hardware),
-            "tp_all_reduce": layers * 2 * reduced,
+            "tp_all_reduce": (2 * layers + self.system.embedding_sum) * reduced,
             "kv_write": layers * memory_s(rows * self._kv_bytes, hardware),
             "overhead": layers * hardware.layer_overhead_s,
         }

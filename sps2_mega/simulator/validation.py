@@ -157,8 +157,13 @@ def compare(hardware: Hardware) -> list[Comparison]:
 
 
 def _compare(published: Published, hardware: Hardware) -> Comparison:
+    # How their embedding is spread is not published; it would be one sum more than 252.
     system = System(
-        name=published.label, tp=published.tp, sp=published.sp, transports=published.transports
+        name=published.label,
+        tp=published.tp,
+        sp=published.sp,
+        transports=published.transports,
+        embedding_sum=False,
     )
     cost = step_cost(
         system,

@@ -188,3 +188,19 @@ def test_scaling_changes_times_and_lengths_and_forgets_names():
     assert longer.prompt_len == 4096 and longer.hash_ids == ()
     with pytest.raises(ConfigError, match="factors must be > 0"):
         scaled([arrival], rate=0.0)
+
+
+def test_the_hosts_share_and_the_embeddings_sum_come_once_in_a_step():
+    slow = ROUND.replace(step_overhead_s=0.5)
+    prompt = [Prompt(start=0, end=1001)]
+    found = {
+        summed: step_cost(
+            System(name="x", tp=2, embedding_sum=summed), MODEL, slow, tp=2, sp=1
+        ).of_tokens(prompt, num_decodes=0, context=0, num_sampled=1)
+        for summed in (True, False)
+    }
+    assert found[True]["host"] == 0.5
+    # Two sums in each of the two layers, and one more.
+    assert found[True]["tp_all_reduce"] == pytest.approx(found[False]["tp_all_reduce"] * 5 / 4)
+    plain = step_cost(System(name="x"), MODEL, ROUND, tp=1, sp=1)
+    assert "host" not in plain.of_tokens(prompt, num_decodes=0, context=0, num_sampled=1)
