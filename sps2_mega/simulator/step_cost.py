@@ -109,9 +109,8 @@ class StepCost:
             self._add_prefill_attention(terms, prompts)
         if num_decodes:
             read = context * self._kv_bytes / self.sp / self.system.dcp
-            terms["attention"] = terms.get("attention", 0.0) + layers * memory_s(
-                read, self.hardware
-            )
+            reading = memory_s(read, self.hardware) + self.hardware.call_s
+            terms["attention"] = terms.get("attention", 0.0) + layers * reading
             terms["decode_exchange"] = layers * self._decode_exchange_s(num_decodes, context)
         return terms
 
