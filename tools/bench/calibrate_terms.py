@@ -71,6 +71,9 @@ def measure(
     Raises:
         ConfigError: ranks cannot meet, or CUDA is asked for and is not there.
     """
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    if dtype == "auto":
+        dtype = model.dtype if on_cuda else "float32"
     # An engine on the bundled model joins the ranks, and its steps show what the host needs.
     config = engine_config(
         "sps2-tiny",
@@ -80,7 +83,7 @@ def measure(
             "num_blocks": 64,
             "device": device,
             "dtype": dtype,
-            "threads": torch.get_num_threads() if device == "cuda" else 1,
+            "threads": torch.get_num_threads() if on_cuda else 1,
         },
     )
     rank = start_rank(config, info, show_progress=False)
