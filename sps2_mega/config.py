@@ -76,14 +76,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -285,6 +279,11 @@ class EngineConfig:
         "dense",
         "what generated tokens see: all keys, or with csa degrees what the pattern shows",
         choices=DECODE_ATTENTIONS,
+    )
+    cuda_graphs: Literal["auto", "off"] = flag(
+        "off",
+        "auto: decode steps of one CUDA rank are captured and replayed",
+        choices=("auto", "off"),
     )
     max_model_len: int | None = flag(None, "longest prompt plus output (default: the model's)")
     threads: int | None = flag(

@@ -258,6 +258,7 @@ FROZEN_FLAGS = {
     "decode-attention",
     "decode-ranks",
     "decode-tp",
+    "cuda-graphs",
     "device",
     "dtype",
     "kv-memory-fraction",

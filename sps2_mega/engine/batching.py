@@ -93,6 +93,47 @@ def prefill_input(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeTokens:
+    """This rank's new tokens of a decode step, and in `items` the step's sequences rank by rank, as attention has
+    them; `items_by_rank[r]` are indices of the plan's decodes."""
+
+    tokens: list[int]
+    positions: list[int]
+    slots: list[int]
+    items: list[DecodeItem]
+    items_by_rank: list[list[int]]
+
+    def visible(
+        self, tables: LocalTables, window: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(block ids [B, M], start [B], end [B]) of what each of `items` sees on this rank without CSA."""
+        first = None
+        if window is not None:
+            first = np.array([max(0, item.position - window + 1) for item in self.items])
+        return tables.view([item.seq_id for item in self.items], first)
+
+
+def decode_tokens(
+    items: Sequence[DecodeItem], tables: LocalTables, group: Group, *, block_size: int
+) -> DecodeTokens:
+    """Advances the items' sequences in `tables` by one token."""
+    items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
+    tokens, positions, slots = [], [], []
+    for index, item in enumerate(items):
+        if item.new_block is not None:
+            rank, block_id = item.new_block
+            tables.add_block(item.seq_id, rank, block_id, item.position // block_size)
+        owner = tables.last_rank(item.seq_id)
+        items_by_rank[owner].append(index)
+        if owner == group.rank:
+            tokens.append(item.token_id)
+            positions.append(item.position)
+            slots.append(tables.append_token(item.seq_id, item.position))
+    ordered = [items[index] for indices in items_by_rank for index in indices]
+    return DecodeTokens(tokens, positions, slots, ordered, items_by_rank)
+
+
 def decode_input(
     items: Sequence[DecodeItem],
     tables: LocalTables,
@@ -106,41 +147,27 @@ def decode_input(
 ) -> StepInput:
     """Advances the items' sequences in `tables` by one token and lays out the step; with `sparse_tables` new tokens
     see what CSA shows them, else all keys."""
-    items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
-    tokens, positions, slots = [], [], []
-    for index, item in enumerate(items):
-        if item.new_block is not None:
-            rank, block_id = item.new_block
-            tables.add_block(item.seq_id, rank, block_id, item.position // pool.block_size)
-        owner = tables.last_rank(item.seq_id)
-        items_by_rank[owner].append(index)
-        if owner == group.rank:
-            tokens.append(item.token_id)
-            positions.append(item.position)
-            slots.append(tables.append_token(item.seq_id, item.position))
-    order = [index for indices in items_by_rank for index in indices]
-    seq_ids = [items[index].seq_id for index in order]
+    new = decode_tokens(items, tables, group, block_size=pool.block_size)
     keys: LocalKeys
     if sparse_tables is None:
-        first_visible = None
-        if window is not None:
-            first_visible = np.array([max(0, items[i].position - window + 1) for i in order])
-        block_table, starts, ends = tables.view(seq_ids, first_visible)
-        keys = DenseKeys(
-            prepare(
-                block_table, starts, ends, block_size=pool.block_size, dtype=dtype, device=device
-            )
-        )
+        rows = new.visible(tables, window)
+        keys = DenseKeys(prepare(*rows, block_size=pool.block_size, dtype=dtype, device=device))
     else:
-        step = sparse_tables.step(seq_ids, [items[index].position for index in order])
+        step = sparse_tables.step(
+            [item.seq_id for item in new.items], [item.position for item in new.items]
+        )
         keys = SparseKeys(step.layer_slots, step.num_classes)
-    counts = [len(indices) for indices in items_by_rank]
+    # One copy to the device instead of three.
+    tokens_T, positions_T, slots_T = torch.tensor(
+        [new.tokens, new.positions, new.slots], dtype=torch.int64
+    ).to(device)
+    counts = [len(indices) for indices in new.items_by_rank]
     return StepInput(
-        tokens_T=_tensor(tokens, device),
-        positions_T=_tensor(positions, device),
-        rows_R=torch.arange(len(tokens), device=device),
-        attention=DecodeAttention(pool, _tensor(slots, device), keys, counts, group),
-        items_by_rank=items_by_rank,
+        tokens_T=tokens_T,
+        positions_T=positions_T,
+        rows_R=torch.arange(len(new.tokens), device=device),
+        attention=DecodeAttention(pool, slots_T, keys, counts, group),
+        items_by_rank=new.items_by_rank,
     )
 
 

@@ -21,9 +21,11 @@ from sps2_mega.config import ModelConfig
 from sps2_mega.engine.batching import (
     StepInput,
     decode_input,
+    decode_tokens,
     hybrid_input,
     prefill_input,
 )
+from sps2_mega.engine.decode_graphs import DecodeGraphs
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.penalties import PenaltyState
 from sps2_mega.engine.prefill_setup import PrefillSetup
@@ -36,6 +38,7 @@ from sps2_mega.mcore.gpt import GPT, ForwardPass
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.types import (
     DecodeItem,
+    ForwardMode,
     PrefillItem,
     SamplingParams,
     StepOutput,
@@ -78,6 +81,7 @@ class Executor:
         *,
         prefill: PrefillSetup,
         sparse_decode: bool = False,
+        graphs: DecodeGraphs | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -92,6 +96,7 @@ class Executor:
             self._sparse_tables = SparseTables(
                 self._tables, prefill.sparse, block_size=pool.block_size
             )
+        self._graphs = graphs
         self._sampling: dict[int, _Sampling] = {}
         self._suspended: dict[int, _Pass] = {}
 
@@ -120,6 +125,8 @@ class Executor:
         for pass_id in plan.dropped:
             del self._suspended[pass_id]
         self.forget(plan.released)
+        if self._graphs is not None and plan.mode is ForwardMode.DECODE and on_layer is None:
+            return self._replay(plan, self._graphs)
         began = time.perf_counter()
         passing = self._pass_of(plan, on_layer)
         end = self.model.num_layers if plan.layers is None else plan.layers.end
@@ -182,10 +189,24 @@ class Executor:
         ends |= {item.seq_id: item.position + 1 for item in plan.decodes}
         sampled = plan.sampled
         output = self._sample(
-            logits_RV, passing.step, sampled, [ends[seq_id] for seq_id in sampled]
+            logits_RV, passing.step.items_by_rank, sampled, [ends[seq_id] for seq_id in sampled]
         )
         if None in output.token_ids:
-            self._clear_failed(plan, passing, output)
+            self._clear_failed(plan, passing.prefills, output)
+        return output
+
+    def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> StepOutput:
+        """A decode step of one rank as one captured graph."""
+        self._note_chosen(plan.decodes)
+        new = decode_tokens(
+            plan.decodes, self._tables, self.groups.sp, block_size=self.pool.block_size
+        )
+        rows = new.visible(self._tables, self.config.sliding_window)
+        logits_RV = graphs.logits(new.tokens, new.positions, new.slots, *rows)
+        ends = [item.position + 1 for item in plan.decodes]
+        output = self._sample(logits_RV, new.items_by_rank, plan.sampled, ends)
+        if None in output.token_ids:
+            self._clear_failed(plan, [], output)
         return output
 
     def _prefill_input(self, items: list[PrefillItem]) -> StepInput:
@@ -199,11 +220,14 @@ class Executor:
             items, self._tables, self.pool, self.groups.sp, self.prefill, device=self.device
         )
 
-    def _decode_input(self, items: list[DecodeItem]) -> StepInput:
+    def _note_chosen(self, items: list[DecodeItem]) -> None:
         for item in items:
             penalties = self._sampling[item.seq_id].penalties
             if penalties is not None:
                 penalties.append(item.token_id)
+
+    def _decode_input(self, items: list[DecodeItem]) -> StepInput:
+        self._note_chosen(items)
         return decode_input(
             items,
             self._tables,
@@ -215,10 +239,12 @@ class Executor:
             sparse_tables=self._sparse_tables,
         )
 
-    def _clear_failed(self, plan: StepPlan, passing: _Pass, output: StepOutput) -> None:
+    def _clear_failed(
+        self, plan: StepPlan, prefills: list[PrefillItem], output: StepOutput
+    ) -> None:
         """NaN of a failed sequence must not reach whoever gets its blocks next: masked slots are multiplied by zero.
         Blocks that it shares, or that gave finite logits before, have none and may be in use."""
-        first_own = {item.seq_id: item.num_shared_tokens for item in passing.prefills}
+        first_own = {item.seq_id: item.num_shared_tokens for item in prefills}
         first_own |= {item.seq_id: item.position for item in plan.decodes}
         for seq_id, token_id in zip(plan.sampled, output.token_ids, strict=True):
             if token_id is None:
@@ -237,10 +263,14 @@ class Executor:
         return _Sampling(item.params, item.seed, item.num_prompt_tokens, penalties)
 
     def _sample(
-        self, logits_RV: Tensor, step: StepInput, seq_ids: list[int], next_positions: list[int]
+        self,
+        logits_RV: Tensor,
+        items_by_rank: list[list[int]],
+        seq_ids: list[int],
+        next_positions: list[int],
     ) -> StepOutput:
         """Sample this rank's rows, then give every rank all tokens."""
-        mine = step.items_by_rank[self.groups.sp.rank]
+        mine = items_by_rank[self.groups.sp.rank]
         states = [self._sampling[seq_ids[index]] for index in mine]
         positions = [next_positions[index] for index in mine]
         token_ids, logprobs = sample(
@@ -254,9 +284,7 @@ class Executor:
         if self.groups.sp.size == 1:
             return StepOutput(token_ids, logprobs)
         wanted = [self._sampling[seq_id].params.logprobs for seq_id in seq_ids]
-        return exchange_tokens(
-            StepOutput(token_ids, logprobs), step.items_by_rank, wanted, self.groups
-        )
+        return exchange_tokens(StepOutput(token_ids, logprobs), items_by_rank, wanted, self.groups)
 
     def _banned(self, state: _Sampling, position: int) -> tuple[int, ...]:
         """Tokens that would end the sequence before `min_tokens`."""

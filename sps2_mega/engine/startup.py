@@ -19,6 +19,7 @@ from sps2_mega.comm.lifeline import Lifeline
 from sps2_mega.comm.noticeboard import tell_rank_zero
 from sps2_mega.config import EngineConfig, ModelConfig
 from sps2_mega.engine.cache_setup import allocate_cache, rank_memory
+from sps2_mega.engine.decode_graphs import make_decode_graphs
 from sps2_mega.engine.disaggregated.side_config import side_config
 from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.load_progress import LoadProgress
@@ -169,6 +170,7 @@ def start_rank(
             transport=transport, sparse=sparse, planner=planner, pipeline=pipeline
         ),
         sparse_decode=config.decode_attention == "csa",
+        graphs=make_decode_graphs(config, gpt, cache.pool, groups, compute.device),
         dtype=compute.dtype,
         device=compute.device,
     )

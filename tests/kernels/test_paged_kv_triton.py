@@ -27,6 +27,17 @@ def test_tokens_land_in_their_slots(tokens, block_size, kv_heads, width, dtype, 
     assert torch.equal(v_cache, v_expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_token_with_a_negative_slot_is_written_nowhere(device):
+    new = torch.randn(3, 2, 16, device=device)
+    k_cache, v_cache = torch.full((2, 2, 4, 2, 16), 7.0, device=device)
+    kernels.append(k_cache, v_cache, new, new, torch.tensor([-1, 5, -1], device=device))
+    for cache in (k_cache, v_cache):
+        slots = cache.flatten(0, 1)
+        assert torch.equal(slots[5], new[1])
+        assert (slots[:5] == 7.0).all() and (slots[6:] == 7.0).all()
+
+
 def test_tokens_unlike_the_cache_are_refused():
     cache, new = torch.zeros(2, 4, 2, 8), torch.zeros(3, 2, 8)
     slots = torch.arange(3)

@@ -67,20 +67,30 @@ def paged_decode(
     return sdpa.paged_decode(q_BNH, k_cache, v_cache, rows, scale=scale)
 
 
+def range_stride(rows: int) -> int:
+    """Entries of the starts, and of the ends, in a packed table: padded to whole 16 bytes, since the kernel is compiled
+    once more for each alignment that it meets."""
+    return -(-rows // 4) * 4
+
+
+def table_rows(packed: Tensor, rows: int, columns: int) -> TableRows:
+    """Views of a packed table (int32): starts, ends, then the block table [rows, columns]."""
+    stride = range_stride(rows)
+    return TableRows(
+        block_table_BM=packed[2 * stride :].view(rows, columns),
+        starts_B=packed[:rows],
+        ends_B=packed[stride : stride + rows],
+    )
+
+
 def _table_rows(
     block_table_BM: np.ndarray, starts_B: np.ndarray, ends_B: np.ndarray, device: torch.device
 ) -> TableRows:
-    """One copy to the device instead of three. The ranges are padded to whole 16 bytes: the kernel is
-    compiled once more for each alignment that it meets."""
+    """One copy to the device instead of three."""
     rows, columns = block_table_BM.shape
-    padded = np.zeros((2, -(-rows // 4) * 4), dtype=np.int32)
+    padded = np.zeros((2, range_stride(rows)), dtype=np.int32)
     padded[:, :rows] = starts_B, ends_B
     packed = np.concatenate(
         [padded.ravel(), block_table_BM.ravel()], dtype=np.int32, casting="same_kind"
     )
-    moved = torch.from_numpy(packed).to(device)
-    return TableRows(
-        block_table_BM=moved[padded.size :].view(rows, columns),
-        starts_B=moved[:rows],
-        ends_B=moved[padded.shape[1] : padded.shape[1] + rows],
-    )
+    return table_rows(torch.from_numpy(packed).to(device), rows, columns)

@@ -13,7 +13,7 @@ _LONGEST_TILE = 4096  # elements of a token moved at a time
 
 
 def append(k_cache: Tensor, v_cache: Tensor, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor) -> None:
-    """Same contract as `reference.append`.
+    """Same contract as `reference.append`; a token with a negative slot is written nowhere.
 
     Raises:
         ValueError: another type or shape of a token than the cache has.
@@ -83,7 +83,7 @@ def _append_kernel(
     v_to = v_cache + block * v_cache_stride_block + offset * v_cache_stride_slot
     for begin in range(0, ELEMENTS, TILE):
         element = begin + tl.arange(0, TILE)
-        inside = element < ELEMENTS
+        inside = (element < ELEMENTS) & (slot >= 0)
         head, h = element // WIDTH, element % WIDTH
         new_k = tl.load(k + token * k_stride_t + head * k_stride_k + h * k_stride_h, mask=inside)
         new_v = tl.load(v + token * v_stride_t + head * v_stride_k + h * v_stride_h, mask=inside)
