@@ -17,6 +17,7 @@ import torch
 from sps2_mega.checkpoint.canonical import num_parameters
 from sps2_mega.checkpoint.resolve import resolve_model
 from sps2_mega.config import ModelConfig
+from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.startup import StartedRank
 from tools.bench import device_time
 from tools.bench.gpu.bounds import decode_bytes, spread
@@ -40,8 +41,12 @@ def run(part: Part) -> None:
     shapes = [[context] * batch for batch, context in sizes.decode] + [spread(*sizes.mixed)]
     wanted = max(num_blocks(contexts, steps, _BLOCK) for contexts in shapes)
     blocks = min(wanted, _room(part, model))
-    config = config_of(part, num_blocks=blocks, max_model_len=max(map(max, shapes)) + steps)
+    longest = max(map(max, shapes)) + steps
+    config = config_of(part, num_blocks=blocks, max_model_len=longest, graphs=True)
     with started(config) as rank:
+        executors = {False: rank.executor.with_attention(rank.transport, None)}
+        if part.on_cuda:
+            executors[True] = rank.executor
         fill_cache(rank, model.num_layers)
         bandwidth = device_time.copy_bandwidth(part.device, sizes.copied_bytes, sizes.repeats)
         for contexts in shapes:
@@ -53,14 +58,19 @@ def run(part: Part) -> None:
                 "context": [min(fitting), max(fitting)] if mixed else fitting[0],
                 "tokens": sum(fitting),
             }
-            work = partial(_timed, part, rank, fitting, bandwidth)
-            part.case(what, work, seconds=5.0 if part.on_cuda else 0.0)
+            for graphs, executor in executors.items():
+                work = partial(_timed, part, rank, executor, fitting, bandwidth)
+                part.case(what | {"graphs": graphs}, work, seconds=5.0 if part.on_cuda else 0.0)
 
 
 def _timed(
-    part: Part, rank: StartedRank, contexts: Sequence[int], bandwidth: float
+    part: Part,
+    rank: StartedRank,
+    executor: Executor,
+    contexts: Sequence[int],
+    bandwidth: float,
 ) -> dict[str, Any]:
-    running = RunningSequences(rank, contexts, steps=part.sizes.decode_steps + _WARM_UP)
+    running = RunningSequences(rank, executor, contexts)
     try:
         samples = []
         for _ in range(part.sizes.decode_steps + _WARM_UP):
@@ -79,7 +89,7 @@ def _timed(
         "bound_seconds": bound,
         "share_of_bound": bound / seconds,
         "kernel_seconds": on_device,
-        "kernels": None if on_device is None else bound / on_device,
+        "kernel_share_of_bound": None if on_device is None else bound / on_device,
     }
 
 

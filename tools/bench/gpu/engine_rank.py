@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sps2_mega.config import CacheConfig, EngineConfig, SchedulerConfig
+from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.startup import StartedRank, start_rank
 from sps2_mega.mcore.init import finalize
 from sps2_mega.parallel.launcher import from_environment
@@ -22,7 +23,10 @@ from tools.bench.gpu.part import Part
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
-def config_of(part: Part, *, num_blocks: int | None, max_model_len: int) -> EngineConfig:
+def config_of(
+    part: Part, *, num_blocks: int | None, max_model_len: int, graphs: bool = False
+) -> EngineConfig:
+    """`graphs`: decode steps are captured, where there is a GPU."""
     return EngineConfig(
         model=part.sizes.model,
         load_format="dummy",
@@ -30,6 +34,7 @@ def config_of(part: Part, *, num_blocks: int | None, max_model_len: int) -> Engi
         device=part.device.type,  # type: ignore[arg-type]
         cache=CacheConfig(num_blocks=num_blocks),
         scheduler=SchedulerConfig(max_running=128),
+        cuda_graphs="auto" if graphs else "off",
         max_model_len=max_model_len,
     )
 
@@ -56,14 +61,15 @@ def prompt_plan(rank: StartedRank, seq_id: int, tokens: int) -> StepPlan:
 
 class RunningSequences:
     """Sequences that decode on one rank, all in one batch; sequence i has `contexts[i]` tokens in the cache at first.
-    The cache must have room for `num_blocks(contexts, steps, block_size)` blocks."""
+    The cache must have room for `num_blocks(contexts, steps, block_size)` blocks. `executor` is the rank's, or another
+    one on its weights and cache."""
 
-    def __init__(self, rank: StartedRank, contexts: Sequence[int], *, steps: int) -> None:
-        self._rank, self._contexts, self._step = rank, list(contexts), 0
-        size = rank.executor.pool.block_size
+    def __init__(self, rank: StartedRank, executor: Executor, contexts: Sequence[int]) -> None:
+        self._executor, self._contexts, self._step = executor, list(contexts), 0
+        size = executor.pool.block_size
         first = 0
         for seq_id, context in enumerate(contexts):
-            rank.executor.enter(_item(rank, seq_id, [1] * context, first_block=first))
+            executor.enter(_item(rank, seq_id, [1] * context, first_block=first))
             first += -(-context // size)
         # Blocks that the sequences open while they decode come after those of their contexts.
         self._next_block = first
@@ -71,7 +77,7 @@ class RunningSequences:
 
     def step(self) -> None:
         """One decode step of all sequences; ends when the tokens are on the host."""
-        size = self._rank.executor.pool.block_size
+        size = self._executor.pool.block_size
         items = []
         for seq_id, context in enumerate(self._contexts):
             position, new_block = context + self._step, None
@@ -81,12 +87,12 @@ class RunningSequences:
             items.append(DecodeItem(seq_id, self._token_ids[seq_id], position, new_block))
         self._step += 1
         plan = StepPlan(self._step, ForwardMode.DECODE, [], items, [])
-        output = self._rank.executor.execute(plan)
+        output = self._executor.execute(plan)
         assert None not in output.token_ids, "random weights gave no finite logits"
         self._token_ids = [token for token in output.token_ids if token is not None]
 
     def leave(self) -> None:
-        self._rank.executor.forget(range(len(self._contexts)))
+        self._executor.forget(range(len(self._contexts)))
 
 
 def num_blocks(contexts: Sequence[int], steps: int, block_size: int) -> int:

@@ -24,7 +24,17 @@ def lines(rows: Rows) -> list[str]:
 
 def _line(row: dict[str, Any], rows: Rows, rate: float | None) -> str:
     what = row["case"]
-    for key in ("by", "transport", "degrees", "batch", "context", "prompt", "tokens", "sampling"):
+    for key in (
+        "by",
+        "transport",
+        "degrees",
+        "batch",
+        "context",
+        "prompt",
+        "tokens",
+        "sampling",
+        "graphs",
+    ):
         if key in row:
             value = row[key]
             what += f" {key}={','.join(map(str, value)) if isinstance(value, list) else value}"
@@ -90,6 +100,7 @@ def plot(rows: Rows, path: Path) -> None:
     decode = [r for r in rows if r["case"].startswith("decode") and "share_of_bound" in r]
     names = [
         f"batch {r['batch']} x {r['context'] if isinstance(r['context'], int) else 'mixed'}"
+        + (" graphs" if r.get("graphs") else "")
         for r in decode
     ]
     bars = right.barh(names, [r["share_of_bound"] for r in decode])

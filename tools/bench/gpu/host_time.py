@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 
 from sps2_mega.engine import executor as executor_module
+from sps2_mega.engine.decode_graphs import DecodeGraphs
 from sps2_mega.engine.engine import Engine
 from sps2_mega.engine.scheduler import Scheduler
 from sps2_mega.mcore.gpt import GPT
@@ -29,10 +30,20 @@ from sps2_mega.types import SamplingParams
 from tools.bench.gpu.engine_rank import config_of
 from tools.bench.gpu.part import Part
 
+_SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": dict(temperature=0.0),
+    "top-p": dict(top_p=0.9, seed=1),
+}
 _PIECES = {
     "plan": [(Scheduler, "plan")],
     "inputs": [(executor_module, "decode_input")],
-    "launch": [(GPT, "begin"), (GPT, "advance"), (GPT, "finish"), (GPT, "logits")],
+    "launch": [
+        (DecodeGraphs, "logits"),
+        (GPT, "begin"),
+        (GPT, "advance"),
+        (GPT, "finish"),
+        (GPT, "logits"),
+    ],
     "sample": [(executor_module, "sample")],
     "commit": [(Scheduler, "commit")],
 }
@@ -41,18 +52,17 @@ _PIECES = {
 def run(part: Part) -> None:
     sizes = part.sizes
     longest = sizes.host_prompt + 3 * sizes.host_steps
-    config = config_of(
-        part, num_blocks=sizes.host_batch * (-(-longest // 16) + 1), max_model_len=longest
-    )
-    engine = Engine.start(config)
-    try:
-        for name, params in (("greedy", dict(temperature=0.0)), ("top-p", dict(top_p=0.9, seed=1))):
-            part.case(
-                {"case": "host", "sampling": name, "batch": sizes.host_batch},
-                partial(_timed, part, engine, params),
-            )
-    finally:
-        engine.shutdown()
+    blocks = sizes.host_batch * (-(-longest // 16) + 1)
+    for graphs in (False, True) if part.on_cuda else (False,):
+        engine = Engine.start(
+            config_of(part, num_blocks=blocks, max_model_len=longest, graphs=graphs)
+        )
+        try:
+            for name, params in _SAMPLINGS.items():
+                what = {"case": "host", "sampling": name, "batch": sizes.host_batch}
+                part.case(what | {"graphs": graphs}, partial(_timed, part, engine, params))
+        finally:
+            engine.shutdown()
 
 
 def _timed(part: Part, engine: Engine, params: dict[str, Any]) -> dict[str, Any]:
