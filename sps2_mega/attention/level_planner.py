@@ -1,7 +1,9 @@
 """Which transport each SP level takes in a sparse prefill step: seconds from visible rows and pairs, then the least.
 
-    seconds per layer = latencies + communication + attention of the busiest rank, its copies included;
-                        latencies + the larger of the two where they overlap
+    seconds per layer = latencies + communication + attention of the busiest rank, its copies included
+    with overlap        latencies + the longer of the two, and 1/M of the shorter
+
+M is the number of parts into which the exchanges are cut; each part has latencies of its own.
 
 As `planner`, a pure function of the step and of what was measured, so that all ranks choose alike. What is visible is
 counted from the pattern itself, in one layer: the others differ by a rotation.
@@ -94,26 +96,28 @@ def choose_levels(
     num_kv_heads: int,
     head_dim: int,
     itemsize: int,
-    overlap: bool,
+    parts: int | None,
 ) -> LevelChoice:
-    """The fastest combination; among equals the one with `gather` innermost. Heads are those of one TP rank."""
+    """The fastest combination; among equals the one with `gather` innermost. Heads are those of one TP rank; `parts` is
+    how often exchanges are cut (`leveled.num_kv_parts`), None where nothing overlaps."""
     heads = _Heads(num_heads, num_kv_heads, head_dim * itemsize)
     latency_s = max(link.latency_s for link in machine.links)
-    parts: dict[tuple[str, ...], tuple[float, float]] = {}
+    costs: dict[tuple[str, ...], tuple[float, float]] = {}
     for names in itertools.product(CANDIDATES, repeat=len(machine.sp_levels)):
         moved, pairs = _spread(visible, names, group_sizes_of(machine.sp_levels), heads)
         busy_s = [
             count * 4 * head_dim / machine.flops_per_s + copied * machine.copy_s
             for count, copied in zip(pairs, _copied(moved, itemsize, machine), strict=True)
         ]
-        parts[names] = link_seconds(moved, machine), max(busy_s)
+        costs[names] = link_seconds(moved, machine), max(busy_s)
     seconds = {
-        names: sum(_MESSAGES[name] for name in names) * latency_s
-        + (max(both) if overlap else sum(both))
-        for names, both in parts.items()
+        names: sum(_MESSAGES[name] for name in names) * (parts or 1) * latency_s
+        + max(both)
+        + min(both) / (parts or 1)
+        for names, both in costs.items()
     }
     best = min(seconds, key=seconds.__getitem__)
-    comm_s, compute_s = parts[best]
+    comm_s, compute_s = costs[best]
     reason = (
         f"{_ms(seconds[best])} per layer (communication {_ms(comm_s)}, attention {_ms(compute_s)})"
     )

@@ -20,7 +20,13 @@ from sps2_mega.attention.partial_sum import PartialSum
 from sps2_mega.attention.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
 from sps2_mega.attention.pipeline.order import stage_order
-from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, num_micro_batches
+from sps2_mega.attention.pipeline.settings import (
+    CPU_PART,
+    CUDA_PART,
+    PipelineSettings,
+    SmallestPart,
+    num_micro_batches,
+)
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.work_plan import RowPlan, WorkPlan, WorkPlanner
 from sps2_mega.attention.works import Work, prefill_works
@@ -93,24 +99,14 @@ class Leveled:
             rank=self._group.rank,
             device=self._device,
         )
-        # Of all ranks together, so that all cut alike.
-        queries, keys = self._layout.queries, self._layout.keys
-        pairs = sum(
-            (last - first) * (last + first) // 2
-            for first, last in zip(queries.first, queries.last, strict=True)
-        )
-        degree = min(pattern.degrees[-1] for pattern in self._patterns)
-        size = self._group.size
-        parts = num_micro_batches(
+        parts = num_kv_parts(
+            self._layout,
+            self._patterns,
             self._pipeline.settings,
-            num_bytes=2
-            * sum(keys.counts)
-            * len(self._kv_heads)
-            * width
-            * q_TNH.itemsize
-            * (size - 1)
-            // (size * degree),
-            flops=4 * pairs * num_heads * width // (size * degree),
+            num_heads=num_heads,
+            num_kv_heads=len(self._kv_heads),
+            row_bytes=width * q_TNH.itemsize,
+            head_dim=width,
             smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
         )
         works = prefill_works(
@@ -129,6 +125,35 @@ class Leveled:
         if key not in self._plans:
             self._plans[key] = self._planner.plan(*key)
         return self._plans[key]
+
+
+def num_kv_parts(
+    layout: PrefillLayout,
+    patterns: Sequence[CSAPattern],
+    settings: PipelineSettings,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    row_bytes: int,
+    head_dim: int,
+    smallest: SmallestPart,
+) -> int:
+    """Into how many parts, by KV heads, the exchanges of a step are cut. From all ranks together, so that all cut alike;
+    `row_bytes` are those of one head of one token."""
+    queries, keys = layout.queries, layout.keys
+    pairs = sum(
+        (last - first) * (last + first) // 2
+        for first, last in zip(queries.first, queries.last, strict=True)
+    )
+    size = len(keys.counts)
+    shares = size * min(pattern.degrees[-1] for pattern in patterns)
+    wanted = num_micro_batches(
+        settings,
+        num_bytes=2 * sum(keys.counts) * num_kv_heads * row_bytes * (size - 1) // shares,
+        flops=4 * pairs * num_heads * head_dim // shares,
+        smallest=smallest,
+    )
+    return min(wanted, num_kv_heads)
 
 
 class _LayerRun:

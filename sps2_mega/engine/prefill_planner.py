@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from sps2_mega.attention.layout import PrefillLayout
 from sps2_mega.attention.level_planner import choose_levels, visible_between
+from sps2_mega.attention.leveled import num_kv_parts
 from sps2_mega.attention.pattern import CSAPattern, tail_starts
+from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, PipelineSettings
 from sps2_mega.attention.planner import choose
 from sps2_mega.attention.step_shape import step_shape
 from sps2_mega.parallel.machine import Machine
@@ -59,6 +61,16 @@ class PrefillPlanner:
         kv_heads: range,
     ) -> tuple[str, ...]:
         """The transport of each SP level in a sparse step."""
+        parts = num_kv_parts(
+            layout,
+            patterns,
+            PipelineSettings(),
+            num_heads=self.num_heads,
+            num_kv_heads=len(kv_heads),
+            row_bytes=self.head_dim * self.itemsize,
+            head_dim=self.head_dim,
+            smallest=CPU_PART if self.machine.on_cpu else CUDA_PART,
+        )
         chosen = choose_levels(
             visible_between(layout, patterns, tail_starts(patterns, prompt_lens), kv_heads),
             self.machine,
@@ -66,7 +78,7 @@ class PrefillPlanner:
             num_kv_heads=len(kv_heads),
             head_dim=self.head_dim,
             itemsize=self.itemsize,
-            overlap=self.overlap,
+            parts=parts if self.overlap else None,
         )
         self._log(layout, ",".join(chosen.transports), chosen.reason)
         return chosen.transports

@@ -163,7 +163,7 @@ def sparse_cost(
     visible = visible_between(layout, [pattern], [length], range(num_kv_heads))
 
     def seconds(fake: Machine) -> dict[tuple[str, ...], float]:
-        chosen = choose_levels(visible, fake, itemsize=itemsize, overlap=False, **heads)
+        chosen = choose_levels(visible, fake, itemsize=itemsize, parts=None, **heads)
         return chosen.seconds
 
     # One thing at a time: bytes, arithmetic, copies, messages.

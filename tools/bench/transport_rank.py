@@ -22,10 +22,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sps2_mega.attention.layout import PrefillLayout, build_layout
 from sps2_mega.attention.level_planner import CANDIDATES, choose_levels, visible_between
-from sps2_mega.attention.leveled import Leveled
+from sps2_mega.attention.leveled import Leveled, num_kv_parts
 from sps2_mega.attention.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.pipeline.executor import Pipeline
-from sps2_mega.attention.pipeline.settings import PipelineSettings
+from sps2_mega.attention.pipeline.settings import CPU_PART, PipelineSettings
 from sps2_mega.attention.planner import choose
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.step_shape import step_shape
@@ -146,7 +146,16 @@ def _sparse(
         num_kv_heads=shape.kv_heads,
         head_dim=shape.width,
         itemsize=4,
-        overlap=True,
+        parts=num_kv_parts(
+            layout,
+            [pattern],
+            pipeline.settings,
+            num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            row_bytes=4 * shape.width,
+            head_dim=shape.width,
+            smallest=CPU_PART,
+        ),
     )
     planned = ",".join(chosen.transports)
     return {

@@ -47,7 +47,7 @@ def test_what_is_visible_between_ranks_is_counted_from_the_definition(pattern):
         assert pair.query_rows >= len(queries[between])
 
 
-def choose(visible, bandwidth, *, flops=1e11, overlap=True, levels=(4,), num_heads=12):
+def choose(visible, bandwidth, *, flops=1e11, parts=8, levels=(4,), num_heads=12):
     machine = Machine(
         sp_levels=levels,
         links=tuple(Link(latency_s=1e-6, bytes_per_s=b) for b in bandwidth),
@@ -60,7 +60,7 @@ def choose(visible, bandwidth, *, flops=1e11, overlap=True, levels=(4,), num_hea
         num_kv_heads=3,
         head_dim=64,
         itemsize=2,
-        overlap=overlap,
+        parts=parts,
     )
 
 
@@ -101,9 +101,20 @@ def test_levels_are_chosen_for_their_own_links():
 
 def test_without_overlap_communication_adds_up():
     visible = whole_prompt(csa())
-    hidden, added = (choose(visible, [1e8], overlap=overlap) for overlap in (True, False))
+    hidden, added = (choose(visible, [1e8], parts=parts) for parts in (8, None))
     assert all(hidden.seconds[names] < added.seconds[names] for names in hidden.seconds)
 
 
 def test_nothing_visible_costs_latency_only():
-    assert max(choose({}, [1e9]).seconds.values()) < 1e-5
+    assert max(choose({}, [1e9]).seconds.values()) < 1e-4
+
+
+def test_parts_hide_the_shorter_of_the_two_and_pay_latencies():
+    visible = whole_prompt(csa(degrees=(1, 4), spans=(1000,)))
+    apart, whole, cut = (
+        choose(visible, [1e9], parts=parts).seconds["gather",] for parts in (None, 1, 4)
+    )
+    assert apart == pytest.approx(whole)
+    assert whole / 2 < cut < whole
+    # A millionth part of the shorter one, and a second of latencies.
+    assert choose(visible, [1e9], parts=10**6).seconds["gather",] == pytest.approx(1.0, rel=0.1)
