@@ -16,6 +16,7 @@ OUTPUT ?= out/answers.jsonl
 TP ?= 1
 SP ?= 2
 PORT ?= 8000
+JOBS ?= 2
 ARGS ?=
 DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
@@ -47,8 +48,9 @@ serve: setup ## OpenAI-compatible server of the bundled model on SP=2 ranks, at 
 		--master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') \
 		launch/serve.py --model $(MODEL) --tp $(TP) --sp $(SP) --port $(PORT) $(ARGS)
 
-test: setup ## the whole CPU test suite, ranks on gloo
-	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 $(ARGS)
+# Files go to JOBS processes, each with ranks of its own; JOBS=0 runs all in one, which is easier to follow.
+test: setup ## the whole CPU test suite, ranks on gloo, JOBS=2 test files at a time
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(JOBS) --dist loadfile $(ARGS)
 
 test-fast: setup ## tests without ranks
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_style.py tests/unit tests/kernels -m "not slow" $(ARGS)
