@@ -133,9 +133,7 @@ def swept(combination: Combination) -> dict[str, Any]:
     grid = everything(plan.settings(place, exact=False), place)
     if chosen not in grid:
         grid.append(chosen)
-    found = sorted(
-        (plan.tried(system, place, coming, limits) for system in grid), key=lambda each: each.rank
-    )
+    found = plan.in_order([plan.tried(system, place, coming, limits) for system in grid])
     ours = next(each for each in found if each.system == chosen)
     best = found[0]
     goodput = max(each.figures["goodput"] for each in found)

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,8 @@ def on_emulated_nodes(args: argparse.Namespace) -> str:
     from tools.bench.calibrate_terms import Terms
 
     rates = parse_rates(args.rates.split(","))
+    # So that namespaces are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.nodes < 2:
         raise ClusterError(f"--nodes must be at least 2, got {args.nodes}")
     found: dict[str, dict[str, Any]] = {}

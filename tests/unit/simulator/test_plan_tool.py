@@ -29,8 +29,12 @@ def test_plans_are_ordered_by_goodput_and_then_by_response(trace):
         ["--model", "llama-3-8b", "--gpu", "h100", "--trace", trace, "--quiet", "--exact"]
     )
     found = plan.plans(args)
-    ranks = [entry.rank for entry in found]
-    assert ranks == sorted(ranks) and len(found) > 10
+    assert found == plan.in_order(found) and len(found) > 10
+    refused, goodput = (found[0].figures[key] for key in ("refused", "goodput"))
+    near = [f for f in found if f.figures["goodput"] > 0.996 * goodput]
+    assert all(refused <= entry.figures["refused"] for entry in found)
+    responses = [entry.figures["response_s"]["mean"] for entry in near]
+    assert responses == sorted(responses)
     assert all(entry.system.csa.exact for entry in found)
     assert {"sarathi", "sps2", "sps2-yield", "sps2-split"} == {entry.system.name for entry in found}
     assert {entry.system.num_gpus for entry in found} == {8}
