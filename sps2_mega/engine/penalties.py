@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sps2_mega.engine.uploads import upload
 from sps2_mega.types import SamplingParams
 
 
@@ -50,7 +51,7 @@ def penalise(
     counts = torch.stack([state.output_counts for state in states])
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=logits_BV.dtype, device=logits_BV.device)[:, None]
+        return upload(values, logits_BV.dtype, logits_BV.device)[:, None]
 
     factor = column([p.repetition_penalty for p in params])
     scaled = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sps2_mega.engine.penalties import PenaltyState, penalise
 from sps2_mega.engine.seeds import derive_seed, uniform
+from sps2_mega.engine.uploads import upload
 from sps2_mega.types import SamplingParams, TokenLogprob
 
 __all__ = ["PenaltyState", "derive_seed", "sample", "uniform"]
@@ -57,11 +58,13 @@ def sample(
         chosen_S = _choose(
             logits, best, rows, params, [uniform(seeds[i], positions[i]) for i in rows]
         )
-        token_ids_B[torch.tensor(rows, device=logits.device)] = chosen_S
+        token_ids_B[upload(rows, torch.int64, logits.device)] = chosen_S
     logprobs = _logprobs(logits_BV, params, token_ids_B)
-    token_ids: list[int | None] = token_ids_B.tolist()
+    # The only place of a step that waits for the device, hence once: float64 holds token ids exactly.
+    chosen, values = torch.stack([token_ids_B.double(), best.double()]).tolist()
+    token_ids: list[int | None] = [int(token_id) for token_id in chosen]
     # max() propagates NaN, and is infinite only where no entry is finite or one overflowed.
-    for row, value in enumerate(best.tolist()):
+    for row, value in enumerate(values):
         if not math.isfinite(value):
             token_ids[row] = logprobs[row] = None
     return token_ids, logprobs
@@ -83,10 +86,12 @@ def _adjusted(
         states = [histories[i] if histories is not None else None for i in rows]
         present = [state for state in states if state is not None]
         assert len(present) == len(rows), "a sequence with penalties needs its PenaltyState"
-        logits[rows] = penalise(logits[rows], [params[i] for i in rows], present)
+        index = upload(rows, torch.int64, logits.device)
+        logits[index] = penalise(logits[index], [params[i] for i in rows], present)
     if pairs:
         row_ids, token_ids = zip(*pairs, strict=True)
-        logits[list(row_ids), list(token_ids)] = -math.inf
+        places = tuple(upload(ids, torch.int64, logits.device) for ids in (row_ids, token_ids))
+        logits[places] = -math.inf
     return logits
 
 
@@ -101,14 +106,14 @@ def _choose(
     device = logits_BV.device
     chosen_params = [params[i] for i in rows]
     if len(rows) < len(params):
-        index = torch.tensor(rows, device=device)
+        index = upload(rows, torch.int64, device)
         logits_BV, best_B = logits_BV[index], best_B[index]
-    temperature = torch.tensor([p.temperature for p in chosen_params], device=device)
+    temperature = upload([p.temperature for p in chosen_params], torch.float32, device)
     # Weights relative to the most likely token, which has exactly 1: no overflow at any temperature.
     weights_SV = ((logits_BV - best_B[:, None]) / temperature[:, None]).exp_()
     weights_SV = _filtered(weights_SV, chosen_params)
     cumulative_SV = weights_SV.cumsum(dim=-1, dtype=torch.float64)
-    target_S = torch.tensor(uniforms, dtype=torch.float64, device=device) * cumulative_SV[:, -1]
+    target_S = upload(uniforms, torch.float64, device) * cumulative_SV[:, -1]
     # The first entry above the target. Uniform numbers end at 1 - 2**-53, so the product stays below the
     # total, and an entry of weight zero is never the first above anything. NaN rows are reported later.
     ids_S = torch.searchsorted(cumulative_SV, target_S[:, None], right=True).squeeze(-1)
@@ -122,15 +127,12 @@ def _filtered(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if min(top_k) < vocab_size:
         weights_SV = _keep(weights_SV, _top_k_floor(weights_SV, top_k))
     if any(p.top_p < 1.0 for p in params):
-        top_p = torch.tensor(
-            [p.top_p for p in params], dtype=torch.float64, device=weights_SV.device
-        )
+        top_p = upload([p.top_p for p in params], torch.float64, weights_SV.device)
         weights_SV = _keep(weights_SV, _top_p_floor(weights_SV, top_p))
     if any(p.min_p > 0.0 for p in params):
         # The largest weight is 1, so min_p is a floor as it stands.
-        weights_SV = _keep(
-            weights_SV, torch.tensor([p.min_p for p in params], device=weights_SV.device)
-        )
+        floor_S = upload([p.min_p for p in params], torch.float32, weights_SV.device)
+        weights_SV = _keep(weights_SV, floor_S)
     return weights_SV
 
 
@@ -143,9 +145,9 @@ def _top_k_floor(weights_SV: Tensor, top_k: list[int]) -> Tensor:
     vocab_size = weights_SV.shape[-1]
     limits = [k if k < vocab_size else 0 for k in top_k]
     largest = weights_SV.topk(max(limits)).values
-    last = torch.tensor([max(k, 1) - 1 for k in limits], device=weights_SV.device)
+    last = upload([max(k, 1) - 1 for k in limits], torch.int64, weights_SV.device)
     floor_S = largest.gather(-1, last[:, None]).squeeze(-1)
-    return torch.where(torch.tensor(limits, device=weights_SV.device) > 0, floor_S, 0.0)
+    return torch.where(upload(limits, torch.int64, weights_SV.device) > 0, floor_S, 0.0)
 
 
 def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def _logprobs(
     wanted = [(i, p.logprobs) for i, p in enumerate(params) if p.logprobs is not None]
     if not wanted:
         return results
-    index = torch.tensor([i for i, _ in wanted], device=logits_BV.device)
+    index = upload([i for i, _ in wanted], torch.int64, logits_BV.device)
     logprobs_LV = logits_BV[index].log_softmax(dim=-1)
     ids_L = token_ids_B[index]
     chosen = logprobs_LV.gather(-1, ids_L[:, None]).squeeze(-1).tolist()
