@@ -69,8 +69,8 @@ has_cuda() {
 # Quick ones first, so that an early stop says most: kernels in one process, then what starts ranks.
 gpu_tests() {
     "$PYTHON" -m pytest -q -m gpu --maxfail=20 --tb=short tests/kernels || code=1
-    "$PYTHON" -m pytest -q -m gpu --maxfail=5 --tb=short tests/unit tests/dist tests/e2e \
-        --deselect tests/dist/test_two_ranks_one_gpu.py || code=1
+    "$PYTHON" -m pytest -q -m gpu --maxfail=10 --tb=short --continue-on-collection-errors tests/unit/comm \
+        tests/unit/engine/test_uploads.py tests/dist --deselect tests/dist/test_two_ranks_one_gpu.py || code=1
     return ${code:-0}
 }
 
@@ -106,6 +106,7 @@ for name in "${steps[@]}"; do
         generate)
             if has_cuda; then
                 step generate 120 30 "$PYTHON" tools/bench/generate.py --dtype bfloat16 --save --name generate-gpu
+                [ "$results" = docs/results ] || cp docs/results/generate-gpu.* "$results/" || failed=1
             else
                 step generate 120 30 "$PYTHON" tools/bench/generate.py --requests 4 --new-tokens 8 --repeats 1
             fi ;;
