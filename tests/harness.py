@@ -61,14 +61,27 @@ def run_ranks(
 
 
 def default_group(timeout_s: float = 60) -> Any:
-    """In a rank: the gloo group of all ranks, initialised at first use and kept for later tests."""
+    """In a rank: the gloo group of all ranks, initialised at first use and kept for later tests, or until it is destroyed.
+
+    Ranks meet in a store that stays, under another name each time: a store of its own for each group would be
+    closed by one rank while another one, already at the next group, talks to it.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if not _meetings:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            _meetings.append(dist.TCPStore(address, port, world_size, rank == 0, timeout))
+        _meetings.append(dist.PrefixStore(f"group {len(_meetings)}", _meetings[0]))
+        dist.init_process_group(
+            "gloo", store=_meetings[-1], rank=rank, world_size=world_size, timeout=timeout
+        )
     return dist.group.WORLD
 
 
+_meetings: list[Any] = []  # in a rank: the store, then one part of it for each group
 _INSIDE_RANK = "SPS2_TEST_RANK"
 
 _pools: dict[int, RankPool] = {}  # least recently used first
