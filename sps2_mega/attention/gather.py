@@ -5,8 +5,6 @@ A micro-batch is one group of KV heads with all queries: what one group computes
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,8 @@ from sps2_mega.attention.layout import PrefillLayout
 from sps2_mega.attention.order import reorder, sequence_index
 from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
 from sps2_mega.attention.pipeline.order import stage_order
-from sps2_mega.attention.pipeline.parts import seen_keys
-from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, num_micro_batches
+from sps2_mega.attention.pipeline.parts import kv_head_groups
+from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.comm.exchange import Pending, post_all_gather
 from sps2_mega.kernels.attention.sdpa import attend_run
@@ -39,30 +37,24 @@ class Gather:
     def attend(
         self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
-        num_groups = self._num_head_groups(q_TNH, k_CKH, rule)
-        kv_heads = k_CKH.shape[1]
-        bounds = [kv_heads * g // num_groups for g in range(num_groups + 1)]
-        head_groups = [range(*pair) for pair in itertools.pairwise(bounds)]
+        head_groups = kv_head_groups(
+            self._pipeline.settings,
+            self._layout.queries,
+            moved_rows=2 * sum(self._layout.keys.counts) * k_CKH.shape[1],
+            num_heads=q_TNH.shape[1],
+            num_kv_heads=k_CKH.shape[1],
+            row_bytes=k_CKH.shape[2] * k_CKH.itemsize,
+            head_dim=k_CKH.shape[2],
+            window=rule.window,
+            smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
+        )
         work = _LayerWork(
             self._layout, self._index, head_groups, (q_TNH, k_CKH, v_CKH), rule, self._group
         )
         ahead = int(self._pipeline.settings.mode != "off")
-        stages = stage_order([("k", "v")] * num_groups, ahead=ahead, returns=False)
+        stages = stage_order([("k", "v")] * len(head_groups), ahead=ahead, returns=False)
         self._pipeline.run(stages, work, layer)
         return work.out_TNH
-
-    def _num_head_groups(self, q_TNH: Tensor, k_CKH: Tensor, rule: ScoreRule) -> int:
-        """From what all ranks know alike: the mean over ranks."""
-        size, (kv_heads, width) = self._group.size, k_CKH.shape[1:]
-        rows = 2 * sum(self._layout.keys.counts) * kv_heads * (size - 1) // size
-        pairs = seen_keys(self._layout.queries, window=rule.window)
-        wanted = num_micro_batches(
-            self._pipeline.settings,
-            num_bytes=rows * width * k_CKH.itemsize,
-            flops=4 * pairs * q_TNH.shape[1] * width // size,
-            smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
-        )
-        return min(wanted, kv_heads)
 
 
 class _LayerWork:

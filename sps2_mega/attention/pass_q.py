@@ -6,8 +6,6 @@ ranks: what one group computes hides the way of the next queries and of the last
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -15,8 +13,8 @@ from sps2_mega.attention.layout import PrefillLayout, Run
 from sps2_mega.attention.partials import merge_home, post_home
 from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
 from sps2_mega.attention.pipeline.order import stage_order
-from sps2_mega.attention.pipeline.parts import seen_keys
-from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, num_micro_batches
+from sps2_mega.attention.pipeline.parts import kv_head_groups
+from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.comm.exchange import Pending, post_all_gather
 from sps2_mega.kernels.attention.sdpa import attend, attend_run
@@ -57,35 +55,30 @@ class PassQ:
     def attend(
         self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: ScoreRule
     ) -> Tensor:
-        kv_heads = k_CKH.shape[1]
-        num_groups = self._num_head_groups(q_TNH, kv_heads, rule)
-        bounds = [kv_heads * g // num_groups for g in range(num_groups + 1)]
+        head_groups = kv_head_groups(
+            self._pipeline.settings,
+            self._layout.queries,
+            moved_rows=2 * sum(self._layout.queries.counts) * q_TNH.shape[1],
+            num_heads=q_TNH.shape[1],
+            num_kv_heads=k_CKH.shape[1],
+            row_bytes=q_TNH.shape[2] * q_TNH.itemsize,
+            head_dim=q_TNH.shape[2],
+            window=rule.window,
+            smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
+        )
         run = _LayerWork(
             self._work,
             self._layout.queries.counts,
-            [range(*pair) for pair in itertools.pairwise(bounds)],
+            head_groups,
             (q_TNH, k_CKH, v_CKH),
             rule,
             self._group,
             self._pipeline.back or self._group,
         )
         overlap = int(self._pipeline.settings.mode != "off")
-        stages = stage_order([("q",)] * num_groups, ahead=overlap, behind=overlap)
+        stages = stage_order([("q",)] * len(head_groups), ahead=overlap, behind=overlap)
         self._pipeline.run(stages, run, layer)
         return run.out_TNH
-
-    def _num_head_groups(self, q_TNH: Tensor, kv_heads: int, rule: ScoreRule) -> int:
-        """From what all ranks know alike: the mean over ranks."""
-        size, (heads, width) = self._group.size, q_TNH.shape[1:]
-        rows = 2 * sum(self._layout.queries.counts) * heads * (size - 1) // size
-        pairs = seen_keys(self._layout.queries, window=rule.window)
-        wanted = num_micro_batches(
-            self._pipeline.settings,
-            num_bytes=rows * width * q_TNH.itemsize,
-            flops=4 * pairs * heads * width // size,
-            smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
-        )
-        return min(wanted, kv_heads)
 
 
 class _LayerWork:

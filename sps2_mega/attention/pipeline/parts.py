@@ -15,6 +15,11 @@ import numpy as np
 
 from sps2_mega.attention.heads import group_heads, split_heads
 from sps2_mega.attention.layout import TokenLayout
+from sps2_mega.attention.pipeline.settings import (
+    PipelineSettings,
+    SmallestPart,
+    num_micro_batches,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,34 @@ def seen_keys(queries: TokenLayout, *, window: int | None = None) -> int:
     for first, last in zip(queries.first, queries.last, strict=True):
         pairs += _pairs_before(last, window) - _pairs_before(first, window)
     return pairs
+
+
+def kv_head_groups(
+    settings: PipelineSettings,
+    queries: TokenLayout,
+    *,
+    moved_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    row_bytes: int,
+    head_dim: int,
+    window: int | None,
+    smallest: SmallestPart,
+) -> list[range]:
+    """KV heads in groups of which each is a micro-batch, for transports that are cut by KV heads alone. From what all
+    ranks know alike, the mean over ranks; `moved_rows` are rows of one head that all ranks together give to others,
+    `row_bytes` what one of them takes."""
+    size = len(queries.counts)
+    wanted = num_micro_batches(
+        settings,
+        num_bytes=moved_rows * (size - 1) // size * row_bytes,
+        flops=4 * seen_keys(queries, window=window) * num_heads * head_dim // size,
+        smallest=smallest,
+    )
+    groups = min(wanted, num_kv_heads)
+    return [
+        range(num_kv_heads * g // groups, num_kv_heads * (g + 1) // groups) for g in range(groups)
+    ]
 
 
 def head_groups(
