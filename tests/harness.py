@@ -4,7 +4,7 @@ Importing Megatron costs seconds per process, so ranks are kept in pools: one po
 at first use, shared by all tests of the session, closed at its end. Use:
 
     def on_each_rank(rank, x):            # a module-level function of the test module
-        group = harness.default_group()   # gloo, once per process; or let the code under test initialise
+        group = harness.default_group()   # gloo; or let the code under test initialise
         ...
         return result
 
@@ -61,10 +61,11 @@ def run_ranks(
 
 
 def default_group(timeout_s: float = 60) -> Any:
-    """In a rank: the gloo group of all ranks, initialised at first use and kept for later tests, or until it is destroyed.
+    """In a rank: the gloo group of all ranks, initialised at first use in a call; a rank leaves all groups after it.
 
     Ranks meet in a store that stays, under another name each time: a store of its own for each group would be
-    closed by one rank while another one, already at the next group, talks to it.
+    closed by one rank while another one, already at the next group, talks to it. Its port is no other job's,
+    for the same reason: tests of the launcher choose MASTER_PORT themselves.
     """
     import torch.distributed as dist
 
@@ -72,7 +73,7 @@ def default_group(timeout_s: float = 60) -> Any:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         timeout = datetime.timedelta(seconds=timeout_s)
         if not _meetings:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            address, port = os.environ["MASTER_ADDR"], int(os.environ[_MEETING_PORT])
             _meetings.append(dist.TCPStore(address, port, world_size, rank == 0, timeout))
         _meetings.append(dist.PrefixStore(f"group {len(_meetings)}", _meetings[0]))
         dist.init_process_group(
@@ -83,6 +84,7 @@ def default_group(timeout_s: float = 60) -> Any:
 
 _meetings: list[Any] = []  # in a rank: the store, then one part of it for each group
 _INSIDE_RANK = "SPS2_TEST_RANK"
+_MEETING_PORT = "SPS2_TEST_MEETING_PORT"
 
 _pools: dict[int, RankPool] = {}  # least recently used first
 
@@ -128,8 +130,8 @@ class RankPool:
         header = _describe(fn, seed)
         payload = pickle.dumps((args, kwargs))
         if not self._ranks:
-            port = free_port()
-            self._ranks = [_Rank(r, self.world_size, port) for r in range(self.world_size)]
+            ports = free_port(), free_port()
+            self._ranks = [_Rank(r, self.world_size, ports) for r in range(self.world_size)]
         try:
             answers = self._collect(header, payload, timeout)
             failures = {r: value for r, (status, value) in answers.items() if status == "error"}
@@ -200,7 +202,7 @@ class RankPool:
 class _Rank:
     """One process of a pool and the parent's end of its pipe; its output goes to an unnamed file."""
 
-    def __init__(self, rank: int, world_size: int, port: int) -> None:
+    def __init__(self, rank: int, world_size: int, ports: tuple[int, int]) -> None:
         self.rank = rank
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the rank
         self._log_start = 0
@@ -214,7 +216,7 @@ class _Rank:
                     str(os.getpid()),
                     str(theirs.fileno()),
                 ],
-                env=rank_environment(rank, world_size, port),
+                env=rank_environment(rank, world_size, ports[0]) | {_MEETING_PORT: str(ports[1])},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,

@@ -2,7 +2,7 @@
 
 Runs as a script of its own process, started by `harness.RankPool`. It decides nothing about distribution:
 RANK, WORLD_SIZE and the others are already in the environment, and `torch.distributed` is initialised only
-if the called function does so. State (imports, process groups) stays from one call to the next.
+if the called function does so. Imports stay from one call to the next, process groups do not.
 """
 
 from __future__ import annotations
@@ -62,6 +62,18 @@ def call(rank: int, header: dict[str, Any], arguments: bytes) -> bytes:
         raise
     except BaseException as error:  # noqa: BLE001  SystemExit and pytest's Skipped and Failed are answers too
         return pickle.dumps(("error", (type(error).__name__, traceback.format_exc())))
+    finally:
+        leave_groups()
+
+
+def leave_groups() -> None:
+    """What one test left behind, or left when it failed, is not the next one's."""
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def find_function(header: dict[str, Any]) -> Callable[..., Any]:

@@ -120,8 +120,6 @@ def errors_on_rank(rank, sp, transport):
             )
             close = torch.allclose(outs[0], uncut[0], atol=1e-6 if dtype == torch.float32 else 2e-2)
             results[step, heads, str(dtype), window, name] = (difference, close, sent == uncut[1])
-    if sp > 1:
-        torch.distributed.destroy_process_group()  # later tests of these ranks start jobs of their own
     return results
 
 

@@ -117,9 +117,16 @@ def test_local_function_is_refused():
         harness.run_ranks(lambda rank: rank, 1)
 
 
-def test_default_group_lasts_over_calls():
-    assert harness.run_ranks(sum_of_ranks, 2) == [1.0, 1.0]
-    assert harness.run_ranks(sum_of_ranks, 2) == [1.0, 1.0]
+def has_group(rank: int) -> bool:
+    import torch
+
+    return torch.distributed.is_initialized()
+
+
+def test_each_call_finds_no_group_and_may_make_one():
+    for _ in range(3):
+        assert harness.run_ranks(sum_of_ranks, 2) == [1.0, 1.0]
+        assert harness.run_ranks(has_group, 2) == [False, False]
 
 
 def ranks_within_ranks(rank):
