@@ -1,35 +1,51 @@
 """The two constants that are fitted to published figures, made anew: what the hardware file should say.
 
-Decides how: the GEMM efficiency makes the TP8 prefill exact, the latency makes the worst decode step as good as can be.
+Both by one rule, the least worst error over the rows that name the constant: `gemm_efficiency` over the prefills and
+`latency_s` over the decode steps between nodes. Each hardly moves the other's rows, so they are fitted in turns until
+neither changes. Decides how; which rows is `validation`'s.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
-from sps2_mega.parallel.machine import Link
 from sps2_mega.simulator.hardware import Hardware
-from sps2_mega.simulator.validation import PUBLISHED, Comparison, compare
+from sps2_mega.simulator.validation import compare
+
+_ROUNDS = 5
 
 
-def fitted_gemm_efficiency(hardware: Hardware) -> float:
-    """The share of the peak at which linear layers take what the published prefill leaves to them."""
-    (found,) = [c for c in compare(hardware) if c.published.fitted_to == "gemm_efficiency"]
-    others = found.seconds - found.terms["linear"]
-    return hardware.gemm_efficiency * found.terms["linear"] / (found.published.seconds - others)
+def fitted(hardware: Hardware) -> tuple[float, float]:
+    """(`gemm_efficiency` to a thousandth, `latency_s` between nodes to a microsecond); `hardware`'s are the first
+    guess."""
+    found = hardware
+    for _ in range(_ROUNDS):
+        before = found
+        found = _least_worst("gemm_efficiency", found, _with_efficiency, 1000)
+        found = _least_worst("latency_s", found, _with_latency, 200)
+        if found == before:
+            break
+    return found.gemm_efficiency, found.inter_node.latency_s
 
 
-def fitted_latency_s(hardware: Hardware) -> float:
-    """Seconds of one exchange between nodes, to a microsecond, with the least worst error over the decode steps."""
-
-    def worst(microseconds: int) -> float:
-        link = Link(latency_s=microseconds * 1e-6, bytes_per_s=hardware.inter_node.bytes_per_s)
-        found = compare(dataclasses.replace(hardware, inter_node=link))
-        return max(abs(c.error) for c in _latency_rows(found))
-
-    assert any(row.fitted_to == "latency_s" for row in PUBLISHED)
-    return min(range(1, 200), key=worst) * 1e-6
+def _with_efficiency(hardware: Hardware, thousandths: int) -> Hardware:
+    return hardware.replace(gemm_efficiency=thousandths / 1000)
 
 
-def _latency_rows(found: list[Comparison]) -> list[Comparison]:
-    return [c for c in found if c.published.fitted_to == "latency_s"]
+def _with_latency(hardware: Hardware, microseconds: int) -> Hardware:
+    link = dataclasses.replace(hardware.inter_node, latency_s=microseconds / 1e6)
+    return hardware.replace(inter_node=link)
+
+
+def _least_worst(
+    constant: str, hardware: Hardware, changed: Callable[[Hardware, int], Hardware], most: int
+) -> Hardware:
+    """Among 1 .. `most`. Each row's error only falls and then rises with a constant, so does the worst of them: coarse
+    steps find the valley, fine ones its ground."""
+
+    def worst(number: int) -> float:
+        return max(abs(row.error) for row in compare(changed(hardware, number), constant))
+
+    near = min(range(10, most + 1, 10), key=worst)
+    return changed(hardware, min(range(max(1, near - 10), min(most, near + 10) + 1), key=worst))

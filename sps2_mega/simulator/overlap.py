@@ -1,7 +1,8 @@
 """Seconds of one pipelined attention layer: the engine's own stage order, played on three clocks.
 
 Inputs come in over one lane, results return over another, and attention computes, each in the order of
-`attention.pipeline.order`; a wait takes until what was posted is there. Decides no durations: they are the caller's.
+`attention.pipeline.order`; a wait takes until what was posted is there. Both lanes send over one link, so a layer takes
+no less than all its traffic. Decides no durations: they are the caller's.
 
     in        |k0 q0 v0|k1 q1 v1|
     compute            |   0    |   1    |
@@ -14,28 +15,50 @@ from collections.abc import Sequence
 from functools import cache
 
 from sps2_mega.attention.pipeline.order import Action, Phase, Stage, stage_order
-from sps2_mega.attention.pipeline.settings import WINDOW
+from sps2_mega.attention.pipeline.settings import Cut
 
 
-def pipelined_s(
-    gather_s: Sequence[float], compute_s: Sequence[float], scatter_s: Sequence[float]
+def cut_s(
+    cut: Cut,
+    window: int,
+    *,
+    keys_s: float,
+    queries_s: float,
+    compute_s: float,
+    back_s: float,
 ) -> float:
-    """Micro-batch m needs `gather_s[m]` of incoming and `scatter_s[m]` of outgoing traffic."""
-    order = _order(len(compute_s), ahead=WINDOW, behind=WINDOW, relayed=False)
-    return _play(order, gather_s, compute_s, scatter_s)
+    """A layer cut by KV heads and by queries. Seconds are those of the whole layer; keys of a group of heads come with
+    its first part. At most `window` micro-batches are on their way in each direction."""
+    count = cut.head_groups * cut.query_parts
+    gather_s = [
+        queries_s / count + (0.0 if m % cut.query_parts else keys_s / cut.head_groups)
+        for m in range(count)
+    ]
+    order = _order(count, ahead=window, behind=window, returns=back_s > 0.0)
+    total = _play(order, gather_s, [compute_s / count] * count, [back_s / count] * count)
+    return max(total, keys_s + queries_s + back_s)
+
+
+def works_s(own_s: float, comm_s: Sequence[float], compute_s: Sequence[float]) -> float:
+    """A list of works (`attention.leveled`): `own_s` is computed first and needs nothing from others, then work m is
+    computed once its exchange of `comm_s[m]` has come; two exchanges are on their way. Ways back count as ways in."""
+    order = _order(1 + len(comm_s), ahead=2, behind=1, returns=False)
+    return _play(order, [0.0, *comm_s], [own_s, *compute_s], [])
 
 
 def ring_s(hop_s: float, compute_s: Sequence[float]) -> float:
     """A ring: hop m brings the keys of step m + 1, which are passed on while step m computes; no way back."""
-    order = _order(len(compute_s), ahead=1, behind=1, relayed=True)
-    hops = [0.0] + [hop_s] * (len(compute_s) - 1)
-    return _play(order, hops, compute_s, hops)
+    order = _order(len(compute_s), ahead=1, behind=1, relayed=True, returns=False)
+    return _play(order, [0.0] + [hop_s] * (len(compute_s) - 1), compute_s, [])
 
 
 @cache
-def _order(count: int, *, ahead: int, behind: int, relayed: bool) -> tuple[Stage, ...]:
-    inputs = [("all",)] * count
-    return stage_order(inputs, ahead=ahead, behind=behind, relayed=relayed, returns=not relayed)
+def _order(
+    count: int, *, ahead: int, behind: int, relayed: bool = False, returns: bool
+) -> tuple[Stage, ...]:
+    return stage_order(
+        [("all",)] * count, ahead=ahead, behind=behind, relayed=relayed, returns=returns
+    )
 
 
 def _play(

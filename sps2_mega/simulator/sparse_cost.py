@@ -3,7 +3,8 @@
 With spans from the topology a longer prompt has the same picture at a larger scale: far pairs grow with the square of
 its length and far rows with the length. So the level planner is asked once, about one long prompt; sinks, halo and the
 exact tail, which do not grow so, are added by count. Given spans do not scale: then it is asked about the one length that
-is to be priced. Decides which transport each level takes: the fastest.
+is to be priced. What a rank computes on its own keys comes first and hides what comes in then; exchanges are cut as
+`attention.leveled` cuts them, and each part pays its own latencies. Decides which transport each level takes: the fastest.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 
 from sps2_mega.attention.layout import build_layout
-from sps2_mega.attention.level_planner import choose_levels, visible_between
+from sps2_mega.attention.level_planner import Pair, choose_levels, visible_between
 from sps2_mega.attention.pattern import CSAPattern, topology_spans
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
@@ -25,8 +26,9 @@ from sps2_mega.attention.works import group_sizes_of
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Machine
+from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.hardware import Hardware
-from sps2_mega.simulator.overlap import pipelined_s
+from sps2_mega.simulator.overlap import works_s
 from sps2_mega.simulator.transport_cost import AttentionSeconds
 
 _SHARD = 4096  # tokens per rank of the prompt that is looked at
@@ -54,7 +56,8 @@ class _Combination:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseCost:
-    """CSA on one machine; heads are those of one TP rank. `flops_ratio` is attention's, for long prompts."""
+    """CSA on one machine; heads are those of one TP rank. `own_s` is what a rank computes on its own keys, per squared
+    token."""
 
     csa: CSAConfig
     size: int
@@ -62,6 +65,7 @@ class SparseCost:
     num_kv_heads: int
     head_dim: int
     itemsize: int
+    own_s: float
     exchange_s: float
     exchange_bytes_per_s: float
     smallest: SmallestPart
@@ -75,17 +79,18 @@ class SparseCost:
         tokens = sum(prompt.end for prompt in prompts)
         squared = sum(float(p.end) ** 2 - float(p.start) ** 2 for p in prompts)
         near_s = self._near_s(prompts, hardware)
+        parts = self._num_parts(prompts) if pipelined else 1
+        factor = hardware.stream_factor if pipelined else hardware.exchange_factor
         found = []
         for way in self.combinations:
             compute_s = way.compute_s * squared + way.copy_s * tokens + near_s
-            factor = hardware.stream_factor if pipelined else hardware.exchange_factor
             link_s = way.link_s * tokens * factor
-            comm_s = link_s + way.latency_s + self._tail_s(len(prompts))
+            comm_s = link_s + parts * way.latency_s + self._tail_s(len(prompts))
             total = compute_s + comm_s
             if pipelined:
-                parts = self._micro_batches(comm_s, compute_s, hardware)
-                each = [comm_s / parts] * parts, [compute_s / parts] * parts
-                total = pipelined_s(*each, [0.0] * parts)
+                own_s = min(compute_s, self.own_s * squared + near_s)
+                far_s = [(compute_s - own_s) / parts] * parts
+                total = works_s(own_s, [comm_s / parts] * parts, far_s)
             found.append(
                 AttentionSeconds(
                     transport=",".join(way.transports),
@@ -120,13 +125,19 @@ class SparseCost:
         keys = (self.csa.sinks + self.csa.halo) * 2 * self.num_kv_heads * row
         return 2 * self.exchange_s + num_prompts * (queries + keys) / self.exchange_bytes_per_s
 
-    def _micro_batches(self, comm_s: float, compute_s: float, hardware: Hardware) -> int:
-        return num_micro_batches(
+    def _num_parts(self, prompts: list[Prompt]) -> int:
+        """As `attention.leveled.num_kv_parts` counts; the formula is repeated here because that module needs torch."""
+        row = self.head_dim * self.itemsize
+        shares = self.size * self.csa.level_degrees[-1]
+        keys = sum(p.end for p in prompts)
+        pairs = sum(causal_pairs(p.start, p.end) for p in prompts)
+        wanted = num_micro_batches(
             PipelineSettings(),
-            num_bytes=int(comm_s * self.exchange_bytes_per_s),
-            flops=int(compute_s * hardware.attention_flops_per_s),
+            num_bytes=2 * keys * self.num_kv_heads * row * (self.size - 1) // shares,
+            flops=int(4 * pairs * self.num_heads * self.head_dim / shares),
             smallest=self.smallest,
         )
+        return min(wanted, self.num_kv_heads)
 
 
 def sparse_cost(
@@ -162,8 +173,10 @@ def sparse_cost(
     layout = build_layout([list(range(size))], [length], block_size=shard, sp_size=size)
     visible = visible_between(layout, [pattern], [length], range(num_kv_heads))
 
-    def seconds(fake: Machine) -> dict[tuple[str, ...], float]:
-        chosen = choose_levels(visible, fake, itemsize=itemsize, parts=None, **heads)
+    def seconds(
+        fake: Machine, seen: dict[tuple[int, int], Pair] = visible
+    ) -> dict[tuple[str, ...], float]:
+        chosen = choose_levels(seen, fake, itemsize=itemsize, parts=None, **heads)
         return chosen.seconds
 
     # One thing at a time: bytes, arithmetic, copies, messages.
@@ -175,11 +188,14 @@ def sparse_cost(
     compute_s = seconds(replace(plain, links=instant))
     copied_s = seconds(replace(machine, links=instant))
     latency_s = seconds(replace(plain, links=late, flops_per_s=math.inf))
+    own = {ranks: pair for ranks, pair in visible.items() if ranks[0] == ranks[1]}
+    own_s = min(seconds(replace(plain, links=instant), own).values())
     slowest = max(machine.links, key=lambda link: link.latency_s)
     return SparseCost(
         csa=csa,
         size=size,
         itemsize=itemsize,
+        own_s=own_s / float(length) ** 2,
         exchange_s=slowest.latency_s,
         exchange_bytes_per_s=slowest.bytes_per_s,
         smallest=CPU_PART if machine.on_cpu else CUDA_PART,

@@ -121,7 +121,7 @@ class StepCost:
         return {
             "linear": layers
             * gemm_s(rows, size.layer_params / self.tp, size.layer_bytes / self.tp, hardware),
-            "tp_all_reduce": (2 * layers + self.system.embedding_sum) * reduced,
+            "tp_all_reduce": (2 * layers + 1) * reduced,
             "kv_write": layers * memory_s(rows * self._kv_bytes, hardware),
             "overhead": layers * hardware.layer_overhead_s,
         }

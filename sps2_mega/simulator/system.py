@@ -21,8 +21,7 @@ class System:
     have prefilled (disaggregated). `decode_move` is what travels in SP decode: queries, or keys and values.
     `dcp` TP ranks that would hold the same KV head share its tokens instead (decode context parallelism).
     `chunk_tokens`: with policy sarathi. `tbt_target_ms`: prefill gives way to decodes between layers. `elastic`: short prompts
-    may run whole on one SP rank each, side by side. `embedding_sum`: TP ranks hold parts of the vocabulary and add up
-    what they find of a token, as Megatron's do.
+    may run whole on one SP rank each, side by side.
 
     Raises:
         ConfigError: a degree is below 1, or settings exclude each other.
@@ -47,7 +46,6 @@ class System:
     decode_tp: int = 1
     decode_sp: int = 1
     prefix_caching: bool = False
-    embedding_sum: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tp", "sp", "replicas", "dcp", "decode_tp", "decode_sp", "max_running"):

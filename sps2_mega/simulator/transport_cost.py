@@ -1,9 +1,10 @@
 """Seconds of exact attention over SP ranks by each transport: the planner's bytes, the pipeline's order.
 
 Bytes of a step with equal shares are linear in its new and its cached tokens, so `attention.traffic` is asked twice,
-when a cost is made, and never again: a step then costs a few multiplications, on any number of ranks. Calls, merges and
-copies cost what was measured of the hardware, nothing where nobody measured. Decides which transport a step of `auto`
-takes, as the engine does: the fastest.
+when a cost is made, and never again: a step then costs a few multiplications, on any number of ranks. Layers are cut and
+windows are as wide as in the transports themselves; every part of a cut layer pays its own latencies and calls. Calls,
+merges and copies cost what was measured of the hardware, nothing where nobody measured. Decides which transport a step
+of `auto` takes, as the engine does: the fastest.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sps2_mega.attention.heads import split_heads
+from sps2_mega.attention.pipeline.parts import most_kv_heads
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,
+    WINDOW,
+    Cut,
     PipelineSettings,
+    cut_by_heads_and_queries,
     num_micro_batches,
 )
 from sps2_mega.attention.planner import estimate, link_seconds
@@ -25,7 +30,7 @@ from sps2_mega.attention.traffic import bytes_moved, num_messages
 from sps2_mega.parallel.machine import Link, Machine
 from sps2_mega.simulator.compute import attention_s, memory_s
 from sps2_mega.simulator.hardware import Hardware
-from sps2_mega.simulator.overlap import pipelined_s, ring_s
+from sps2_mega.simulator.overlap import cut_s, ring_s
 
 _UNIT = (
     1024  # tokens per rank of the steps that are asked for; large enough that no integer is rounded
@@ -50,7 +55,7 @@ class AttentionSeconds:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCost:
     """One transport on one machine. `query_s[l]` and `key_s[l]` are link seconds per token of level l, for one token
-    per rank; `sent` is bytes per rank and `copy_s` seconds of copying likewise."""
+    per rank; `sent` is bytes per rank and `copy_s` seconds of copying likewise. `most_kv_heads`: where heads are dealt."""
 
     transport: str
     size: int
@@ -60,6 +65,7 @@ class TransportCost:
     itemsize: int
     latency_s: float
     busiest_share: float
+    most_kv_heads: int
     query_s: tuple[float, ...]
     key_s: tuple[float, ...]
     query_sent: float
@@ -81,27 +87,37 @@ class TransportCost:
                 transport=self.transport, compute_s=compute_s, comm_s=0.0, exposed_s=0.0
             )
         compute_s += queries * self.query_copy_s + held * self.key_copy_s
-        if self.transport in ("ring", "pass_q"):
-            compute_s += (self.size - 1) * hardware.call_s
-        latency = num_messages(self.transport, self.size) * self.latency_s
         query_s = max(queries * s for s in self.query_s)
         link_s = max(queries * q + held * k for q, k in zip(self.query_s, self.key_s, strict=True))
-        factor = hardware.stream_factor if pipelined else hardware.exchange_factor
-        if self.transport in ("ulysses", "pass_q"):
-            query_s, link_s = query_s * factor, link_s * factor
-        comm_s = latency + link_s
-        total = compute_s + comm_s
-        if pipelined and self.transport == "ring":
+        factor = 1.0
+        if self.transport in ("ulysses", "pass_q"):  # all-to-alls between all ranks
+            factor = hardware.stream_factor if pipelined else hardware.exchange_factor
+        cut = Cut(head_groups=1, query_parts=1)
+        if pipelined and self.transport != "ring":
+            cut = self._cut(pairs, queries, held)
+        parts = cut.head_groups * cut.query_parts
+        calls = self.size if self.transport in ("ring", "pass_q") else 1
+        compute_s += (calls * parts - 1) * hardware.call_s
+        back_s = query_s / 2 if self.transport in ("ulysses", "pass_q") else 0.0
+        for_keys, for_queries, for_results = self._messages()
+        keys_s = (link_s - query_s) * factor + cut.head_groups * for_keys * self.latency_s
+        queries_s = (query_s - back_s) * factor + parts * for_queries * self.latency_s
+        back_s = back_s * factor + parts * for_results * self.latency_s
+        comm_s = keys_s + queries_s + back_s
+        if not pipelined:
+            total = compute_s + comm_s
+        elif self.transport == "ring":
             total = ring_s(comm_s / (self.size - 1), [compute_s / self.size] * self.size)
-        elif pipelined:
-            parts = self._micro_batches(queries, held, own)
-            if self.on_cpu:  # its exchanges are small: each part pays for its own
-                comm_s += (parts - 1) * latency
-                compute_s += (parts - 1) * hardware.call_s
-            back = query_s / 2 if self.transport in ("ulysses", "pass_q") else 0.0
-            each = [(comm_s - back) / parts] * parts, [compute_s / parts] * parts
-            # Both directions of the pipeline send over the same link.
-            total = max(comm_s, pipelined_s(*each, [back / parts] * parts))
+        else:
+            window = WINDOW if self.transport == "ulysses" else 1
+            total = cut_s(
+                cut,
+                window,
+                keys_s=keys_s,
+                queries_s=queries_s,
+                compute_s=compute_s,
+                back_s=back_s,
+            )
         return AttentionSeconds(
             transport=self.transport,
             compute_s=compute_s,
@@ -110,14 +126,26 @@ class TransportCost:
             merge_s=self._merge_s(queries, hardware),
         )
 
-    def _micro_batches(self, queries: float, held: float, own: float) -> int:
+    def _messages(self) -> tuple[int, int, int]:
+        """Of `num_messages` those with keys, with queries, and with results."""
+        count = num_messages(self.transport, self.size)
+        if self.transport == "pass_q":
+            return 0, count - 1, 1
+        return (1, count - 2, 1) if self.transport == "ulysses" else (count, 0, 0)
+
+    def _cut(self, pairs: float, queries: float, held: float) -> Cut:
+        """As `attention.ulysses` and `attention.pipeline.parts.kv_head_groups` cut, by means over ranks."""
         wanted = num_micro_batches(
             PipelineSettings(),
             num_bytes=int(queries * self.query_sent + held * self.key_sent),
-            flops=int(own * 4 * self.head_dim),
+            flops=int(4 * self.head_dim * pairs * self.num_heads / self.size),
             smallest=CPU_PART if self.on_cpu else CUDA_PART,
         )
-        return wanted if self.transport == "ulysses" else min(wanted, self.num_kv_heads)
+        if self.transport != "ulysses":
+            return Cut(head_groups=min(wanted, self.num_kv_heads), query_parts=1)
+        return cut_by_heads_and_queries(
+            wanted, kv_heads=self.most_kv_heads, query_tokens=max(1, int(queries))
+        )
 
     def _merge_s(self, queries: float, hardware: Hardware) -> float:
         """Partials of every rank but the first are read and merged into a float32 sum, which is read and written."""
@@ -158,6 +186,7 @@ def transport_costs(
                 size=size,
                 latency_s=max(link.latency_s for link in machine.links),
                 busiest_share=share,
+                most_kv_heads=most_kv_heads(num_heads, num_kv_heads, size),
                 query_s=query_s,
                 key_s=key_s,
                 query_sent=query_sent,

@@ -9,6 +9,7 @@ import pytest
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival, scaled
+from sps2_mega.simulator.collectives import all_reduce_s
 from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.sparse_cost import Prompt
 from sps2_mega.simulator.step_cost import step_cost
@@ -193,14 +194,11 @@ def test_scaling_changes_times_and_lengths_and_forgets_names():
 def test_the_hosts_share_and_the_embeddings_sum_come_once_in_a_step():
     slow = ROUND.replace(step_overhead_s=0.5)
     prompt = [Prompt(start=0, end=1001)]
-    found = {
-        summed: step_cost(
-            System(name="x", tp=2, embedding_sum=summed), MODEL, slow, tp=2, sp=1
-        ).of_tokens(prompt, num_decodes=0, context=0, num_sampled=1)
-        for summed in (True, False)
-    }
-    assert found[True]["host"] == 0.5
+    cost = step_cost(System(name="x", tp=2), MODEL, slow, tp=2, sp=1)
+    found = cost.of_tokens(prompt, num_decodes=0, context=0, num_sampled=1)
+    assert found["host"] == 0.5
     # Two sums in each of the two layers, and one more.
-    assert found[True]["tp_all_reduce"] == pytest.approx(found[False]["tp_all_reduce"] * 5 / 4)
+    summed = all_reduce_s(1001 * MODEL.hidden_size * cost.size.itemsize, 2, slow)
+    assert found["tp_all_reduce"] == pytest.approx(5 * summed)
     plain = step_cost(System(name="x"), MODEL, ROUND, tp=1, sp=1)
     assert "host" not in plain.of_tokens(prompt, num_decodes=0, context=0, num_sampled=1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sps2_mega.simulator.fitting import fitted_gemm_efficiency, fitted_latency_s
+from sps2_mega.simulator.collectives import all_reduce_s
+from sps2_mega.simulator.fitting import fitted
 from sps2_mega.simulator.hardware import load_hardware
-from sps2_mega.simulator.validation import PUBLISHED, compare
+from sps2_mega.simulator.validation import LLAMA_405B, PUBLISHED, compare
 from tools import validate_simulator
 
 META = load_hardware("h100-meta")
@@ -31,8 +32,22 @@ def test_known_gaps_are_few_and_err_on_the_fast_side():
 
 def test_two_constants_are_fitted_and_the_files_hold_them():
     assert {row.fitted_to for row in PUBLISHED} == {"", "gemm_efficiency", "latency_s"}
-    assert META.gemm_efficiency == pytest.approx(fitted_gemm_efficiency(META), abs=0.001)
-    assert META.inter_node.latency_s == pytest.approx(fitted_latency_s(META), abs=1.1e-6)
+    efficiency, latency_s = fitted(META)
+    assert META.gemm_efficiency == pytest.approx(efficiency, abs=0.0011)
+    assert META.inter_node.latency_s == pytest.approx(latency_s, abs=1.1e-6)
+    # Where the search begins does not matter.
+    far = META.replace(gemm_efficiency=0.3)
+    assert fitted(far) == (efficiency, latency_s)
+
+
+def test_the_embeddings_sum_is_counted_and_no_constant_would_do_better():
+    (tp32,) = [c for c in compare(META, "gemm_efficiency") if c.published.tp == 32]
+    one = all_reduce_s(128_000 * LLAMA_405B.hidden_size * 2, 32, META)
+    assert tp32.terms["tp_all_reduce"] == pytest.approx((2 * LLAMA_405B.num_layers + 1) * one)
+    worst = max(abs(c.error) for c in compare(META, "gemm_efficiency"))
+    for other in (META.gemm_efficiency - 0.02, META.gemm_efficiency + 0.02):
+        errors = compare(META.replace(gemm_efficiency=other), "gemm_efficiency")
+        assert max(abs(c.error) for c in errors) > worst
 
 
 def test_more_tensor_parallelism_makes_decode_slower_over_nodes_as_published():
