@@ -22,6 +22,7 @@ from sps2_mega.kernels.lse import triton as lse
 from sps2_mega.kernels.paged_decode import triton as paged_decode
 from sps2_mega.kernels.paged_decode.tile_shape import tile_shape as decode_shape
 from sps2_mega.kernels.paged_kv import triton as paged_kv
+from sps2_mega.kernels.rotary_append import triton as rotary_append
 
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -133,6 +134,26 @@ def build_append(dtype, width, arch):
     build(paged_kv._append_kernel, pointers, constants, arch=arch)
 
 
+def build_rotary(dtype, width, pairs, interleaved, arch):
+    inputs = ["q", "k", "v", "k_cache", "v_cache", "cos", "sin"]
+    pointers = dict.fromkeys(inputs, SHORT[dtype]) | {"slots": "i64"}
+    constants = dict(
+        BLOCK_SIZE=16,
+        NUM_HEADS=32,
+        NUM_KV_HEADS=8,
+        WIDTH=width,
+        PADDED_WIDTH=padded_width(width),
+        PAIRS=pairs,
+        PADDED_PAIRS=triton.next_power_of_2(pairs),
+        INTERLEAVED=interleaved,
+        HEADS=rotary_append._TILE_ELEMENTS // padded_width(width),
+        slots_stride=1,
+    )
+    constants |= {f"{name}_stride_h": 1 for name in ("q", "k", "v", "k_cache", "v_cache")}
+    constants |= {f"{name}_stride_r": 1 for name in ("cos", "sin")}
+    build(rotary_append._rotate_and_append_kernel, pointers, constants, arch=arch)
+
+
 def main() -> None:
     arch = int(sys.argv[1])
     build_csa(torch.bfloat16, 128, 4, arch)
@@ -142,6 +163,8 @@ def main() -> None:
     build_decode(torch.float32, 96, 1, arch)
     build_merges(torch.bfloat16, 128, arch)
     build_append(torch.bfloat16, 128, arch)
+    build_rotary(torch.bfloat16, 128, 64, False, arch)
+    build_rotary(torch.float32, 96, 16, True, arch)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""Rotary embedding and the write to the KV cache, on the form that suits the device: one launch on CUDA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sps2_mega.kernels.backend import Backend, choose
+from sps2_mega.kernels.rotary_append import reference
+
+
+def rotate_and_append(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots_T: Tensor,
+    *,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    interleaved: bool = False,
+    backend: Backend | None = None,
+) -> None:
+    """As `reference.rotate_and_append`."""
+    form = reference.rotate_and_append
+    if choose(k_cache.device, backend) is Backend.TRITON:
+        from sps2_mega.kernels.rotary_append import triton
+
+        form = triton.rotate_and_append
+    form(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        k_cache,
+        v_cache,
+        slots_T,
+        cos_TR=cos_TR,
+        sin_TR=sin_TR,
+        interleaved=interleaved,
+    )
