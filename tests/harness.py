@@ -22,6 +22,7 @@ import datetime
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -39,6 +40,7 @@ TESTS = Path(__file__).resolve().parent
 MAX_PROCESSES = 8
 GRACE_S = 5.0  # for the other ranks to answer after one failed
 TAIL_CHARS = 6000
+_SERVER_PORTS = range(12000, 32000)
 
 
 class RankError(AssertionError):
@@ -288,10 +290,13 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port for a server that a test starts in a moment. Below those that the system gives to outgoing connections, of
+    which other tests open many meanwhile."""
+    for port in random.SystemRandom().sample(_SERVER_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"100 ports of {_SERVER_PORTS} are in use")
 
 
 def _describe(fn: Callable[..., Any], seed: int) -> bytes:
