@@ -90,10 +90,13 @@ class SimulatedEngine:
         if self.plan is None:
             return None
         terms = self._terms(self.plan)
-        self.terms.update(terms)
+        for name, seconds in terms.items():
+            self.terms[name] += seconds
         self._seconds = sum(terms.values())
         self.busy_s += self._seconds
-        self.peak_kv_usage = max(self.peak_kv_usage, self.scheduler.kv_usage)
+        # Between these steps blocks are only given back.
+        if self.plan.prefills or any(item.new_block is not None for item in self.plan.decodes):
+            self.peak_kv_usage = max(self.peak_kv_usage, self.scheduler.kv_usage)
         return now + self._seconds
 
     def finish_step(self, now: float) -> list[Sequence]:

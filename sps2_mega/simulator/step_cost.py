@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
+from sps2_mega.parallel.machine import Machine
 from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
 from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s, memory_s
 from sps2_mega.simulator.hardware import Hardware
@@ -44,8 +45,10 @@ class StepCost:
     sp: int
     hardware: Hardware
     size: ModelSize
+    machine: Machine
     exact: tuple[TransportCost, ...]
     sparse: SparseCost | None
+    _decodes: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
 
     def of_plan(self, plan: StepPlan) -> Terms:
         """A step as the scheduler planned it."""
@@ -101,18 +104,34 @@ class StepCost:
         self, prompts: list[Prompt], new: float, num_decodes: int, context: int
     ) -> dict[str, float]:
         """All layers; `new` prompt tokens are on the busiest rank."""
-        layers = self.size.num_layers
+        if not prompts:
+            return self._decode(num_decodes, context)
         # A sequence's linear layers run on one rank, so the busiest has at least one whole sequence.
-        rows = new + -(-num_decodes // self.sp)
-        terms = self._per_token(rows)
-        if prompts:
-            self._add_prefill_attention(terms, prompts)
+        terms = self._per_token(new + -(-num_decodes // self.sp))
+        self._add_prefill_attention(terms, prompts)
         if num_decodes:
-            read = context * self._kv_bytes / self.sp / self.system.dcp
-            reading = memory_s(read, self.hardware) + self.hardware.call_s
-            terms["attention"] = terms.get("attention", 0.0) + layers * reading
-            terms["decode_exchange"] = layers * self._decode_exchange_s(num_decodes, context)
+            self._add_decode_attention(terms, num_decodes, context)
         return terms
+
+    def _decode(self, num_decodes: int, context: int) -> dict[str, float]:
+        """A step without prompts. Most steps are such, and but for reading the cache they differ by their number of
+        sequences alone, so that is remembered."""
+        terms = self._decodes.get(num_decodes)
+        if terms is None:
+            terms = self._decodes[num_decodes] = self._per_token(-(-num_decodes // self.sp))
+        terms = dict(terms)
+        if num_decodes:
+            self._add_decode_attention(terms, num_decodes, context)
+        return terms
+
+    def _add_decode_attention(
+        self, terms: dict[str, float], num_decodes: int, context: int
+    ) -> None:
+        layers = self.size.num_layers
+        read = context * self._kv_bytes / self.sp / self.system.dcp
+        reading = memory_s(read, self.hardware) + self.hardware.call_s
+        terms["attention"] = terms.get("attention", 0.0) + layers * reading
+        terms["decode_exchange"] = layers * self._decode_exchange_s(num_decodes, context)
 
     def _per_token(self, rows: float) -> dict[str, float]:
         """What depends on the tokens of the busiest rank alone."""
@@ -173,7 +192,6 @@ class StepCost:
 
     def _decode_exchange_s(self, num_decodes: int, context: int) -> float:
         """One layer: queries to all SP ranks and partials back, or all keys and values to the sequences' owners."""
-        machine = self.hardware.sp_machine(self.tp, self.sp)
         others = (self.sp - 1) / self.sp
         heads = self.size.num_heads / self.tp
         row = heads * self.size.head_dim * self.size.itemsize
@@ -182,6 +200,7 @@ class StepCost:
             seconds += 2 * self.hardware.intra_node.latency_s
         if self.sp == 1:
             return seconds
+        machine = self.machine
         if self.system.decode_move == "keys":
             return seconds + all_to_all_s(context / self.sp * others * self._kv_bytes, machine)
         seconds += all_to_all_s(num_decodes * others * row, machine)
@@ -217,5 +236,12 @@ def step_cost(
         sparse = sparse_cost(system.csa, machine, **heads)
     exact = transport_costs(system.transports, machine, **heads)
     return StepCost(
-        system=system, tp=tp, sp=sp, hardware=hardware, size=size, exact=exact, sparse=sparse
+        system=system,
+        tp=tp,
+        sp=sp,
+        hardware=hardware,
+        size=size,
+        machine=machine,
+        exact=exact,
+        sparse=sparse,
     )
