@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sps2_mega.types import Sequence, Timings
+from sps2_mega.outputs import Timings
+from sps2_mega.types import Sequence
 
 
 def timings_of(sequence: Sequence) -> Timings:

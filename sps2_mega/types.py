@@ -12,6 +12,7 @@ import enum
 from dataclasses import dataclass, field
 
 from sps2_mega.errors import RequestError
+from sps2_mega.logprobs import PromptLogprobs, TokenLogprob
 
 
 class FinishReason(enum.StrEnum):
@@ -34,9 +35,10 @@ class ForwardMode(enum.IntEnum):
 class SamplingParams:
     """How to choose tokens, with OpenAI's names and defaults.
 
-    `max_tokens=None` means the rest of the context. `top_k=0` means off. `logprobs=k` returns the
-    log-probability of each chosen token and of the k most likely ones. `temperature=0` is greedy.
-    The n-th sample of a request uses a seed derived from `seed` and n.
+    `max_tokens=None` means the rest of the context, 0 that the prompt is computed and nothing follows. `top_k=0` means
+    off. `logprobs=k` returns the log-probability of each chosen token and of the k most likely ones, `prompt_logprobs=k`
+    those of the prompt's tokens but the first. `temperature=0` is greedy. The n-th sample of a request uses a seed
+    derived from `seed` and n.
 
     Raises:
         RequestError: a value is outside its range.
@@ -58,6 +60,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, range_text: str) -> None:
@@ -70,9 +73,7 @@ class SamplingParams:
             return 0 <= value < 2**31  # what travels to the ranks, and what devices count with
 
         need(
-            self.max_tokens is None or (small(self.max_tokens) and self.max_tokens > 0),
-            "max_tokens",
-            ">= 1 and below 2**31",
+            self.max_tokens is None or small(self.max_tokens), "max_tokens", ">= 0 and below 2**31"
         )
         need(0.0 <= self.temperature <= 100.0, "temperature", "in [0, 100]")
         need(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
@@ -91,21 +92,16 @@ class SamplingParams:
         need(0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "in [0.01, 100]")
         need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
         need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
-        need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "in [0, 20]")
+        need(0 <= (self.logprobs or 0) <= 20, "logprobs", "in [0, 20]")
+        need(0 <= (self.prompt_logprobs or 0) <= 20, "prompt_logprobs", "in [0, 20]")
         if self.max_tokens is not None:
-            need(
-                self.min_tokens <= self.max_tokens,
-                "min_tokens",
-                f"<= max_tokens ({self.max_tokens})",
-            )
+            within = f"<= max_tokens ({self.max_tokens})"
+            need(self.min_tokens <= self.max_tokens, "min_tokens", within)
 
     @property
     def has_penalties(self) -> bool:
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
     def replace(self, **changes: object) -> SamplingParams:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
@@ -116,15 +112,6 @@ def _is_unicode(text: str) -> bool:
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Log-probabilities (natural log, before temperature) at one position; `top` is most likely first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
 @dataclass(slots=True, kw_only=True)
 class Sequence:
     """The running token list of one sample of one request; changed by the scheduler only.
@@ -133,7 +120,7 @@ class Sequence:
     moved sequence continues with the same random numbers. `max_tokens` is already resolved.
     Times are seconds of `time.monotonic()`; `token_times[i]` is when output token i was committed.
     `num_cached_tokens` of the prompt were found in the cache when the sequence first ran; `spans` are what CSA took
-    from the ranks for it then (None: as configured).
+    from the ranks for it then (None: as configured). `prompt_logprobs` grow with the chunks of its prefill.
     """
 
     seq_id: int
@@ -150,6 +137,14 @@ class Sequence:
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     spans: tuple[int, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether log-probabilities of prompt tokens were asked for and are not all there."""
+        if self.params.prompt_logprobs is None:
+            return False
+        return len(self.prompt_logprobs or ()) < len(self.prompt_token_ids) - 1
 
     @property
     def num_tokens(self) -> int:
@@ -245,56 +240,9 @@ class StepPlan:
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """One token per sequence in `StepPlan.sampled`, in that order. A token is None where the model gave no finite
-    logits: that sequence has failed, the others go on. `logprobs[i]` is None unless asked."""
+    logits: that sequence has failed, the others go on. `logprobs[i]` is None unless asked. `scores`: by sequence, of the
+    prompt tokens that come after those which the step's pass computed, where that was asked for."""
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprob | None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timings:
-    """Seconds of one sample: in the queue, to the first token (queue included), mean per later token, total.
-    `gaps_s[i]` is the time between output tokens i and i+1."""
-
-    queue_s: float
-    ttft_s: float
-    per_token_s: float | None
-    total_s: float
-    gaps_s: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One finished sample of a request."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[TokenLogprob] | None
-    timings: Timings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutput:
-    """A finished request: `completions` has n entries, or `error` says why there are none. `num_cached_tokens` of
-    the prompt were in the cache when its first sample began."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    completions: list[Completion]
-    error: str | None = None
-    num_cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputDelta:
-    """What one step added to one sample of a streamed request. Texts of a sample's deltas together are its
-    completion's text; `finish_reason` is set in the last one."""
-
-    request_id: str
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None
-    finish_reason: FinishReason | None
+    scores: dict[int, PromptLogprobs] = field(default_factory=dict)

@@ -10,15 +10,10 @@ from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
+from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.metrics import TokenWaits, waits_ended_at
-from sps2_mega.types import (
-    FinishReason,
-    OutputDelta,
-    RequestOutput,
-    SamplingParams,
-    Sequence,
-    TokenLogprob,
-)
+from sps2_mega.outputs import OutputDelta, RequestOutput
+from sps2_mega.types import FinishReason, SamplingParams, Sequence
 
 
 @dataclass

@@ -24,12 +24,11 @@ from sps2_mega.errors import Refusal
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import finalize
 from sps2_mega.metrics import TokenWaits, waits_ended_at
+from sps2_mega.outputs import OutputDelta, RequestOutput
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.types import (
     FinishReason,
     ForwardMode,
-    OutputDelta,
-    RequestOutput,
     SamplingParams,
     Sequence,
     StepOutput,

@@ -14,14 +14,8 @@ from sps2_mega.engine.text_stream import TextStream
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import RequestError
 from sps2_mega.metrics import timings_of
-from sps2_mega.types import (
-    Completion,
-    FinishReason,
-    OutputDelta,
-    RequestOutput,
-    SamplingParams,
-    Sequence,
-)
+from sps2_mega.outputs import Completion, OutputDelta, RequestOutput
+from sps2_mega.types import FinishReason, SamplingParams, Sequence
 
 _NOT_FINITE = "the model produced no finite logits: its weights are damaged, or activations overflow in this dtype"
 

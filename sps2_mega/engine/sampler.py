@@ -21,7 +21,8 @@ from torch import Tensor
 from sps2_mega.engine.penalties import PenaltyState, penalise
 from sps2_mega.engine.seeds import derive_seed, uniform
 from sps2_mega.engine.uploads import upload
-from sps2_mega.types import SamplingParams, TokenLogprob
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.types import SamplingParams
 
 __all__ = ["PenaltyState", "derive_seed", "sample", "uniform"]
 

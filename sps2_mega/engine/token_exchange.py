@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from sps2_mega.comm.collectives import all_gather_rows
+from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.parallel.groups import ParallelGroups
-from sps2_mega.types import StepOutput, TokenLogprob
+from sps2_mega.types import StepOutput
 
 _FAILED = -1.0  # on the wire, for a row without a token
 

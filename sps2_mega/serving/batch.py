@@ -21,13 +21,13 @@ from sps2_mega.config import EngineConfig
 from sps2_mega.engine.seeds import derive_seed_from_text
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import ConfigError, RequestError
+from sps2_mega.outputs import RequestOutput
 from sps2_mega.serving.batch_input import BadLine, GoodLine, Scan, read_lines, scan
 from sps2_mega.serving.batch_output import BatchOutput, OutputMode
 from sps2_mega.serving.batch_records import answer_record, error_record
 from sps2_mega.serving.drive import Submission, drive, failed
 from sps2_mega.serving.progress import Progress, RunTotals
 from sps2_mega.serving.prompts import prompt_tokens
-from sps2_mega.types import RequestOutput
 
 logger = logging.getLogger(__name__)
 

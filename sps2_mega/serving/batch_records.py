@@ -10,6 +10,8 @@ import uuid
 from typing import Any
 
 from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.outputs import Completion, RequestOutput
 from sps2_mega.serving.batch_input import BadLine, GoodLine
 from sps2_mega.serving.responses import (
     chat_body,
@@ -18,7 +20,6 @@ from sps2_mega.serving.responses import (
     token_text,
     usage,
 )
-from sps2_mega.types import Completion, RequestOutput, TokenLogprob
 
 
 def answer_record(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sps2_mega.errors import Refusal, RequestError
-from sps2_mega.types import RequestOutput, SamplingParams
+from sps2_mega.outputs import RequestOutput
+from sps2_mega.types import SamplingParams
 
 # Tokenising prompts must not keep running requests waiting for longer than a few decode steps.
 _FILL_SECONDS = 0.02

@@ -17,10 +17,11 @@ from typing import Any
 from sps2_mega.config import EngineConfig
 from sps2_mega.config_mapping import parts_of_engine_config
 from sps2_mega.errors import ConfigError, RequestError
+from sps2_mega.outputs import RequestOutput
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.serving.drive import Submission, drive
 from sps2_mega.serving.protocol import parse_request
-from sps2_mega.types import RequestOutput, SamplingParams
+from sps2_mega.types import SamplingParams
 
 Prompt = str | list[int]
 Message = dict[str, Any]

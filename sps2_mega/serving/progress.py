@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.metrics import DurationHistogram, StepMeter
-from sps2_mega.types import RequestOutput
+from sps2_mega.outputs import RequestOutput
 
 _PLAIN_INTERVAL = 5.0
 

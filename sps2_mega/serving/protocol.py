@@ -81,13 +81,18 @@ class ParsedRequest:
 
 
 def parse_request(
-    body: Mapping[str, Any], *, kind: Kind | None = None, defaults: Mapping[str, Any] | None = None
+    body: Mapping[str, Any],
+    *,
+    kind: Kind | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    echo: bool = False,
 ) -> ParsedRequest:
     """Checks a request body.
 
     `kind=None` tells completions from chat by `prompt` or `messages` and takes either spelling of logprobs.
     `defaults` are SamplingParams fields for what the body leaves out. Where neither says so, a
     completion has at most 16 new tokens and a chat answer the rest of the context, as with OpenAI.
+    With `echo` log-probabilities are those of the prompt as well, and `max_tokens` may be 0.
 
     Raises:
         RequestError: a field is wrong, missing or not supported; the message names it.
@@ -104,6 +109,12 @@ def parse_request(
     except pydantic.ValidationError as error:
         raise RequestError(validation_text(error.errors(include_url=False))) from None
     params = _sampling_params(fields, kind, defaults or {}, either_logprobs)
+    if echo:
+        params = params.replace(prompt_logprobs=params.logprobs)
+    elif params.max_tokens == 0:
+        raise RequestError(
+            "max_tokens must be >= 1, got 0; only with echo there is something to say"
+        )
     return ParsedRequest(
         prompt=_one_prompt(fields.prompt) if isinstance(fields, CompletionFields) else None,
         messages=[message.flat() for message in fields.messages]

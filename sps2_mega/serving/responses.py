@@ -10,7 +10,8 @@ import math
 from typing import Any
 
 from sps2_mega.engine.tokenizer import Tokenizer
-from sps2_mega.types import Completion, RequestOutput, Timings, TokenLogprob
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.outputs import Completion, RequestOutput, Timings
 
 # JSON has no infinity; impossible tokens get this instead.
 _LOWEST_LOGPROB = -9999.0

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from sps2_mega.outputs import Timings
 from sps2_mega.simulator.simulator import SimulatedRun
-from sps2_mega.types import Timings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

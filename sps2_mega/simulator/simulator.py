@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 from sps2_mega.config import ModelConfig, SchedulerConfig
 from sps2_mega.metrics import StepMeter, timings_of
+from sps2_mega.outputs import Timings
 from sps2_mega.simulator.arrivals import Arrival
 from sps2_mega.simulator.engine import SimulatedEngine, scheduler_config
 from sps2_mega.simulator.hardware import Hardware
 from sps2_mega.simulator.step_cost import step_cost
 from sps2_mega.simulator.system import System
-from sps2_mega.types import SamplingParams, Sequence, Timings
+from sps2_mega.types import SamplingParams, Sequence
 
 _PARAMS = SamplingParams(temperature=0.0, ignore_eos=True)  # lengths are the trace's
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from sps2_mega.metrics import timings_of
+from sps2_mega.outputs import Timings
 from sps2_mega.simulator.figures import Limits
-from sps2_mega.types import SamplingParams, Timings
+from sps2_mega.types import SamplingParams
 from sps2_mega.types import Sequence as TokenSequence
 from tools.bench.serving_client import Record
 from tools.bench.serving_replay import Replay

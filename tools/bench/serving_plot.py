@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sps2_mega.types import Timings
+from sps2_mega.outputs import Timings
 from tools.bench.serving_figures import timings_of_record
 from tools.bench.serving_replay import Replay
 

@@ -37,12 +37,8 @@ from sps2_mega.engine.stats import EngineStats
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.mcore.gpt import GPT
-from sps2_mega.types import (
-    OutputDelta,
-    RequestOutput,
-    SamplingParams,
-    Sequence,
-)
+from sps2_mega.outputs import OutputDelta, RequestOutput
+from sps2_mega.types import SamplingParams, Sequence
 
 # New requests and aborts are looked at between calls of `step`, which must not wait for long.
 _WAIT_S = 0.005

@@ -21,7 +21,8 @@ from typing import Any
 
 import msgpack
 
-from sps2_mega.types import FinishReason, SamplingParams, TokenLogprob
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.types import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

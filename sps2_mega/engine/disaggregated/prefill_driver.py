@@ -20,7 +20,8 @@ from sps2_mega.engine.disaggregated.shipment import receiving_ranks
 from sps2_mega.engine.disaggregated.step_thread import StepDone, StepThread
 from sps2_mega.engine.scheduler_setup import make_scheduler
 from sps2_mega.engine.startup import StartedRank
-from sps2_mega.types import FinishReason, TokenLogprob
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.types import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.outputs import OutputDelta, RequestOutput
 from sps2_mega.serving.http.api_errors import ApiError
 from sps2_mega.serving.http.calls import Call, Delta
 from sps2_mega.serving.protocol import Kind
@@ -25,7 +26,6 @@ from sps2_mega.serving.responses import (
     logprob_lists,
     usage,
 )
-from sps2_mega.types import OutputDelta, RequestOutput
 
 KEEP_ALIVE = ": keep-alive\n\n"
 DONE = "data: [DONE]\n\n"

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from sps2_mega.outputs import OutputDelta, RequestOutput
 from sps2_mega.serving.http.api_errors import ApiError, timed_out
-from sps2_mega.types import OutputDelta, RequestOutput, SamplingParams
+from sps2_mega.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

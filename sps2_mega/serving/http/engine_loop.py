@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sps2_mega.errors import Refusal, RequestError
-from sps2_mega.types import OutputDelta, RequestOutput, SamplingParams
+from sps2_mega.outputs import OutputDelta, RequestOutput
+from sps2_mega.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

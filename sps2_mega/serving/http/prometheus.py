@@ -17,7 +17,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from sps2_mega.types import RequestOutput
+from sps2_mega.outputs import RequestOutput
 
 PREFIX = "sps2:"
 # Seconds; a long prefill takes minutes.

@@ -8,7 +8,9 @@ import tokenizer_samples as samples
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import RequestError
-from sps2_mega.types import FinishReason, RequestOutput, SamplingParams, Sequence, TokenLogprob
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.outputs import RequestOutput
+from sps2_mega.types import FinishReason, SamplingParams, Sequence
 
 
 @pytest.fixture(scope="module")

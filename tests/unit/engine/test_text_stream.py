@@ -7,14 +7,9 @@ from hypothesis import strategies as st
 
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.tokenizer import Tokenizer
-from sps2_mega.types import (
-    FinishReason,
-    OutputDelta,
-    RequestOutput,
-    SamplingParams,
-    Sequence,
-    TokenLogprob,
-)
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.outputs import OutputDelta, RequestOutput
+from sps2_mega.types import FinishReason, SamplingParams, Sequence
 
 
 @pytest.fixture(scope="module", params=["byte_level", "byte_bpe", "sentencepiece"])

@@ -5,10 +5,11 @@ import io
 from fake_engine import Stats
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
+from sps2_mega.outputs import Completion, RequestOutput, Timings
 from sps2_mega.serving import progress
 from sps2_mega.serving.drive import failed
 from sps2_mega.serving.progress import Progress, RunTotals
-from sps2_mega.types import Completion, FinishReason, RequestOutput, Timings
+from sps2_mega.types import FinishReason
 
 
 class Terminal(io.StringIO):

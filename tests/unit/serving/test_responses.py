@@ -7,8 +7,10 @@ import pytest
 import tokenizer_samples as samples
 
 from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.outputs import Completion, RequestOutput, Timings
 from sps2_mega.serving.responses import chat_body, completion_body, timings_record, token_text
-from sps2_mega.types import Completion, FinishReason, RequestOutput, Timings, TokenLogprob
+from sps2_mega.types import FinishReason
 
 
 @pytest.fixture(scope="module")

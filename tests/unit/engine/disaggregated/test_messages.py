@@ -7,6 +7,7 @@ import pytest
 from sps2_mega.engine.disaggregated import frames, messages
 from sps2_mega.engine.disaggregated.kv_route import Placement
 from sps2_mega.engine.disaggregated.shipment import Destination
+from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.types import (
     DecodeItem,
     FinishReason,
@@ -14,7 +15,6 @@ from sps2_mega.types import (
     PrefillItem,
     SamplingParams,
     StepPlan,
-    TokenLogprob,
 )
 
 PARAMS = SamplingParams(
