@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             bar.set_postfix_str(name)
             bar.update()
     if args.full:
-        subprocess.run([sys.executable, str(ROOT / "tools" / "plan_sweep.py")], check=True)
+        subprocess.run(
+            [sys.executable, str(ROOT / "tools" / "plan_sweep.py"), "--save", "--again"], check=True
+        )
     _documents()
     print(f"{len(chosen)} comparisons in {(time.monotonic() - began) / 60:.1f} minutes")
     if left:
@@ -164,7 +166,7 @@ def _documents() -> None:
     validate_simulator.main()
     if list(validate_cluster.RESULTS.glob("calibrated-*.yaml")):
         validate_cluster.main([])
-    if plan_sweep.OUTPUT.is_file():
+    if plan_sweep.SAVED.is_file():
         plan_sweep.write_document()
 
 

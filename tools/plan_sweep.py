@@ -1,10 +1,12 @@
 """Holds the planner against an exhaustive sweep: 20 combinations of model, hardware and trace that nothing was tuned on.
 
-    python tools/plan_sweep.py [--only NAME ..] [--jobs 2]
+    python tools/plan_sweep.py --save            what is not stored yet: an interrupted sweep goes on
+    python tools/plan_sweep.py --save --again    all of them (15 minutes on one core)
 
 The planner (tools/plan.py) sees the first part of a trace and chooses. The next part, of as many requests, is then served by
 its choice and by every setting there is (tools.simulation.grid); regret is what the choice lacks of the best goodput
-there. Writes docs/results/planner-sweep.json and a table of docs/evaluation.md.
+there. Each row is written as it is done. With --save they are docs/results/planner-sweep.json and a table of
+docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,64 +35,14 @@ from sps2_mega.simulator.hardware import load_hardware
 from sps2_mega.simulator.line_up import Place
 from sps2_mega.simulator.trace_files import read_trace
 from tools import plan
+from tools.simulation.combinations import COMBINATIONS, Combination
 from tools.simulation.document import EVALUATION, ROOT, with_part
 from tools.simulation.grid import everything
 from tools.simulation.setting import layout_of, rounded
 
-OUTPUT = ROOT / "docs" / "results" / "planner-sweep.json"
+SAVED = ROOT / "docs" / "results" / "planner-sweep.json"
 BEGIN, END = "<!-- planner: made by tools/plan_sweep.py -->", "<!-- end of planner -->"
 WITHIN = 0.10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Combination:
-    """`rate` and `length` times the trace's; limits in seconds."""
-
-    model: str
-    hardware: str
-    nodes: int
-    trace: str
-    rate: float
-    length: float = 1.0
-    link: str | None = None
-    ttft_s: float = 5.0
-    tbt_s: float = 0.1
-    requests: int = 40
-
-    @property
-    def name(self) -> str:
-        over = f" over {self.link}" if self.link else ""
-        longer = f" x {self.length:g}" if self.length != 1 else ""
-        gpus = f"{self.nodes} x 8 {self.hardware}{over}"
-        return f"{self.model}, {gpus}, {self.trace}{longer} at {self.rate:g}"
-
-
-def _c(model: str, hardware: str, nodes: int, trace: str, rate: float, **more: Any) -> Combination:
-    return Combination(model=model, hardware=hardware, nodes=nodes, trace=trace, rate=rate, **more)
-
-
-COMBINATIONS = (
-    _c("llama-3-8b", "h100", 1, "mooncake", 1.0),
-    _c("llama-3-8b", "h100", 1, "azure-code", 4.0),
-    _c("llama-3-8b", "h200", 2, "mooncake-synthetic", 2.0),
-    _c("llama-3-8b", "a100-80g", 1, "azure-conversation", 2.0),
-    _c("llama-3-8b", "a100-80g", 2, "mooncake", 2.0, link="rdma-100g"),
-    _c("llama-3-8b", "b200", 1, "servegen", 2.0),
-    _c("mistral-7b", "a100-80g", 1, "mooncake-synthetic", 0.5),
-    _c("mistral-7b", "h100", 2, "azure-code", 2.0, length=4.0),
-    _c("mistral-7b", "h200", 1, "azure-conversation", 4.0),
-    _c("mistral-7b", "h100", 2, "mooncake", 4.0, link="ethernet-25g"),
-    _c("qwen3-8b", "h100", 1, "mooncake-synthetic", 1.0, length=2.0),
-    _c("qwen3-8b", "h200", 1, "servegen", 1.0),
-    _c("yi-34b", "h100", 1, "mooncake", 0.5),
-    _c("yi-34b", "h200", 2, "azure-code", 1.0, length=8.0, ttft_s=10.0),
-    _c("yi-34b", "a100-80g", 2, "azure-conversation", 1.0),
-    _c("yi-34b", "b200", 1, "mooncake-synthetic", 0.5, ttft_s=10.0),
-    _c("llama-3.1-70b", "h100", 2, "mooncake", 0.5, ttft_s=10.0),
-    _c("llama-3.1-70b", "h200", 1, "azure-code", 1.0),
-    _c("llama-3.1-70b", "h200", 2, "mooncake-synthetic", 0.25, ttft_s=10.0),
-    _c("llama-3.1-70b", "b200", 2, "azure-code", 1.0, length=4.0, link="rdma-100g"),
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,30 +50,61 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=int, nargs="+", help="these, by number from 1")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at the same time")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="elsewhere: no document")
+    parser.add_argument("--again", action="store_true", help="also what is stored")
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="at the same time"
+    )
+    parser.add_argument("--save", action="store_true", help="write docs/results and the table")
+    parser.add_argument("--output", type=Path, default=Path("out/planner-sweep.json"))
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
-    wanted = [number - 1 for number in args.only or range(1, len(COMBINATIONS) + 1)]
-    if not all(0 <= number < len(COMBINATIONS) for number in wanted) or args.jobs < 1:
+    numbers = args.only or range(1, len(COMBINATIONS) + 1)
+    if not all(1 <= number <= len(COMBINATIONS) for number in numbers) or args.jobs < 1:
         print(
             f"plan_sweep: --only takes 1 to {len(COMBINATIONS)}, --jobs at least 1", file=sys.stderr
         )
         return 2
-    kept = args.output.is_file() and args.only is not None
-    rows = {row["name"]: row for row in (_stored(args.output) if kept else [])}
+    path = SAVED if args.save else args.output
+    command = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    wanted = [COMBINATIONS[number - 1] for number in numbers]
+    if not args.again:
+        there = {row["name"] for row in stored(path)}
+        wanted = [each for each in wanted if each.name not in there]
     with ProcessPoolExecutor(max_workers=args.jobs) as pool:
-        waiting = [pool.submit(swept, COMBINATIONS[number]) for number in wanted]
+        waiting = [pool.submit(swept, each) for each in wanted]
         for done in tqdm(as_completed(waiting), total=len(waiting), disable=args.quiet):
-            row = done.result()
-            rows[row["name"]] = row
-            ordered = [rows[each.name] for each in COMBINATIONS if each.name in rows]
-            # What is done is kept, whatever comes next.
-            args.output.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
-    print(section(ordered))
-    if args.output == OUTPUT:
+            keep(done.result(), path, command)
+    print(section(stored(path)))
+    if args.save:
         write_document()
     return 0
+
+
+def stored(path: Path = SAVED) -> list[dict[str, Any]]:
+    """The rows of a file, of combinations that are still asked for, in the order of `COMBINATIONS`."""
+    if not path.is_file():
+        return []
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    found = [rows.get(each.name) for each in COMBINATIONS]
+    return [
+        row
+        for row, each in zip(found, COMBINATIONS, strict=True)
+        if row is not None and row["combination"] == dataclasses.asdict(each)
+    ]
+
+
+def keep(row: dict[str, Any], path: Path, command: str) -> None:
+    """Adds a row to a file, or replaces it there. What is written stays readable, whatever comes next."""
+    rows = [each for each in stored(path) if each["name"] != row["name"]]
+    content = {
+        "command": f"python tools/plan_sweep.py {command}".strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "rows": [*rows, row],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
 
 
 def swept(combination: Combination) -> dict[str, Any]:
@@ -128,6 +113,7 @@ def swept(combination: Combination) -> dict[str, Any]:
     Raises:
         ConfigError: a name is unknown, or nothing fits.
     """
+    began = time.perf_counter()
     place, seen, coming, limits = _problem(combination)
     chosen = plan.ranked(place, seen, limits)[0].system
     grid = everything(plan.settings(place, exact=False), place)
@@ -150,6 +136,7 @@ def swept(combination: Combination) -> dict[str, Any]:
         "response_s": _response(ours),
         "best_response_s": _response(best),
         "place": found.index(ours) + 1,
+        "wall_s": time.perf_counter() - began,
     }
     result: dict[str, Any] = rounded(row)
     return result
@@ -179,14 +166,7 @@ def write_document() -> None:
 
 def written(text: str) -> str:
     """The document with the table of what is stored."""
-    return with_part(text, BEGIN, END, section(_stored()))
-
-
-def _stored(path: Path = OUTPUT) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-    return rows
+    return with_part(text, BEGIN, END, section(stored()))
 
 
 def _problem(

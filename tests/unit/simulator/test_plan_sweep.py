@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -10,7 +11,7 @@ from sps2_mega.simulator.hardware import load_hardware
 from sps2_mega.simulator.line_up import Place, candidates
 from tests.unit.simulator.small_model import MODEL
 from tools import plan_sweep
-from tools.plan_sweep import COMBINATIONS, Combination
+from tools.simulation.combinations import COMBINATIONS, Combination
 from tools.simulation.grid import everything, neighbours
 
 PLACE = Place(model=MODEL, hardware=load_hardware("h100"), gpus=16)
@@ -64,6 +65,46 @@ def test_a_row_compares_the_choice_with_the_best(tmp_path):
     assert row["best_goodput"] >= row["goodput"] > 0
     text = plan_sweep.section([row])
     assert small.name in text and text.endswith("of 1.")
+
+
+def row_of(combination, **figures):
+    goodput = dict(goodput=1.0, best_goodput=1.0, regret=0.0, response_s=1.0, best_response_s=1.0)
+    return dict(
+        name=combination.name,
+        combination=dataclasses.asdict(combination),
+        settings=1,
+        chosen="x",
+        best="x",
+        place=1,
+        **goodput | figures,
+    )
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "new" / "sweep.json"
+    assert plan_sweep.stored(path) == []
+    for each in reversed(COMBINATIONS):
+        plan_sweep.keep(row_of(each), path, "--only 1")
+    plan_sweep.keep(row_of(COMBINATIONS[3], regret=0.5), path, "--only 4 --again")
+    rows = plan_sweep.stored(path)
+    assert [row["name"] for row in rows] == [each.name for each in COMBINATIONS]
+    assert [row["regret"] for row in rows] == [0.0] * 3 + [0.5] + [0.0] * 16
+    assert json.loads(path.read_text())["command"].endswith("plan_sweep.py --only 4 --again")
+    # Nothing is left to do.
+    monkeypatch.setattr(plan_sweep, "swept", None)
+    assert plan_sweep.main(["--output", str(path), "--quiet"]) == 0
+    assert "19 of 20" in capsys.readouterr().out
+    # A combination that is no longer asked for like that counts as missing.
+    changed = json.loads(path.read_text())
+    changed["rows"][0]["combination"]["requests"] = 7
+    path.write_text(json.dumps(changed))
+    assert len(plan_sweep.stored(path)) == 19
+
+
+def test_numbers_that_are_not_there_are_refused(tmp_path, capsys):
+    for wrong in (["--only", "0"], ["--only", "21"], ["--jobs", "0"]):
+        assert plan_sweep.main([*wrong, "--output", str(tmp_path / "x.json")]) == 2
+    assert "takes 1 to 20" in capsys.readouterr().err
 
 
 def test_the_table_in_the_document_is_current():
