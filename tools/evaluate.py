@@ -1,7 +1,8 @@
 """Makes the simulated results anew, and all tables and pictures of docs/evaluation.md.
 
     python tools/evaluate.py              what fits into --minutes: stored comparisons, the quickest ones first
-    python tools/evaluate.py --full       all of them, and the planner against an exhaustive sweep
+    python tools/evaluate.py --full       all of them, and the planner against an exhaustive sweep (about an hour on two
+                                          cores); what was interrupted goes on, unless --again is given
     python tools/evaluate.py --list       what would run, and how long it took last time
 
 A stored comparison (docs/results/simulated-*.json) has its own arguments; it is simulated again with those, by the code as
@@ -13,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sps2_mega.errors import ConfigError
-from tools import simulate, validate_simulator
+from tools import plan_sweep, simulate, validate_simulator
 from tools.simulation import results
+from tools.simulation.combinations import COMBINATIONS
 from tools.simulation.document import ROOT
+from tools.simulation.unfinished import Unfinished
 
 # Systems that every comparison has, also where it was stored before there were such.
 ALWAYS = ("sps2-yield",)
 _TUNING = 3.0  # all of a run over its last part, where only that was stored
+_SWEEP = "planner: "  # before the names of combinations
+UNFINISHED = ROOT / "out" / "evaluate.json"  # what an interrupted --full has done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,19 +67,39 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{'run ' if item in chosen else 'keep'} {item.wall_s:6.0f} s  {item.name}")
         return 0
     began = time.monotonic()
-    with tqdm(total=len(chosen), unit="comparison", disable=args.quiet) as bar:
-        for name in _simulated(chosen, args.jobs):
-            bar.set_postfix_str(name)
-            bar.update()
+    done = 0
     if args.full:
-        subprocess.run(
-            [sys.executable, str(ROOT / "tools" / "plan_sweep.py"), "--save", "--again"], check=True
-        )
+        unfinished = Unfinished(UNFINISHED, anew=args.again)
+        tasks = {
+            name: task
+            for name, task in all_tasks(known, args).items()
+            if name not in unfinished.done
+        }
+        for name in _completed(tasks, args):
+            unfinished.add(name)
+            done += 1
+    else:
+        done = len(list(_completed({item.name: partial(again, item) for item in chosen}, args)))
     _documents()
-    print(f"{len(chosen)} comparisons in {(time.monotonic() - began) / 60:.1f} minutes")
+    if args.full:
+        unfinished.finished()
+    print(f"{done} comparisons in {(time.monotonic() - began) / 60:.1f} minutes")
     if left:
         print(f"as they were stored (--full runs them too): {', '.join(left)}")
     return 0
+
+
+def all_tasks(
+    known: Sequence[Stored], args: argparse.Namespace
+) -> dict[str, Callable[[], dict[str, Any] | None]]:
+    """By name, the longest first: every comparison, or those of --only, and without that the planner's sweep."""
+    chosen = [item for item in reversed(known) if not args.only or item.name in args.only]
+    tasks: dict[str, Callable[[], dict[str, Any] | None]] = {
+        item.name: partial(again, item) for item in chosen
+    }
+    if not args.only:
+        tasks |= {_SWEEP + each.name: partial(plan_sweep.swept, each) for each in COMBINATIONS}
+    return tasks
 
 
 def stored() -> list[Stored]:
@@ -120,19 +145,34 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--full", action="store_true", help="everything that is simulated")
     made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these comparisons")
     made.add_argument("--minutes", type=float, default=8.0, help="about how long, without --full")
-    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at the same time")
+    made.add_argument("--again", action="store_true", help="with --full: from the beginning")
+    made.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="at the same time"
+    )
     made.add_argument("--list", action="store_true", help="run nothing")
     made.add_argument("--quiet", action="store_true", help="no progress bar")
     return made
 
 
-def _simulated(chosen: Sequence[Stored], jobs: int) -> Any:
-    """Names, as they are done; the longest are started first."""
-    with ProcessPoolExecutor(max_workers=jobs) as pool:
-        waiting = {pool.submit(again, item): item.name for item in reversed(chosen)}
-        for done in as_completed(waiting):
-            done.result()
-            yield waiting[done]
+def _completed(
+    tasks: dict[str, Callable[[], dict[str, Any] | None]], args: argparse.Namespace
+) -> Iterator[str]:
+    """Names, as they are done and stored."""
+    with (
+        ProcessPoolExecutor(max_workers=args.jobs) as pool,
+        tqdm(total=len(tasks), unit="comparison", disable=args.quiet) as bar,
+    ):
+        waiting = {pool.submit(task): name for name, task in tasks.items()}
+        try:
+            for done in as_completed(waiting):
+                name, row = waiting[done], done.result()
+                if row is not None:  # what a comparison found it has stored itself
+                    plan_sweep.keep(row, plan_sweep.SAVED, "--save --again")
+                bar.set_postfix_str(name)
+                bar.update()
+                yield name
+        finally:
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the others
 
 
 def again(item: Stored) -> None:
@@ -159,7 +199,6 @@ def arguments_of(item: Stored) -> argparse.Namespace:
 
 def _documents() -> None:
     """Everything that is made of stored results, measured ones included."""
-    from tools import plan_sweep
     from tools.bench import validate_cluster
 
     results.main()

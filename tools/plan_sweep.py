@@ -72,8 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = [each for each in wanted if each.name not in there]
     with ProcessPoolExecutor(max_workers=args.jobs) as pool:
         waiting = [pool.submit(swept, each) for each in wanted]
-        for done in tqdm(as_completed(waiting), total=len(waiting), disable=args.quiet):
-            keep(done.result(), path, command)
+        try:
+            for done in tqdm(as_completed(waiting), total=len(waiting), disable=args.quiet):
+                keep(done.result(), path, command)
+        finally:
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the others
     print(section(stored(path)))
     if args.save:
         write_document()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -63,3 +64,40 @@ def test_every_stored_comparison_can_be_listed(capsys):
     assert evaluate.main(["--list"]) == 0
     text = capsys.readouterr().out
     assert "llama-3-8b-h100-long" in text and text.count("\n") == len(evaluate.stored())
+
+
+def test_a_full_run_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
+    known = items(10, 50, folder=tmp_path)
+    documents = []
+    monkeypatch.setattr(evaluate, "UNFINISHED", tmp_path / "out" / "unfinished.json")
+    monkeypatch.setattr(evaluate, "stored", lambda: known)
+    monkeypatch.setattr(evaluate, "_documents", lambda: documents.append(1))
+    started = []
+
+    def completed(tasks, args):
+        for name in list(tasks)[:3]:
+            started.append(name)
+            yield name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "_completed", completed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(["--full"])
+    assert len(started) == len(set(started)) == 6 and started[:2] == ["b", "a"]
+    assert json.loads(evaluate.UNFINISHED.read_text()) == started and not documents
+    monkeypatch.setattr(evaluate, "_completed", lambda tasks, args: iter(tasks))
+    assert evaluate.main(["--full"]) == 0
+    assert "16 comparisons" in capsys.readouterr().out
+    assert documents == [1] and not evaluate.UNFINISHED.exists()
+    assert evaluate.main(["--full", "--only", "a"]) == 0
+    assert "1 comparisons" in capsys.readouterr().out
+
+
+def test_what_fails_ends_the_run_and_is_told():
+    args = evaluate._parser().parse_args(["--quiet", "--jobs", "1"])
+    fine = partial(print, end="")
+    done = evaluate._completed({"fine": fine, "wrong": partial(int, "x"), "late": fine}, args)
+    assert next(done) == "fine"
+    with pytest.raises(ValueError, match="invalid literal"):
+        next(done)
