@@ -17,11 +17,11 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from sps2_mega.attention.new_keys import Rotation, keep
 from sps2_mega.attention.partials import bring_home
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.kernels.paged_decode.dispatch import DecodeRows, paged_decode
-from sps2_mega.kernels.paged_kv.dispatch import append
 from sps2_mega.kernels.slot_decode.sdpa import SlotBatch, prepare, slot_decode
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.parallel.groups import Group
@@ -87,10 +87,16 @@ class DecodeAttention:
         self._counts, self._group = counts, group
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rule: ScoreRule,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         k_cache, v_cache = self._pool.layer(layer)
-        append(k_cache, v_cache, k_TKH, v_TKH, self._slots_T)
+        keep((k_cache, v_cache), q_TNH, k_TKH, v_TKH, self._slots_T, rotation)
         q_BNH = all_gather_rows(q_TNH, self._counts, self._group)
         out_BNH, lse_BN = self._keys.attend(layer, q_BNH, k_cache, v_cache, rule.scale)
         return bring_home(out_BNH, lse_BN, self._counts, self._group)

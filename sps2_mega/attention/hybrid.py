@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.decode import DecodeAttention
+from sps2_mega.attention.new_keys import Rotation
 from sps2_mega.attention.prefill import PrefillAttention
 from sps2_mega.attention.rule import ScoreRule
 
@@ -20,12 +21,25 @@ class HybridAttention:
         self._prefill, self._decode, self._split = prefill, decode, num_prefill_tokens
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rule: ScoreRule,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         new, one_each = slice(None, self._split), slice(self._split, None)
         return torch.cat(
             [
-                kind.attend(layer, q_TNH[part], k_TKH[part], v_TKH[part], rule)
+                kind.attend(
+                    layer,
+                    q_TNH[part],
+                    k_TKH[part],
+                    v_TKH[part],
+                    rule,
+                    None if rotation is None else rotation.rows(part),
+                )
                 for kind, part in ((self._prefill, new), (self._decode, one_each))
             ]
         )

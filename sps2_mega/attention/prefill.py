@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sps2_mega.attention.new_keys import Rotation, keep
 from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.attention.transports import Transport
-from sps2_mega.kernels.paged_kv.dispatch import append
 from sps2_mega.kv_cache.pool import KVPool
 
 
@@ -28,10 +28,16 @@ class PrefillAttention:
         self._cached_slots_C = cached_slots_C
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rule: ScoreRule,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         cache = self._pool.layer(layer)
-        append(*cache, k_TKH, v_TKH, self._slots_T)
+        keep(cache, q_TNH, k_TKH, v_TKH, self._slots_T, rotation)
         k_CKH, v_CKH = k_TKH, v_TKH
         if len(self._cached_slots_C):
             k_CKH, v_CKH = (

@@ -7,12 +7,19 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sps2_mega.attention.new_keys import Rotation
 from sps2_mega.attention.rule import ScoreRule
 
 
 class LayerAttention(Protocol):
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rule: ScoreRule,
+        rotation: Rotation | None = None,
     ) -> Tensor: ...
 
 
@@ -23,8 +30,14 @@ class WatchedAttention:
         self._attention, self._on_layer = attention, on_layer
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rule: ScoreRule,
+        rotation: Rotation | None = None,
     ) -> Tensor:
-        out_TNH = self._attention.attend(layer, q_TNH, k_TKH, v_TKH, rule)
+        out_TNH = self._attention.attend(layer, q_TNH, k_TKH, v_TKH, rule, rotation)
         self._on_layer(layer)
         return out_TNH

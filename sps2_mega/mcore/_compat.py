@@ -57,6 +57,7 @@ def step_carrier_class() -> type:
         qkv_format: str = "sbhd"
         attention: Any = None
         num_tokens: int = 0
+        rotation: Any = None
 
     return StepCarrier
 

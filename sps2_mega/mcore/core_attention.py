@@ -1,7 +1,7 @@
 """The one module that is swapped in Megatron's layers: it hands q, k, v to the step's attention.
 
 What the step's attention does (transport, cache, decode) is decided outside the model; this module only
-knows its layer and its score rule.
+knows its layer and its score rule. Where Megatron was given no rotary angles, the step's attention gets them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,22 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from sps2_mega.attention.new_keys import Rotation
 from sps2_mega.attention.rule import ScoreRule
 
 
 class StepAttention(Protocol):
     def attend(
-        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rule: ScoreRule
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        rule: ScoreRule,
+        rotation: Rotation | None = None,
     ) -> Tensor:
-        """Attention of this rank's tokens [T, N, H]; also keeps the new keys and values."""
+        """Attention of this rank's tokens [T, N, H]; also keeps the new keys and values. With `rotation` q and k are
+        not rotated yet, and may be changed."""
         ...
 
 
@@ -43,7 +51,10 @@ class SPCoreAttention(nn.Module):
         attention: StepAttention = packed_seq_params.attention
         num_tokens: int = packed_seq_params.num_tokens
         q_TNH, k_TKH, v_TKH = (x.squeeze(1)[:num_tokens] for x in (query, key, value))
-        out_TNH = attention.attend(self._layer, q_TNH, k_TKH, v_TKH, self._rule)
+        rotation: Rotation | None = packed_seq_params.rotation
+        if rotation is not None:
+            rotation = rotation.rows(slice(num_tokens))
+        out_TNH = attention.attend(self._layer, q_TNH, k_TKH, v_TKH, self._rule, rotation)
         if num_tokens < query.shape[0]:
             # The placeholder of a rank without tokens (see `GPT.forward`): nobody reads its output.
             out_TNH = query.new_zeros(query.squeeze(1).shape)

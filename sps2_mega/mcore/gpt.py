@@ -7,7 +7,7 @@ the rows that are sampled, rotary angles follow each token's own position, and o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.checkpoint.sharding import padded_vocab_size
 from sps2_mega.comm.collectives import all_gather_last_dim
 from sps2_mega.config import ModelConfig
+from sps2_mega.kernels.backend import Backend, choose
 from sps2_mega.mcore._compat import (
     eager_import,
     run_final_norm,
@@ -26,7 +27,7 @@ from sps2_mega.mcore._compat import (
 )
 from sps2_mega.mcore.config import transformer_config
 from sps2_mega.mcore.core_attention import SPCoreAttention, StepAttention
-from sps2_mega.mcore.rope import angles, attention_factor, inverse_frequencies
+from sps2_mega.mcore.rope import angles, attention_factor, inverse_frequencies, rotation
 from sps2_mega.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
@@ -92,9 +93,15 @@ class GPT(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        fused_rotary: bool | None = None,
     ) -> None:
+        """With `fused_rotary` the step's attention rotates q and k as it writes the cache, else Megatron's layers do, in
+        some twenty launches each; None: where our own kernels run."""
         super().__init__()
-        self._config, self._tp = model, groups.tp
+        self._config, self._tp, self._dtype = model, groups.tp, dtype
+        if fused_rotary is None:
+            fused_rotary = choose(device, None) is Backend.TRITON
+        self._fused_rotary = fused_rotary
         self.gpt = build_gpt_model(
             model, tp=groups.tp.size, sp=groups.sp.size, dtype=dtype, device_type=device.type
         ).to_empty(device=device)
@@ -143,11 +150,14 @@ class GPT(nn.Module):
         num_tokens = tokens_T.shape[0]
         if num_tokens == 0:
             tokens_T = positions_T = tokens_T.new_zeros(1)
-        return ForwardPass(
-            self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None]),
-            None if self._inv_freq is None else angles(positions_T, self._inv_freq),
-            self._carrier(attention=attention, num_tokens=num_tokens),
-        )
+        carrier = self._carrier(attention=attention, num_tokens=num_tokens)
+        rope = None
+        if self._inv_freq is not None and self._fused_rotary:
+            carrier.rotation = rotation(positions_T, self._inv_freq, self._dtype)
+        elif self._inv_freq is not None:
+            rope = angles(positions_T, self._inv_freq)
+        hidden = self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
+        return ForwardPass(hidden, rope, carrier)
 
     @torch.inference_mode()
     def advance(self, run: ForwardPass, end: int) -> None:
@@ -163,6 +173,26 @@ class GPT(nn.Module):
             packed_seq_params=run.carrier,
         )
         run.next_layer = end
+
+    @torch.inference_mode()
+    def advance_rows(self, run: ForwardPass, rows: slice) -> None:
+        """Runs layer `next_layer` on some of the local tokens (maybe none), whose place the results take; `next_layer` is
+        the caller's to move on."""
+        num_tokens = rows.stop - rows.start
+        taken = rows if num_tokens else slice(0, 1)  # a placeholder, as in `begin`
+        hidden_T1C = run_layers(
+            self.gpt.decoder,
+            range(run.next_layer, run.next_layer + 1),
+            run.hidden_T1C[taken],
+            rotary_pos_emb=None if run.rope is None else run.rope[taken],
+            packed_seq_params=replace(
+                run.carrier,
+                num_tokens=num_tokens,
+                rotation=run.carrier.rotation and run.carrier.rotation.rows(taken),
+            ),
+        )
+        if num_tokens:
+            run.hidden_T1C[rows] = hidden_T1C
 
     @torch.inference_mode()
     def finish(self, run: ForwardPass) -> Tensor:

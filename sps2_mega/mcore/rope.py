@@ -1,4 +1,4 @@
-"""Rotary frequencies: inverse frequencies per scaling rule, and the angles Megatron's layers take."""
+"""Rotary frequencies: inverse frequencies per scaling rule, and the angles that Megatron's layers or ours take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sps2_mega.attention.new_keys import Rotation
 from sps2_mega.config import RopeConfig
 from sps2_mega.errors import ConfigError
 
@@ -39,6 +40,12 @@ def angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
     """Rotation angles [T, 1, 1, head_dim] for Megatron's half-split rotary layout, float32."""
     half = positions_T.float()[:, None] * inv_freq
     return torch.cat((half, half), -1)[:, None, None, :]
+
+
+def rotation(positions_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> Rotation:
+    """The same angles for who rotates outside of Megatron's layers; rounded to the type of the heads as it does."""
+    angles_TR = positions_T.float()[:, None] * inv_freq
+    return Rotation(angles_TR.cos().to(dtype), angles_TR.sin().to(dtype))
 
 
 def _mscale(factor: float, weight: float) -> float:

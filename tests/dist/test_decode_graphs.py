@@ -24,6 +24,7 @@ def test_same_tokens_and_no_block_written_that_is_not_a_sequences(name, device, 
     families.save_family(name, tmp_path)
     prompts = families.prompts(LENGTHS, seed=8)
     (found,) = run_ranks(with_and_without, 1, str(tmp_path), prompts, device, free_port())
+    assert found["rotated"] == found["plain"]
     assert found["graphs"] == found["plain"]
     # Batches 5, 4 .. 1 in buckets 8, 4, 2, 1, and all tables in the shortest one.
     assert found["captured"] == 4
@@ -43,6 +44,7 @@ def with_and_without(
     from sps2_mega.engine.executor import Executor
     from sps2_mega.engine.prefill_setup import PrefillSetup
     from sps2_mega.kernels.paged_kv import triton as paged_kv
+    from sps2_mega.kernels.rotary_append import triton as rotary_append
     from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
@@ -55,8 +57,10 @@ def with_and_without(
     groups = initialize(store, info, topology, device=torch.device("cpu"), timeout_s=120)
     source = open_checkpoint(folder)
     model = source.config
-    gpt = GPT(model, groups, dtype=torch.float32, device=device)
-    load_weights(gpt.weights(), source, model, tp_rank=0, tp=1)
+    models = {}
+    for fused in (False, True):  # who rotates queries and keys: Megatron's layers, or our attention
+        models[fused] = GPT(model, groups, dtype=torch.float32, device=device, fused_rotary=fused)
+        load_weights(models[fused].weights(), source, model, tp_rank=0, tp=1)
 
     class CallsAgain:
         """A graph for the CPU: the result of each call lands where the first one's is."""
@@ -66,7 +70,8 @@ def with_and_without(
             return lambda: result.copy_(work()), result
 
     found: dict[str, object] = {}
-    for kind in ("plain", "graphs"):
+    for kind in ("plain", "rotated", "graphs"):
+        gpt = models[kind != "plain"]
         pool = KVPool(
             num_layers=model.num_layers,
             num_blocks=NUM_BLOCKS,
@@ -96,7 +101,12 @@ def with_and_without(
             device=device,
         )
         # On the CPU the cache is written by torch, which knows no padding.
-        with patch("sps2_mega.attention.decode.append", paged_kv.append):
+        with (
+            patch("sps2_mega.attention.new_keys.append", paged_kv.append),
+            patch(
+                "sps2_mega.attention.new_keys.rotate_and_append", rotary_append.rotate_and_append
+            ),
+        ):
             found[kind], used = generated(executor, prompts)
         if graphs is not None:
             found["captured"] = len(graphs)

@@ -129,7 +129,15 @@ def measure(
 class _NoAttention:
     """Stands where attention would: what is left of the layer is timed."""
 
-    def attend(self, layer: int, q_TNH: Tensor, k: Tensor, v: Tensor, rule: object) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rule: object,
+        rotation: object = None,
+    ) -> Tensor:
         return q_TNH
 
 

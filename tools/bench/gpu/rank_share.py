@@ -62,7 +62,15 @@ def run(part: Part) -> None:
 
 
 class _NoAttention:
-    def attend(self, layer: int, q_TNH: Tensor, k: Tensor, v: Tensor, rule: object) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q_TNH: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rule: object,
+        rotation: object = None,
+    ) -> Tensor:
         return q_TNH
 
 
