@@ -63,7 +63,7 @@ class _LayerWork:
     def post_gather(self, micro_batch: int, part: str) -> Pending | None:
         counts = self._layout.keys.counts
         rows = counts[self._source(micro_batch)]
-        return post_shift(self._shards[micro_batch - 1], rows, max(counts), self._group)
+        return post_shift(self._shards[micro_batch - 1], rows, self._group)
 
     def arrived(self, micro_batch: int, part: str, received: Tensor) -> None:
         self._shards[micro_batch] = received

@@ -7,8 +7,8 @@
 What is posted must not be written until `wait` returns. A pending exchange whose `wait` is called twice is a
 mistake of ours and asserts. On CUDA `wait` makes the current stream wait, not the program.
 
-Between CPUs large shards travel in parts: two ranks that send each other one large message over TCP take about twice as
-long as the line needs, in parts of some 100 KB hardly more than the line needs.
+Between CPUs pieces travel as messages (`comm.messages`), and gathers among more than two ranks in parts: whoever sends
+and receives one large message in a gloo collective takes up to twice as long as the line needs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sps2_mega.comm.collectives import all_gather_single
+from sps2_mega.comm.messages import post_messages
 from sps2_mega.parallel.groups import Group
 
 _CPU_PART_BYTES = 512 * 2**10
@@ -69,10 +70,7 @@ def post_all_to_all(
     """Exchange pieces of a flat tensor: piece r of x goes to rank r; pieces received are in rank order."""
     assert group.size > 1, "a group of one rank has nothing to exchange"
     received = x.new_empty(sum(receive_sizes))
-    work = dist.all_to_all_single(
-        received, x, list(receive_sizes), list(send_sizes), group=group.handle, async_op=True
-    )
-    group.traffic.bytes_sent += (sum(send_sizes) - send_sizes[group.rank]) * x.itemsize
+    work = _post_pieces(x, received, list(send_sizes), list(receive_sizes), group)
     return Pending([work], received, x)
 
 
@@ -86,6 +84,11 @@ def post_all_gather(x: Tensor, longest: int, group: Group) -> Pending:
         x = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
     x = x.contiguous()
     gathered = x.new_empty(group.size * longest, *x.shape[1:])
+    if group.size == 2 and not x.is_cuda:
+        group.traffic.bytes_sent += x.nbytes
+        shards, peer = gathered.split(longest), 1 - group.rank
+        shards[group.rank].copy_(x)
+        return Pending([post_messages([(peer, x)], [(peer, shards[peer])], group)], gathered, x)
     group.traffic.bytes_sent += x.nbytes * (group.size - 1)
     bounds = _part_bounds(x, longest)
     if len(bounds) == 2:
@@ -101,31 +104,34 @@ def post_all_gather(x: Tensor, longest: int, group: Group) -> Pending:
     return Pending(works, gathered, x)
 
 
-def post_shift(x: Tensor, receive_rows: int, longest: int, group: Group) -> Pending:
-    """Send x [T, ...] to the next rank of the ring and receive [receive_rows, ...] from the one before; `longest` are
-    the rows of the longest shard of any rank.
-
-    It is an all-to-all with one non-empty piece: gloo makes progress on those by itself, on point-to-point
-    sends it does not.
-    """
+def post_shift(x: Tensor, receive_rows: int, group: Group) -> Pending:
+    """Send x [T, ...] to the next rank of the ring and receive [receive_rows, ...] from the one before."""
     assert group.size > 1, "a ring of one rank has nothing to exchange"
     x = x.contiguous()
     received = x.new_empty(receive_rows, *x.shape[1:])
     send_sizes, receive_sizes = [0] * group.size, [0] * group.size
-    num_parts = len(_part_bounds(x, longest)) - 1
-    works = []
-    for sent, come in zip(
-        x.view(-1).tensor_split(num_parts), received.view(-1).tensor_split(num_parts), strict=True
-    ):
-        send_sizes[(group.rank + 1) % group.size] = sent.numel()
-        receive_sizes[(group.rank - 1) % group.size] = come.numel()
-        works.append(
-            dist.all_to_all_single(
-                come, sent, list(receive_sizes), list(send_sizes), group=group.handle, async_op=True
-            )
+    send_sizes[(group.rank + 1) % group.size] = x.numel()
+    receive_sizes[(group.rank - 1) % group.size] = received.numel()
+    work = _post_pieces(x.view(-1), received.view(-1), send_sizes, receive_sizes, group)
+    return Pending([work], received, x)
+
+
+def _post_pieces(
+    x: Tensor, received: Tensor, send_sizes: list[int], receive_sizes: list[int], group: Group
+) -> Any:
+    """Piece r of the flat x goes to rank r, piece r of `received` comes from there; the work to wait for."""
+    group.traffic.bytes_sent += (sum(send_sizes) - send_sizes[group.rank]) * x.itemsize
+    if x.is_cuda:
+        return dist.all_to_all_single(
+            received, x, receive_sizes, send_sizes, group=group.handle, async_op=True
         )
-    group.traffic.bytes_sent += x.nbytes
-    return Pending(works, received, x)
+    sends, receives = x.split(send_sizes), received.split(receive_sizes)
+    receives[group.rank].copy_(sends[group.rank])
+    # Each begins with the rank behind it, so that not all send to the same one first.
+    peers = [(group.rank + distance) % group.size for distance in range(1, group.size)]
+    return post_messages(
+        [(peer, sends[peer]) for peer in peers], [(peer, receives[peer]) for peer in peers], group
+    )
 
 
 def _part_bounds(x: Tensor, longest: int) -> list[int]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from sps2_mega.comm.collectives import all_to_all_flat, minimum
+from sps2_mega.comm.collectives import minimum
+from sps2_mega.comm.exchange import post_all_to_all
 from sps2_mega.parallel.groups import Group
 from sps2_mega.parallel.machine import Link
 
-_SMALL_ROUNDS = 7
+_SMALL_ROUNDS, _ROUNDS = 7, 3
 _FIRST_BYTES = 128 * 2**10
 _LAST_BYTES = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
 _LONG_ENOUGH_S = {"cpu": 0.02, "cuda": 0.004}
@@ -45,19 +47,15 @@ def _measure(group: Group, control: Group, device: torch.device) -> Link:
     latency = min(_exchange_s(group, group.size, device) for _ in range(_SMALL_ROUNDS))
     latency = agree_most(latency, control)
     num_bytes = _FIRST_BYTES
-    seconds = 0.0
     while True:
-        before = seconds
         seconds = agree_most(_exchange_s(group, num_bytes, device), control)
         if seconds > _LONG_ENOUGH_S[device.type] or num_bytes >= _LAST_BYTES[device.type]:
             break
         num_bytes *= 2
-    # A shaped link lets a first burst pass for nothing; both last messages together have little of it.
-    sent, taken = num_bytes, seconds
-    if before:
-        sent, taken = num_bytes + num_bytes // 2, before + seconds
-    moving = max(taken - latency * (2 if before else 1), taken / 10)
-    return Link(latency_s=latency, bytes_per_s=sent / moving)
+    # A shaped link lets a first burst pass for nothing, so this one did not count.
+    samples = [agree_most(_exchange_s(group, num_bytes, device), control) for _ in range(_ROUNDS)]
+    taken = median(samples)
+    return Link(latency_s=latency, bytes_per_s=num_bytes / max(taken - latency, taken / 10))
 
 
 def _exchange_s(group: Group, num_bytes: int, device: torch.device) -> float:
@@ -68,7 +66,7 @@ def _exchange_s(group: Group, num_bytes: int, device: torch.device) -> float:
     payload = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     _finish(payload)
     began = time.perf_counter()
-    _finish(all_to_all_flat(payload, sizes, sizes, group))
+    _finish(post_all_to_all(payload, sizes, sizes, group).wait())
     return time.perf_counter() - began
 
 

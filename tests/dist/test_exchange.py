@@ -20,7 +20,7 @@ def exchange_on_rank(rank, counts):
     group = Group(rank=rank, size=len(counts), handle=default_group())
     mine, longest = shard(rank, counts[rank]), max(counts)
     before = group.traffic.bytes_sent
-    came = post_shift(mine, counts[rank - 1], longest, group)
+    came = post_shift(mine, counts[rank - 1], group)
     gathered = post_all_gather(mine, longest, group)  # both are under way at once
     sent = group.traffic.bytes_sent - before
     pending = came, gathered
