@@ -33,11 +33,12 @@ _MESSAGES = {"gather": 1, "pass_q": 2, "ulysses": 3}
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Queries of one sp rank against keys of another: visible (query, key, KV head) triples, (query, KV head) and
-    (key, KV head) rows that take part."""
+    (key, KV head) rows that take part, and `partial_rows`, (query, KV head) of each piece: partials to merge."""
 
     pairs: int
     query_rows: int
     key_rows: int
+    partial_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +80,13 @@ def visible_between(
             first = min(piece.queries[0] for piece in pieces)
             last = max(piece.queries[-1] for piece in pieces)
             stride = min(piece.queries.step for piece in pieces)
-            before = found.get((run.rank, keys.rank), Pair(0, 0, 0))
+            before = found.get((run.rank, keys.rank), Pair(0, 0, 0, 0))
             found[run.rank, keys.rank] = Pair(
                 before.pairs + sum(piece.num_pairs * len(piece.kv_heads) for piece in pieces),
                 before.query_rows + ((last - first) // stride + 1) * len(kv_heads),
                 before.key_rows + sum(part.num_rows for part in rows),
+                before.partial_rows
+                + sum(len(piece.queries) * len(piece.kv_heads) for piece in pieces),
             )
     return found
 
@@ -104,10 +107,11 @@ def choose_levels(
     latency_s = max(link.latency_s for link in machine.links)
     costs: dict[tuple[str, ...], tuple[float, float]] = {}
     for names in itertools.product(CANDIDATES, repeat=len(machine.sp_levels)):
-        moved, pairs = _spread(visible, names, group_sizes_of(machine.sp_levels), heads)
+        moved, work = _spread(visible, names, group_sizes_of(machine.sp_levels), heads)
         busy_s = [
-            count * 4 * head_dim / machine.flops_per_s + copied * machine.copy_s
-            for count, copied in zip(pairs, _copied(moved, itemsize, machine), strict=True)
+            head_dim * (done.pairs * 4 / machine.flops_per_s + done.merged_rows * machine.merge_s)
+            + copied * machine.copy_s
+            for done, copied in zip(work, _copied(moved, itemsize, machine), strict=True)
         ]
         costs[names] = link_seconds(moved, machine), max(busy_s)
     seconds = {
@@ -142,38 +146,51 @@ class _Heads:
     row_bytes: int  # of one head of one token
 
 
+@dataclass(slots=True)
+class _Work:
+    """What one rank computes: (query, key, head) pairs, and (query, head) rows of partials that it merges."""
+
+    pairs: float = 0.0
+    merged_rows: float = 0.0
+
+    def add(self, pair: Pair, heads_per_kv: float) -> None:
+        self.pairs += pair.pairs * heads_per_kv
+        self.merged_rows += pair.partial_rows * heads_per_kv
+
+
 def _spread(
     visible: dict[tuple[int, int], Pair],
     names: Sequence[str],
     group_sizes: Sequence[int],
     heads: _Heads,
-) -> tuple[Matrix, list[float]]:
-    """Bytes from rank to rank, and (query, key, head) pairs that each rank computes, as `works` would do it."""
+) -> tuple[Matrix, list[_Work]]:
+    """Bytes from rank to rank, and what each rank computes, as `works` would do it."""
     size, row = group_sizes[-1], heads.row_bytes
     per_kv_head = heads.num_heads // heads.num_kv_heads
     moved: Matrix = [[0] * size for _ in range(size)]
-    work = [0.0] * size
+    work = [_Work() for _ in range(size)]
     for (a, b), pair in visible.items():
         level = level_of(a, b, group_sizes)
         name = names[level - 1] if level else "own"
-        pairs, queries = pair.pairs * per_kv_head, pair.query_rows * per_kv_head
-        keys = 2 * pair.key_rows
+        queries, keys = pair.query_rows * per_kv_head, 2 * pair.key_rows
         if name in ("own", "gather"):
-            work[a] += pairs
+            work[a].add(pair, per_kv_head)
             moved[b][a] += keys * row if level else 0
-        elif name == "pass_q":
-            work[b] += pairs
+            continue
+        work[a].merged_rows += queries  # when the partials are back
+        if name == "pass_q":
+            work[b].add(pair, per_kv_head)
             moved[a][b] += queries * row
             moved[b][a] += queries * (row + 4)
-        else:
-            group = group_sizes[level]
-            shares = split_heads(heads.num_heads, heads.num_kv_heads, group)
-            for at, (mine, kv) in enumerate(shares, start=a // group * group):
-                share = len(mine) / heads.num_heads
-                work[at] += pairs * share
-                moved[a][at] += int(queries * row * share)
-                moved[at][a] += int(queries * (row + 4) * share)
-                moved[b][at] += int(keys * row * len(kv) / heads.num_kv_heads)
+            continue
+        group = group_sizes[level]
+        shares = split_heads(heads.num_heads, heads.num_kv_heads, group)
+        for at, (mine, kv) in enumerate(shares, start=a // group * group):
+            share = len(mine) / heads.num_heads
+            work[at].add(pair, per_kv_head * share)
+            moved[a][at] += int(queries * row * share)
+            moved[at][a] += int(queries * (row + 4) * share)
+            moved[b][at] += int(keys * row * len(kv) / heads.num_kv_heads)
     for rank in range(size):
         moved[rank][rank] = 0
     return moved, work

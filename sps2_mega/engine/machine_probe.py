@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -25,7 +26,7 @@ from sps2_mega.parallel.machine import Machine
 log = logging.getLogger(__name__)
 
 _MAX_AGE_S = 24 * 3600.0
-_ROUNDS = 5
+_ROUNDS, _REPEATS = 3, 5
 _FLOPS = {"cpu": 6e8, "cuda": 2e11}  # of the timed attention: milliseconds on either
 
 
@@ -105,14 +106,18 @@ def attention_speed(
 
 
 def _mean_s(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one of a few calls in a row, without the first, which may compile or allocate."""
+    """Seconds of one of a few calls in a row, without the first, which may compile or allocate; the middle one of
+    several such means, since something else may run on the machine for a moment."""
     call()
     _finish(device)
-    began = time.perf_counter()
-    for _ in range(_ROUNDS):
-        call()
-    _finish(device)
-    return (time.perf_counter() - began) / _ROUNDS
+    means = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        for _ in range(_ROUNDS):
+            call()
+        _finish(device)
+        means.append((time.perf_counter() - began) / _ROUNDS)
+    return median(means)
 
 
 def _finish(device: torch.device) -> None:
