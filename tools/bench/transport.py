@@ -1,12 +1,12 @@
 """Each prefill transport, and the planner's choice, on the same steps in one run: is the choice the fastest?
 
-    python tools/bench/transport.py                          all ranks on this machine's loopback
-    python tools/bench/transport.py --rates 1gbit,200mbit    also between two namespaces with such a cable (root)
+    python tools/bench/transport.py                                 all ranks on this machine's loopback
+    python tools/bench/transport.py --rates 1gbit,200mbit --save    also between two namespaces with such a cable (root)
 
 One layer's attention of a prefill step is timed on real ranks (`transport_rank.py`), without the rest of the model:
-the transports take turns, the slowest rank counts, and the median of the rounds is kept. Fresh prompts are also timed
-under CSA, with each combination of transports for the SP levels. `regret` is what the planner's choice took over
-what the best one took, both forced.
+the transports take turns and the slowest rank counts. Fresh prompts are also timed under CSA, with each combination of
+transports for the SP levels. `regret` is what the planner's choice took over what the best one took, both forced: the
+median of the rounds' ratios, against that one for which it is largest.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
+    parser.add_argument("--save", action="store_true", help="keep the result in docs/results")
+    parser.add_argument("--output", type=Path, help="write the result to this file")
     args = parser.parse_args()
     results = []
     for rate in ["", *filter(None, args.rates.split(","))]:
@@ -46,7 +48,11 @@ def main() -> None:
             results.append({"sp": sp, "rate": rate or "loopback", **job})
     rows = [row for job in results for row in job["shapes"]]
     good = sum(row["regret"] <= 1.10 for row in rows)
-    print(f"within 10 % of the best: {good} of {len(rows)}; {save('transport', {'jobs': results})}")
+    print(f"within 10 % of the best: {good} of {len(rows)}")
+    if args.output is not None:
+        args.output.write_text(json.dumps({"jobs": results}))
+    if args.save:
+        print(save("transport", {"jobs": results}))
 
 
 def _line(row: dict[str, Any]) -> str:

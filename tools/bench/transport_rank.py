@@ -10,7 +10,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -95,17 +95,16 @@ def _exact(
         layout = _layout(shape, groups.sp.size, "contiguous" if name == "ulysses" else "zigzag")
         transport = make_transport(name.split()[0], layout, groups.sp, _CPU, pipeline)
         contestants[name] = _attention(transport, shape, layout, groups.sp.rank)
-    seconds = _take_turns(contestants, groups, rounds)
+    samples = _take_turns(contestants, groups, rounds)
     layout = _layout(shape, groups.sp.size, "zigzag")
     chosen = choose(_counts(shape, layout), machine, overlap=True)
-    taken = seconds[_ZIGZAG_ULYSSES if chosen.transport == "ulysses" else chosen.transport]
+    taken = _ZIGZAG_ULYSSES if chosen.transport == "ulysses" else chosen.transport
     return {
         "shape": asdict(shape),
         "degrees": [1],
-        "seconds": seconds,
         "planned": chosen.transport,
         "estimates": {e.transport: e.seconds for e in chosen.estimates},
-        "regret": taken / min(seconds[name] for name in TRANSPORTS),
+        **_judged(samples, taken, TRANSPORTS),
     }
 
 
@@ -137,7 +136,7 @@ def _sparse(
             pipeline=pipeline,
         )
         contestants[",".join(names)] = _attention(transport, shape, layout, groups.sp.rank)
-    seconds = _take_turns(contestants, groups, rounds)
+    samples = _take_turns(contestants, groups, rounds)
     visible = visible_between(layout, [pattern], tail_starts([pattern], [shape.new]), kv_heads)
     chosen = choose_levels(
         visible,
@@ -161,10 +160,9 @@ def _sparse(
     return {
         "shape": asdict(shape),
         "degrees": DEGREES,
-        "seconds": seconds,
         "planned": planned,
         "estimates": {",".join(names): found for names, found in chosen.seconds.items()},
-        "regret": seconds[planned] / min(seconds.values()),
+        **_judged(samples, planned, samples),
     }
 
 
@@ -198,18 +196,39 @@ def _attention(
 
 def _take_turns(
     contestants: dict[str, Callable[[], Tensor]], groups: ParallelGroups, rounds: int
-) -> dict[str, float]:
-    """Median seconds of each, of the slowest rank; the first round is not counted."""
+) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, of each contestant in each round; the first round is not counted. Short steps get
+    more rounds, until they have taken a second or ten times as many."""
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_number in range(rounds + 1):
+    spent = 0.0
+    for round_number in range(10 * rounds + 1):
         for name, attend in contestants.items():
             minimum(0, groups.control)  # all begin together
             began = time.perf_counter()
             attend()
             seconds = agree_most(time.perf_counter() - began, groups.control)
+            spent += seconds
             if round_number:
                 samples[name].append(seconds)
-    return {name: median(values) for name, values in samples.items()}
+        if round_number >= rounds and spent >= len(contestants):
+            break
+    return samples
+
+
+def _judged(samples: dict[str, list[float]], planned: str, forced: Iterable[str]) -> dict[str, Any]:
+    """Medians, and `regret`: by how much the planned one's time exceeds that of the best forced one. Compared round by
+    round, as the machine's speed changes from one to the next more than within one."""
+    regrets = {
+        name: median(a / b for a, b in zip(samples[planned], samples[name], strict=True))
+        for name in forced
+    }
+    best = max(regrets, key=regrets.__getitem__)
+    return {
+        "seconds": {name: median(values) for name, values in samples.items()},
+        "rounds": len(samples[planned]),
+        "best": best,
+        "regret": max(1.0, regrets[best]),
+    }
 
 
 if __name__ == "__main__":
