@@ -204,12 +204,34 @@ class DecodeItem:
 @dataclass(frozen=True, slots=True)
 class LayerSlice:
     """Layers [first, end) of the prefill pass `pass_id`: the way of some tokens through the model. Ranks keep it from its
-    first slice, whose plan has the items, to its last; `sampled` get a token at the end of that one."""
+    first slice, whose plan has the items, to its last; `sampled` get a token at the end of that one.
+
+    A `chunked` pass has one item, and slices of it may begin and end inside a layer: tokens of layer `first` before
+    position `first_token` were computed by earlier slices, and layer `end` is computed up to `end_token`. 0: a layer's
+    beginning."""
 
     pass_id: int
     first: int
     end: int
     sampled: tuple[int, ...] = ()
+    chunked: bool = False
+    first_token: int = 0
+    end_token: int = 0
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is the first of its pass."""
+        return self.first == 0 and self.first_token == 0
+
+    def chunks(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """What it computes of a prompt's tokens [start, end), in order: (layer, first token, end token)."""
+        bounds = [(layer, start, end) for layer in range(self.first, self.end)]
+        if self.end_token:
+            bounds.append((self.end, start, self.end_token))
+        if self.first_token:
+            layer, _, stop = bounds[0]
+            bounds[0] = layer, self.first_token, stop
+        return bounds
 
 
 @dataclass(frozen=True, slots=True)

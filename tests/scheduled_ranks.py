@@ -16,14 +16,16 @@ class Ranks:
         self.tokens: dict[int, list[int]] = {}  # cached so far
         self.slots: dict[tuple[int, int, int], tuple[int, ...] | None] = {}
         self.num_shared: dict[int, int] = {}
-        self.passes: dict[int, tuple[list, int]] = {}  # suspended: items, next layer
+        self.passes: dict[
+            int, tuple[list, tuple[int, int]]
+        ] = {}  # suspended: items, (next layer, next token)
 
     def execute(self, plan) -> None:
         for pass_id in plan.dropped:
             del self.passes[pass_id]
         for seq_id in plan.released:
             del self.tables[seq_id], self.tokens[seq_id]
-        if plan.layers is not None and plan.layers.first:
+        if plan.layers is not None and not plan.layers.begins:
             assert not plan.prefills and not plan.decodes
             self.go_on(plan)
             return
@@ -31,7 +33,7 @@ class Ranks:
         if plan.layers is not None:
             assert plan.prefills and not plan.decodes and not plan.sampled
             assert plan.layers.pass_id not in self.passes
-            self.passes[plan.layers.pass_id] = plan.prefills, plan.layers.end
+            self.passes[plan.layers.pass_id] = plan.prefills, _end(plan.layers)
         written = []
         for item in plan.prefills:
             assert item.seq_id not in self.tables
@@ -64,15 +66,23 @@ class Ranks:
     def go_on(self, plan) -> None:
         """Further layers of a suspended pass write to the slots of the first ones, which nobody else may have touched,
         and read what was cached before them."""
-        items, next_layer = self.passes.pop(plan.layers.pass_id)
-        assert plan.layers.first == next_layer < plan.layers.end
+        items, stands = self.passes.pop(plan.layers.pass_id)
+        assert (plan.layers.first, plan.layers.first_token) == stands < _end(plan.layers)
+        if plan.layers.chunked:
+            (item,) = items
+            assert all(
+                item.start <= start < end <= item.end
+                for _, start, end in plan.layers.chunks(item.start, item.end)
+            )
+        else:
+            assert not plan.layers.first_token and not plan.layers.end_token
         for item in items:
             table = BlockTable(self.block_size)
             table.extend(item.block_ranks, item.block_ids)
             self.read(table, item.token_ids[: item.end])
         if plan.layers.end < self.num_layers:
             assert not plan.sampled
-            self.passes[plan.layers.pass_id] = items, plan.layers.end
+            self.passes[plan.layers.pass_id] = items, _end(plan.layers)
         else:
             assert plan.sampled == [item.seq_id for item in items if item.samples]
 
@@ -94,3 +104,7 @@ class Ranks:
             place = self.tables[seq_id].ranks[index], self.tables[seq_id].block_ids[index]
             for offset in range(self.block_size):
                 self.slots[*place, offset] = None
+
+
+def _end(layers) -> tuple[int, int]:
+    return layers.end, layers.end_token

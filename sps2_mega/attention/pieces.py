@@ -14,7 +14,7 @@ Where pieces run, and on which tensors, is not decided here: ranges are position
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sps2_mega.attention.key_blocks import BlockPiece, CSAPiece, KeyBlocks, key_blocks
@@ -51,7 +51,25 @@ def csa_pieces(
         if segment.start in keys:
             dense = dense or segment.start < pattern.sinks
             found += _triangles(pattern, segment, 1 if dense else pattern.degrees[0], heads)
-    return _join_queries(found)
+    return join_queries(found)
+
+
+def join_queries(found: Sequence[CSAPiece]) -> list[CSAPiece]:
+    """Join rectangles on the same keys whose queries continue each other (the sinks of all segments)."""
+    last: dict[tuple[range | KeyBlocks, range], int] = {}
+    joined: list[CSAPiece] = []
+    for piece in found:
+        place = last.get((piece.keys, piece.kv_heads))
+        if place is not None and not piece.causal:
+            before = joined[place].queries
+            if before.step == piece.queries.step and before[-1] + before.step == piece.queries[0]:
+                both = range(before.start, piece.queries.stop, before.step)
+                joined[place] = replace(joined[place], queries=both)
+                continue
+        if not piece.causal:
+            last[piece.keys, piece.kv_heads] = len(joined)
+        joined.append(piece)
+    return joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,21 +165,3 @@ def _triangles(pattern: CSAPattern, segment: range, degree: int, heads: _Heads) 
 def _every(positions: range, degree: int, rest: int) -> range:
     """The positions p with p % degree == rest."""
     return range(positions.start + (rest - positions.start) % degree, positions.stop, degree)
-
-
-def _join_queries(found: list[CSAPiece]) -> list[CSAPiece]:
-    """Join rectangles on the same keys whose queries continue each other (the sinks of all segments)."""
-    last: dict[tuple[range | KeyBlocks, range], int] = {}
-    joined: list[CSAPiece] = []
-    for piece in found:
-        place = last.get((piece.keys, piece.kv_heads))
-        if place is not None and not piece.causal:
-            before = joined[place].queries
-            if before.step == piece.queries.step and before[-1] + before.step == piece.queries[0]:
-                both = range(before.start, piece.queries.stop, before.step)
-                joined[place] = replace(joined[place], queries=both)
-                continue
-        if not piece.causal:
-            last[piece.keys, piece.kv_heads] = len(joined)
-        joined.append(piece)
-    return joined

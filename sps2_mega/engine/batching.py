@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sps2_mega.attention.chunked import ChunkedPrefill
 from sps2_mega.attention.decode import DecodeAttention, DenseKeys, LocalKeys, SparseKeys
 from sps2_mega.attention.hybrid import HybridAttention
 from sps2_mega.attention.layout import build_layout
@@ -36,7 +37,7 @@ class StepInput:
     tokens_T: Tensor
     positions_T: Tensor
     rows_R: Tensor
-    attention: PrefillAttention | DecodeAttention | HybridAttention
+    attention: PrefillAttention | ChunkedPrefill | DecodeAttention | HybridAttention
     items_by_rank: list[list[int]]
 
 
@@ -48,8 +49,10 @@ def prefill_input(
     setup: PrefillSetup,
     *,
     device: torch.device,
+    chunked: bool = False,
 ) -> StepInput:
-    """Enters the items' sequences into `tables` and lays out their tokens."""
+    """Enters the items' sequences into `tables` and lays out their tokens; `chunked`: of one item, which goes through
+    each layer in chunks."""
     layout = build_layout(
         [item.block_ranks for item in items],
         [item.end for item in items],
@@ -77,7 +80,14 @@ def prefill_input(
             num_sampled += 1
             if run.rank == group.rank:
                 rows.append(run.local.stop - 1)
-    transport = setup.transport_over(layout, items, group, device)
+    new, before = _join(slots, device), _join(cached_slots, device)
+    attention: PrefillAttention | ChunkedPrefill
+    if chunked:
+        (item,) = items
+        attention = setup.chunked(layout, item, pool, (new, before), group)
+    else:
+        transport = setup.transport_over(layout, items, group, device)
+        attention = PrefillAttention(pool, new, before, transport)
     for item in items:
         # A table is asked for only once its sequence decodes, when all of its tokens are there.
         if item.samples:
@@ -86,9 +96,7 @@ def prefill_input(
         tokens_T=_join(tokens, device),
         positions_T=_join(positions, device),
         rows_R=_tensor(rows, device),
-        attention=PrefillAttention(
-            pool, _join(slots, device), _join(cached_slots, device), transport
-        ),
+        attention=attention,
         items_by_rank=items_by_rank,
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sps2_mega.attention.chunked import ChunkedPrefill
 from sps2_mega.attention.pipeline.executor import plain_pipeline
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.attention.spans import SparsePrefill
@@ -39,6 +40,7 @@ from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.types import (
     DecodeItem,
     ForwardMode,
+    LayerSlice,
     PrefillItem,
     SamplingParams,
     StepOutput,
@@ -63,6 +65,9 @@ class _Pass:
     prefills: list[PrefillItem]
     step: StepInput
     run: ForwardPass
+    on_layer: Callable[[int], None] | None = (
+        None  # of a pass in chunks, which alone knows when a layer is done
+    )
 
 
 class Executor:
@@ -130,7 +135,10 @@ class Executor:
         began = time.perf_counter()
         passing = self._pass_of(plan, on_layer)
         end = self.model.num_layers if plan.layers is None else plan.layers.end
-        self.model.advance(passing.run, end)
+        if plan.layers is not None and plan.layers.chunked:
+            self._advance_chunks(passing, plan.layers)
+        else:
+            self.model.advance(passing.run, end)
         if end == self.model.num_layers:
             output = self._complete(plan, passing)
         else:
@@ -162,7 +170,7 @@ class Executor:
 
     def _pass_of(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> _Pass:
         """The suspended pass that this step goes on with, or a new one."""
-        if plan.layers is not None and plan.layers.first > 0:
+        if plan.layers is not None and not plan.layers.begins:
             passing = self._suspended.pop(plan.layers.pass_id)
             assert passing.run.next_layer == plan.layers.first, (
                 f"pass {plan.layers.pass_id} stands at layer {passing.run.next_layer}, "
@@ -170,16 +178,28 @@ class Executor:
             )
             return passing
         parts = []
+        chunked = plan.layers is not None and plan.layers.chunked
         if plan.prefills:
-            parts.append(self._prefill_input(plan.prefills))
+            parts.append(self._prefill_input(plan.prefills, chunked=chunked))
         if plan.decodes:
             parts.append(self._decode_input(plan.decodes))
         step = parts[0] if len(parts) == 1 else hybrid_input(*parts)
         attention: StepAttention = step.attention
-        if on_layer is not None:
+        if on_layer is not None and not chunked:
             attention = WatchedAttention(attention, on_layer)
         run = self.model.begin(step.tokens_T, step.positions_T, attention)
-        return _Pass(plan.prefills, step, run)
+        return _Pass(plan.prefills, step, run, on_layer if chunked else None)
+
+    def _advance_chunks(self, passing: _Pass, layers: LayerSlice) -> None:
+        (item,), attention = passing.prefills, passing.step.attention
+        assert isinstance(attention, ChunkedPrefill)
+        for layer, start, end in layers.chunks(item.start, item.end):
+            assert layer == passing.run.next_layer
+            self.model.advance_rows(passing.run, attention.begin(start, end))
+            if end == item.end:
+                passing.run.next_layer += 1
+                if passing.on_layer is not None:
+                    passing.on_layer(layer)
 
     def _complete(self, plan: StepPlan, passing: _Pass) -> StepOutput:
         """What comes after the last layer: one token for each sequence that has all of its own computed."""
@@ -209,7 +229,7 @@ class Executor:
             self._clear_failed(plan, [], output)
         return output
 
-    def _prefill_input(self, items: list[PrefillItem]) -> StepInput:
+    def _prefill_input(self, items: list[PrefillItem], *, chunked: bool) -> StepInput:
         for item in items:
             if not item.samples:
                 continue
@@ -217,7 +237,13 @@ class Executor:
             if self._sparse_tables is not None:
                 self._sparse_tables.add(item.seq_id, self.prefill.pattern_of(item))
         return prefill_input(
-            items, self._tables, self.pool, self.groups.sp, self.prefill, device=self.device
+            items,
+            self._tables,
+            self.pool,
+            self.groups.sp,
+            self.prefill,
+            device=self.device,
+            chunked=chunked,
         )
 
     def _note_chosen(self, items: list[DecodeItem]) -> None:

@@ -4,29 +4,43 @@ Learns from steps that were measured and decides nothing: who yields to whom is 
 Pure Python without a clock.
 
 A layer's seconds per FLOP fall with its size, since small ones are mostly overhead. So they are remembered by size
-class, a power of two, and the nearest class answers. Many short prompts then say nothing about long ones.
+class, a power of two, and the nearest class answers. Many short prompts then say nothing about long ones. Chunks are
+remembered by where in a prompt they are: early ones are all weights, late ones all attention, which have different speeds.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 from sps2_mega.engine.layer_work import LayerWork
 
 _NEWEST = 0.5  # the weight of the newest measurement
-_FORGET = 0.2  # how fast the longest decode step is forgotten
+_NEWEST_CHUNK = 0.3  # chunks are many
+_PLACES = 4  # in which chunks are remembered, for each doubling of the position
+_FORGET = 0.2  # the weight of the newest decode step
 
 
 class Pace:
-    """`decode_s` are the seconds of a decode step: the longest of the last few, since being late costs more than
-    yielding early. 0 before the first."""
+    """`decode_s` are the seconds that few decode steps exceed; 0 before the first."""
 
     def __init__(self, work: LayerWork) -> None:
         self.work = work
-        self.decode_s = 0.0
+        self._decode_mean_s = self._decode_spread_s = 0.0
         self._seconds_per_flop: dict[int, float] = {}
+        self._chunk_seconds_per_flop: dict[int, float] = {}
+
+    @property
+    def decode_s(self) -> float:
+        return self._decode_mean_s + self._decode_spread_s
 
     def decoded(self, seconds: float) -> None:
         """A decode step took so long."""
-        self.decode_s += max(seconds - self.decode_s, _FORGET * (seconds - self.decode_s))
+        if not self._decode_mean_s:
+            self._decode_mean_s = seconds
+        off = abs(seconds - self._decode_mean_s)
+        self._decode_mean_s += _FORGET * (seconds - self._decode_mean_s)
+        self._decode_spread_s += _FORGET * (off - self._decode_spread_s)
 
     def computed(self, flops: int, seconds: float) -> None:
         """One layer with so many FLOPs took so long."""
@@ -34,13 +48,29 @@ class Pace:
         known = self._seconds_per_flop.get(size, rate)
         self._seconds_per_flop[size] = _NEWEST * rate + (1 - _NEWEST) * known
 
+    def computed_chunks(self, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
+        """Chunks [start, end) of a prompt took so long together, each in one layer."""
+        flops = [self.work.flops(*chunk) for chunk in chunks]
+        shares = [
+            self.chunk_s(*chunk) or number for chunk, number in zip(chunks, flops, strict=True)
+        ]
+        for chunk, number, share in zip(chunks, flops, shares, strict=True):
+            taken = seconds * share / sum(shares)
+            place, rate = _place(*chunk), taken / number
+            known = self._chunk_seconds_per_flop.get(place, rate)
+            self._chunk_seconds_per_flop[place] = known + _NEWEST_CHUNK * (rate - known)
+            self.computed(number, taken)
+
     def layer_s(self, flops: int) -> float | None:
         """Expected seconds of one layer with so many FLOPs; None before anything was measured."""
-        if not self._seconds_per_flop:
-            return None
-        size = flops.bit_length()
-        nearest = min(self._seconds_per_flop, key=lambda known: (abs(known - size), -known))
-        return flops * self._seconds_per_flop[nearest]
+        return _nearest(self._seconds_per_flop, flops.bit_length(), flops)
+
+    def chunk_s(self, start: int, end: int) -> float | None:
+        """Expected seconds of tokens [start, end) of a prompt in one layer; None before anything was measured."""
+        flops = self.work.flops(start, end)
+        if not self._chunk_seconds_per_flop:
+            return self.layer_s(flops)
+        return _nearest(self._chunk_seconds_per_flop, _place(start, end), flops)
 
     def prompt_s(self, start: int, end: int) -> float:
         """Expected seconds of tokens [start, end) of a prompt in all layers; 0 before anything was measured."""
@@ -50,12 +80,34 @@ class Pace:
     def tokens_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
         """How many of the tokens [start, end) one layer is expected to compute in so many seconds: a multiple of
         `quantum`, at least one of them, or all; one `quantum` before anything was measured."""
-        fits, fails = 1, -(-(end - start) // quantum) + 1
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            layer_s = self.layer_s(self.work.flops(start, min(end, start + middle * quantum)))
-            if layer_s is not None and layer_s <= seconds:
-                fits = middle
-            else:
-                fails = middle
-        return min(end - start, fits * quantum)
+        return _most(
+            lambda stop: self.layer_s(self.work.flops(start, stop)), seconds, start, end, quantum
+        )
+
+    def chunk_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
+        """The same for one of many chunks."""
+        return _most(lambda stop: self.chunk_s(start, stop), seconds, start, end, quantum)
+
+
+def _place(start: int, end: int) -> int:
+    return int(_PLACES * math.log2(max(1, start + end)))
+
+
+def _nearest(rates: dict[int, float], kind: int, flops: int) -> float | None:
+    if not rates:
+        return None
+    return flops * rates[min(rates, key=lambda known: (abs(known - kind), -known))]
+
+
+def _most(
+    expected_s: Callable[[int], float | None], seconds: float, start: int, end: int, quantum: int
+) -> int:
+    fits, fails = 1, -(-(end - start) // quantum) + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        needed = expected_s(min(end, start + middle * quantum))
+        if needed is not None and needed <= seconds:
+            fits = middle
+        else:
+            fails = middle
+    return min(end - start, fits * quantum)

@@ -51,6 +51,9 @@ def encode(plan: StepPlan) -> bytes:
         plan.layers.first,
         plan.layers.end,
         plan.layers.sampled,
+        plan.layers.chunked,
+        plan.layers.first_token,
+        plan.layers.end_token,
     )
     return msgpack.packb(
         (plan.step, int(plan.mode), prefills, decodes, plan.released, layers, plan.dropped)

@@ -1,10 +1,9 @@
-"""Prompts that go through the model together, pass by pass and layer by layer.
+"""Prompts that go through the model together, layer by layer; a long one alone, and through each layer in chunks.
 
-A pass is all layers for some tokens of each prompt: all of them, or, of a long prompt that goes alone, one chunk.
 Decides nothing; which group goes on and how far is `prefill_queue`'s.
 
     group of short prompts    pass 7: layers 0-5 | decode | layers 5-12
-    group of one long prompt  pass 8: chunk 0, layers 0-3 | decode | layers 3-6 | ...    pass 9: chunk 1, ...
+    group of one long prompt  pass 8: layer 0, tokens 0-800 | decode | its tokens 800-1200, layer 1, tokens 0-400 | ...
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sps2_mega.engine.layer_work import LayerWork
-from sps2_mega.types import PrefillItem, Sequence
+from sps2_mega.types import LayerSlice, PrefillItem, Sequence
 
 
 @dataclass(slots=True, kw_only=True)
 class PrefillGroup:
-    """`members` were admitted together; some may have ended since. `quantum`: chunks are multiples of so many tokens;
-    None: whole prompts. Between two passes `items` is empty, `next_layer` 0.
+    """`members` were admitted together; some may have ended since. `quantum`: chunks of its only prompt are multiples of so
+    many tokens; None: layers are never cut. Before its pass begins `items` is empty.
 
-    `pass_id` is what ranks call the pass under way; `layer_s` are the seconds that one of its layers took last.
+    `pass_id` is what ranks call the pass. It stands in `next_layer`, before token `next_token` (0: at its beginning);
+    `layer_s` are the seconds that one of its layers took last.
     """
 
     members: list[Sequence]
@@ -28,6 +28,7 @@ class PrefillGroup:
     items: list[PrefillItem] = field(default_factory=list)
     pass_id: int = 0
     next_layer: int = 0
+    next_token: int = 0
     layer_s: float | None = None
 
     @property
@@ -39,14 +40,26 @@ class PrefillGroup:
     def seq_ids(self) -> list[int]:
         return [sequence.seq_id for sequence in self.members]
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a slice of the pass has been planned."""
+        return self.next_layer > 0 or self.next_token > 0
+
     def begin_pass(self, pass_id: int, items: list[PrefillItem]) -> None:
         assert not self.items, f"pass {self.pass_id} is under way"
         self.items, self.pass_id = items, pass_id
-        self.next_layer, self.layer_s = 0, None
 
-    def end_pass(self) -> None:
-        self.items, self.next_layer = [], 0
+    def slice_to(self, layer: int, token: int = 0) -> LayerSlice:
+        """From where the pass stands on, without tokens to sample."""
+        return LayerSlice(
+            self.pass_id,
+            self.next_layer,
+            layer,
+            chunked=self.quantum is not None,
+            first_token=self.next_token,
+            end_token=token,
+        )
 
     def layer_flops(self, work: LayerWork) -> int:
-        """FLOPs of one layer of the pass under way."""
+        """FLOPs of one layer of the pass."""
         return sum(work.flops(item.start, item.end) for item in self.items)

@@ -1,6 +1,6 @@
-"""Which prompts are prefilled next, together with which others, and how many layers of theirs: groups in flight.
+"""Which prompts are prefilled next, together with which others, and how far in this step: groups in flight.
 
-Decides order, grouping and chunks. Whose turn it is, prefill or decode, is the scheduler's; seconds are `pace`'s.
+Decides order, grouping, and where layers of a long prompt are cut. Whose turn it is, prefill or decode, is the scheduler's; seconds are `pace`'s.
 Without a pace every group goes through the model in one step, first come first served.
 
 The key of a prompt or group is arrival time + `overtake` * expected seconds of prefill left; the least goes first. Keys
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 
 from sps2_mega.config import SchedulerConfig
@@ -24,6 +25,10 @@ from sps2_mega.types import LayerSlice, PrefillItem, Sequence
 MAX_GROUPS = 3
 # Computing again costs everybody, waiting one request: and equal prompts must not be told apart by a measurement.
 _PATIENCE = 2.0
+# A prompt's last chunk is about so many quanta: more of them cut it into smaller pieces on every rank, fewer miss the
+# target by more.
+_LAST = 4
+_SCRAP = 0.25  # of a slice's room
 
 
 class PrefillQueue:
@@ -41,9 +46,7 @@ class PrefillQueue:
         self._finished: list[int] = []  # held ids whose last slice is in the plan being made
         self._dropped: list[int] = []
         self._num_passes = 0
-        self._running: tuple[PrefillGroup, int, int] | None = (
-            None  # of the plan: layers, FLOPs of each
-        )
+        self._running: tuple[PrefillGroup, LayerSlice] | None = None  # what is planned
 
     def next_slice(
         self, now: float, room_s: float, layer_room_s: float
@@ -53,27 +56,24 @@ class PrefillQueue:
         group = self._choose(now, layer_room_s)
         if group is None:
             return None
-        entering = not group.items
-        if entering:
+        if not group.items:
             self._num_passes += 1
-            group.begin_pass(self._num_passes, self._chunks(group, layer_room_s))
-        items = group.items
+            group.begin_pass(self._num_passes, self._items(group))
+        items, entering = group.items, not group.is_under_way
         if self._pace is None:
             self._end_pass(group)
             return items, None
-        first, num_layers = group.next_layer, self._pace.work.num_layers
-        flops = group.layer_flops(self._pace.work)
-        end = min(num_layers, first + self._layers_within(group, flops, room_s))
-        self._running = group, end - first, flops
-        if end < num_layers:
-            group.next_layer = end
+        planned = self._slice_within(group, self._pace, room_s)
+        self._running = group, planned
+        if planned.end < self._pace.work.num_layers:
+            group.next_layer, group.next_token = planned.end, planned.end_token
             self._states.hold(item.seq_id for item in items)
-            return items if entering else [], LayerSlice(group.pass_id, first, end)
+            return items if entering else [], planned
         self._end_pass(group)
         if entering:
             return items, None
-        sampled = tuple(item.seq_id for item in items if item.samples)
-        return [], LayerSlice(group.pass_id, first, end, sampled)
+        sampled = tuple(item.seq_id for item in items)
+        return [], replace(planned, sampled=sampled)
 
     def planned(self) -> list[int]:
         """Call when the plan is made, its released sequences included; returns the passes that ranks forget."""
@@ -86,10 +86,15 @@ class PrefillQueue:
         """The step with the last slice took so long."""
         if self._running is None or self._pace is None:
             return
-        group, num_layers, flops = self._running
+        group, planned = self._running
         self._running = None
-        group.layer_s = seconds / num_layers
-        self._pace.computed(flops, group.layer_s)
+        if planned.chunked:
+            (item,) = group.items
+            chunks = planned.chunks(item.start, item.end)
+            self._pace.computed_chunks([(start, end) for _, start, end in chunks], seconds)
+            return
+        group.layer_s = seconds / (planned.end - planned.first)
+        self._pace.computed(group.layer_flops(self._pace.work), group.layer_s)
 
     def ended(self, seq_id: int) -> None:
         """A sequence is over. With its last member a group goes, too."""
@@ -184,20 +189,17 @@ class PrefillQueue:
         return group is None or self._left_s(group) <= _PATIENCE * self._prompt_s(start, end)
 
     def _left_s(self, group: PrefillGroup) -> float:
-        """Expected seconds: what is under way counts by its layers to go, what comes after by tokens."""
+        """Expected seconds of the layers to go; of the one that was cut, of the tokens to go."""
         assert self._pace is not None, "groups stay only where they are interrupted"
         work = self._pace.work
-        left_s = 0.0
-        layer_s = self._layer_s(group, group.layer_flops(work)) if group.items else None
-        if layer_s is not None:
-            left_s += (work.num_layers - group.next_layer) * layer_s
-        ends = {item.seq_id: item.end for item in group.items}
-        for sequence in group.members:
-            if self._states.is_prefilling(sequence.seq_id):
-                total = sequence.num_tokens
-                start = ends.get(sequence.seq_id, total - self._states.num_uncached(sequence))
-                left_s += self._prompt_s(start, total)
-        return left_s
+        layer_s = self._layer_s(group, group.layer_flops(work))
+        if layer_s is None:
+            return 0.0
+        done = 0.0
+        if group.next_token:
+            (item,) = group.items
+            done = work.flops(item.start, group.next_token) / work.flops(item.start, item.end)
+        return (work.num_layers - group.next_layer - done) * layer_s
 
     def _weighted(self, arrival_time: float, seconds: float) -> float:
         return arrival_time + self._config.overtake * seconds
@@ -214,7 +216,7 @@ class PrefillQueue:
             return None
         # Chunks grow shorter with the prompt that they see: so long is the last one.
         last = self._pace.tokens_within(layer_room_s, end, 2 * end, least)
-        return last // least * least
+        return max(1, last // _LAST // least) * least
 
     def _tokens_within(self, layer_room_s: float) -> float:
         """How many tokens of short prompts one layer may have."""
@@ -223,25 +225,41 @@ class PrefillQueue:
         most = self._config.max_prefill_tokens
         return self._pace.tokens_within(layer_room_s, 0, most, self._placement.least_chunk)
 
-    def _chunks(self, group: PrefillGroup, layer_room_s: float) -> list[PrefillItem]:
-        """The next tokens of each member."""
-        items = []
-        for sequence in group.members:
-            if not self._states.is_prefilling(sequence.seq_id):
-                continue
-            count = self._states.num_uncached(sequence)
-            if group.quantum is not None and self._pace is not None:
-                end = sequence.num_tokens
-                count = self._pace.tokens_within(layer_room_s, end - count, end, group.quantum)
-            items.append(self._states.next_chunk(sequence, count))
-        return items
+    def _items(self, group: PrefillGroup) -> list[PrefillItem]:
+        """All tokens of each member."""
+        return [
+            self._states.next_chunk(sequence, self._states.num_uncached(sequence))
+            for sequence in group.members
+            if self._states.is_prefilling(sequence.seq_id)
+        ]
 
-    def _layers_within(self, group: PrefillGroup, flops: int, room_s: float) -> int:
-        """At least one, so that prefill gets on; one where nothing is known."""
-        layer_s = self._layer_s(group, flops)
-        if layer_s is None or layer_s <= 0.0:
-            return 1
-        return max(1, int(min(room_s / layer_s, 1e6)))
+    def _slice_within(self, group: PrefillGroup, pace: Pace, room_s: float) -> LayerSlice:
+        """At least one layer or chunk, so that prefill gets on; one where nothing is known."""
+        if group.quantum is not None:
+            return self._chunks_within(group, group.quantum, pace, room_s)
+        layer_s = self._layer_s(group, group.layer_flops(pace.work))
+        count = 1 if not layer_s else max(1, int(min(room_s / layer_s, 1e6)))
+        return group.slice_to(min(pace.work.num_layers, group.next_layer + count))
+
+    def _chunks_within(
+        self, group: PrefillGroup, quantum: int, pace: Pace, room_s: float
+    ) -> LayerSlice:
+        """What is left of the layer, and further ones, as far as there is room; the next one is begun only if there is
+        room for more than a scrap."""
+        (item,) = group.items
+        layer, token = group.next_layer, group.next_token or item.start
+        left_s = room_s
+        while layer < pace.work.num_layers:
+            count = pace.chunk_within(left_s, token, item.end, quantum)
+            seconds = pace.chunk_s(token, token + count)
+            fits = seconds is not None and max(seconds, _SCRAP * room_s) <= left_s
+            if layer > group.next_layer and not fits:
+                break
+            if token + count < item.end:
+                return group.slice_to(layer, token + count)
+            left_s -= seconds or left_s
+            layer, token = layer + 1, item.start
+        return group.slice_to(layer)
 
     def _layer_s(self, group: PrefillGroup, flops: int) -> float | None:
         """A pass that has begun says best how long its layers take."""
@@ -253,13 +271,11 @@ class PrefillQueue:
         for item in group.items:
             self._states.computed(item)
         self._finished += [item.seq_id for item in group.items]
-        group.end_pass()
-        if not any(map(self._states.is_prefilling, group.seq_ids)):
-            self._groups.remove(group)
+        self._groups.remove(group)
 
     def _drop(self, group: PrefillGroup) -> None:
         self._groups.remove(group)
-        if group.next_layer:
+        if group.is_under_way:
             self._dropped.append(group.pass_id)
             self._states.let_go(item.seq_id for item in group.items)
 

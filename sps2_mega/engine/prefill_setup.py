@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from sps2_mega.attention.apart import NoPrompts, OwnPart, own_part
+from sps2_mega.attention.chunk_scores import ChunkScores, ExactChunks, SparseChunks
+from sps2_mega.attention.chunked import ChunkedPrefill
 from sps2_mega.attention.layout import PrefillLayout
 from sps2_mega.attention.leveled import Leveled
 from sps2_mega.attention.pattern import CSAPattern
@@ -15,6 +18,7 @@ from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.attention.transports import Transport, make_transport
 from sps2_mega.engine.prefill_planner import PrefillPlanner
+from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.parallel.groups import SINGLE, Group
 from sps2_mega.types import PrefillItem
 
@@ -43,6 +47,24 @@ class PrefillSetup:
                 return self._apart(part, items, device)
         patterns = [self.pattern_of(item) for item in items] if self.sparse is not None else []
         return self._over(layout, items, patterns, group, device)
+
+    def chunked(
+        self,
+        layout: PrefillLayout,
+        item: PrefillItem,
+        pool: KVPool,
+        slots: tuple[Tensor, Tensor],
+        group: Group,
+    ) -> ChunkedPrefill:
+        """The attention of a prompt that goes through each layer in chunks: keys come to every rank once, whatever the
+        transport of other prompts. `slots` are this rank's cache slots of new and of cached tokens."""
+        assert self.pipeline is not None, "the executor fills it in"
+        scores: ChunkScores = ExactChunks()
+        if self.sparse is not None:
+            scores = SparseChunks(
+                self.pattern_of(item), item.num_prompt_tokens, self.sparse.kv_heads
+            )
+        return ChunkedPrefill(pool, *slots, layout, scores, group, self.pipeline)
 
     def _over(
         self,

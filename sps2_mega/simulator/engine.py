@@ -123,19 +123,27 @@ class SimulatedEngine:
         if plan.layers is None:
             return self.cost.of_plan(self._computed(plan))
         items = self._passes.setdefault(plan.layers.pass_id, plan.prefills)
-        return self.cost.of_slice(
-            [Prompt(start=item.start, end=item.end) for item in items],
-            num_layers=plan.layers.end - plan.layers.first,
-            num_sampled=len(plan.layers.sampled),
-        )
+        if plan.layers.chunked:
+            (item,) = items
+            chunks = plan.layers.chunks(item.start, item.end)
+            parts = [([Prompt(start=start, end=end)], 1) for _, start, end in chunks]
+        else:
+            prompts = [Prompt(start=item.start, end=item.end) for item in items]
+            parts = [(prompts, plan.layers.end - plan.layers.first)]
+        return self.cost.of_slice(parts, num_sampled=len(plan.layers.sampled))
 
     def _prompt_tokens(self, plan: StepPlan) -> int:
         """Of a slice its layers' share, so that slices of a pass add up to its tokens."""
         if plan.layers is None:
             return sum(item.num_new_tokens for item in self._computed(plan).prefills)
-        count = sum(item.num_new_tokens for item in self._passes[plan.layers.pass_id])
-        num_layers = self.cost.size.num_layers
-        return count * plan.layers.end // num_layers - count * plan.layers.first // num_layers
+        items, num_layers = self._passes[plan.layers.pass_id], self.cost.size.num_layers
+        count, start = sum(item.num_new_tokens for item in items), items[0].start
+
+        def done(layer: int, token: int) -> int:
+            return (count * layer + max(0, token - start)) // num_layers
+
+        first = done(plan.layers.first, plan.layers.first_token)
+        return done(plan.layers.end, plan.layers.end_token) - first
 
     def _computed(self, plan: StepPlan) -> StepPlan:
         """The plan as the model sees it: a prompt that comes with its keys and values is one more decode. After a

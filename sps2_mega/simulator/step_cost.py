@@ -66,10 +66,14 @@ class StepCost:
         terms = self._of_layers(prompts, num_decodes, context)
         return self._of_step(terms, num_sampled)
 
-    def of_slice(self, prompts: Sequence[Prompt], *, num_layers: int, num_sampled: int) -> Terms:
-        """`prompts` go through some of the layers; with the last ones there are tokens to sample."""
-        share = num_layers / self.size.num_layers
-        terms = {name: share * seconds for name, seconds in self._of_layers(prompts, 0, 0).items()}
+    def of_slice(self, parts: Sequence[tuple[Sequence[Prompt], int]], *, num_sampled: int) -> Terms:
+        """Of each part its prompts, or chunks of one, go through so many layers; with the last ones there are tokens to
+        sample."""
+        terms: dict[str, float] = {}
+        for prompts, num_layers in parts:
+            share = num_layers / self.size.num_layers
+            for name, seconds in self._of_layers(prompts, 0, 0).items():
+                terms[name] = terms.get(name, 0.0) + share * seconds
         return self._of_step(terms, num_sampled)
 
     def _of_layers(

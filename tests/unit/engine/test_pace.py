@@ -1,5 +1,7 @@
 """What is expected of the next layers, from what was measured of earlier ones."""
 
+import itertools
+
 import pytest
 
 from sps2_mega.config import ModelConfig
@@ -57,14 +59,46 @@ def test_measurements_replace_what_was_known():
     assert pace.layer_s(10**9) == pytest.approx(1.0, rel=0.01)
 
 
-def test_a_decode_step_is_expected_to_be_as_slow_as_the_slowest_of_the_last():
+def test_a_decode_step_is_expected_to_take_what_few_exceed():
     pace = Pace(WORK)
-    for seconds in (0.01, 0.05, 0.01):
+    pace.decoded(0.01)
+    assert pace.decode_s == pytest.approx(0.01)
+    for seconds in (0.01, 0.014) * 30:
         pace.decoded(seconds)
-    assert 0.04 < pace.decode_s < 0.05
+    assert 0.0135 < pace.decode_s < 0.015, "the mean and how far steps are from it"
+    pace.decoded(0.05)
+    late = pace.decode_s
+    assert 0.02 < late < 0.05, "one slow step counts, but not for all"
     for _ in range(30):
         pace.decoded(0.01)
-    assert pace.decode_s == pytest.approx(0.01, rel=0.01)
+    assert pace.decode_s == pytest.approx(0.01, rel=0.05)
+
+
+def test_chunks_are_remembered_by_their_place_in_the_prompt():
+    """Early ones run at one speed, late ones at another: after two layers of two prompts both are known."""
+    pace = Pace(WORK)
+    assert pace.chunk_s(0, 64) is None
+
+    def taken(start, end):
+        return (end - start) * 1e-5 + (end**2 - start**2) * 3e-9
+
+    bounds = [0, 700, 1300, 2000, 2600, 3001]
+    chunks = list(itertools.pairwise(bounds))
+    for _ in range(4):
+        for chunk in chunks:
+            pace.computed_chunks([chunk], taken(*chunk))
+    for chunk in chunks:
+        assert pace.chunk_s(*chunk) == pytest.approx(taken(*chunk), rel=0.1)
+
+
+def test_the_time_of_two_chunks_is_shared_as_expected_of_them():
+    pace = Pace(WORK)
+    pace.computed_chunks([(0, 100)], 0.1)
+    pace.computed_chunks([(900, 1000)], 0.4)
+    for _ in range(40):
+        pace.computed_chunks([(900, 1000), (0, 100)], 1.0)
+    assert pace.chunk_s(0, 100) == pytest.approx(0.2, rel=0.01)
+    assert pace.chunk_s(900, 1000) == pytest.approx(0.8, rel=0.01)
 
 
 @pytest.mark.parametrize("start", [0, 100, 5000])

@@ -163,11 +163,20 @@ def test_slices_of_a_pass_cost_what_the_pass_costs():
     prompts = [Prompt(start=100, end=1001)]
     whole = cost.of_tokens(prompts, num_decodes=0, context=0, num_sampled=1)
     slices = [
-        cost.of_slice(prompts, num_layers=1, num_sampled=sampled)
+        cost.of_slice([(prompts, 1)], num_sampled=sampled)
         for sampled in [0] * (MODEL.num_layers - 1) + [1]
     ]
     for name, seconds in whole.items():
         assert sum(terms[name] for terms in slices) == pytest.approx(seconds)
+
+
+def test_a_slice_that_ends_in_one_layer_and_begins_the_next_costs_both_parts():
+    cost = step_cost(System(name="x", sp=4), MODEL, ROUND, tp=1, sp=4)
+    end, begin = [Prompt(start=600, end=1001)], [Prompt(start=100, end=333)]
+    both = cost.of_slice([(end, 1), (begin, 1)], num_sampled=0)
+    apart = [cost.of_slice([(prompts, 1)], num_sampled=0) for prompts in (end, begin)]
+    for name in ("attention", "linear", "kv_write"):
+        assert both[name] == pytest.approx(sum(terms[name] for terms in apart))
 
 
 def test_short_prompts_side_by_side_are_never_slower():
