@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.chunked import ChunkedPrefill
 from sps2_mega.attention.pipeline.executor import plain_pipeline
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.attention.spans import SparsePrefill
-from sps2_mega.attention.watched import WatchedAttention
 from sps2_mega.config import ModelConfig
 from sps2_mega.engine.batching import (
     StepInput,
@@ -29,18 +27,17 @@ from sps2_mega.engine.batching import (
 from sps2_mega.engine.decode_graphs import DecodeGraphs
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.penalties import PenaltyState
+from sps2_mega.engine.prefill_pass import Pass
 from sps2_mega.engine.prefill_setup import PrefillSetup
 from sps2_mega.engine.sampler import sample
 from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.engine.token_exchange import exchange_tokens
 from sps2_mega.kv_cache.pool import KVPool
-from sps2_mega.mcore.core_attention import StepAttention
-from sps2_mega.mcore.gpt import GPT, ForwardPass
+from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.types import (
     DecodeItem,
     ForwardMode,
-    LayerSlice,
     PrefillItem,
     SamplingParams,
     StepOutput,
@@ -56,18 +53,6 @@ class _Sampling:
     seed: int
     num_prompt_tokens: int
     penalties: PenaltyState | None
-
-
-@dataclass(slots=True)
-class _Pass:
-    """Tokens on their way through the model, maybe over several steps."""
-
-    prefills: list[PrefillItem]
-    step: StepInput
-    run: ForwardPass
-    on_layer: Callable[[int], None] | None = (
-        None  # of a pass in chunks, which alone knows when a layer is done
-    )
 
 
 class Executor:
@@ -103,7 +88,7 @@ class Executor:
             )
         self._graphs = graphs
         self._sampling: dict[int, _Sampling] = {}
-        self._suspended: dict[int, _Pass] = {}
+        self._suspended: dict[int, Pass] = {}
 
     def with_attention(
         self, transport: str, sparse: SparsePrefill | None, *, sparse_decode: bool = False
@@ -135,10 +120,7 @@ class Executor:
         began = time.perf_counter()
         passing = self._pass_of(plan, on_layer)
         end = self.model.num_layers if plan.layers is None else plan.layers.end
-        if plan.layers is not None and plan.layers.chunked:
-            self._advance_chunks(passing, plan.layers)
-        else:
-            self.model.advance(passing.run, end)
+        passing.advance(self.model, plan.layers)
         if end == self.model.num_layers:
             output = self._complete(plan, passing)
         else:
@@ -168,7 +150,7 @@ class Executor:
         self._sampling[item.seq_id] = self._new_sampling(item)
         self._tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
 
-    def _pass_of(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> _Pass:
+    def _pass_of(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Pass:
         """The suspended pass that this step goes on with, or a new one."""
         if plan.layers is not None and not plan.layers.begins:
             passing = self._suspended.pop(plan.layers.pass_id)
@@ -184,24 +166,9 @@ class Executor:
         if plan.decodes:
             parts.append(self._decode_input(plan.decodes))
         step = parts[0] if len(parts) == 1 else hybrid_input(*parts)
-        attention: StepAttention = step.attention
-        if on_layer is not None and not chunked:
-            attention = WatchedAttention(attention, on_layer)
-        run = self.model.begin(step.tokens_T, step.positions_T, attention)
-        return _Pass(plan.prefills, step, run, on_layer if chunked else None)
+        return Pass.begin(self.model, plan.prefills, step, on_layer)
 
-    def _advance_chunks(self, passing: _Pass, layers: LayerSlice) -> None:
-        (item,), attention = passing.prefills, passing.step.attention
-        assert isinstance(attention, ChunkedPrefill)
-        for layer, start, end in layers.chunks(item.start, item.end):
-            assert layer == passing.run.next_layer
-            self.model.advance_rows(passing.run, attention.begin(start, end))
-            if end == item.end:
-                passing.run.next_layer += 1
-                if passing.on_layer is not None:
-                    passing.on_layer(layer)
-
-    def _complete(self, plan: StepPlan, passing: _Pass) -> StepOutput:
+    def _complete(self, plan: StepPlan, passing: Pass) -> StepOutput:
         """What comes after the last layer: one token for each sequence that has all of its own computed."""
         hidden = self.model.finish(passing.run)
         logits_RV = self.model.logits(hidden.index_select(0, passing.step.rows_R))
