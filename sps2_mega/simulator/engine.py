@@ -6,7 +6,6 @@ Decides nothing: the scheduler plans, the cost says how long it takes, and every
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 from sps2_mega.attention.spans import SparsePrefill
 from sps2_mega.config import SchedulerConfig
@@ -67,7 +66,7 @@ class SimulatedEngine:
             work=cost.size.layer_work,
         )
         self.meter = StepMeter()
-        self.terms: Counter[str] = Counter()
+        self.terms: dict[str, float] = {}
         self.busy_s = 0.0
         self.peak_kv_usage = 0.0
         self.load_tokens = 0
@@ -91,7 +90,7 @@ class SimulatedEngine:
             return None
         terms = self._terms(self.plan)
         for name, seconds in terms.items():
-            self.terms[name] += seconds
+            self.terms[name] = self.terms.get(name, 0.0) + seconds
         self._seconds = sum(terms.values())
         self.busy_s += self._seconds
         # Between these steps blocks are only given back.
@@ -123,14 +122,20 @@ class SimulatedEngine:
         if plan.layers is None:
             return self.cost.of_plan(self._computed(plan))
         items = self._passes.setdefault(plan.layers.pass_id, plan.prefills)
+        num_sampled = len(plan.layers.sampled)
         if plan.layers.chunked:
             (item,) = items
             chunks = plan.layers.chunks(item.start, item.end)
-            parts = [([Prompt(start=start, end=end)], 1) for _, start, end in chunks]
-        else:
-            prompts = [Prompt(start=item.start, end=item.end) for item in items]
-            parts = [(prompts, plan.layers.end - plan.layers.first)]
-        return self.cost.of_slice(parts, num_sampled=len(plan.layers.sampled))
+            return self.cost.of_chunks(
+                [(start, end) for _, start, end in chunks],
+                first=item.start,
+                num_sampled=num_sampled,
+            )
+        return self.cost.of_slice(
+            [Prompt(start=item.start, end=item.end) for item in items],
+            num_layers=plan.layers.end - plan.layers.first,
+            num_sampled=num_sampled,
+        )
 
     def _prompt_tokens(self, plan: StepPlan) -> int:
         """Of a slice its layers' share, so that slices of a pass add up to its tokens."""

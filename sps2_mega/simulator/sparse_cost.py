@@ -44,7 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Combination:
-    """Transports by level; `link_s` and `copy_s` per token of the prompt, `compute_s` per squared token, `latency_s` as
+    """Transports by level; `link_s` and `copy_s` (merges too) per token of the prompt, `compute_s` per squared token, `latency_s` as
     it is."""
 
     transports: tuple[str, ...]
@@ -100,6 +100,16 @@ class SparseCost:
                 )
             )
         return min(found, key=lambda seconds: seconds.total_s)
+
+    def visible_share(self, chunk: Prompt, hardware: Hardware) -> float:
+        """Arithmetic of a chunk's queries over that of exact attention. Chunks lie in stripes, so that ranks have about the
+        same to do: as much as where the work is dealt out best."""
+        least_s = min(way.compute_s for way in self.combinations)
+        squared = float(chunk.end) ** 2 - float(chunk.start) ** 2
+        seconds = least_s * squared + self._near_s([chunk], hardware)
+        heads = self.num_heads / self.size
+        flops = 4.0 * self.head_dim * heads * causal_pairs(chunk.start, chunk.end)
+        return min(1.0, seconds * hardware.attention_flops_per_s / flops)
 
     def forced(self, transport: str) -> SparseCost:
         """The same where one transport is forced on every level."""
@@ -179,11 +189,11 @@ def sparse_cost(
         chosen = choose_levels(seen, fake, itemsize=itemsize, parts=None, **heads)
         return chosen.seconds
 
-    # One thing at a time: bytes, arithmetic, copies, messages.
+    # One thing at a time: bytes, arithmetic, copies and merges, messages.
     silent = tuple(replace(link, latency_s=0.0) for link in machine.links)
     instant = tuple(replace(link, latency_s=0.0, bytes_per_s=math.inf) for link in machine.links)
     late = tuple(replace(link, bytes_per_s=math.inf) for link in machine.links)
-    plain = replace(machine, copy_s=0.0)
+    plain = replace(machine, copy_s=0.0, merge_s=0.0)
     link_s = seconds(replace(plain, links=silent, flops_per_s=math.inf))
     compute_s = seconds(replace(plain, links=instant))
     copied_s = seconds(replace(machine, links=instant))

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Machine
+from sps2_mega.simulator.chunk_cost import chunk_seconds
 from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
 from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s, memory_s
 from sps2_mega.simulator.hardware import Hardware
@@ -29,6 +30,7 @@ from sps2_mega.simulator.transport_cost import (
     AttentionSeconds,
     TransportCost,
     fastest,
+    merge_s,
     transport_costs,
 )
 from sps2_mega.types import StepPlan
@@ -47,6 +49,7 @@ class StepCost:
     size: ModelSize
     machine: Machine
     exact: tuple[TransportCost, ...]
+    gather: TransportCost
     sparse: SparseCost | None
     _decodes: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -66,14 +69,32 @@ class StepCost:
         terms = self._of_layers(prompts, num_decodes, context)
         return self._of_step(terms, num_sampled)
 
-    def of_slice(self, parts: Sequence[tuple[Sequence[Prompt], int]], *, num_sampled: int) -> Terms:
-        """Of each part its prompts, or chunks of one, go through so many layers; with the last ones there are tokens to
-        sample."""
+    def of_slice(self, prompts: Sequence[Prompt], *, num_layers: int, num_sampled: int) -> Terms:
+        """`prompts` go through some of the layers; with the last ones there are tokens to sample."""
+        share = num_layers / self.size.num_layers
+        terms = {name: share * seconds for name, seconds in self._of_layers(prompts, 0, 0).items()}
+        return self._of_step(terms, num_sampled)
+
+    def of_chunks(
+        self, chunks: Sequence[tuple[int, int]], *, first: int, num_sampled: int
+    ) -> Terms:
+        """Chunks (start, end) of one prompt, each through one layer; in every layer the one from `first` on comes first
+        and brings cached keys too."""
         terms: dict[str, float] = {}
-        for prompts, num_layers in parts:
-            share = num_layers / self.size.num_layers
-            for name, seconds in self._of_layers(prompts, 0, 0).items():
-                terms[name] = terms.get(name, 0.0) + share * seconds
+        for start, end in chunks:
+            found = chunk_seconds(
+                self.gather,
+                self.sparse,
+                Prompt(start=start, end=end),
+                end if start == first else end - start,
+                self.hardware,
+                pipelined=self.system.pipelined,
+            )
+            layer = self._per_token((end - start) / self.sp)
+            for name, seconds in layer.items():
+                terms[name] = terms.get(name, 0.0) + seconds / self.size.num_layers
+            for name, seconds in _attention_terms(found):
+                terms[name] = terms.get(name, 0.0) + seconds
         return self._of_step(terms, num_sampled)
 
     def _of_layers(
@@ -150,10 +171,8 @@ class StepCost:
         }
 
     def _add_prefill_attention(self, terms: dict[str, float], prompts: list[Prompt]) -> None:
-        found = self._prefill_attention(prompts)
-        terms["attention"] = self.size.num_layers * found.compute_s
-        terms["transport"] = self.size.num_layers * found.exposed_s
-        terms["merge"] = self.size.num_layers * found.merge_s
+        for name, seconds in _attention_terms(self._prefill_attention(prompts)):
+            terms[name] = self.size.num_layers * seconds
 
     def _prefill_attention(self, prompts: list[Prompt]) -> AttentionSeconds:
         """One layer, by the transport that is fastest for these prompts."""
@@ -237,7 +256,9 @@ def step_cost(
     )
     sparse = None
     if not system.csa.exact and sp > 1:
-        sparse = sparse_cost(system.csa, machine, **heads)
+        merging = replace(machine, merge_s=merge_s(size.itemsize, hardware))
+        sparse = sparse_cost(system.csa, merging, **heads)
+    (gather,) = transport_costs(["gather"], machine, **heads)
     exact = transport_costs(system.transports, machine, **heads)
     return StepCost(
         system=system,
@@ -247,5 +268,15 @@ def step_cost(
         size=size,
         machine=machine,
         exact=exact,
+        gather=gather,
         sparse=sparse,
+    )
+
+
+def _attention_terms(found: AttentionSeconds) -> tuple[tuple[str, float], ...]:
+    """One layer's."""
+    return (
+        ("attention", found.compute_s),
+        ("transport", found.exposed_s),
+        ("merge", found.merge_s),
     )

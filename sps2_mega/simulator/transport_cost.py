@@ -148,13 +148,19 @@ class TransportCost:
         )
 
     def _merge_s(self, queries: float, hardware: Hardware) -> float:
-        """Partials of every rank but the first are read and merged into a float32 sum, which is read and written."""
+        """Partials of every rank but the first."""
         if self.transport not in ("ring", "pass_q"):
             return 0.0
-        numbers = (self.size - 1) * queries * self.num_heads * self.head_dim
-        if hardware.merge_s:
-            return numbers * hardware.merge_s
-        return memory_s(numbers * (self.itemsize + 8), hardware)
+        return self.merging_s(queries, self.size - 1, hardware)
+
+    def merging_s(self, queries: float, times: int, hardware: Hardware) -> float:
+        """So many partials of each query are read and merged into a float32 sum, which is read and written."""
+        return times * queries * self.num_heads * self.head_dim * merge_s(self.itemsize, hardware)
+
+
+def merge_s(itemsize: int, hardware: Hardware) -> float:
+    """Seconds of merging, per number of a partial: as measured, or what memory needs."""
+    return hardware.merge_s or memory_s(itemsize + 8, hardware)
 
 
 def transport_costs(
@@ -242,5 +248,11 @@ def _copy_s(name: str, heads: dict[str, int], machine: Machine, queries: int, ke
 def _shape(heads: dict[str, int], size: int, queries: int, keys: int) -> StepShape:
     """A step without work, of equal shares."""
     return StepShape(
-        queries=(queries,) * size, keys=(keys,) * size, pairs=((0,) * size,) * size, **heads
+        queries=(queries,) * size,
+        keys=(keys,) * size,
+        pairs=((0,) * size,) * size,
+        num_heads=heads["num_heads"],
+        num_kv_heads=heads["num_kv_heads"],
+        head_dim=heads["head_dim"],
+        itemsize=heads["itemsize"],
     )

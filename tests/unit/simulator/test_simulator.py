@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -163,7 +164,7 @@ def test_slices_of_a_pass_cost_what_the_pass_costs():
     prompts = [Prompt(start=100, end=1001)]
     whole = cost.of_tokens(prompts, num_decodes=0, context=0, num_sampled=1)
     slices = [
-        cost.of_slice([(prompts, 1)], num_sampled=sampled)
+        cost.of_slice(prompts, num_layers=1, num_sampled=sampled)
         for sampled in [0] * (MODEL.num_layers - 1) + [1]
     ]
     for name, seconds in whole.items():
@@ -172,11 +173,38 @@ def test_slices_of_a_pass_cost_what_the_pass_costs():
 
 def test_a_slice_that_ends_in_one_layer_and_begins_the_next_costs_both_parts():
     cost = step_cost(System(name="x", sp=4), MODEL, ROUND, tp=1, sp=4)
-    end, begin = [Prompt(start=600, end=1001)], [Prompt(start=100, end=333)]
-    both = cost.of_slice([(end, 1), (begin, 1)], num_sampled=0)
-    apart = [cost.of_slice([(prompts, 1)], num_sampled=0) for prompts in (end, begin)]
-    for name in ("attention", "linear", "kv_write"):
+    both = cost.of_chunks([(600, 1001), (100, 333)], first=100, num_sampled=0)
+    apart = [
+        cost.of_chunks([chunk], first=100, num_sampled=0) for chunk in ((600, 1001), (100, 333))
+    ]
+    for name in ("attention", "transport", "merge", "linear", "kv_write"):
         assert both[name] == pytest.approx(sum(terms[name] for terms in apart))
+
+
+@pytest.mark.parametrize("csa", [CSAConfig(), CSAConfig(degrees=(1, 4))])
+@pytest.mark.parametrize("sp", [1, 4])
+def test_chunks_attend_as_the_whole_prompt_and_bring_its_keys_once(csa, sp):
+    system = System(name="x", sp=sp, csa=csa if sp > 1 else CSAConfig(), transports=("gather",))
+    cost = step_cost(system, MODEL, ROUND, tp=1, sp=sp)
+    bounds = [900, 1801, 30_000, 60_001]
+    layers = [cost.of_chunks([(0, 60_001)], first=0, num_sampled=0)]
+    layers.append(cost.of_chunks(list(itertools.pairwise([0, *bounds])), first=0, num_sampled=0))
+    whole, cut = layers
+    assert cut["attention"] == pytest.approx(whole["attention"], rel=0.02)
+    assert cut["linear"] == pytest.approx(whole["linear"])
+    # What came with the chunks before is not sent again, and hides behind them but for the first one.
+    assert cut["transport"] <= whole["transport"]
+    assert (whole["transport"] > 0) == (sp > 1)
+    prompt = cost.of_slice([Prompt(start=0, end=60_001)], num_layers=1, num_sampled=0)
+    assert whole["attention"] == pytest.approx(prompt["attention"], rel=0.15)
+
+
+def test_cached_keys_come_with_the_first_chunk_of_a_layer():
+    cost = step_cost(System(name="x", sp=4), MODEL, ROUND, tp=1, sp=4)
+    first = cost.of_chunks([(5000, 5100)], first=5000, num_sampled=0)
+    later = cost.of_chunks([(5000, 5100)], first=4900, num_sampled=0)
+    assert first["transport"] > later["transport"]
+    assert first["attention"] == pytest.approx(later["attention"], rel=0.3)
 
 
 def test_short_prompts_side_by_side_are_never_slower():
