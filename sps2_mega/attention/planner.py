@@ -85,11 +85,14 @@ def estimate(
     moved = bytes_moved(transport, shape)
     flops_per_pair = 4 * shape.head_dim  # a score and a weighted value: H multiply-adds each
     travelling_s = link_seconds(moved, machine)
-    # Partials of one set of queries are added up once per rank that holds keys.
-    merge_s = machine.merge_s * max(shape.queries) * shape.num_heads * shape.head_dim
-    step_pairs = _pairs_by_step(transport, shape)
-    fixed_s = machine.call_s + (merge_s if transport in ("ring", "pass_q") else 0.0)
-    step_s = [pairs * flops_per_pair / machine.flops_per_s + fixed_s for pairs in step_pairs]
+    steps = _steps(transport, shape)
+    row_merge_s = machine.merge_s * shape.num_heads * shape.head_dim
+    step_s = [
+        step.pairs * flops_per_pair / machine.flops_per_s
+        + step.calls * machine.call_s
+        + step.merged_rows * row_merge_s
+        for step in steps
+    ]
     step_s[0] += machine.copy_s * (
         _rearranged(transport, shape)
         + (_through_kernel(moved, shape.itemsize) if machine.on_cpu else 0)
@@ -99,14 +102,14 @@ def estimate(
         micro_batches = num_micro_batches(
             PipelineSettings(),
             num_bytes=max(map(sum, moved)),
-            flops=sum(step_pairs) * flops_per_pair,
+            flops=sum(step.pairs for step in steps) * flops_per_pair,
             smallest=CPU_PART if machine.on_cpu else CUDA_PART,
         )
         if transport != "ulysses":  # they are cut by KV heads alone
             micro_batches = min(micro_batches, shape.num_kv_heads)
-        step_s[0] += (micro_batches - 1) * len(step_s) * machine.call_s
+        step_s[0] += (micro_batches - 1) * sum(step.calls for step in steps) * machine.call_s
     messages = num_messages(transport, shape.size) * micro_batches
-    latency_s = messages * max(link.latency_s for link in machine.links)
+    latency_s = _latency_s(transport, shape.size, machine) * micro_batches
     compute_s = sum(step_s)
     if not overlap:
         seconds = travelling_s + compute_s
@@ -118,7 +121,7 @@ def estimate(
         seconds = longer + shorter / micro_batches
     seconds += latency_s
     comm_s = travelling_s + latency_s
-    pairs = sum(step_pairs)
+    pairs = sum(step.pairs for step in steps)
     return Estimate(
         transport=transport,
         bytes_sent=tuple(map(sum, moved)),
@@ -153,23 +156,57 @@ def link_seconds(moved: Matrix, machine: Machine) -> float:
     return slowest
 
 
-def _pairs_by_step(transport: str, shape: StepShape) -> list[int]:
-    """(query, key, head) of the busiest rank in each call of attention that waits for the one before."""
-    size = shape.size
+def _latency_s(transport: str, size: int, machine: Machine) -> float:
+    """Seconds of one layer's exchanges if they carried nothing. An all-gather of the library passes from rank to rank
+    without coming back to us, a ring of ours does not."""
+    latency_s = max(link.latency_s for link in machine.links)
+    if machine.gather_s is None or size == 1:
+        return num_messages(transport, size) * latency_s
+    gathers, others = {
+        "gather": (2, 0),  # K and V
+        "ring": (0, size - 1),
+        "ulysses": (0, 3),
+        "pass_q": (1, 1),
+    }[transport]
+    return gathers * machine.gather_s + others * latency_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Attention of the busiest rank that waits for the step before: (query, key, head), calls, and rows of queries whose
+    partials are merged."""
+
+    pairs: int
+    calls: int
+    merged_rows: int
+
+
+def _steps(transport: str, shape: StepShape) -> list[_Step]:
+    ranks = range(shape.size)
     if transport == "ring":
         # In step s rank r works on the keys of rank r - s; all wait for the slowest before they pass on.
+        steps = []
+        for s in ranks:
+            calls, rows = zip(
+                *(shape.partials(r, (r - s) % shape.size) for r in ranks), strict=True
+            )
+            pairs = max(shape.pairs[r][(r - s) % shape.size] for r in ranks)
+            steps.append(_Step(pairs * shape.num_heads, max(calls), max(rows)))
+        return steps
+    if transport == "pass_q":
+        work = [[shape.partials(r, p) for r in ranks] for p in ranks]
         return [
-            max(shape.pairs[r][(r - s) % size] for r in range(size)) * shape.num_heads
-            for s in range(size)
+            _Step(
+                busiest(list(zip(*shape.pairs, strict=True))) * shape.num_heads,
+                max(sum(calls for calls, _ in row) for row in work),
+                max(sum(rows for _, rows in row) for row in work),
+            )
         ]
     if transport == "ulysses":
-        shares = split_heads(shape.num_heads, shape.num_kv_heads, size)
-        return [sum(map(sum, shape.pairs)) * max(len(heads) for heads, _ in shares)]
-    if transport == "pass_q":
-        # One call for the queries of each rank.
-        total = busiest(list(zip(*shape.pairs, strict=True))) * shape.num_heads
-        return [total] + [0] * (size - 1)
-    return [busiest(shape.pairs) * shape.num_heads]
+        shares = split_heads(shape.num_heads, shape.num_kv_heads, shape.size)
+        heads = max(len(heads) for heads, _ in shares)
+        return [_Step(sum(map(sum, shape.pairs)) * heads, 1, 0)]
+    return [_Step(busiest(shape.pairs) * shape.num_heads, 1, 0)]
 
 
 def _rearranged(transport: str, shape: StepShape) -> int:

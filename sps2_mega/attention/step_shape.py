@@ -17,7 +17,8 @@ class StepShape:
     """One prefill step on P sp ranks, with the heads of one TP rank.
 
     `queries[r]` new tokens and `keys[r]` new and cached ones lie on sp rank r; `pairs[r][p]` counts the
-    (query, key) pairs of r's queries and p's keys that causal attention looks at, for one head.
+    (query, key) pairs of r's queries and p's keys that causal attention looks at, for one head. They lie in
+    `calls[r][p]` rectangles or triangles with `partial_rows[r][p]` queries in sum; where these are not given, in one.
     """
 
     queries: tuple[int, ...]
@@ -27,6 +28,8 @@ class StepShape:
     num_kv_heads: int
     head_dim: int
     itemsize: int
+    calls: tuple[tuple[int, ...], ...] | None = None
+    partial_rows: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def size(self) -> int:
@@ -38,6 +41,12 @@ class StepShape:
         """The share of the keys that were cached before this step, in [0, 1]."""
         total = sum(self.keys)
         return (total - sum(self.queries)) / total if total else 0.0
+
+    def partials(self, rank: int, keys: int) -> tuple[int, int]:
+        """(calls, partial rows) of the queries of `rank` against the keys of rank `keys`."""
+        if self.calls is None or self.partial_rows is None:
+            return 1, self.queries[rank]
+        return self.calls[rank][keys], self.partial_rows[rank][keys]
 
 
 def step_shape(
@@ -52,13 +61,17 @@ def step_shape(
     """The shape of a laid-out step; `num_heads` and `num_kv_heads` are those of one TP rank, `itemsize` the
     bytes of a number, `window` the model's sliding window in tokens."""
     size = len(layout.queries.counts)
-    pairs = [[0] * size for _ in range(size)]
+    pairs, calls, rows = ([[0] * size for _ in range(size)] for _ in range(3))
     keys_of: dict[int, list[tuple[int, range]]] = {}
     for run in layout.keys.runs:
         keys_of.setdefault(run.sequence, []).append((run.rank, range(run.start, run.end)))
     for run in layout.queries.runs:
         for rank, keys in keys_of[run.sequence]:
-            pairs[run.rank][rank] += visible_pairs(range(run.start, run.end), keys, window)
+            visible = visible_pairs(range(run.start, run.end), keys, window)
+            pairs[run.rank][rank] += visible
+            if visible:
+                calls[run.rank][rank] += 1
+                rows[run.rank][rank] += run.end - run.start
     return StepShape(
         queries=layout.queries.counts,
         keys=layout.keys.counts,
@@ -67,6 +80,8 @@ def step_shape(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         itemsize=itemsize,
+        calls=tuple(map(tuple, calls)),
+        partial_rows=tuple(map(tuple, rows)),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sps2_mega.comm.collectives import minimum
-from sps2_mega.comm.exchange import post_all_to_all
+from sps2_mega.comm.exchange import post_all_gather, post_all_to_all
 from sps2_mega.parallel.groups import Group
 from sps2_mega.parallel.machine import Link
 
@@ -33,6 +33,19 @@ def measure_links(
     `control` is the CPU group of all ranks. A level of one rank has no link: no latency, endless bandwidth.
     """
     return tuple(_measure(group, control, device) for group in levels)
+
+
+def measure_gather(sp: Group, control: Group, device: torch.device) -> float:
+    """Seconds of a small all-gather among the ranks of `sp`, on the slowest; 0 for one rank. All ranks call it."""
+    if sp.size == 1:
+        return 0.0
+    row = torch.zeros(1, 1, dtype=torch.uint8, device=device)
+    samples = []
+    for _ in range(_SMALL_ROUNDS):
+        began = time.perf_counter()
+        _finish(post_all_gather(row, 1, sp).wait())
+        samples.append(time.perf_counter() - began)
+    return agree_most(min(samples), control)
 
 
 def agree_most(value: float, control: Group) -> float:

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from sps2_mega.comm.collectives import all_gather_rows, broadcast_bytes
-from sps2_mega.comm.probe import agree_most, measure_links
+from sps2_mega.comm.probe import agree_most, measure_gather, measure_links
 from sps2_mega.kernels.attention.sdpa import attend_run
 from sps2_mega.kernels.lse.reference import merge_two
 from sps2_mega.parallel.groups import Group, ParallelGroups
@@ -56,6 +56,7 @@ def machine_facts(
     machine = Machine(
         sp_levels=tuple(level.size for level in groups.sp_levels),
         links=measure_links(groups.sp_levels, groups.control, device),
+        gather_s=measure_gather(groups.sp, groups.control, device),
         **attention_speed(head_dim, dtype, device, groups.control),
     )
     if groups.global_rank == 0:
@@ -70,8 +71,9 @@ def describe(machine: Machine) -> str:
         for size, link in zip(machine.sp_levels, machine.links, strict=True)
         if size > 1
     )
+    gather = "" if machine.gather_s is None else f"{machine.gather_s * 1e6:.0f} us to gather, "
     return (
-        f"{links or 'no links'}; attention at {machine.flops_per_s / 1e9:.3g} GFLOP/s per rank, "
+        f"{links or 'no links'}; {gather}attention at {machine.flops_per_s / 1e9:.3g} GFLOP/s per rank, "
         f"{machine.call_s * 1e6:.0f} us a call, {machine.merge_s * 1e9:.2g} ns to merge "
         f"and {machine.copy_s * 1e9:.2g} ns to copy a number"
     )
@@ -80,8 +82,8 @@ def describe(machine: Machine) -> str:
 def attention_speed(
     head_dim: int, dtype: torch.dtype, device: torch.device, control: Group
 ) -> dict[str, float]:
-    """`flops_per_s` of causal attention, `call_s`, `merge_s` and `copy_s` as in `Machine`, on the slowest rank while all
-    compute. Means, not best times: where ranks share cores, waiting for one is part of the price."""
+    """`flops_per_s` of causal attention, `call_s` (with the merge of a small result), `merge_s` and `copy_s` as in
+    `Machine`, on the slowest rank while all compute. Means, not best times: where ranks share cores, waiting for one is part of the price."""
     heads = 4 if device.type == "cpu" else 16
     tokens = max(64, int((_FLOPS[device.type] / (2 * heads * head_dim)) ** 0.5))
     q, k, v = torch.zeros(3, tokens, heads, head_dim, dtype=dtype, device=device)
@@ -91,7 +93,11 @@ def attention_speed(
     def attend(rows: int) -> None:
         attend_run(q[:rows], k[:rows], v[:rows], scale=1.0, q_start=0)
 
-    call_s = agree_most(_mean_s(lambda: attend(1), device), control)
+    def attend_one() -> None:
+        attend(1)
+        merge_two(sum_out[:1], lse[:1], out[:1], lse[:1])
+
+    call_s = agree_most(_mean_s(attend_one, device), control)
     merge_s = agree_most(_mean_s(lambda: merge_two(sum_out, lse, out, lse), device), control)
     rows = torch.arange(tokens, device=device).flip(0)
     copy_s = agree_most(_mean_s(lambda: out.index_select(0, rows), device), control)

@@ -24,7 +24,8 @@ class Link:
 class Machine:
     """`links[l]` joins the groups of `sp_levels[l]` ranks; attention does `flops_per_s` on each rank (a
     multiply and an add are two). Beside that, each call of it takes `call_s`, merging two partials `merge_s` for
-    each number of the output, and gathering rows `copy_s` for each number."""
+    each number of the output, and gathering rows `copy_s` for each number. A small all-gather among all SP ranks takes
+    `gather_s`; None: a latency for each of them."""
 
     sp_levels: tuple[int, ...]
     links: tuple[Link, ...]
@@ -32,6 +33,7 @@ class Machine:
     call_s: float = 0.0
     merge_s: float = 0.0
     copy_s: float = 0.0
+    gather_s: float | None = None
 
     def __post_init__(self) -> None:
         assert len(self.links) == len(self.sp_levels), (
@@ -58,6 +60,7 @@ class Machine:
                 call_s=float(values["call_s"]),
                 merge_s=float(values["merge_s"]),
                 copy_s=float(values["copy_s"]),
+                gather_s=None if values["gather_s"] is None else float(values["gather_s"]),
             )
         except (KeyError, TypeError, AssertionError) as error:
             raise ValueError(f"not a measured machine: {error!r}") from error

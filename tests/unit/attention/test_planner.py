@@ -85,6 +85,31 @@ def test_calls_and_merges_are_part_of_the_price():
     assert estimate("ring", shape, priced).seconds == pytest.approx(5.3 + 0.01)
 
 
+def test_halves_of_a_zigzag_are_calls_of_their_own():
+    """Rank 0 has the first and the last 2 of 8 tokens; its first see no key of rank 1."""
+    shape = shape_of([0, 1, 1, 0], tokens=8, heads=2, kv_heads=1, width=8, itemsize=4)
+    free = machine(rates=(1000.0,), latency=0.01, flops=1280.0)
+    priced = dataclasses.replace(free, call_s=1.0, merge_s=1 / 16)
+    # Own keys: 3 pairs of halves for rank 0, 1 for rank 1; other keys: 1 and 1. Rows merged: 2 + 2 + 2 and 4, 2 and 4.
+    for name, fixed in (("ring", 3 + 1 + 6 + 4), ("pass_q", 3 + 1 + 6 + 4), ("gather", 1)):
+        before, after = (estimate(name, shape, m, overlap=False) for m in (free, priced))
+        assert after.seconds == pytest.approx(before.seconds + fixed), name
+
+
+def test_gathers_of_the_library_cost_what_was_measured():
+    shape = shape_of([0, 1, 2, 3], tokens=64, sp=4)
+    plain = machine(levels=(4,), latency=1.0)
+    measured = dataclasses.replace(plain, gather_s=1.5)
+    for name, before, after in (
+        ("gather", 4, 3.0),
+        ("ring", 3, 3),
+        ("ulysses", 3, 3),
+        ("pass_q", 4, 2.5),
+    ):
+        found = [estimate(name, shape, m, overlap=False).seconds for m in (plain, measured)]
+        assert found[1] - found[0] == pytest.approx(after - before), name
+
+
 def test_copies_are_part_of_the_price_and_on_cpu_those_through_the_kernel():
     """The same step; a millisecond to copy a number. Sent and received numbers are copied twice by a CPU."""
     shape = shape_of([0, 1], tokens=8, heads=2, kv_heads=1, width=8, itemsize=4)
