@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--output must end in .yaml, got {args.output}")
         if args.tokens is not None and args.tokens < 2:
             raise ConfigError(f"--tokens must be >= 2, got {args.tokens}")
-        if args.nodes:
-            text = on_emulated_nodes(args)
-        else:
-            text = on_this_rank(args)
-    except (ConfigError, ClusterError, ValueError) as error:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        for text in on_emulated_nodes(args) if args.nodes else [on_this_rank(args)]:
+            if text is not None:
+                args.output.write_text(text)
+    except (ConfigError, ClusterError, OSError, ValueError) as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 2
     if text is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text)
         print(f"written: {args.output}")
     return 0
 
@@ -106,8 +105,8 @@ def on_this_rank(args: argparse.Namespace) -> str | None:
 _AS_JSON = "SPS2_CALIBRATE_JSON"
 
 
-def on_emulated_nodes(args: argparse.Namespace) -> str:
-    """Terms of the fastest rate; a link for each.
+def on_emulated_nodes(args: argparse.Namespace) -> Iterator[str]:
+    """The file's text after each rate, the fastest one first: its terms, and a link for each so far.
 
     Raises:
         ClusterError: this machine cannot emulate nodes, or a rank failed.
@@ -146,19 +145,30 @@ def on_emulated_nodes(args: argparse.Namespace) -> str:
             ]
             try:
                 codes = [rank.wait(_RANK_S) for rank in ranks]
+            except subprocess.TimeoutExpired:
+                raise ClusterError(
+                    f"at {rate_name(rate)} ranks did not end within {_RANK_S:g} s"
+                ) from None
             finally:
                 for rank in ranks:
                     rank.kill()
             if any(codes):
                 raise ClusterError(f"at {rate_name(rate)} ranks ended with exit codes {codes}")
             found[f"between-{rate_name(rate)}"] = json.loads(output.read_text())
-    first = next(iter(found.values()))
-    links = {name: MeasuredLink(**terms["links"][-1]) for name, terms in found.items()}
-    terms = Terms(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in first.items() if k != "links"},
-        links=tuple(MeasuredLink(**link) for link in first["links"]),
-    )
-    return hardware_text(terms, model=args.model, command=_command(), date=_today(), between=links)
+            print(f"calibrate: {rate_name(rate)} is measured", file=sys.stderr)
+            links = {name: MeasuredLink(**terms["links"][-1]) for name, terms in found.items()}
+            first = next(iter(found.values()))
+            terms = Terms(
+                **{
+                    k: tuple(v) if isinstance(v, list) else v
+                    for k, v in first.items()
+                    if k != "links"
+                },
+                links=tuple(MeasuredLink(**link) for link in first["links"]),
+            )
+            yield hardware_text(
+                terms, model=args.model, command=_command(), date=_today(), between=links
+            )
 
 
 def model_of(name: str) -> ModelConfig:

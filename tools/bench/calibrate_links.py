@@ -44,7 +44,7 @@ def measured_links(groups: Sequence[Group], timer: Timer) -> tuple[MeasuredLink,
 def _measured(group: Group, probed: Link, timer: Timer) -> MeasuredLink:
     x = torch.zeros(_sent_bytes(probed), dtype=torch.uint8, device=timer.device)
     count, others = x.numel(), group.size - 1
-    shift_s = timer.agreed(lambda: post_shift(x, count, count, group).wait(), least=_ROUNDS)
+    shift_s = timer.agreed(lambda: post_shift(x, count, group).wait(), least=_ROUNDS)
     rate = count / max(shift_s - probed.latency_s, shift_s / 10)
     sizes = [count // others] * group.size
     sizes[group.rank] = 0

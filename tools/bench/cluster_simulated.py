@@ -142,7 +142,7 @@ def rows_of(document: Mapping[str, Any], folder: Path) -> tuple[list[Row], dict[
     rows: list[Row] = []
     speeds = {}
     for run in document["runs"]:
-        shape = run.get("shape") or _shape_named(run["model"])
+        shape = shape_of(run)
         calibrated = Calibrated.found(shape, folder)
         speed = _speed(document, run, calibrated)
         speeds[f"{shape}, {run['tokens']} tokens"] = speed
@@ -264,6 +264,7 @@ def _speed(document: Mapping[str, Any], run: Mapping[str, Any], calibrated: Cali
     return statistics.median(ratios)
 
 
-def _shape_named(about: str) -> str:
-    """Of result files that do not name the shape."""
-    return next(shape.name for shape in SHAPES.values() if shape.about == about)
+def shape_of(run: Mapping[str, Any]) -> str:
+    """The name in `SHAPES`; older result files have its description only."""
+    named: str | None = run.get("shape")
+    return named or next(shape.name for shape in SHAPES.values() if shape.about == run["model"])

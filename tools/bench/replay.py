@@ -1,6 +1,8 @@
 """Replays slices of a trace on an emulated cluster, for real: chunked prefill over TP against SPS2, through the HTTP server.
 
-    sudo python tools/bench/replay.py [--rates 1gbit,120mbit] [--slices 3] [--requests 40] [--save]
+    sudo python tools/bench/replay.py --save [--rates 1gbit,120mbit] [--slices 3] [--requests 40]
+
+What is saved with the same settings is not measured again: an interrupted run goes on, unless --again is given.
 
     sarathi    launch/serve.py --tp N --scheduler sarathi, chunks of the size that served a slice of their own best
     sps2       --sp N, exact attention
@@ -14,12 +16,13 @@ slice. Only one server runs at a time. Decides what is run; what the numbers say
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--time-scale", type=float, default=4.0, help="of times between requests")
     made.add_argument("--save", action="store_true", help="write docs/results/NAME.json and .png")
     made.add_argument("--name", default="replay", help="of the result files")
+    made.add_argument("--again", action="store_true", help="also what is saved")
     return made
 
 
@@ -77,14 +81,15 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     runs: list[dict[str, Any]] = []
     try:
-        require_means()
         check(args)
+        require_means()
+        runs, tuning = saved(args)
         with (
             tempfile.TemporaryDirectory() as folder,
             emulated_cluster(args.nodes) as cluster,
         ):
-            replays = Replays(args, cluster, Path(folder))
-            for run in replays.all_runs():
+            replays = Replays(args, cluster, Path(folder), tuning)
+            for run in replays.all_runs({_which(run) for run in runs}):
                 runs.append(run)
                 if args.save:  # what is measured is kept, whatever comes next
                     save(args, replays, runs)
@@ -101,6 +106,11 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("needs at least 2 nodes, 1 slice and 1 request")
     if unknown := [name for name in args.systems.split(",") if name not in SYSTEMS]:
         raise ConfigError(f"unknown system {', '.join(unknown)}; known are {', '.join(SYSTEMS)}")
+    if args.save and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "--save draws with matplotlib, which is not installed: pip install '.[bench]'"
+        )
+    slice_of(args.trace, args.slices, args.requests)
 
 
 def slice_of(trace: str, number: int, requests: int) -> list[Arrival]:
@@ -135,45 +145,61 @@ def write_slice(rows: Sequence[Arrival], path: Path) -> None:
 class Replays:
     """All servers and loads of one run of the bench; slice 0 tunes the baseline and is not measured."""
 
-    def __init__(self, args: argparse.Namespace, cluster: Cluster, folder: Path) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        cluster: Cluster,
+        folder: Path,
+        tuning: dict[str, dict[str, float]],
+    ) -> None:
+        """`tuning`: mean response seconds by rate and chunk size, as far as they are known."""
         self._args, self._cluster, self._folder = args, cluster, folder
         self._model = stretched(args.model, args.max_model_len, folder)
         self._started = 0
-        self.tuning: dict[str, dict[str, float]] = {}
+        self.tuning = tuning
         for number in range(args.slices + 1):
             rows = slice_of(args.trace, number, args.requests)
             write_slice(rows, folder / f"slice-{number}.jsonl")
 
-    def all_runs(self) -> Iterator[dict[str, Any]]:
-        """Rate by rate, system by system; each server gets all slices."""
+    def all_runs(self, done: Collection[tuple[str, str, int]]) -> Iterator[dict[str, Any]]:
+        """Rate by rate, system by system, but what is `done` (`_which`); each server gets all its slices."""
         args = self._args
         for rate in parse_rates(args.rates.split(",")):
+            name = rate_name(rate)
+            left = {
+                system: numbers
+                for system in (BASELINE, *args.systems.split(","))
+                if (
+                    numbers := [
+                        n for n in range(1, args.slices + 1) if (name, system, n) not in done
+                    ]
+                )
+            }
+            if not left:
+                continue
             self._cluster.set_link(Link(bits_per_s=rate))
-            chunk = self._best_chunk(rate_name(rate))
-            flags = {BASELINE: self._sarathi(chunk)}
-            flags |= {name: self._sps2(name) for name in args.systems.split(",")}
-            for system, own in flags.items():
-                for number, figures in self._replayed(own, range(1, args.slices + 1)):
-                    say(f"{rate_name(rate)}, {system}, slice {number}: {_short(figures)}")
-                    yield {
-                        "rate": rate_name(rate),
-                        "slice": number,
-                        "system": system,
-                        "figures": figures,
-                    }
+            for system, numbers in left.items():
+                flags = (
+                    self._sps2(system)
+                    if system in SYSTEMS
+                    else self._sarathi(self._best_chunk(name))
+                )
+                for number, figures in self._replayed(flags, numbers):
+                    say(f"{name}, {system}, slice {number}: {_short(figures)}")
+                    yield {"rate": name, "slice": number, "system": system, "figures": figures}
 
     def _best_chunk(self, rate: str) -> int:
         """The chunk size with the least mean response time on slice 0."""
-        sizes = [int(size) for size in self._args.chunks.split(",")]
+        sizes = self._args.chunks.split(",")
         if len(sizes) == 1:
-            return sizes[0]
-        times = {}
+            return int(sizes[0])
+        times = self.tuning.setdefault(rate, {})
         for size in sizes:
-            [(_, figures)] = self._replayed(self._sarathi(size), [0])
-            times[size] = (figures["response_s"] or {"mean": float("inf")})["mean"]
-        self.tuning[rate] = {str(size): seconds for size, seconds in times.items()}
+            if size not in times:
+                [(_, figures)] = self._replayed(self._sarathi(int(size)), [0])
+                times[size] = (figures["response_s"] or {"mean": float("inf")})["mean"]
         say(f"{rate}: chunks {times}")
-        return min(sizes, key=times.__getitem__)
+        return int(min(sizes, key=times.__getitem__))
 
     def _sarathi(self, chunk: int) -> list[str]:
         tp = str(self._args.nodes)
@@ -217,15 +243,35 @@ class Replays:
         return found
 
 
+def saved(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """Runs and chunk sizes' seconds of the result file, where it was made with the same settings."""
+    path = machine.ROOT / "docs" / "results" / f"{args.name}.json"
+    if not args.save or args.again or not path.is_file():
+        return [], {}
+    content = json.loads(path.read_text())
+    if content["settings"] != _settings(args):
+        return [], {}
+    return content["runs"], content["chunk_sizes_response_s"]
+
+
 def save(args: argparse.Namespace, replays: Replays, runs: list[dict[str, Any]]) -> None:
     """Writes docs/results/NAME.json and .png."""
     from tools.bench.replay_plot import plot
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("save", "name")}
-    result = {"settings": settings, "chunk_sizes_response_s": replays.tuning, "runs": runs}
+    tuning = replays.tuning
+    result = {"settings": _settings(args), "chunk_sizes_response_s": tuning, "runs": runs}
     path = machine.save(args.name, result)
     title = f"{args.trace} x {args.length_scale:g}, {args.nodes} nodes"
     plot(runs, BASELINE, path.with_suffix(".png"), title=title)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {k: v for k, v in vars(args).items() if k not in ("save", "name", "again")}
+
+
+def _which(run: Mapping[str, Any]) -> tuple[str, str, int]:
+    return run["rate"], run["system"], run["slice"]
 
 
 def _short(figures: dict[str, Any]) -> str:

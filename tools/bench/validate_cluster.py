@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sps2_mega.errors import ConfigError
-from tools.bench.cluster_simulated import Row, rows_of
+from tools.bench.cluster_simulated import Row, rows_of, shape_of
 from tools.simulation.document import EVALUATION, ROOT, with_part
 
 RESULTS = ROOT / "docs" / "results"
@@ -63,10 +63,12 @@ def validated(results: Sequence[Path], calibrated: Path) -> dict[str, Any]:
     """What goes into validation-cluster.json.
 
     Raises:
-        ConfigError: there are no results, or a calibration is missing.
+        ConfigError: there are no results, or calibrations are missing: all of them are named.
     """
     if not results:
         raise ConfigError("no result of cluster.py: run it with --save first")
+    if lacking := missing_calibrations(results, calibrated):
+        raise ConfigError("calibrations are missing; they are made by\n  " + "\n  ".join(lacking))
     rows: list[Row] = []
     speeds: dict[str, float] = {}
     for path in results:
@@ -81,6 +83,35 @@ def validated(results: Sequence[Path], calibrated: Path) -> dict[str, Any]:
             for row in rows
         ],
     }
+
+
+def missing_calibrations(results: Sequence[Path], folder: Path) -> list[str]:
+    """The commands that write what is not there, for all shapes, numbers of ranks and rates of these results."""
+    needed: dict[tuple[str, int], dict[str, None]] = {}
+    tokens: dict[str, int] = {}
+    for path in results:
+        document = json.loads(path.read_text())
+        for run in document["runs"]:
+            shape = shape_of(run)
+            tokens[shape] = max(tokens.get(shape, 0), run["tokens"])
+            for name, by_rate in run["curves"].items():
+                ranks = 1 if name.endswith("alone") else int(document["nodes"])
+                needed.setdefault((shape, ranks), {}).update(dict.fromkeys(by_rate))
+    commands = []
+    for (shape, ranks), rates in sorted(needed.items()):
+        output = folder / f"calibrated-{shape}-{ranks}.yaml"
+        if output.is_file():
+            continue
+        emulated = f"--nodes {ranks} --rates {','.join(rates)} " if ranks > 1 else ""
+        commands.append(
+            f"{'sudo ' if ranks > 1 else ''}python tools/bench/calibrate.py {emulated}"
+            f"--model {shape} --tokens {tokens[shape]} --output {_shown(output)}"
+        )
+    return commands
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def section(found: Mapping[str, Any]) -> str:

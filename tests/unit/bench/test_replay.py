@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -82,6 +83,50 @@ def test_slices_follow_one_another_and_can_be_read_back(tmp_path):
 def test_what_cannot_be_run_is_said(arguments, message):
     with pytest.raises(ConfigError, match=message):
         replay.check(replay.parser().parse_args(arguments))
+
+
+def test_an_interrupted_replay_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay.machine, "ROOT", tmp_path)
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    made = ["--save", "--rates", "1gbit,2mbit", "--slices", "2", "--systems", "sps2"]
+    args = replay.parser().parse_args(made)
+    assert replay.saved(args) == ([], {})
+    before = [run("sarathi", 1, 4.0), run("sarathi", 2, 9.0), run("sps2", 1, 2.0)]
+    tuning = {"1gbit": {"256": 2.0, "512": 1.0, "1024": 3.0}}
+    path = tmp_path / "docs" / "results" / "replay.json"
+    content = {
+        "settings": replay._settings(args),
+        "chunk_sizes_response_s": tuning,
+        "runs": before,
+    }
+    path.write_text(json.dumps(content))
+    assert replay.saved(args) == (before, tuning)
+    for other in (["--requests", "7"], ["--again"]):
+        assert replay.saved(replay.parser().parse_args([*made, *other])) == ([], {})
+
+    class Cluster:
+        def set_link(self, link):
+            links.append(link.bits_per_s)
+
+    def replayed(self, flags, slices):
+        for number in slices:
+            served.append((flags[0].strip("-"), flags[-1], number))
+            yield number, run("x", number, 1.0)["figures"]
+
+    links, served = [], []
+    monkeypatch.setattr(replay, "stretched", lambda *_: "model")
+    monkeypatch.setattr(replay.Replays, "_replayed", replayed)
+    runs, tuning = replay.saved(args)
+    replays = replay.Replays(args, Cluster(), tmp_path, tuning)
+    new = list(replays.all_runs({replay._which(each) for each in runs}))
+    found = [(each["rate"], each["system"], each["slice"]) for each in new]
+    slow = [("2mbit", name, number) for name in ("sarathi", "sps2") for number in (1, 2)]
+    assert found == [("1gbit", "sps2", 2), *slow]
+    assert links == [1e9, 2e6]
+    # The chunk size of the first rate is known and not needed; that of the second is looked for on slice 0.
+    tuned = [("tp", size, 0) for size in ("256", "512", "1024")]
+    assert served == [("sp", "2", 2), *tuned, ("tp", "256", 1), ("tp", "256", 2), ("sp", "2", 1), ("sp", "2", 2)]  # fmt: skip
+    assert replays.tuning["2mbit"] == dict.fromkeys(("256", "512", "1024"), 2.0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may")

@@ -93,6 +93,20 @@ def test_a_missing_calibration_is_named(folder):
         rows_of(without, folder)
 
 
+def test_all_missing_calibrations_are_named_with_their_commands(folder, tmp_path, capsys):
+    path = tmp_path / "cluster-x.json"
+    runs = measured(folder, 1.0)["runs"]
+    other = {**runs[0], "shape": "mha", "tokens": 77}
+    path.write_text(json.dumps(measured(folder, 1.0) | {"runs": [*runs, other]}))
+    assert validate_cluster.missing_calibrations([path], folder) == [
+        f"python tools/bench/calibrate.py --model mha --tokens 77 --output {folder}/calibrated-mha-1.yaml",
+        "sudo python tools/bench/calibrate.py --nodes 2 --rates 1gbit --model mha --tokens 77 "
+        f"--output {folder}/calibrated-mha-2.yaml",
+    ]
+    assert validate_cluster.main([str(path), "--calibrated", str(folder), "--dry-run"]) == 2
+    assert capsys.readouterr().err.count("calibrated-mha") == 2
+
+
 def test_the_section_has_a_summary_and_every_setting(folder, tmp_path, capsys):
     path = tmp_path / "cluster-x.json"
     path.write_text(json.dumps(measured(folder, 1.0)))
