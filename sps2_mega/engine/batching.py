@@ -20,9 +20,11 @@ from sps2_mega.attention.decode import DecodeAttention, DenseKeys, LocalKeys, Sp
 from sps2_mega.attention.hybrid import HybridAttention
 from sps2_mega.attention.layout import build_layout
 from sps2_mega.attention.prefill import PrefillAttention
+from sps2_mega.engine.device_tables import DeviceTables
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.prefill_setup import PrefillSetup
 from sps2_mega.engine.sparse_tables import SparseTables
+from sps2_mega.engine.uploads import upload_array
 from sps2_mega.kernels.paged_decode.dispatch import prepare
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.parallel.groups import Group
@@ -116,10 +118,19 @@ class DecodeTokens:
         self, tables: LocalTables, window: int | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(block ids [B, M], start [B], end [B]) of what each of `items` sees on this rank without CSA."""
-        first = None
-        if window is not None:
-            first = np.array([max(0, item.position - window + 1) for item in self.items])
-        return tables.view([item.seq_id for item in self.items], first)
+        return tables.view([item.seq_id for item in self.items], self._first_visible(window))
+
+    def ranges(
+        self, tables: LocalTables, window: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same with rows of `tables` [B] in place of their block ids."""
+        rows_B = tables.rows([item.seq_id for item in self.items])
+        return rows_B, *tables.ranges(rows_B, self._first_visible(window))
+
+    def _first_visible(self, window: int | None) -> np.ndarray | None:
+        if window is None:
+            return None
+        return np.array([max(0, item.position - window + 1) for item in self.items], dtype=np.int64)
 
 
 def decode_tokens(
@@ -152,12 +163,15 @@ def decode_input(
     dtype: torch.dtype,
     device: torch.device,
     sparse_tables: SparseTables | None = None,
+    device_tables: DeviceTables | None = None,
 ) -> StepInput:
     """Advances the items' sequences in `tables` by one token and lays out the step; with `sparse_tables` new tokens
-    see what CSA shows them, else all keys."""
+    see what CSA shows them, else all keys. `device_tables`: `tables` as our own decode kernel reads it."""
     new = decode_tokens(items, tables, group, block_size=pool.block_size)
     keys: LocalKeys
-    if sparse_tables is None:
+    if device_tables is not None:
+        keys = DenseKeys(device_tables.visible(*new.ranges(tables, window)))
+    elif sparse_tables is None:
         rows = new.visible(tables, window)
         keys = DenseKeys(prepare(*rows, block_size=pool.block_size, dtype=dtype, device=device))
     else:
@@ -166,9 +180,9 @@ def decode_input(
         )
         keys = SparseKeys(step.layer_slots, step.num_classes)
     # One copy to the device instead of three.
-    tokens_T, positions_T, slots_T = torch.tensor(
-        [new.tokens, new.positions, new.slots], dtype=torch.int64
-    ).to(device)
+    tokens_T, positions_T, slots_T = upload_array(
+        np.array([new.tokens, new.positions, new.slots], dtype=np.int64), device
+    )
     counts = [len(indices) for indices in new.items_by_rank]
     return StepInput(
         tokens_T=tokens_T,

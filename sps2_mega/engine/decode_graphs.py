@@ -3,8 +3,10 @@
 A graph is captured when a step first needs its size (`decode_buckets`), from the same code that other steps run. What
 changes from step to step lies in static buffers that are written before each replay:
 
-    tokens | positions | slots   [3, rows]         rows of padding: token 0 at position 0, slot -1 (nowhere)
-    starts | ends | block table  rows x columns    rows of padding: no keys
+    token | position | slot | row of the block table | start | end    of each sequence, [6, rows]
+
+Rows of padding are token 0 at position 0, slot -1 (nowhere) and no keys. The block table is the device's own
+(`device_tables`); a graph takes its rows from it, and ends when it moves.
 
 Only for one rank with dense decode on our own kernels: exchanges between ranks are not captured. Sampling stays
 outside, on the logits of the rows that are sequences.
@@ -24,12 +26,13 @@ from sps2_mega.attention.decode import DecodeAttention, DenseKeys
 from sps2_mega.config import EngineConfig
 from sps2_mega.engine.decode_buckets import batch_bucket, table_bucket
 from sps2_mega.kernels.backend import Backend, choose
-from sps2_mega.kernels.paged_decode.dispatch import range_stride, table_rows
+from sps2_mega.kernels.paged_decode.dispatch import TableRows, range_stride
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.groups import SINGLE, ParallelGroups
 
-_ROWS_OF_NUMBERS = 3
+_NUMBERS = 6
+_SLOT = 2
 
 
 class Recorder(Protocol):
@@ -61,10 +64,10 @@ class CudaRecorder:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """`staged` are what the host writes; pinned where the device reads them by itself."""
+    """`staged` is what the host writes; pinned where the device reads it by itself."""
 
-    staged: tuple[Tensor, Tensor]
-    static: tuple[Tensor, Tensor]
+    staged_6B: Tensor
+    static_6B: Tensor
     replay: Callable[[], object]
     logits_BV: Tensor
 
@@ -76,66 +79,59 @@ class DecodeGraphs:
         self._model, self._pool = model, pool
         self._recorder, self._device = recorder, device
         self._captured: dict[tuple[int, int], _Captured] = {}
+        self._table_RM: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._captured)
 
-    def logits(
-        self,
-        tokens: list[int],
-        positions: list[int],
-        slots: list[int],
-        block_table_BM: np.ndarray,
-        starts_B: np.ndarray,
-        ends_B: np.ndarray,
-    ) -> Tensor:
-        """Logits [B, vocab] float32 after one token of each sequence, whose key and value go to its slot."""
-        batch, columns = block_table_BM.shape
-        size = batch_bucket(batch), table_bucket(columns)
+    def logits(self, numbers_6B: np.ndarray, table_RM: Tensor, *, longest: int) -> Tensor:
+        """Logits [B, vocab] float32 after one token of each sequence, whose key and value go to its slot.
+
+        `numbers_6B` are as above; sequence b sees tokens [start, end) of row rows[b] of `table_RM` (device, int32), of
+        which no sequence has more than `longest` blocks.
+        """
+        if table_RM is not self._table_RM:
+            self._captured.clear()
+            self._table_RM = table_RM
+        batch = numbers_6B.shape[1]
+        size = batch_bucket(batch), min(table_bucket(longest), table_RM.shape[1])
         captured = self._captured.get(size)
-        staged = self._buffers(size, pinned=True) if captured is None else captured.staged
-        numbers, table = (buffer.numpy() for buffer in staged)
-        numbers[:2] = 0
-        numbers[2] = -1
-        numbers[:, :batch] = tokens, positions, slots
-        stride = range_stride(size[0])
-        table[: 2 * stride] = 0
-        table[:batch], table[stride : stride + batch] = starts_B, ends_B
-        # Entries past a row's end are never read, so what an earlier step left there may stay.
-        table[2 * stride :].reshape(size)[:batch, :columns] = block_table_BM
+        staged_6B = self._numbers(size[0], pinned=True) if captured is None else captured.staged_6B
+        staged = staged_6B.numpy()
+        staged[:] = 0
+        staged[_SLOT] = -1
+        staged[:, :batch] = numbers_6B
         if captured is None:
-            captured = self._captured[size] = self._capture(size, staged)
-        for static, source in zip(captured.static, staged, strict=True):
-            static.copy_(source, non_blocking=True)
+            captured = self._captured[size] = self._capture(size, staged_6B, table_RM)
+        captured.static_6B.copy_(staged_6B, non_blocking=True)
         captured.replay()
         return captured.logits_BV[:batch]
 
-    def _capture(self, size: tuple[int, int], staged: tuple[Tensor, Tensor]) -> _Captured:
+    def _capture(self, size: tuple[int, int], staged_6B: Tensor, table_RM: Tensor) -> _Captured:
         """Its first run is this step's own: it writes what the replay will write again."""
-        static = self._buffers(size, pinned=False)
-        for buffer, source in zip(static, staged, strict=True):
-            buffer.copy_(source)
-        numbers, table = static
-        tokens_T, positions_T, slots_T = numbers
-        keys = DenseKeys(table_rows(table, *size))
-        attention = DecodeAttention(self._pool, slots_T, keys, [size[0]], SINGLE)
+        rows, columns = size
+        static_6B = self._numbers(rows, pinned=False)
+        static_6B.copy_(staged_6B)
+        tokens_T, positions_T, slots_T, rows_T = static_6B[:4, :rows]
 
         def work() -> Tensor:
+            ranges_2B = static_6B[4:].int()[:, :rows]
+            table_BM = table_RM[:, :columns].index_select(0, rows_T)
+            keys = DenseKeys(TableRows(table_BM, *ranges_2B))
+            attention = DecodeAttention(self._pool, slots_T, keys, [rows], SINGLE)
             return self._model.logits(self._model.hidden(tokens_T, positions_T, attention))
 
         replay, logits_BV = self._recorder.capture(work)
-        return _Captured(staged, static, replay, logits_BV)
+        return _Captured(staged_6B, static_6B, replay, logits_BV)
 
-    def _buffers(self, size: tuple[int, int], *, pinned: bool) -> tuple[Tensor, Tensor]:
-        rows, columns = size
-        on_host = pinned and self._device.type == "cuda"
-        device = torch.device("cpu") if pinned else self._device
-        numbers = torch.zeros(
-            _ROWS_OF_NUMBERS, rows, dtype=torch.int64, device=device, pin_memory=on_host
+    def _numbers(self, rows: int, *, pinned: bool) -> Tensor:
+        """Room for the numbers of a bucket, each kind from a multiple of 16 bytes on."""
+        return torch.zeros(
+            (_NUMBERS, range_stride(rows)),
+            dtype=torch.int64,
+            device=torch.device("cpu") if pinned else self._device,
+            pin_memory=pinned and self._device.type == "cuda",
         )
-        length = 2 * range_stride(rows) + rows * columns
-        table = torch.zeros(length, dtype=torch.int32, device=device, pin_memory=on_host)
-        return numbers, table
 
 
 def make_decode_graphs(

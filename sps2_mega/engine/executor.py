@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,13 +26,15 @@ from sps2_mega.engine.batching import (
     prefill_input,
 )
 from sps2_mega.engine.decode_graphs import DecodeGraphs
+from sps2_mega.engine.device_tables import DeviceTables
 from sps2_mega.engine.local_tables import LocalTables
-from sps2_mega.engine.penalties import PenaltyState
 from sps2_mega.engine.prefill_pass import Pass
 from sps2_mega.engine.prefill_setup import PrefillSetup
-from sps2_mega.engine.sampler import sample
+from sps2_mega.engine.sampler import Drawn
+from sps2_mega.engine.sampling_states import SamplingStates
 from sps2_mega.engine.sparse_tables import SparseTables
 from sps2_mega.engine.token_exchange import exchange_tokens
+from sps2_mega.kernels.backend import Backend, choose
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.groups import ParallelGroups
@@ -39,20 +42,17 @@ from sps2_mega.types import (
     DecodeItem,
     ForwardMode,
     PrefillItem,
-    SamplingParams,
     StepOutput,
     StepPlan,
 )
 
 
-@dataclass(slots=True)
-class _Sampling:
-    """What sampling needs to remember of a sequence; every rank keeps it, since owners change."""
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A decode step that the device works on; `Executor.finish` waits for it."""
 
-    params: SamplingParams
-    seed: int
-    num_prompt_tokens: int
-    penalties: PenaltyState | None
+    plan: StepPlan
+    drawn: Drawn
 
 
 class Executor:
@@ -87,7 +87,12 @@ class Executor:
                 self._tables, prefill.sparse, block_size=pool.block_size
             )
         self._graphs = graphs
-        self._sampling: dict[int, _Sampling] = {}
+        self._device_tables: DeviceTables | None = None
+        if graphs is not None or (
+            self._sparse_tables is None and choose(device, None) is Backend.TRITON
+        ):
+            self._device_tables = DeviceTables(self._tables, device)
+        self._sampling = SamplingStates(config, device)
         self._suspended: dict[int, Pass] = {}
 
     def with_attention(
@@ -112,11 +117,9 @@ class Executor:
     ) -> StepOutput:
         """All ranks return the same output, one entry per sequence in `plan.sampled`. `on_layer` hears of each layer of a
         pass that begins here, when the cache has the layer's new keys and values."""
-        for pass_id in plan.dropped:
-            del self._suspended[pass_id]
-        self.forget(plan.released)
-        if self._graphs is not None and plan.mode is ForwardMode.DECODE and on_layer is None:
-            return self._replay(plan, self._graphs)
+        if on_layer is None and self.can_launch(plan):
+            return self.finish(self.launch(plan))
+        self._drop(plan)
         began = time.perf_counter()
         passing = self._pass_of(plan, on_layer)
         end = self.model.num_layers if plan.layers is None else plan.layers.end
@@ -136,18 +139,48 @@ class Executor:
             self.prefill_comm = self.pipeline.end_step(name, began, num_tokens=num_tokens)
         return output
 
+    def can_launch(self, plan: StepPlan) -> bool:
+        """Whether `launch` takes the plan: a decode step of one rank, as a captured graph."""
+        return self._graphs is not None and plan.mode is ForwardMode.DECODE
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """Starts a step, and returns while the device works. The next one can be started when this one is finished."""
+        assert self._graphs is not None and self._device_tables is not None
+        self._drop(plan)
+        self._sampling.note_chosen(plan.decodes)
+        new = decode_tokens(
+            plan.decodes, self._tables, self.groups.sp, block_size=self.pool.block_size
+        )
+        rows_B, *ranges = new.ranges(self._tables, self.config.sliding_window)
+        logits_RV = self._graphs.logits(
+            np.array([new.tokens, new.positions, new.slots, rows_B, *ranges]),
+            self._device_tables.table(rows_B),
+            longest=self._tables.longest(rows_B),
+        )
+        ends = [item.position + 1 for item in plan.decodes]
+        return Launched(plan, self._sampling.draw(logits_RV, plan.sampled, ends))
+
+    @torch.inference_mode()
+    def finish(self, launched: Launched) -> StepOutput:
+        """The tokens of a launched step, when the device has them."""
+        output = StepOutput(*launched.drawn.tokens())
+        if None in output.token_ids:
+            self._clear_failed(launched.plan, [], output)
+        return output
+
     def forget(self, seq_ids: Iterable[int]) -> None:
         """Drop what is kept of sequences that are over, or that will be prefilled again."""
         for seq_id in seq_ids:
             self._tables.remove(seq_id)
             if self._sparse_tables is not None:
                 self._sparse_tables.remove(seq_id)
-            del self._sampling[seq_id]
+            self._sampling.forget(seq_id)
 
     def enter(self, item: PrefillItem) -> None:
         """A sequence whose tokens others have prefilled: they are all in its blocks, and it decodes from now on."""
         assert self._sparse_tables is None, "who prefilled a sequence knows what it sees"
-        self._sampling[item.seq_id] = self._new_sampling(item)
+        self._sampling.add(item)
         self._tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
 
     def _pass_of(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Pass:
@@ -182,25 +215,11 @@ class Executor:
             self._clear_failed(plan, passing.prefills, output)
         return output
 
-    def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> StepOutput:
-        """A decode step of one rank as one captured graph."""
-        self._note_chosen(plan.decodes)
-        new = decode_tokens(
-            plan.decodes, self._tables, self.groups.sp, block_size=self.pool.block_size
-        )
-        rows = new.visible(self._tables, self.config.sliding_window)
-        logits_RV = graphs.logits(new.tokens, new.positions, new.slots, *rows)
-        ends = [item.position + 1 for item in plan.decodes]
-        output = self._sample(logits_RV, new.items_by_rank, plan.sampled, ends)
-        if None in output.token_ids:
-            self._clear_failed(plan, [], output)
-        return output
-
     def _prefill_input(self, items: list[PrefillItem], *, chunked: bool) -> StepInput:
         for item in items:
             if not item.samples:
                 continue
-            self._sampling[item.seq_id] = self._new_sampling(item)
+            self._sampling.add(item)
             if self._sparse_tables is not None:
                 self._sparse_tables.add(item.seq_id, self.prefill.pattern_of(item))
         return prefill_input(
@@ -213,14 +232,8 @@ class Executor:
             chunked=chunked,
         )
 
-    def _note_chosen(self, items: list[DecodeItem]) -> None:
-        for item in items:
-            penalties = self._sampling[item.seq_id].penalties
-            if penalties is not None:
-                penalties.append(item.token_id)
-
     def _decode_input(self, items: list[DecodeItem]) -> StepInput:
-        self._note_chosen(items)
+        self._sampling.note_chosen(items)
         return decode_input(
             items,
             self._tables,
@@ -230,7 +243,14 @@ class Executor:
             dtype=self.dtype,
             device=self.device,
             sparse_tables=self._sparse_tables,
+            device_tables=self._device_tables,
         )
+
+    def _drop(self, plan: StepPlan) -> None:
+        """What the plan says is over, before anything else of it."""
+        for pass_id in plan.dropped:
+            del self._suspended[pass_id]
+        self.forget(plan.released)
 
     def _clear_failed(
         self, plan: StepPlan, prefills: list[PrefillItem], output: StepOutput
@@ -244,17 +264,6 @@ class Executor:
                 first = first_own[seq_id] // self.pool.block_size
                 self.pool.clear(self._tables.block_ids(seq_id, first=first))
 
-    def _new_sampling(self, item: PrefillItem) -> _Sampling:
-        penalties = None
-        if item.params.has_penalties:
-            penalties = PenaltyState(
-                item.token_ids[: item.num_prompt_tokens],
-                self.config.vocab_size,
-                output_ids=item.token_ids[item.num_prompt_tokens :],
-                device=self.device,
-            )
-        return _Sampling(item.params, item.seed, item.num_prompt_tokens, penalties)
-
     def _sample(
         self,
         logits_RV: Tensor,
@@ -264,23 +273,14 @@ class Executor:
     ) -> StepOutput:
         """Sample this rank's rows, then give every rank all tokens."""
         mine = items_by_rank[self.groups.sp.rank]
-        states = [self._sampling[seq_ids[index]] for index in mine]
-        positions = [next_positions[index] for index in mine]
-        token_ids, logprobs = sample(
-            logits_RV,
-            [state.params for state in states],
-            [state.seed for state in states],
-            positions,
-            [state.penalties for state in states],
-            [self._banned(state, at) for state, at in zip(states, positions, strict=True)],
+        output = StepOutput(
+            *self._sampling.draw(
+                logits_RV,
+                [seq_ids[index] for index in mine],
+                [next_positions[index] for index in mine],
+            ).tokens()
         )
         if self.groups.sp.size == 1:
-            return StepOutput(token_ids, logprobs)
-        wanted = [self._sampling[seq_id].params.logprobs for seq_id in seq_ids]
-        return exchange_tokens(StepOutput(token_ids, logprobs), items_by_rank, wanted, self.groups)
-
-    def _banned(self, state: _Sampling, position: int) -> tuple[int, ...]:
-        """Tokens that would end the sequence before `min_tokens`."""
-        if position - state.num_prompt_tokens >= state.params.min_tokens:
-            return ()
-        return self.config.eos_token_ids + state.params.stop_token_ids
+            return output
+        wanted = self._sampling.wanted_logprobs(seq_ids)
+        return exchange_tokens(output, items_by_rank, wanted, self.groups)

@@ -23,6 +23,7 @@ class LocalTables:
         self._block_indices = np.zeros((8, 8), dtype=np.int64)
         self._num_blocks = np.zeros(8, dtype=np.int64)
         self._num_tokens = np.zeros(8, dtype=np.int64)
+        self._tenancies = np.zeros(8, dtype=np.int64)  # how often a row was given to a sequence
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,6 +86,22 @@ class LocalTables:
         self._num_blocks[row] = self._num_tokens[row] = 0
         self._free_rows.append(row)
 
+    def rows(self, seq_ids: Sequence[int]) -> np.ndarray:
+        """The row of each sequence, as long as it runs."""
+        return np.array([self._rows[seq_id] for seq_id in seq_ids], dtype=np.int64)
+
+    def row(self, row: int) -> np.ndarray:
+        """The block ids of a row, to be read only."""
+        return self._block_ids[row, : self._num_blocks[row]]
+
+    def fill(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tenancy [B], blocks [B]): while a row's tenancy is the same, blocks have only been added to it."""
+        return self._tenancies[rows_B], self._num_blocks[rows_B]
+
+    def longest(self, rows_B: np.ndarray) -> int:
+        """Blocks of the longest of the given rows."""
+        return int(self._num_blocks[rows_B].max(initial=0))
+
     def view(
         self, seq_ids: Sequence[int], first_visible: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -92,18 +109,23 @@ class LocalTables:
 
         `first_visible[b]` is the first token position a sliding window lets the sequence see.
         """
-        rows = [self._rows[seq_id] for seq_id in seq_ids]
+        rows = self.rows(seq_ids)
+        return self._block_ids[rows, : self.longest(rows)], *self.ranges(rows, first_visible)
+
+    def ranges(
+        self, rows: np.ndarray, first_visible: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(start [B], end [B]) as of `view`, for the sequences of the given rows."""
         ends = self._num_tokens[rows]
-        longest = int(self._num_blocks[rows].max()) if rows else 0
-        block_ids = self._block_ids[rows, :longest]
         if first_visible is None:
-            return block_ids, np.zeros_like(ends), ends
+            return np.zeros_like(ends), ends
+        longest = self.longest(rows)
         indices = self._block_indices[rows, :longest]
         valid = np.arange(longest) < self._num_blocks[rows, None]
         first_block, offset = np.divmod(first_visible, self._block_size)
         hidden_blocks = (valid & (indices < first_block[:, None])).sum(1)
         cut = (valid & (indices == first_block[:, None])).any(1)
-        return block_ids, hidden_blocks * self._block_size + cut * offset, ends
+        return hidden_blocks * self._block_size + cut * offset, ends
 
     def _new_row(self, seq_id: int) -> int:
         assert seq_id not in self._rows, f"sequence {seq_id} is already running"
@@ -114,8 +136,10 @@ class LocalTables:
                 self._block_indices = _grow(self._block_indices, 0)
                 self._num_blocks = _grow(self._num_blocks, 0)
                 self._num_tokens = _grow(self._num_tokens, 0)
+                self._tenancies = _grow(self._tenancies, 0)
             self._free_rows = list(range(len(self._num_blocks) - 1, used - 1, -1))
         row = self._free_rows.pop()
+        self._tenancies[row] += 1
         self._rows[seq_id] = row
         return row
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from sps2_mega.engine.uploads import upload
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.types import SamplingParams
 
-__all__ = ["PenaltyState", "derive_seed", "sample", "uniform"]
+__all__ = ["Drawn", "PenaltyState", "derive_seed", "draw", "sample", "uniform"]
 
 _GREEDY_BELOW = 1e-5  # a temperature so low leaves one token in float32 anyway
 _NUCLEUS = 1024  # top-p looks at so many most likely tokens before it sorts the whole vocabulary
@@ -38,9 +39,54 @@ def sample(
     histories: Sequence[PenaltyState | None] | None = None,
     banned: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int | None], list[TokenLogprob | None]]:
+    """What `draw` chooses, on the host."""
+    return draw(logits_BV, params, seeds, positions, histories, banned).tokens()
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Of some rows: of the chosen token [L], and of the most likely ones [L, k]."""
+
+    rows: list[tuple[int, int]]  # (row, how many of the most likely ones are wanted)
+    chosen_L: Tensor
+    top_Lk: Tensor
+    top_ids_Lk: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What the device chooses, or has chosen: token ids and their rows' largest logits in float64, which holds token
+    ids exactly."""
+
+    chosen_2B: Tensor
+    logprobs: _Logprobs | None
+
+    def tokens(self) -> tuple[list[int | None], list[TokenLogprob | None]]:
+        """One token per row, and its log-probability where asked for; waits for the device.
+
+        The token of a row with NaN, or with nothing but infinities, is None: damaged weights or an overflow.
+        """
+        chosen, values = self.chosen_2B.tolist()
+        token_ids: list[int | None] = [int(token_id) for token_id in chosen]
+        logprobs = _fetched(self.logprobs, token_ids)
+        # max() propagates NaN, and is infinite only where no entry is finite or one overflowed.
+        for row, value in enumerate(values):
+            if not math.isfinite(value):
+                token_ids[row] = logprobs[row] = None
+        return token_ids, logprobs
+
+
+def draw(
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    histories: Sequence[PenaltyState | None] | None = None,
+    banned: Sequence[Sequence[int]] | None = None,
+) -> Drawn:
     """One token per row of `logits_BV` (float32, not changed), and its log-probability where asked for.
 
-    The token of a row with NaN, or with nothing but infinities, is None: damaged weights or an overflow.
+    Does not wait for the device, except where top-p finds its nucleus larger than usual.
 
     `positions[i]` is the position that the new token will have. `histories[i]` must be given where
     `params[i].has_penalties`. `banned[i]` are token ids that cannot be chosen, as the end-of-sequence
@@ -51,7 +97,7 @@ def sample(
         "one entry per row of the logits"
     )
     if not params:
-        return [], []
+        return Drawn(logits_BV.new_zeros(2, 0), None)
     logits = _adjusted(logits_BV, params, histories, banned)
     best, token_ids_B = logits.max(dim=-1)
     rows = [i for i, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
@@ -60,15 +106,9 @@ def sample(
             logits, best, rows, params, [uniform(seeds[i], positions[i]) for i in rows]
         )
         token_ids_B[upload(rows, torch.int64, logits.device)] = chosen_S
-    logprobs = _logprobs(logits_BV, params, token_ids_B)
-    # The only place of a step that waits for the device, hence once: float64 holds token ids exactly.
-    chosen, values = torch.stack([token_ids_B.double(), best.double()]).tolist()
-    token_ids: list[int | None] = [int(token_id) for token_id in chosen]
-    # max() propagates NaN, and is infinite only where no entry is finite or one overflowed.
-    for row, value in enumerate(values):
-        if not math.isfinite(value):
-            token_ids[row] = logprobs[row] = None
-    return token_ids, logprobs
+    # In one tensor, so that there is one to wait for.
+    chosen_2B = torch.stack([token_ids_B.double(), best.double()])
+    return Drawn(chosen_2B, _logprobs(logits_BV, params, token_ids_B))
 
 
 def _adjusted(
@@ -171,18 +211,29 @@ def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor) -> Tensor:
 
 def _logprobs(
     logits_BV: Tensor, params: Sequence[SamplingParams], token_ids_B: Tensor
-) -> list[TokenLogprob | None]:
-    results: list[TokenLogprob | None] = [None] * len(params)
+) -> _Logprobs | None:
     wanted = [(i, p.logprobs) for i, p in enumerate(params) if p.logprobs is not None]
     if not wanted:
-        return results
+        return None
     index = upload([i for i, _ in wanted], torch.int64, logits_BV.device)
     logprobs_LV = logits_BV[index].log_softmax(dim=-1)
-    ids_L = token_ids_B[index]
-    chosen = logprobs_LV.gather(-1, ids_L[:, None]).squeeze(-1).tolist()
+    chosen_L = logprobs_LV.gather(-1, token_ids_B[index][:, None]).squeeze(-1)
     most = min(max(k for _, k in wanted), logits_BV.shape[-1])
-    values, top_ids = (part.tolist() for part in logprobs_LV.topk(most))
-    for row, ((i, k), token_id) in enumerate(zip(wanted, ids_L.tolist(), strict=True)):
-        top = tuple(zip(top_ids[row][:k], values[row][:k], strict=True))
-        results[i] = TokenLogprob(token_id, chosen[row], top)
+    return _Logprobs(wanted, chosen_L, *logprobs_LV.topk(most))
+
+
+def _fetched(
+    logprobs: _Logprobs | None, token_ids: Sequence[int | None]
+) -> list[TokenLogprob | None]:
+    results: list[TokenLogprob | None] = [None] * len(token_ids)
+    if logprobs is None:
+        return results
+    chosen, values, top_ids = (
+        part.tolist() for part in (logprobs.chosen_L, logprobs.top_Lk, logprobs.top_ids_Lk)
+    )
+    for at, (row, k) in enumerate(logprobs.rows):
+        token_id = token_ids[row]
+        assert token_id is not None
+        top = tuple(zip(top_ids[at][:k], values[at][:k], strict=True))
+        results[row] = TokenLogprob(token_id, chosen[at], top)
     return results

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,4 +17,12 @@ def upload(
     values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def upload_array(values: np.ndarray, device: torch.device) -> Tensor:
+    """The same for an array, which on CUDA may be changed at once."""
+    host = torch.from_numpy(values)
+    if device.type == "cuda" and host.numel():
+        host = host.pin_memory()
     return host.to(device, non_blocking=True)

@@ -1,11 +1,12 @@
 """Where the host's time of a decode step goes, in the real engine: scheduling, inputs, launches, sampling, the rest.
 
     plan     Scheduler.plan                          launch   the model's calls until they return
-    inputs   plan -> tensors on the device           device   waiting for the launched work to end
-    sample   sampling, the tokens' way to the host   commit   Scheduler.commit
-    rest     everything else of Engine.step
+    inputs   plan -> tensors on the device           sample   sampling, until its calls return
+    device   waiting for the sampled tokens          commit   Scheduler.commit
+    answers  stop strings, text, what clients get    rest     everything else of Engine.step
 
-The step is cut by a synchronisation before sampling, which the engine itself does not do.
+With graphs a step is launched before the answers of the one before are dealt with: `answers` is then under the device's
+work, and `device` is what is left of that.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
 from sps2_mega.engine import executor as executor_module
 from sps2_mega.engine.decode_graphs import DecodeGraphs
 from sps2_mega.engine.engine import Engine
+from sps2_mega.engine.sampler import Drawn
+from sps2_mega.engine.sampling_states import SamplingStates
 from sps2_mega.engine.scheduler import Scheduler
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.types import SamplingParams
@@ -36,7 +37,10 @@ _SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 _PIECES = {
     "plan": [(Scheduler, "plan")],
-    "inputs": [(executor_module, "decode_input")],
+    "inputs": [
+        (executor_module, "decode_input"),
+        (executor_module, "decode_tokens"),
+    ],
     "launch": [
         (DecodeGraphs, "logits"),
         (GPT, "begin"),
@@ -44,8 +48,10 @@ _PIECES = {
         (GPT, "finish"),
         (GPT, "logits"),
     ],
-    "sample": [(executor_module, "sample")],
+    "sample": [(SamplingStates, "draw")],
+    "device": [(Drawn, "tokens")],
     "commit": [(Scheduler, "commit")],
+    "answers": [(Engine, "_collect")],
 }
 
 
@@ -79,7 +85,7 @@ def _timed(part: Part, engine: Engine, params: dict[str, Any]) -> dict[str, Any]
     with ExitStack() as stack:
         for piece, places in _PIECES.items():
             for owner, name in places:
-                timed = _clocked(part, getattr(owner, name), piece, spent)
+                timed = _clocked(getattr(owner, name), piece, spent)
                 stack.enter_context(patch.object(owner, name, timed))
         while engine.stats().num_running == sizes.host_batch:
             spent.clear()
@@ -100,14 +106,8 @@ def _timed(part: Part, engine: Engine, params: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _clocked(
-    part: Part, call: Callable[..., Any], piece: str, spent: dict[str, float]
-) -> Callable[..., Any]:
+def _clocked(call: Callable[..., Any], piece: str, spent: dict[str, float]) -> Callable[..., Any]:
     def timed(*arguments: Any, **options: Any) -> Any:
-        if piece == "sample" and part.on_cuda:
-            began = time.perf_counter()
-            torch.cuda.current_stream().synchronize()
-            spent["device"] += time.perf_counter() - began
         began = time.perf_counter()
         result = call(*arguments, **options)
         spent[piece] += time.perf_counter() - began
