@@ -13,8 +13,10 @@ import time
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
+from sps2_mega.engine.executor import Launched
 from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.plan_codec import decode, encode
+from sps2_mega.engine.run_ahead import RunAhead
 from sps2_mega.engine.samples import samples_of
 from sps2_mega.engine.scheduler_setup import make_scheduler
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
@@ -69,6 +71,7 @@ class Engine:
         if rank.resolved.tokenizer is not None:
             self.tokenizer = Tokenizer.load(rank.resolved.tokenizer)
         self._scheduler = make_scheduler(rank)
+        self._ahead = RunAhead(rank.executor, self._plan)
         self.max_model_len = self._scheduler.max_len
         self._outputs = OutputProcessor(self.tokenizer)
         self._samples: dict[str, list[Sequence]] = {}
@@ -150,7 +153,7 @@ class Engine:
         return self._executor.model
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._ahead.has_begun
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -167,22 +170,25 @@ class Engine:
         )
 
     def step(self) -> list[RequestOutput]:
-        """Run one step on all ranks; returns the requests that finished in it (driver only)."""
+        """Run one step on all ranks; returns the requests that finished in it (driver only). The next one may have begun
+        then (`run_ahead`)."""
         with failing(self._rank.lifeline):
-            plan = self._scheduler.plan(time.monotonic())
+            begun = self._ahead.take()
+            plan = self._plan() if begun is None else begun.plan
             if plan is None:
                 return []
             # A rank that does not take the plan keeps rank 0 here: the step has begun.
             self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
             if self._control.size > 1:
                 broadcast_bytes(encode(plan), self._control)
-            output = self._execute(plan)
+            output = self._execute(plan, None if begun is None else begun.launched)
             now = time.monotonic()
             ended = self._scheduler.commit(plan, output, now)
             self._num_steps += 1
             self._last_waits = waits_ended_at(now, self._still_here(plan.sampled))
             self._count_prompt_tokens(plan)
             self._output_tokens += len(output.token_ids)
+            self._ahead.begin_next()
             return self._collect(plan, ended)
 
     def run_worker(self) -> None:
@@ -201,9 +207,15 @@ class Engine:
                 broadcast_bytes(_SHUTDOWN, self._control)
         self._leave()
 
-    def _execute(self, plan: StepPlan) -> StepOutput:
+    def _plan(self) -> StepPlan | None:
+        return self._scheduler.plan(time.monotonic())
+
+    def _execute(self, plan: StepPlan, launched: Launched | None = None) -> StepOutput:
         self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
-        output = self._executor.execute(plan)
+        if launched is None:
+            output = self._executor.execute(plan)
+        else:
+            output = self._executor.finish(launched)
         if plan.mode is not ForwardMode.DECODE:
             self._prefill_comm += self._executor.prefill_comm
             if self._rank.trace is not None:

@@ -139,6 +139,11 @@ class Executor:
             self.prefill_comm = self.pipeline.end_step(name, began, num_tokens=num_tokens)
         return output
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are captured graphs, which are launched at once."""
+        return self._graphs is not None
+
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether `launch` takes the plan: a decode step of one rank, as a captured graph."""
         return self._graphs is not None and plan.mode is ForwardMode.DECODE
