@@ -1,6 +1,9 @@
-"""The tables and pictures of all simulated comparisons in docs/results, as docs/evaluation.md has them.
+"""The tables and pictures of all simulated comparisons in docs/results, and where they are shown.
 
-python -m tools.simulation.results            (a test checks that the table is current)
+    docs/evaluation.md            the paper's claims beside what was found, and the spread over all settings
+    docs/results/simulated.md     every setting
+
+python -m tools.simulation.results            (a test checks that all of them are current)
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.simulation import claims
 from tools.simulation.document import EVALUATION, ROOT, with_part
 from tools.simulation.report import BASELINES, CLAIMS, OURS, gains, ratio_table
 from tools.simulation.setting import Outcome
 
 DOCUMENT = EVALUATION
+EVERY = ROOT / "docs" / "results" / "simulated.md"
 BEGIN, END = "<!-- ratios: made by tools.simulation.results -->", "<!-- end of ratios -->"
 
 
@@ -34,10 +39,13 @@ def stored() -> list[tuple[str, list[Outcome]]]:
     return found
 
 
-def table() -> str:
-    """Every setting, then the best and the worst gain of each claim over all of them."""
-    results = stored()
-    return f"{ratio_table(results)}\n\n{summary(results)}"
+def every_setting() -> str:
+    """The document with a row for each setting, rate, system and baseline."""
+    return (
+        "# Simulated comparisons, every setting\n\n"
+        "Made by `python -m tools.simulation.results`; do not edit. What the columns mean, and what to make of them, says "
+        f"[evaluation.md](../evaluation.md).\n\n{ratio_table(stored())}\n"
+    )
 
 
 def summary(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
@@ -64,15 +72,18 @@ def summary(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
     return "\n".join(lines)
 
 
-def document_with(text: str, new_table: str) -> str:
-    """`text` with what is between the markers replaced."""
-    return with_part(text, BEGIN, END, new_table)
+def written(text: str) -> str:
+    """docs/evaluation.md with its two tables of all that is stored."""
+    found = stored()
+    text = with_part(text, claims.BEGIN, claims.END, claims.table(found, EVERY.parent))
+    return with_part(text, BEGIN, END, summary(found))
 
 
 def main() -> int:
     from tools.simulation.pictures import draw
 
-    DOCUMENT.write_text(document_with(DOCUMENT.read_text(), table()))
+    DOCUMENT.write_text(written(DOCUMENT.read_text()))
+    EVERY.write_text(every_setting())
     for path, (setting, outcomes) in zip(paths(), stored(), strict=True):
         draw(setting, outcomes, path.with_suffix(".png"))
     return 0
