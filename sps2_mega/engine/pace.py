@@ -11,6 +11,7 @@ remembered by where in a prompt they are: early ones are all weights, late ones 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from sps2_mega.engine.layer_work import LayerWork
@@ -87,6 +88,16 @@ class Pace:
     def chunk_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
         """The same for one of many chunks."""
         return _most(lambda stop: self.chunk_s(start, stop), seconds, start, end, quantum)
+
+    def furthest(self, seconds: float, start: int, ends: Sequence[int]) -> int:
+        """The last of `ends` (ascending, at least one) that a chunk from `start` on is expected to reach in so many seconds;
+        the first one where nothing is known or none is."""
+
+        def takes_longer(end: int) -> bool:
+            needed = self.chunk_s(start, end)
+            return needed is None or needed > seconds
+
+        return ends[max(0, bisect_left(ends, True, key=takes_longer) - 1)]
 
 
 def _place(start: int, end: int) -> int:

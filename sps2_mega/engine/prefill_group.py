@@ -8,23 +8,25 @@ Decides nothing; which group goes on and how far is `prefill_queue`'s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sps2_mega import types
 from sps2_mega.engine.layer_work import LayerWork
-from sps2_mega.types import LayerSlice, PrefillItem, Sequence
+from sps2_mega.types import LayerSlice, PrefillItem
 
 
 @dataclass(slots=True, kw_only=True)
 class PrefillGroup:
-    """`members` were admitted together; some may have ended since. `quantum`: chunks of its only prompt are multiples of so
-    many tokens; None: layers are never cut. Before its pass begins `items` is empty.
+    """`members` were admitted together; some may have ended since. `cuts`: positions, the last one the end, where the
+    layers of its only prompt may be cut; None: nowhere. Before its pass begins `items` is empty.
 
     `pass_id` is what ranks call the pass. It stands in `next_layer`, before token `next_token` (0: at its beginning);
     `layer_s` are the seconds that one of its layers took last.
     """
 
-    members: list[Sequence]
-    quantum: int | None = None
+    members: list[types.Sequence]
+    cuts: Sequence[int] | None = None
     items: list[PrefillItem] = field(default_factory=list)
     pass_id: int = 0
     next_layer: int = 0
@@ -55,7 +57,7 @@ class PrefillGroup:
             self.pass_id,
             self.next_layer,
             layer,
-            chunked=self.quantum is not None,
+            chunked=self.cuts is not None,
             first_token=self.next_token,
             end_token=token,
         )

@@ -10,24 +10,24 @@ do not grow with waiting, so who came later than a prompt's key does not go befo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 
+from sps2_mega import types
 from sps2_mega.config import SchedulerConfig
 from sps2_mega.engine.pace import Pace
+from sps2_mega.engine.prefill_cuts import cell_lengths
 from sps2_mega.engine.prefill_group import PrefillGroup
 from sps2_mega.engine.prompt_placement import PromptPlacement
 from sps2_mega.engine.sequence_states import SequenceStates
-from sps2_mega.types import LayerSlice, PrefillItem, Sequence
+from sps2_mega.types import LayerSlice, PrefillItem
 
 # Groups on their way at a time: a long one, one that overtakes it, one that overtakes both. Each keeps hidden states.
 MAX_GROUPS = 3
 # Computing again costs everybody, waiting one request: and equal prompts must not be told apart by a measurement.
 _PATIENCE = 2.0
-# A prompt's last chunk is about so many quanta: more of them cut it into smaller pieces on every rank, fewer miss the
-# target by more.
-_LAST = 4
 _SCRAP = 0.25  # of a slice's room
 
 
@@ -135,7 +135,7 @@ class PrefillQueue:
     def _form(self, now: float, layer_room_s: float, before: float) -> PrefillGroup | None:
         """A group of waiting prompts whose key, and all of theirs, is less than `before`: as many as one step may
         take, or one of any length."""
-        members: list[Sequence] = []
+        members: list[types.Sequence] = []
         budget, num_new = float(self._config.max_prefill_tokens), 0
         load = [0] * self._placement.sp_size
         left_s = 0.0
@@ -153,18 +153,20 @@ class PrefillQueue:
             late = self._weighted(oldest, left_s + seconds) >= before
             if late or self._weighted(sequence.arrival_time, seconds) >= before:
                 break
-            quantum = self._quantum(start, sequence.num_tokens, layer_room_s)
-            if members and (quantum is not None or num_new + missing > budget):
+            cells = self._cells(start, sequence.num_tokens, layer_room_s)
+            if members and (cells is not None or num_new + missing > budget):
                 break
             spread = self._placement.spread(
-                sequence, prefix, load, quantum=quantum, longest_whole=longest_whole
+                sequence, prefix, load, cells=cells, longest_whole=longest_whole
             )
             if not self._states.admit(sequence, prefix, now, spread):
                 break
             members.append(sequence)
             num_new, left_s = num_new + missing, left_s + seconds
-            if quantum is not None:
-                return PrefillGroup(members=members, quantum=quantum)
+            if cells is not None:
+                return PrefillGroup(
+                    members=members, cuts=list(accumulate(cells, initial=start))[1:]
+                )
             if spread.rank is not None:
                 load[spread.rank] += missing
             budget = min(budget, self._tokens_within(layer_room_s))
@@ -172,7 +174,7 @@ class PrefillQueue:
                 break
         return PrefillGroup(members=members) if members else None
 
-    def _order(self) -> Iterable[Sequence]:
+    def _order(self) -> Iterable[types.Sequence]:
         waiting = list(self._states.waiting.values())
         if self._pace is None or not self._config.overtake:
             return waiting
@@ -183,7 +185,7 @@ class PrefillQueue:
     def _key(self, group: PrefillGroup) -> float:
         return self._weighted(group.arrival_time, self._left_s(group))
 
-    def _worth_waiting(self, filler: Sequence, start: int, end: int) -> bool:
+    def _worth_waiting(self, filler: types.Sequence, start: int, end: int) -> bool:
         """Not for a long prompt that is interrupted, if it takes far longer than to compute the shared tokens again."""
         group = self._group_of(filler.seq_id)
         return group is None or self._left_s(group) <= _PATIENCE * self._prompt_s(start, end)
@@ -207,16 +209,21 @@ class PrefillQueue:
     def _prompt_s(self, start: int, end: int) -> float:
         return 0.0 if self._pace is None else self._pace.prompt_s(start, end)
 
-    def _quantum(self, start: int, end: int, layer_room_s: float) -> int | None:
-        """What a prompt's chunks are multiples of; None where it goes whole, a layer of it being short enough."""
+    def _cells(self, start: int, end: int, layer_room_s: float) -> Sequence[int] | None:
+        """Between which a prompt's layers may be cut; None where it goes whole, a layer of it being short enough."""
         if self._pace is None:
             return None
         least = self._placement.least_chunk
         if self._pace.tokens_within(layer_room_s, start, end, least) == end - start:
             return None
-        # Chunks grow shorter with the prompt that they see: so long is the last one.
-        last = self._pace.tokens_within(layer_room_s, end, 2 * end, least)
-        return max(1, last // _LAST // least) * least
+        return cell_lengths(
+            self._pace,
+            start,
+            end,
+            layer_room_s,
+            least=self._placement.least_cell,
+            unit=self._placement.unit,
+        )
 
     def _tokens_within(self, layer_room_s: float) -> float:
         """How many tokens of short prompts one layer may have."""
@@ -235,14 +242,14 @@ class PrefillQueue:
 
     def _slice_within(self, group: PrefillGroup, pace: Pace, room_s: float) -> LayerSlice:
         """At least one layer or chunk, so that prefill gets on; one where nothing is known."""
-        if group.quantum is not None:
-            return self._chunks_within(group, group.quantum, pace, room_s)
+        if group.cuts is not None:
+            return self._chunks_within(group, group.cuts, pace, room_s)
         layer_s = self._layer_s(group, group.layer_flops(pace.work))
         count = 1 if not layer_s else max(1, int(min(room_s / layer_s, 1e6)))
         return group.slice_to(min(pace.work.num_layers, group.next_layer + count))
 
     def _chunks_within(
-        self, group: PrefillGroup, quantum: int, pace: Pace, room_s: float
+        self, group: PrefillGroup, cuts: Sequence[int], pace: Pace, room_s: float
     ) -> LayerSlice:
         """What is left of the layer, and further ones, as far as there is room; the next one is begun only if there is
         room for more than a scrap."""
@@ -250,13 +257,13 @@ class PrefillQueue:
         layer, token = group.next_layer, group.next_token or item.start
         left_s = room_s
         while layer < pace.work.num_layers:
-            count = pace.chunk_within(left_s, token, item.end, quantum)
-            seconds = pace.chunk_s(token, token + count)
+            end = pace.furthest(left_s, token, cuts[bisect_right(cuts, token) :])
+            seconds = pace.chunk_s(token, end)
             fits = seconds is not None and max(seconds, _SCRAP * room_s) <= left_s
             if layer > group.next_layer and not fits:
                 break
-            if token + count < item.end:
-                return group.slice_to(layer, token + count)
+            if end < item.end:
+                return group.slice_to(layer, end)
             left_s -= seconds or left_s
             layer, token = layer + 1, item.start
         return group.slice_to(layer)

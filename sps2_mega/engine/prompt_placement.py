@@ -37,6 +37,16 @@ class PromptPlacement:
         blocks = -(-LEAST_CHUNK // self.ledger.block_size)
         return blocks * self.ledger.block_size * self.sp_size
 
+    @property
+    def unit(self) -> int:
+        """Tokens of a block on each rank."""
+        return self.ledger.block_size * self.sp_size
+
+    @property
+    def least_cell(self) -> int:
+        """Tokens of the shortest cell of a prompt that goes in chunks."""
+        return -(-self.least_chunk // 2 // self.unit) * self.unit
+
     def num_shared(self, prefix: Prefix) -> int:
         """Tokens of a prefix that is taken over."""
         return len(prefix.blocks) * self.ledger.block_size
@@ -61,14 +71,14 @@ class PromptPlacement:
         prefix: Prefix,
         load: Sequence[int],
         *,
-        quantum: int | None,
+        cells: Sequence[int] | None,
         longest_whole: int,
     ) -> Spread:
-        """For the tokens behind `prefix`. `load[r]` counts tokens that the step has on sp rank r so far; chunks are
-        multiples of `quantum` tokens, None: there are none."""
+        """For the tokens behind `prefix`. `load[r]` counts tokens that the step has on sp rank r so far; `cells`: where
+        the prompt may be cut, as tokens of each cell; None: nowhere."""
         spread = self.ledger.spread
-        if quantum is not None:
-            return Spread("striped", max(1, quantum // (self.ledger.block_size * self.sp_size)))
+        if cells is not None:
+            return Spread("striped", tuple(-(-tokens // self.unit) for tokens in cells))
         if self.sp_size == 1 or sequence.num_tokens >= longest_whole:
             return spread
         return replace(spread, rank=self._rank(sequence, prefix, load))

@@ -40,6 +40,10 @@ from sps2_mega.types import (
     StepPlan,
 )
 
+# Of a decode step: a slice of a prefill has as much time at least, whatever the target. Without it prompts would all but
+# stand still while decode steps take as long as the target, without tokens coming much sooner.
+_LEAST_SHARE = 0.5
+
 
 class Scheduler:
     """`plan` and `commit` alternate; `add`, `finish` and `abort` may come at any time between them.
@@ -251,7 +255,8 @@ class Scheduler:
         if not decoding:
             return self._target_s, self._target_s
         oldest = min(sequence.token_times[-1] for sequence in decoding)
-        layer_room_s = max(self._target_s - self._pace.decode_s, 0.0)
+        decode_s = self._pace.decode_s
+        layer_room_s = max(self._target_s - decode_s, _LEAST_SHARE * decode_s)
         return oldest + layer_room_s - now, layer_room_s
 
     def _learn(self, plan: StepPlan, seconds: float) -> None:

@@ -35,7 +35,7 @@ class BlockLedger:
         """`num_blocks` is per sp rank; `stripe` is how many blocks in a row layout `striped` puts on one. Prompts lie
         so unless `admit` is told otherwise."""
         self.block_size = block_size
-        self._spread = Spread(layout, stripe)
+        self._spread = Spread(layout, (stripe,))
         self._allocators = [BlockAllocator(num_blocks) for _ in range(sp_size)]
         self._prefixes = PrefixCache()
         self._num_tails = [0] * sp_size  # sequences whose last block is on the rank

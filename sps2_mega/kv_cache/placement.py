@@ -8,7 +8,8 @@ rules are about balance: of memory, of causal attention work, and of the linear 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +18,11 @@ Layout = Literal["contiguous", "zigzag", "striped"]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Where the new blocks of a prompt go: over all ranks by `layout` (`stripe`: blocks in a row on one rank, where it
-    is striped), or all on `rank` if it has room for them."""
+    """Where the new blocks of a prompt go: over all ranks by `layout` (`stripes`: blocks in a row on one rank, where it
+    is striped, turn by turn; the last number stays), or all on `rank` if it has room for them."""
 
     layout: Layout
-    stripe: int = 1
+    stripes: tuple[int, ...] = (1,)
     rank: int | None = None
 
 
@@ -48,17 +49,18 @@ def spread_block_ranks(num_blocks: int, free: Sequence[int], spread: Spread) -> 
     """The sp rank of each block of a prompt, in block order; None when it does not fit."""
     if spread.rank is not None and free[spread.rank] >= num_blocks:
         return [spread.rank] * num_blocks
-    return prompt_block_ranks(num_blocks, free, spread.layout, spread.stripe)
+    return prompt_block_ranks(num_blocks, free, spread.layout, spread.stripes)
 
 
 def prompt_block_ranks(
-    num_blocks: int, free: Sequence[int], layout: Layout, stripe: int = 1
+    num_blocks: int, free: Sequence[int], layout: Layout, stripes: Sequence[int] = (1,)
 ) -> list[int] | None:
     """The sp rank of each block of a prompt, in block order; None when it does not fit.
 
     `contiguous`: each rank has one run of blocks, in rank order. `zigzag`: rank r of P has runs r and
     2P-1-r of 2P, an early and a late one, so that causal attention costs every rank about the same.
-    `striped`: ranks take turns, `stripe` blocks at a time, so that each chunk of a prompt is on all ranks.
+    `striped`: ranks take turns, `stripes[t]` blocks each in turn t and `stripes[-1]` in all later ones, so that each
+    chunk of a prompt is on all ranks.
     """
     sizes = shard_sizes(num_blocks, free)
     if sizes is None:
@@ -68,7 +70,7 @@ def prompt_block_ranks(
     elif layout == "striped":
         runs = [
             (rank, min(stripe, size - first))
-            for first in range(0, max(sizes), stripe)
+            for first, stripe in _turns(stripes, max(sizes))
             for rank, size in enumerate(sizes)
             if first < size
         ]
@@ -90,6 +92,16 @@ def next_block_rank(num_tails: Sequence[int], free: Sequence[int]) -> int | None
     if not candidates:
         return None
     return min(candidates, key=lambda rank: (num_tails[rank], -free[rank], rank))
+
+
+def _turns(stripes: Sequence[int], num_blocks: int) -> Iterator[tuple[int, int]]:
+    """(blocks before, blocks in it) of each turn until so many blocks are placed on every rank that has room."""
+    first = 0
+    for stripe in itertools.chain(stripes, itertools.repeat(stripes[-1])):
+        if first >= num_blocks:
+            return
+        yield first, stripe
+        first += stripe
 
 
 def _fill_level(num_blocks: int, free: Sequence[int]) -> int:

@@ -114,3 +114,15 @@ def test_chunks_are_as_long_as_a_layer_may_take(start, seconds):
         assert pace.layer_s(WORK.flops(start, start + count)) <= seconds
     if count < 3001:
         assert pace.layer_s(WORK.flops(start, min(end, start + count + quantum))) > seconds
+
+
+def test_the_furthest_cut_that_fits_is_found_and_one_is_always_taken():
+    pace = Pace(WORK)
+    ends = [150, 200, 290, 1000]
+    assert pace.furthest(1.0, 100, ends) == 150, "nothing is known"
+    pace.computed_chunks([(0, 100)], 0.1)
+    for end in ends:
+        seconds = pace.chunk_s(100, end)
+        assert pace.furthest(seconds * 1.001, 100, ends) == end
+    assert pace.furthest(0.0, 100, ends) == pace.furthest(-1.0, 100, ends) == 150
+    assert pace.furthest(1e6, 100, ends) == 1000

@@ -79,9 +79,10 @@ def test_block_ranks_agree_with_shard_sizes(num_blocks, free, layout):
 
 def test_stripes_put_every_chunk_on_all_ranks():
     assert prompt_block_ranks(7, [9, 9], "striped") == [0, 1, 0, 1, 0, 1, 0]
-    assert prompt_block_ranks(9, [9, 9], "striped", 2) == [0, 0, 1, 1, 0, 0, 1, 1, 0]
-    assert prompt_block_ranks(7, [2, 9, 1], "striped", 3) == [0, 0, 1, 1, 1, 2, 1]
-    ranks = prompt_block_ranks(64, [64] * 4, "striped", 2)
+    assert prompt_block_ranks(9, [9, 9], "striped", [2]) == [0, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert prompt_block_ranks(7, [2, 9, 1], "striped", [3]) == [0, 0, 1, 1, 1, 2, 1]
+    assert prompt_block_ranks(11, [9, 9], "striped", [3, 1]) == [0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 0]
+    ranks = prompt_block_ranks(64, [64] * 4, "striped", [2])
     assert all(set(ranks[first : first + 8]) == {0, 1, 2, 3} for first in range(56))
 
 

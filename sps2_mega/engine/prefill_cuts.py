@@ -1,0 +1,35 @@
+"""Where the layers of a long prompt may be cut: behind cells of tokens that all take about as long, and that every SP rank
+has an equal share of.
+
+    cells        |      a      |     b    |   c   |  d | e |      later ones see more keys, so they are shorter
+    rank 0       |aaaaaaa      |bbbbb     |cccc   |dd  |e  |
+    rank 1       |      aaaaaaa|     bbbbb|   cccc|  dd| ee|
+
+Decides where cuts are possible; which of them a slice goes up to is `prefill_queue`'s choice, from step to step.
+"""
+
+from __future__ import annotations
+
+from sps2_mega.engine.pace import Pace
+
+# Cells in a slice: with fewer it misses its room by more, with more its queries are in smaller pieces on every rank.
+CELLS = 6
+_GROWN = 1.05  # cells have one length until so many times as much is before them
+
+
+def cell_lengths(
+    pace: Pace, start: int, end: int, room_s: float, *, least: int, unit: int
+) -> tuple[int, ...]:
+    """Tokens of each cell of the tokens [start, end) of a prompt, of which a slice has about `CELLS` in `room_s` seconds:
+    multiples of `unit` from `least` on, which is one, but for the last. Before anything was measured all are `least`."""
+    lengths: list[int] = []
+    position, valid_to, length = start, 0.0, least
+    while position < end:
+        if position >= valid_to:
+            length = max(
+                least, pace.chunk_within(room_s / CELLS, position, end, unit) // unit * unit
+            )
+            valid_to = _GROWN * position
+        lengths.append(min(length, end - position))
+        position += lengths[-1]
+    return tuple(lengths)

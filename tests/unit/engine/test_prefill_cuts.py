@@ -1,0 +1,38 @@
+"""Cells of a long prompt: all of it, in multiples of a block on each rank, and about as long as each other in time."""
+
+import pytest
+
+from sps2_mega.engine.layer_work import LayerWork
+from sps2_mega.engine.pace import Pace
+from sps2_mega.engine.prefill_cuts import CELLS, cell_lengths
+
+WORK = LayerWork(num_layers=4, token_flops=1000, pair_flops=1)
+
+
+def known(seconds_per_flop=1e-8) -> Pace:
+    pace = Pace(WORK)
+    for end in (100, 1000, 10_000):
+        pace.computed_chunks([(0, end)], WORK.flops(0, end) * seconds_per_flop)
+    return pace
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 20_001), (96, 97), (160, 9999), (0, 48)])
+def test_cells_cover_the_prompt_and_grow_shorter(start, end):
+    lengths = cell_lengths(known(), start, end, 0.02, least=96, unit=48)
+    assert sum(lengths) == end - start
+    *whole, last = lengths
+    assert all(length % 48 == 0 and length >= 96 for length in whole) and last > 0
+    assert sorted(whole, reverse=True) == whole
+
+
+def test_cells_take_their_share_of_a_slice():
+    pace, room_s = known(), 0.1
+    position = 0
+    for length in cell_lengths(pace, 0, 20_000, room_s, least=32, unit=32)[:-1]:
+        seconds = pace.chunk_s(position, position + length)
+        assert 0.6 * room_s / CELLS < seconds < 1.1 * room_s / CELLS
+        position += length
+
+
+def test_nothing_known_is_cut_into_the_least():
+    assert cell_lengths(Pace(WORK), 64, 300, 0.02, least=64, unit=32) == (64, 64, 64, 44)
