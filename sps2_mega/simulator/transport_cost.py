@@ -96,7 +96,7 @@ class TransportCost:
         if pipelined and self.transport != "ring":
             cut = self._cut(pairs, queries, held)
         parts = cut.head_groups * cut.query_parts
-        calls = self.size if self.transport in ("ring", "pass_q") else 1
+        calls = 2 * self.size if self.transport in ("ring", "pass_q") else 1
         compute_s += (calls * parts - 1) * hardware.call_s
         back_s = query_s / 2 if self.transport in ("ulysses", "pass_q") else 0.0
         for_keys, for_queries, for_results = self._messages()
@@ -148,10 +148,10 @@ class TransportCost:
         )
 
     def _merge_s(self, queries: float, hardware: Hardware) -> float:
-        """Partials of every rank but the first."""
+        """Each query meets the keys of every rank; in zigzag two runs of half as many meet one or two runs of keys."""
         if self.transport not in ("ring", "pass_q"):
             return 0.0
-        return self.merging_s(queries, self.size - 1, hardware)
+        return self.merging_s(queries, self.size, hardware)
 
     def merging_s(self, queries: float, times: int, hardware: Hardware) -> float:
         """So many partials of each query are read and merged into a float32 sum, which is read and written."""
