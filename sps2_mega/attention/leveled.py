@@ -80,10 +80,10 @@ class Leveled:
             self._group,
             self._pipeline.back or self._group,
         )
-        overlap = self._pipeline.settings.mode != "off"
-        stages = stage_order(
-            [work.inputs for work in self._works], ahead=2 * overlap, behind=1 * overlap
-        )
+        # All exchanges at once: those of the outer levels are needed last and take longest. Memory is planned for the
+        # keys of all tokens, of which they hold a d-th.
+        window = len(self._works) if self._pipeline.settings.mode != "off" else 0
+        stages = stage_order([work.inputs for work in self._works], ahead=window, behind=window)
         self._pipeline.run(stages, run, layer)
         return run.total.result()
 

@@ -41,8 +41,10 @@ def cut_s(
 
 def works_s(own_s: float, comm_s: Sequence[float], compute_s: Sequence[float]) -> float:
     """A list of works (`attention.leveled`): `own_s` is computed first and needs nothing from others, then work m is
-    computed once its exchange of `comm_s[m]` has come; two exchanges are on their way. Ways back count as ways in."""
-    order = _order(1 + len(comm_s), ahead=2, behind=1, returns=False)
+    computed once its exchange of `comm_s[m]` has come; all exchanges are posted at once and come one after another. Ways
+    back count as ways in."""
+    count = 1 + len(comm_s)
+    order = _order(count, ahead=count, behind=count, returns=False)
     return _play(order, [0.0, *comm_s], [own_s, *compute_s], [])
 
 
