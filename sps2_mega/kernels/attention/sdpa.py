@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sps2_mega.kernels.attention import choice
 from sps2_mega.kernels.lse.reference import merge_two
 
 _WINDOW_TILE = 256
@@ -123,15 +124,12 @@ def _fused(
 def _fused_cuda(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, bias_TS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Flash attention where it applies (16-bit types, no bias), memory-efficient attention elsewhere."""
+    """The device's fastest library where they apply (16-bit types, no bias), memory-efficient attention elsewhere."""
+    if bias_TS is None and q.dtype in (torch.float16, torch.bfloat16):
+        return choice.attend(q, k, v, scale=scale, causal=causal)
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    if bias_TS is None and q.dtype in (torch.float16, torch.bfloat16):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, False, scale=scale
-        )[:2]
-        return out, lse[..., : q.shape[2]]
     bias = None
     if bias_TS is not None:
         # The kernel wants rows aligned to 16 bytes: allocate wider, then cut.

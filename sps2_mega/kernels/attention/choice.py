@@ -1,0 +1,166 @@
+"""Which library computes dense attention on a CUDA device: measured there once for each kind of heads, then by size.
+
+A library is timed on one long causal run. What it takes for the first run of a new shape (cuDNN makes a plan then) is
+paid once per prompt and spread over its layers, so short runs keep the library that needs none. One that fails, or does
+not agree with the default, is left out: nothing is believed that was not tried on this device.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sps2_mega.kernels.attention.libraries import LIBRARIES, Library
+
+log = logging.getLogger(__name__)
+
+DEFAULT = "flash, keys repeated"
+_MEASURED_LEN = 8192
+_MEASURED_FROM = 2**20  # pairs of a call; smaller ones are over before a choice would pay
+_CALLS_PER_SHAPE = 32  # a prompt's shape comes again in every layer
+_REPEATS = 3
+# Small runs of which no count divides a tile: causal, and a rectangle.
+_CHECKED = ((193, 193, True), (131, 300, False))
+_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What libraries are fast or slow at, besides lengths."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Seconds per pair of a query and a key, all heads, and for what a new shape needs before."""
+
+    pair_s: float
+    new_shape_s: float
+
+
+Timer = Callable[[Callable[[], object], torch.device], float]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """By the library that is expected to be fastest; contract in `libraries`."""
+    pairs = num_pairs(q.shape[2], k.shape[2], causal)
+    name = DEFAULT
+    if pairs >= _MEASURED_FROM:
+        kind = Kind(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3])
+        name = fastest(_speeds(kind), pairs)
+    return LIBRARIES[name](q, k, v, scale=scale, causal=causal)
+
+
+def num_pairs(num_queries: int, num_keys: int, causal: bool) -> int:
+    return num_queries * num_keys // (2 if causal else 1)
+
+
+def fastest(speeds: Mapping[str, Speed], pairs: int) -> str:
+    """The library with the least expected seconds for a run of so many pairs; the default where none was measured."""
+
+    def seconds(name: str) -> float:
+        return speeds[name].pair_s * pairs + speeds[name].new_shape_s / _CALLS_PER_SHAPE
+
+    return min(speeds, key=seconds, default=DEFAULT)
+
+
+def measure(
+    kind: Kind,
+    libraries: Mapping[str, Library],
+    timer: Timer,
+    *,
+    num_tokens: int = _MEASURED_LEN,
+) -> dict[str, Speed]:
+    """The speed of each library that works here and agrees with the default one."""
+    try:
+        runs = [_run(kind, *lengths) for lengths in (*_CHECKED, (num_tokens, num_tokens, True))]
+        expected = [libraries[DEFAULT](*run, scale=0.1, causal=c) for *run, c in runs[:-1]]
+    except RuntimeError as error:
+        log.warning("attention libraries are not compared: %s", _first_line(error))
+        return {}
+    speeds: dict[str, Speed] = {}
+    *long_run, causal = runs[-1]
+    for name, library in libraries.items():
+        try:
+            for (*run, c), wanted in zip(runs[:-1], expected, strict=True):
+                _check(library(*run, scale=0.1, causal=c), wanted, kind.dtype)
+
+            def work(library: Library = library) -> object:
+                return library(*long_run, scale=0.1, causal=causal)
+
+            first_s = timer(work, kind.device)
+            again_s = statistics.median(timer(work, kind.device) for _ in range(_REPEATS))
+        except (RuntimeError, ValueError) as error:
+            log.warning("dense attention without %s: %s", name, _first_line(error))
+            continue
+        pairs = num_pairs(num_tokens, num_tokens, causal)
+        speeds[name] = Speed(again_s / pairs, max(0.0, first_s - again_s))
+    return speeds
+
+
+@cache
+def _speeds(kind: Kind) -> dict[str, Speed]:
+    with torch.inference_mode():
+        speeds = measure(kind, LIBRARIES, _seconds)
+    shown = ", ".join(
+        f"{name} {1e12 * speed.pair_s:.3g} ps a pair and {1e3 * speed.new_shape_s:.3g} ms a new shape"
+        for name, speed in speeds.items()
+    )
+    log.info("dense attention, %s: %s", kind, shown)
+    return speeds
+
+
+def _run(
+    kind: Kind, num_queries: int, num_keys: int, causal: bool
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Random q, k and v in the layout of a model's projections."""
+    # A generator of its own: nobody else's random numbers move.
+    generator = torch.Generator(kind.device).manual_seed(0)
+
+    def heads(tokens: int, count: int) -> Tensor:
+        x_TNH = torch.randn(
+            (tokens, count, kind.width), generator=generator, device=kind.device, dtype=kind.dtype
+        )
+        return x_TNH.transpose(0, 1).unsqueeze(0)
+
+    kv = (heads(num_keys, kind.num_kv_heads) for _ in range(2))
+    return heads(num_queries, kind.num_heads), *kv, causal  # type: ignore[return-value]
+
+
+def _check(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ValueError: shapes differ, or numbers by more than the type's rounding explains.
+    """
+    for what, new, old in zip(("results", "LSE"), found, wanted, strict=True):
+        if new.shape != old.shape:
+            raise ValueError(f"its {what} are {tuple(new.shape)}, {tuple(old.shape)} was expected")
+        difference = (new.float() - old.float()).abs().max().item()
+        if not difference <= _TOLERANCE[dtype]:
+            raise ValueError(f"its {what} differ from those of {DEFAULT!r} by {difference:.3g}")
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call until its work is done, host included: making a plan is the host's work."""
+    stream = torch.cuda.current_stream(device)
+    stream.synchronize()
+    began = time.perf_counter()
+    work()
+    stream.synchronize()
+    return time.perf_counter() - began
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
