@@ -8,7 +8,8 @@ rows     rank 0: 8 from its local token 8 on, rank 1: 6 from its local token 4 o
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 
 from sps2_mega.attention.layout import Run, TokenLayout
 
@@ -38,7 +39,7 @@ def stretch(layout: TokenLayout, start: int, end: int) -> Stretch:
     counts = [0] * size
     runs: list[Run] = []
     number = max(0, bisect_right(layout.runs, start, key=_start) - 1)
-    for run in layout.runs[number:]:
+    for run in islice(layout.runs, number, None):
         if run.start >= end:
             break
         low, high = max(run.start, start), min(run.end, end)
@@ -48,7 +49,7 @@ def stretch(layout: TokenLayout, start: int, end: int) -> Stretch:
         first = first_rows[run.rank]
         if first is None:
             first = first_rows[run.rank] = row
-        runs.append(replace(run, start=low, end=high, local_start=row - first))
+        runs.append(Run(run.sequence, run.rank, low, high, row - first))
         counts[run.rank] += high - low
     return Stretch(
         TokenLayout((start,), (end,), tuple(counts), tuple(runs)),

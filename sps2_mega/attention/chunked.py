@@ -5,7 +5,8 @@
               ...
     layer 4   from the beginning; the same memory is used again
 
-So a chunk repeats nothing of what earlier ones did, however short it is. The price is one layer's keys and values of the
+So a chunk repeats nothing of what earlier ones did, however short it is. Of the last layer often only the last token's output
+is read; of the other tokens keys and values are then all that is wanted there, and they do not attend. The price is one layer's keys and values of the
 whole prompt on every rank. Which tokens a chunk has is the scheduler's choice, what queries see is `chunk_scores`'.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sps2_mega.attention.chunk_layout import Stretch, stretch
 from sps2_mega.attention.chunk_scores import ChunkScores
-from sps2_mega.attention.layout import PrefillLayout
+from sps2_mega.attention.layout import PrefillLayout, Run
 from sps2_mega.attention.new_keys import Rotation, keep
 from sps2_mega.attention.order import reorder, sequence_index
 from sps2_mega.attention.pipeline.executor import Pipeline
@@ -56,10 +57,13 @@ class ChunkedPrefill:
         scores: ChunkScores,
         group: Group,
         pipeline: Pipeline,
+        *,
+        whole_output: bool = True,
     ) -> None:
+        """`whole_output`: the last layer's output of all tokens is read, not only the last one's."""
         self._pool, self._slots_T, self._cached_slots_C = pool, slots_T, cached_slots_C
         self._layout, self._scores = layout, scores
-        self._group, self._pipeline = group, pipeline
+        self._group, self._pipeline, self._whole_output = group, pipeline, whole_output
         self._chunk: _Chunk | None = None
         self._kv_S2KH: Tensor | None = None  # of one layer, keys beside values, by position
 
@@ -92,13 +96,39 @@ class ChunkedPrefill:
             kv_C2KH = torch.cat([torch.cat(cached, 1), kv_C2KH])
         if self._kv_S2KH is None:
             self._kv_S2KH = kv_C2KH.new_empty(self._layout.keys.last[0], *kv_C2KH.shape[1:])
+        runs = chunk.queries.tokens.local_runs(self._group.rank)
+        needed = slice(0, len(q_TNH))
+        if not self._whole_output and layer == self._pool.num_layers - 1:
+            runs, needed = _last_token(runs, self._layout.queries.last[0])
         work = _ChunkWork(
-            chunk, self._scores, q_TNH, kv_C2KH, self._kv_S2KH, layer, rule, self._group
+            chunk,
+            runs,
+            self._scores,
+            q_TNH[needed],
+            kv_C2KH,
+            self._kv_S2KH,
+            layer,
+            rule,
+            self._group,
         )
         ahead = int(self._pipeline.settings.mode != "off")
         stages = stage_order([(), ("kv",)], ahead=ahead, returns=False)
         self._pipeline.run(stages, work, layer)
-        return work.out_TNH.to(q_TNH.dtype)
+        if needed.stop - needed.start == len(q_TNH):
+            return work.out_TNH.to(q_TNH.dtype)
+        out_TNH = torch.zeros_like(q_TNH)
+        out_TNH[needed] = work.out_TNH.to(q_TNH.dtype)
+        return out_TNH
+
+
+def _last_token(runs: list[Run], end: int) -> tuple[list[Run], slice]:
+    """The last of a prompt's tokens [.., end) as a run that begins at row 0, and its row among those of `runs`; none where
+    it is not among them."""
+    if not runs or runs[-1].end < end:
+        return [], slice(0, 0)
+    last = runs[-1]
+    row = last.local.stop - 1
+    return [Run(last.sequence, last.rank, end - 1, end, 0)], slice(row, row + 1)
 
 
 class _ChunkWork:
@@ -107,6 +137,7 @@ class _ChunkWork:
     def __init__(
         self,
         chunk: _Chunk,
+        runs: list[Run],
         scores: ChunkScores,
         q_TNH: Tensor,
         kv_C2KH: Tensor,
@@ -118,7 +149,7 @@ class _ChunkWork:
         self._chunk, self._scores, self._group = chunk, scores, group
         self._q_TNH, self._kv_C2KH, self._kv_S2KH = q_TNH, kv_C2KH, kv_S2KH
         self._layer, self._rule = layer, rule
-        self._runs = chunk.queries.tokens.local_runs(group.rank)
+        self._runs = runs  # of the queries
         # Partials add up in float32: rounding once per partial would show.
         self.out_TNH = torch.zeros(q_TNH.shape, dtype=torch.float32, device=q_TNH.device)
         self._lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, device=q_TNH.device)

@@ -29,7 +29,8 @@ class Pace:
         self.work = work
         self._decode_mean_s = self._decode_spread_s = 0.0
         self._seconds_per_flop: dict[int, float] = {}
-        self._chunk_seconds_per_flop: dict[int, float] = {}
+        # Of all layers but the last, and of the last, where attention is next to nothing.
+        self._chunk_seconds_per_flop: tuple[dict[int, float], dict[int, float]] = ({}, {})
 
     @property
     def decode_s(self) -> float:
@@ -49,29 +50,31 @@ class Pace:
         known = self._seconds_per_flop.get(size, rate)
         self._seconds_per_flop[size] = _NEWEST * rate + (1 - _NEWEST) * known
 
-    def computed_chunks(self, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
-        """Chunks [start, end) of a prompt took so long together, each in one layer."""
-        flops = [self.work.flops(*chunk) for chunk in chunks]
-        shares = [
-            self.chunk_s(*chunk) or number for chunk, number in zip(chunks, flops, strict=True)
-        ]
-        for chunk, number, share in zip(chunks, flops, shares, strict=True):
+    def computed_chunks(self, chunks: Sequence[tuple[int, int, int]], seconds: float) -> None:
+        """Chunks (layer, start, end) of a prompt took so long together."""
+        flops = [self.work.flops(start, end) for _, start, end in chunks]
+        shares = [self.chunk_s(*chunk) or count for chunk, count in zip(chunks, flops, strict=True)]
+        for (layer, start, end), count, share in zip(chunks, flops, shares, strict=True):
             taken = seconds * share / sum(shares)
-            place, rate = _place(*chunk), taken / number
-            known = self._chunk_seconds_per_flop.get(place, rate)
-            self._chunk_seconds_per_flop[place] = known + _NEWEST_CHUNK * (rate - known)
-            self.computed(number, taken)
+            last = self._is_last(layer)
+            rates, place = self._chunk_seconds_per_flop[last], _place(start, end)
+            known = rates.get(place, taken / count)
+            rates[place] = known + _NEWEST_CHUNK * (taken / count - known)
+            if not last:
+                self.computed(count, taken)
 
     def layer_s(self, flops: int) -> float | None:
         """Expected seconds of one layer with so many FLOPs; None before anything was measured."""
         return _nearest(self._seconds_per_flop, flops.bit_length(), flops)
 
-    def chunk_s(self, start: int, end: int) -> float | None:
-        """Expected seconds of tokens [start, end) of a prompt in one layer; None before anything was measured."""
+    def chunk_s(self, layer: int, start: int, end: int) -> float | None:
+        """Expected seconds of tokens [start, end) of a prompt in a layer; None before anything was measured."""
         flops = self.work.flops(start, end)
-        if not self._chunk_seconds_per_flop:
+        usual, last = self._chunk_seconds_per_flop
+        rates = last if last and self._is_last(layer) else usual
+        if not rates:
             return self.layer_s(flops)
-        return _nearest(self._chunk_seconds_per_flop, _place(start, end), flops)
+        return _nearest(rates, _place(start, end), flops)
 
     def prompt_s(self, start: int, end: int) -> float:
         """Expected seconds of tokens [start, end) of a prompt in all layers; 0 before anything was measured."""
@@ -86,18 +89,21 @@ class Pace:
         )
 
     def chunk_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
-        """The same for one of many chunks."""
-        return _most(lambda stop: self.chunk_s(start, stop), seconds, start, end, quantum)
+        """The same for a chunk of any layer but the last."""
+        return _most(lambda stop: self.chunk_s(0, start, stop), seconds, start, end, quantum)
 
-    def furthest(self, seconds: float, start: int, ends: Sequence[int]) -> int:
+    def furthest(self, seconds: float, layer: int, start: int, ends: Sequence[int]) -> int:
         """The last of `ends` (ascending, at least one) that a chunk from `start` on is expected to reach in so many seconds;
         the first one where nothing is known or none is."""
 
         def takes_longer(end: int) -> bool:
-            needed = self.chunk_s(start, end)
+            needed = self.chunk_s(layer, start, end)
             return needed is None or needed > seconds
 
         return ends[max(0, bisect_left(ends, True, key=takes_longer) - 1)]
+
+    def _is_last(self, layer: int) -> bool:
+        return self.work.num_layers > 1 and layer == self.work.num_layers - 1
 
 
 def _place(start: int, end: int) -> int:

@@ -90,8 +90,7 @@ class PrefillQueue:
         self._running = None
         if planned.chunked:
             (item,) = group.items
-            chunks = planned.chunks(item.start, item.end)
-            self._pace.computed_chunks([(start, end) for _, start, end in chunks], seconds)
+            self._pace.computed_chunks(planned.chunks(item.start, item.end), seconds)
             return
         group.layer_s = seconds / (planned.end - planned.first)
         self._pace.computed(group.layer_flops(self._pace.work), group.layer_s)
@@ -257,8 +256,8 @@ class PrefillQueue:
         layer, token = group.next_layer, group.next_token or item.start
         left_s = room_s
         while layer < pace.work.num_layers:
-            end = pace.furthest(left_s, token, cuts[bisect_right(cuts, token) :])
-            seconds = pace.chunk_s(token, end)
+            end = pace.furthest(left_s, layer, token, cuts[bisect_right(cuts, token) :])
+            seconds = pace.chunk_s(layer, token, end)
             fits = seconds is not None and max(seconds, _SCRAP * room_s) <= left_s
             if layer > group.next_layer and not fits:
                 break

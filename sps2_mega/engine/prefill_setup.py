@@ -64,7 +64,15 @@ class PrefillSetup:
             scores = SparseChunks(
                 self.pattern_of(item), item.num_prompt_tokens, self.sparse.kv_heads
             )
-        return ChunkedPrefill(pool, *slots, layout, scores, group, self.pipeline)
+        return ChunkedPrefill(
+            pool,
+            *slots,
+            layout,
+            scores,
+            group,
+            self.pipeline,
+            whole_output=item.params.prompt_logprobs is not None,
+        )
 
     def _over(
         self,

@@ -29,6 +29,10 @@ class KVPool:
         self.block_size = block_size
         self.num_blocks = num_blocks
 
+    @property
+    def num_layers(self) -> int:
+        return len(self._keys)
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of one layer."""
         return self._keys[index], self._values[index]

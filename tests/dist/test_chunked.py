@@ -98,6 +98,7 @@ def on_one_rank(name: str, number: int, settings: PipelineSettings, group: Group
         scores,
         group,
         Pipeline(make_lanes(cpu), settings=settings),
+        whole_output=group.size < 3,
     )
     tokens, _, start, _ = PROMPTS[number]
     out = torch.full((LAYERS, len(queries), HEADS, WIDTH), torch.nan)
@@ -191,7 +192,12 @@ def test_chunks_are_those_of_the_definition(size, settings):
         seen = []
         for found in ranks:
             positions, out, sent = found[name, number]
-            torch.testing.assert_close(out, expected[:, positions], atol=2e-5, rtol=1e-4)
+            read = torch.ones_like(positions, dtype=torch.bool).expand(LAYERS, -1).clone()
+            if size == 3:
+                read[-1] = positions == PROMPTS[number][0] - 1
+            torch.testing.assert_close(
+                out[read], expected[:, positions][read], atol=2e-5, rtol=1e-4
+            )
             seen += positions.tolist()
             if size == 2:
                 assert sent == [row_bytes * keys_sent(number, size)] * LAYERS

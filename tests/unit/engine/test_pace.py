@@ -77,7 +77,7 @@ def test_a_decode_step_is_expected_to_take_what_few_exceed():
 def test_chunks_are_remembered_by_their_place_in_the_prompt():
     """Early ones run at one speed, late ones at another: after two layers of two prompts both are known."""
     pace = Pace(WORK)
-    assert pace.chunk_s(0, 64) is None
+    assert pace.chunk_s(0, 0, 64) is None
 
     def taken(start, end):
         return (end - start) * 1e-5 + (end**2 - start**2) * 3e-9
@@ -86,19 +86,19 @@ def test_chunks_are_remembered_by_their_place_in_the_prompt():
     chunks = list(itertools.pairwise(bounds))
     for _ in range(4):
         for chunk in chunks:
-            pace.computed_chunks([chunk], taken(*chunk))
+            pace.computed_chunks([(1, *chunk)], taken(*chunk))
     for chunk in chunks:
-        assert pace.chunk_s(*chunk) == pytest.approx(taken(*chunk), rel=0.1)
+        assert pace.chunk_s(2, *chunk) == pytest.approx(taken(*chunk), rel=0.1)
 
 
 def test_the_time_of_two_chunks_is_shared_as_expected_of_them():
     pace = Pace(WORK)
-    pace.computed_chunks([(0, 100)], 0.1)
-    pace.computed_chunks([(900, 1000)], 0.4)
+    pace.computed_chunks([(0, 0, 100)], 0.1)
+    pace.computed_chunks([(1, 900, 1000)], 0.4)
     for _ in range(40):
-        pace.computed_chunks([(900, 1000), (0, 100)], 1.0)
-    assert pace.chunk_s(0, 100) == pytest.approx(0.2, rel=0.01)
-    assert pace.chunk_s(900, 1000) == pytest.approx(0.8, rel=0.01)
+        pace.computed_chunks([(1, 900, 1000), (2, 0, 100)], 1.0)
+    assert pace.chunk_s(0, 0, 100) == pytest.approx(0.2, rel=0.01)
+    assert pace.chunk_s(0, 900, 1000) == pytest.approx(0.8, rel=0.01)
 
 
 @pytest.mark.parametrize("start", [0, 100, 5000])
@@ -119,10 +119,20 @@ def test_chunks_are_as_long_as_a_layer_may_take(start, seconds):
 def test_the_furthest_cut_that_fits_is_found_and_one_is_always_taken():
     pace = Pace(WORK)
     ends = [150, 200, 290, 1000]
-    assert pace.furthest(1.0, 100, ends) == 150, "nothing is known"
-    pace.computed_chunks([(0, 100)], 0.1)
+    assert pace.furthest(1.0, 0, 100, ends) == 150, "nothing is known"
+    pace.computed_chunks([(0, 0, 100)], 0.1)
     for end in ends:
-        seconds = pace.chunk_s(100, end)
-        assert pace.furthest(seconds * 1.001, 100, ends) == end
-    assert pace.furthest(0.0, 100, ends) == pace.furthest(-1.0, 100, ends) == 150
-    assert pace.furthest(1e6, 100, ends) == 1000
+        seconds = pace.chunk_s(0, 100, end)
+        assert pace.furthest(seconds * 1.001, 0, 100, ends) == end
+    assert pace.furthest(0.0, 0, 100, ends) == pace.furthest(-1.0, 0, 100, ends) == 150
+    assert pace.furthest(1e6, 0, 100, ends) == 1000
+
+
+def test_chunks_of_the_last_layer_are_remembered_apart():
+    pace = Pace(WORK)
+    pace.computed_chunks([(0, 0, 100)], 0.1)
+    assert pace.chunk_s(3, 0, 100) == pytest.approx(0.1), "as the others until it was measured"
+    pace.computed_chunks([(3, 0, 100)], 0.02)
+    assert pace.chunk_s(3, 0, 100) == pytest.approx(0.02)
+    assert pace.chunk_s(2, 0, 100) == pytest.approx(0.1)
+    assert pace.layer_s(WORK.flops(0, 100)) == pytest.approx(0.1)

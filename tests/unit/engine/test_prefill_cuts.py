@@ -12,7 +12,7 @@ WORK = LayerWork(num_layers=4, token_flops=1000, pair_flops=1)
 def known(seconds_per_flop=1e-8) -> Pace:
     pace = Pace(WORK)
     for end in (100, 1000, 10_000):
-        pace.computed_chunks([(0, end)], WORK.flops(0, end) * seconds_per_flop)
+        pace.computed_chunks([(0, 0, end)], WORK.flops(0, end) * seconds_per_flop)
     return pace
 
 
@@ -29,7 +29,7 @@ def test_cells_take_their_share_of_a_slice():
     pace, room_s = known(), 0.1
     position = 0
     for length in cell_lengths(pace, 0, 20_000, room_s, least=32, unit=32)[:-1]:
-        seconds = pace.chunk_s(position, position + length)
+        seconds = pace.chunk_s(0, position, position + length)
         assert 0.6 * room_s / CELLS < seconds < 1.1 * room_s / CELLS
         position += length
 
