@@ -1,7 +1,7 @@
 """Makes the simulated results anew, and all tables and pictures of docs/evaluation.md.
 
     python tools/evaluate.py              what fits into --minutes: stored comparisons, the quickest ones first
-    python tools/evaluate.py --full       all of them, and the planner against an exhaustive sweep (about an hour on two
+    python tools/evaluate.py --full       all of them, and the planner against an exhaustive sweep (about 20 minutes on two
                                           cores); what was interrupted goes on, unless --again is given
     python tools/evaluate.py --list       what would run, and how long it took last time
 
@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from tools.simulation import results
 from tools.simulation.combinations import COMBINATIONS
 from tools.simulation.document import ROOT
 from tools.simulation.unfinished import Unfinished
+from tools.simulation.workers import workers
 
 # Systems that every comparison has, also where it was stored before there were such.
 ALWAYS = ("sps2-yield",)
@@ -159,20 +160,17 @@ def _completed(
 ) -> Iterator[str]:
     """Names, as they are done and stored."""
     with (
-        ProcessPoolExecutor(max_workers=args.jobs) as pool,
+        workers(args.jobs) as pool,
         tqdm(total=len(tasks), unit="comparison", disable=args.quiet) as bar,
     ):
         waiting = {pool.submit(task): name for name, task in tasks.items()}
-        try:
-            for done in as_completed(waiting):
-                name, row = waiting[done], done.result()
-                if row is not None:  # what a comparison found it has stored itself
-                    plan_sweep.keep(row, plan_sweep.SAVED, "--save --again")
-                bar.set_postfix_str(name)
-                bar.update()
-                yield name
-        finally:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the others
+        for done in as_completed(waiting):
+            name, row = waiting[done], done.result()
+            if row is not None:  # what a comparison found it has stored itself
+                plan_sweep.keep(row, plan_sweep.SAVED, "--save --again")
+            bar.set_postfix_str(name)
+            bar.update()
+            yield name
 
 
 def again(item: Stored) -> None:

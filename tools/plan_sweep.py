@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from tools.simulation.combinations import COMBINATIONS, Combination
 from tools.simulation.document import EVALUATION, ROOT, with_part
 from tools.simulation.grid import everything
 from tools.simulation.setting import layout_of, rounded
+from tools.simulation.workers import workers
 
 SAVED = ROOT / "docs" / "results" / "planner-sweep.json"
 BEGIN, END = "<!-- planner: made by tools/plan_sweep.py -->", "<!-- end of planner -->"
@@ -70,13 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.again:
         there = {row["name"] for row in stored(path)}
         wanted = [each for each in wanted if each.name not in there]
-    with ProcessPoolExecutor(max_workers=args.jobs) as pool:
+    with workers(args.jobs) as pool:
         waiting = [pool.submit(swept, each) for each in wanted]
-        try:
-            for done in tqdm(as_completed(waiting), total=len(waiting), disable=args.quiet):
-                keep(done.result(), path, command)
-        finally:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the others
+        for done in tqdm(as_completed(waiting), total=len(waiting), disable=args.quiet):
+            keep(done.result(), path, command)
     print(section(stored(path)))
     if args.save:
         write_document()
