@@ -144,7 +144,22 @@ class Sequence:
         """Whether log-probabilities of prompt tokens were asked for and are not all there."""
         if self.params.prompt_logprobs is None:
             return False
-        return len(self.prompt_logprobs or ()) < len(self.prompt_token_ids) - 1
+        scores = self.prompt_logprobs
+        return scores is None or len(scores) < len(self.prompt_token_ids) - 1
+
+    def take_scores(self, scores: PromptLogprobs) -> None:
+        """Of one more chunk of its prompt; a prompt that is computed again begins anew."""
+        earlier = self.prompt_logprobs if scores.first > 1 else None
+        self.prompt_logprobs = scores if earlier is None else earlier.followed_by(scores)
+
+    def take_token(self, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
+        """What a step gave it at time `now`; of a sequence that wants no tokens only the time counts."""
+        self.token_times.append(now)
+        if self.max_tokens == 0:
+            return
+        self.output_token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
 
     @property
     def num_tokens(self) -> int:

@@ -1,19 +1,24 @@
-"""An engine without a model: it repeats the prompt's last token, one token per step for every request."""
+"""An engine without a model: it repeats the prompt's last token, one token per step for every request. A prompt's token
+at position p gets the log-probability -p/4, and every token id below it that of its number."""
 
 from __future__ import annotations
 
 import time
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.output_processor import OutputProcessor
+from sps2_mega.engine.stats import KVUse
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
-from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.logprobs import PromptLogprobs, TokenLogprob
 from sps2_mega.metrics import TokenWaits, waits_ended_at
 from sps2_mega.outputs import OutputDelta, RequestOutput
 from sps2_mega.types import FinishReason, SamplingParams, Sequence
+
+KV_SIDES = (KVUse(side="all", blocks_per_rank=10, used_per_rank=(0, 5, 10)),)
 
 
 @dataclass
@@ -25,7 +30,7 @@ class Stats:
     cached_tokens: int = 0
     output_tokens: int = 0
     prefill_comm: CommSeconds = field(default_factory=CommSeconds)
-    kv_used_per_rank: tuple[int, ...] = (0, 5, 10)
+    kv_sides: tuple[KVUse, ...] = KV_SIDES
     num_steps: int = 0
     last_waits: TokenWaits = field(default_factory=TokenWaits)
 
@@ -51,6 +56,7 @@ class FakeEngine:
         self._max_queue, self._die_after = max_queue, die_after
         self._next_id = 0
         self._waits = TokenWaits()
+        self.kv_sides = KV_SIDES
 
     def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
         if not prompt_token_ids:
@@ -84,7 +90,7 @@ class FakeEngine:
                 prompt_token_ids=prompt_token_ids,
                 params=params,
                 seed=0,
-                max_tokens=params.max_tokens or 5,
+                max_tokens=5 if params.max_tokens is None else params.max_tokens,
                 arrival_time=arrival_time or time.monotonic(),
             )
             for index in range(params.n)
@@ -114,15 +120,19 @@ class FakeEngine:
         done, now = [], time.monotonic()
         every = [sample for samples in self._running.values() for sample in samples]
         for request_id, samples in list(self._running.items()):
-            for sample in samples:
-                sample.output_token_ids.append(sample.prompt_token_ids[-1])
-                sample.token_times.append(now)
-                if sample.params.logprobs is not None:
-                    sample.logprobs.append(TokenLogprob(sample.prompt_token_ids[-1], -0.5))
-                self.output_tokens += 1
+            # Which sample comes first is the scheduler's business.
+            for sample in reversed(samples):
+                if not sample.token_times and sample is samples[0] and sample.needs_scores:
+                    sample.take_scores(_scores(sample))
+                token_id = sample.prompt_token_ids[-1]
+                logprob = (
+                    TokenLogprob(token_id, -0.5) if sample.params.logprobs is not None else None
+                )
+                sample.take_token(token_id, logprob, now)
+                self.output_tokens += len(sample.output_token_ids) > 0
                 if self._outputs.check_stop(sample):
                     sample.finish_reason = FinishReason.STOP
-                elif len(sample.output_token_ids) == sample.max_tokens:
+                elif len(sample.output_token_ids) >= sample.max_tokens:
                     sample.finish_reason = FinishReason.LENGTH
                 else:
                     self._outputs.stream(sample)
@@ -138,5 +148,17 @@ class FakeEngine:
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             num_steps=self.steps,
+            kv_sides=self.kv_sides,
             last_waits=self._waits,
         )
+
+
+def _scores(sequence: Sequence) -> PromptLogprobs:
+    num_top, count = sequence.params.prompt_logprobs, len(sequence.prompt_token_ids) - 1
+    return PromptLogprobs(
+        first=1,
+        num_top=num_top,
+        own=array("f", [-0.25 * position for position in range(1, count + 1)]),
+        top_ids=array("i", list(range(num_top)) * count),
+        top=array("f", [-0.5 * token_id for token_id in range(num_top)] * count),
+    )

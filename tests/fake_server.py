@@ -12,6 +12,7 @@ import openai
 from fake_engine import FakeEngine
 
 from sps2_mega.engine.memory_table import RankMemory
+from sps2_mega.engine.stats import KVUse
 from sps2_mega.parallel.sides import Side
 from sps2_mega.serving.http.app import build_app
 from sps2_mega.serving.http.engine_loop import Stop, run_engine
@@ -30,7 +31,7 @@ FACTS = ServedFacts(
     transport="ring",
     max_model_len=64,
     block_size=16,
-    blocks_per_rank=10,
+    kv_sides=(KVUse(side="all", blocks_per_rank=10, used_per_rank=(0, 0, 0)),),
     memory=tuple(
         RankMemory(weights=2**30, kv_cache=2**29, activations=2**28, free=rank * 2**30)
         for rank in range(6)

@@ -29,8 +29,8 @@ class Limits:
 def refusal(sequence: Sequence, limits: Limits) -> Refusal | None:
     """Why this sequence could never run, even alone; None when it can.
 
-    A prompt must leave room for one new token. With `params.max_tokens` given, all of those tokens must
-    fit the cache (cut at `max_model_len`); without, the sequence may run until the cache is full.
+    A prompt must leave room for one new token, unless none is wanted. With `params.max_tokens` given, all of those tokens
+    must fit the cache (cut at `max_model_len`); without, the sequence may run until the cache is full.
     """
     prompt = sequence.prompt_token_ids
     if not prompt:
@@ -39,9 +39,11 @@ def refusal(sequence: Sequence, limits: Limits) -> Refusal | None:
         return Refusal.TOKEN_OUT_OF_RANGE
     if max(sequence.params.stop_token_ids, default=0) >= limits.vocab_size:
         return Refusal.STOP_TOKEN_OUT_OF_RANGE
-    if len(prompt) >= limits.max_model_len:
-        return Refusal.PROMPT_TOO_LONG
     new_tokens = 1 if sequence.params.max_tokens is None else sequence.max_tokens
+    if len(prompt) + min(new_tokens, 1) > limits.max_model_len:
+        return Refusal.PROMPT_TOO_LONG
+    if len(prompt) > limits.cache_tokens:
+        return Refusal.EXCEEDS_KV_CACHE  # all of them are fed, unlike the last token of an output
     if min(len(prompt) + new_tokens, limits.max_model_len) > limits.max_len:
         return Refusal.EXCEEDS_KV_CACHE
     return None
@@ -52,6 +54,8 @@ def finish_reason(sequence: Sequence, limits: Limits) -> FinishReason | None:
 
     An end-of-sequence or stop token ends it from `min_tokens` output tokens on.
     """
+    if sequence.max_tokens == 0:
+        return FinishReason.LENGTH
     params = sequence.params
     last = sequence.output_token_ids[-1]
     num_outputs = len(sequence.output_token_ids)

@@ -20,7 +20,7 @@ from sps2_mega.engine.run_ahead import RunAhead
 from sps2_mega.engine.samples import samples_of
 from sps2_mega.engine.scheduler_setup import make_scheduler
 from sps2_mega.engine.startup import StartedRank, failing, start_rank
-from sps2_mega.engine.stats import EngineStats
+from sps2_mega.engine.stats import EngineStats, KVUse
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.mcore.gpt import GPT
@@ -127,7 +127,7 @@ class Engine:
                 prompt_token_ids=prompt_token_ids,
                 params=params,
                 seed=0,
-                max_tokens=params.max_tokens or 1,
+                max_tokens=1 if params.max_tokens is None else params.max_tokens,
                 arrival_time=0.0,
             )
         )
@@ -160,7 +160,13 @@ class Engine:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             kv_usage=self._scheduler.kv_usage,
-            kv_used_per_rank=self._scheduler.kv_used_per_rank,
+            kv_sides=(
+                KVUse(
+                    side=self._rank.side.name,
+                    blocks_per_rank=self._rank.num_blocks,
+                    used_per_rank=self._scheduler.kv_used_per_rank,
+                ),
+            ),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
@@ -187,7 +193,7 @@ class Engine:
             self._num_steps += 1
             self._last_waits = waits_ended_at(now, self._still_here(plan.sampled))
             self._count_prompt_tokens(plan)
-            self._output_tokens += len(output.token_ids)
+            self._output_tokens += self._num_new_tokens(plan.sampled)
             self._ahead.begin_next()
             return self._collect(plan, ended)
 
@@ -234,6 +240,10 @@ class Engine:
     def _still_here(self, seq_ids: list[int]) -> list[Sequence]:
         """A sequence that was aborted between slices of its group's prefill is sampled with the group all the same."""
         return [self._sequences[seq_id] for seq_id in seq_ids if seq_id in self._sequences]
+
+    def _num_new_tokens(self, seq_ids: list[int]) -> int:
+        """Of a step with these; some only had their prompts computed."""
+        return len(seq_ids) - sum(s.max_tokens == 0 for s in self._still_here(seq_ids))
 
     def _collect(self, plan: StepPlan, ended: list[Sequence]) -> list[RequestOutput]:
         """Look for stop strings in what goes on, and hand out requests whose last sample ended."""

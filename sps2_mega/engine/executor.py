@@ -30,6 +30,7 @@ from sps2_mega.engine.device_tables import DeviceTables
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.prefill_pass import Pass
 from sps2_mega.engine.prefill_setup import PrefillSetup
+from sps2_mega.engine.prompt_scores import score_prompts
 from sps2_mega.engine.sampler import Drawn
 from sps2_mega.engine.sampling_states import SamplingStates
 from sps2_mega.engine.sparse_tables import SparseTables
@@ -218,7 +219,10 @@ class Executor:
         )
         if None in output.token_ids:
             self._clear_failed(plan, passing.prefills, output)
-        return output
+        scores = score_prompts(
+            self.model, hidden, passing.prefills, self.groups, block_size=self.pool.block_size
+        )
+        return replace(output, scores=scores) if scores else output
 
     def _prefill_input(self, items: list[PrefillItem], *, chunked: bool) -> StepInput:
         for item in items:

@@ -13,6 +13,7 @@ from sps2_mega.engine.detokenizer import Detokenizer, detokenizer, output_text
 from sps2_mega.engine.text_stream import TextStream
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import RequestError
+from sps2_mega.logprobs import PromptLogprobs
 from sps2_mega.metrics import timings_of
 from sps2_mega.outputs import Completion, OutputDelta, RequestOutput
 from sps2_mega.types import FinishReason, SamplingParams, Sequence
@@ -68,7 +69,7 @@ class OutputProcessor:
     def check_stop(self, sequence: Sequence) -> bool:
         """True when the token just committed completes a stop string. Call once per token."""
         search = self._searches.get(sequence.seq_id)
-        if search is None:
+        if search is None or not sequence.output_token_ids:
             return False
         return search.push(sequence.output_token_ids[-1], len(sequence.output_token_ids))
 
@@ -94,6 +95,7 @@ class OutputProcessor:
         request.completions[sequence.seq_id] = completion
         if sequence.seq_id == request.seq_ids[0]:
             request.num_cached_tokens = sequence.num_cached_tokens
+            request.prompt_logprobs = sequence.prompt_logprobs
         if len(request.completions) < len(request.seq_ids):
             return None
         del self._requests[request.request_id]
@@ -105,6 +107,7 @@ class OutputProcessor:
             completions=[] if failed else completions,
             error=_NOT_FINITE if failed else None,
             num_cached_tokens=request.num_cached_tokens,
+            prompt_logprobs=request.prompt_logprobs,
         )
 
     def drop(self, request_id: str) -> None:
@@ -128,6 +131,7 @@ class OutputProcessor:
                 token_ids=sequence.output_token_ids[new],
                 logprobs=None if sequence.params.logprobs is None else sequence.logprobs[new],
                 finish_reason=reason,
+                prompt_logprobs=None if new.start else sequence.prompt_logprobs,
             )
         )
 
@@ -196,3 +200,4 @@ class _Request:
     seq_ids: list[int]
     completions: dict[int, Completion] = field(default_factory=dict)
     num_cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None

@@ -106,9 +106,12 @@ def decode(payload: bytes) -> StepPlan:
 
 
 def _tokens_read(item: PrefillItem) -> range:
-    """Positions whose tokens other ranks need: what they compute, and for penalties everything."""
+    """Positions whose tokens other ranks need: what they compute, where that is scored the next one, and for penalties
+    everything."""
     if item.samples and item.params.has_penalties:
         return range(len(item.token_ids))
+    if item.params.prompt_logprobs is not None:
+        return range(item.start, min(item.end + 1, len(item.token_ids)))
     return range(item.start, item.end)
 
 

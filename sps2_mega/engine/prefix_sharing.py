@@ -82,6 +82,10 @@ class PrefixSharing:
                 return None
         return Prefix(blocks, blocks[0].spans if blocks else own)
 
+    def nothing(self, sequence: types.Sequence) -> Prefix:
+        """To begin with nothing, whatever is there: for a sequence of which every token must be computed."""
+        return Prefix((), self._own_spans(sequence))
+
     def begin(self, sequence: types.Sequence, prefix: Prefix) -> None:
         """A sequence was admitted with this prefix: others may wait for what it fills."""
         self._waits_for.pop(sequence.seq_id, None)

@@ -17,16 +17,18 @@ def samples_of(
     arrival_time: float,
 ) -> list[Sequence]:
     """The n sequences of a request, numbered from `first_seq_id`; `max_len` tokens are the longest prompt plus output.
-    Without a seed of its own a request gets one from `default_seed` and its name."""
+    Without a seed of its own a request gets one from `default_seed` and its name. Only the first one's prompt is scored:
+    all have the same."""
     seed = params.seed
     if seed is None:
         seed = derive_seed_from_text(default_seed, request_id)
     room = max(1, max_len - len(prompt_token_ids))
+    unscored = params.replace(prompt_logprobs=None)
     return [
         Sequence(
             seq_id=first_seq_id + index,
             prompt_token_ids=prompt_token_ids,
-            params=params,
+            params=unscored if index else params,
             seed=derive_seed(seed, index),
             max_tokens=room if params.max_tokens is None else params.max_tokens,
             arrival_time=arrival_time,

@@ -125,14 +125,17 @@ class Scheduler:
     @property
     def kv_used_per_rank(self) -> tuple[int, ...]:
         """KV cache blocks of each sp rank that running sequences use."""
-        free = self._ledger.free_per_rank
-        per_rank = self._ledger.num_blocks // len(free)
-        return tuple(per_rank - num_free for num_free in free)
+        return self._ledger.used_per_rank
 
     @property
     def max_len(self) -> int:
         """Longest prompt plus output that can run here, in tokens: the model's limit or the cache's."""
         return self._limits.max_len
+
+    def expected_prefill_s(self, num_tokens: int) -> float:
+        """Seconds that all of a prompt is expected to take; 0 without a target for the time between tokens, which is what
+        seconds are learnt for, and before anything was measured."""
+        return 0.0 if self._pace is None else self._pace.prompt_s(0, num_tokens)
 
     def refusal(self, sequence: Sequence) -> Refusal | None:
         """Why a sequence could never run here, whatever else does; reads nothing that changes."""
@@ -176,7 +179,8 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[Sequence]:
-        """Append one token per sequence in `plan.sampled`; returns the sequences that ended with it.
+        """Append one token per sequence in `plan.sampled`; returns the sequences that ended with it. One that wanted no
+        token, but its prompt computed, ends without.
 
         Tokens of sequences that were finished or aborted since the plan are dropped. A sequence for which
         there is no token has failed.
@@ -189,6 +193,9 @@ class Scheduler:
             f"{len(planned)} sequences were planned, the output has {len(output.token_ids)} tokens"
         )
         self._learn(plan, now - self._planned_at)
+        for seq_id, scores in output.scores.items():
+            if seq_id in self._states.running:
+                self._states.running[seq_id].take_scores(scores)
         finished = []
         for sequence, token_id, logprob in zip(
             planned, output.token_ids, output.logprobs, strict=True
@@ -200,10 +207,7 @@ class Scheduler:
                 finished.append(sequence)
                 continue
             self._states.cached(sequence)
-            sequence.output_token_ids.append(token_id)
-            sequence.token_times.append(now)
-            if logprob is not None:
-                sequence.logprobs.append(logprob)
+            sequence.take_token(token_id, logprob, now)
             reason = finish_reason(sequence, self._limits)
             if reason is not None:
                 self.finish(sequence.seq_id, reason)

@@ -1,7 +1,7 @@
 """How likely a given text is under an attention setting: log-probabilities at every position of a prefill.
 
-The prompt goes through the same input tensors, attention and model as a request's prefill does; only sampling
-is replaced. Every rank calls with the same arguments and gets the same results. Decides nothing about texts
+The prompt goes through the same input tensors, attention and model as a request's prefill does, and is scored as one
+that asks for log-probabilities (`prompt_scores`); nothing is sampled. Every rank calls with the same arguments and gets the same results. Decides nothing about texts
 or measures (`tools/eval`).
 """
 
@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout import TokenLayout, build_layout
 from sps2_mega.attention.spans import SparsePrefill, local_kv_heads
-from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.config import CSAConfig
 from sps2_mega.engine.batching import prefill_input
 from sps2_mega.engine.executor import Executor
 from sps2_mega.engine.local_tables import LocalTables
 from sps2_mega.engine.prefill_choice import choose_transport
+from sps2_mega.engine.prompt_scores import gather_rows, score_prompts
 from sps2_mega.errors import RequestError
 from sps2_mega.kv_cache.ledger import BlockLedger
 from sps2_mega.parallel.groups import ParallelGroups
@@ -90,25 +89,24 @@ def score_prompt(
     # Tables of its own: whatever this call places is forgotten with them.
     tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
     step = prefill_input([item], tables, pool, groups.sp, executor.prefill, device=executor.device)
-    layout = build_layout(
-        [item.block_ranks], [num_tokens], block_size=pool.block_size, sp_size=groups.sp.size
-    ).queries
-    positions = step.positions_T.cpu().numpy()
-    next_ids = np.asarray([*token_ids[1:], 0])[positions]
-    wanted = torch.from_numpy(np.isin(positions, row_positions))
     hidden = executor.model.hidden(step.tokens_T, step.positions_T, step.attention)
-    logprobs, rows = [], []
-    for start in range(0, len(positions), rows_at_once):
-        part = slice(start, min(start + rows_at_once, len(positions)))
-        logprobs_RV = torch.log_softmax(executor.model.logits(hidden[part]), -1)
-        targets = torch.from_numpy(next_ids[part]).to(executor.device)
-        logprobs.append(logprobs_RV.gather(1, targets[:, None])[:, 0].double().cpu())
-        rows.append(logprobs_RV[wanted[part].to(executor.device)].cpu())
-    local_T = torch.cat([torch.empty(0, dtype=torch.float64), *logprobs])
-    local_PV = torch.cat([torch.empty(0, executor.config.vocab_size), *rows])
+    scores = score_prompts(
+        executor.model,
+        hidden,
+        [item],
+        groups,
+        block_size=pool.block_size,
+        rows_at_once=rows_at_once,
+    )[item.seq_id]
+    positions = step.positions_T.cpu().numpy()
+    wanted = np.flatnonzero(np.isin(positions, row_positions))
+    rows = [torch.empty(0, executor.config.vocab_size)]
+    for part in torch.from_numpy(wanted).split(rows_at_once):
+        logits_RV = executor.model.logits(hidden.index_select(0, part.to(executor.device)))
+        rows.append(torch.log_softmax(logits_RV, -1).cpu())
     return PromptScore(
-        logprobs_T=_in_position_order(local_T, range(num_tokens), layout, groups)[:-1],
-        rows_PV=_in_position_order(local_PV, row_positions, layout, groups),
+        logprobs_T=torch.tensor(scores.own, dtype=torch.float64),
+        rows_PV=_in_position_order(torch.cat(rows), positions[wanted], row_positions, groups),
     )
 
 
@@ -134,7 +132,7 @@ def _placed(executor: Executor, token_ids: list[int]) -> PrefillItem:
         num_prompt_tokens=len(token_ids),
         block_ranks=list(table.ranks),
         block_ids=list(table.block_ids),
-        params=SamplingParams(),
+        params=SamplingParams(prompt_logprobs=0),
         seed=0,
         start=0,
         end=len(token_ids),
@@ -142,24 +140,15 @@ def _placed(executor: Executor, token_ids: list[int]) -> PrefillItem:
 
 
 def _in_position_order(
-    local: Tensor, positions: Sequence[int], layout: TokenLayout, groups: ParallelGroups
+    local: Tensor, local_positions: np.ndarray, positions: Sequence[int], groups: ParallelGroups
 ) -> Tensor:
-    """Rows of all ranks, one per position of `positions` (ascending). `local` are this rank's, ascending.
-
-    They go over the world's CPU group, to which only the first rank of each TP group contributes, since its
-    peers have the same rows.
-    """
-    asked = np.asarray(positions, dtype=np.int64)
-    held = []  # per sp rank: which of the positions are there
-    for rank in range(groups.sp.size):
-        there = np.zeros(len(asked), dtype=bool)
-        for run in layout.local_runs(rank):
-            there |= (asked >= run.start) & (asked < run.end)
-        held.append(np.flatnonzero(there))
-    tp = groups.tp
-    counts = [len(index) if t == 0 else 0 for index in held for t in range(tp.size)]
-    mine = local if tp.rank == 0 else local[:0]
-    gathered = all_gather_rows(mine, counts, groups.control)
+    """Rows of all ranks, one per position of `positions` (ascending); `local` are those of `local_positions`."""
+    if not positions:
+        return local
+    here = np.isin(np.asarray(positions, dtype=np.int64), local_positions)
+    flags = torch.from_numpy(np.stack([here]).astype(np.uint8))
+    held = gather_rows(flags, [1] * groups.sp.size, groups).numpy().astype(bool)
+    gathered = gather_rows(local, held.sum(1).tolist(), groups)
     ordered = torch.empty_like(gathered)
-    ordered[torch.from_numpy(np.concatenate(held))] = gathered
+    ordered[torch.from_numpy(np.nonzero(held)[1])] = gathered
     return ordered

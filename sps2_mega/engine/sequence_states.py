@@ -83,7 +83,9 @@ class SequenceStates:
             if not self.has_room(max_running):
                 return  # not worth looking for a prefix in every step
             prefix = Prefix((), None)
-            if self._sharing is not None:
+            if self._sharing is not None and sequence.needs_scores:
+                prefix = self._sharing.nothing(sequence)  # keys do not say how likely tokens were
+            elif self._sharing is not None:
                 found = self._sharing.look_up(sequence, worth_waiting)
                 if found is None:
                     continue  # it comes when its prefix is there; the next one may go ahead
@@ -121,6 +123,9 @@ class SequenceStates:
         start = self._prefilled[sequence.seq_id]
         end = min(sequence.num_tokens, start + max_tokens)
         table = self._ledger.table(sequence.seq_id)
+        params = sequence.params
+        if params.prompt_logprobs is not None and not sequence.needs_scores:
+            params = params.replace(prompt_logprobs=None)  # it was preempted after it had them
         # Copies: the plan must not change when the sequence grows.
         item = PrefillItem(
             sequence.seq_id,
@@ -128,7 +133,7 @@ class SequenceStates:
             len(sequence.prompt_token_ids),
             list(table.ranks),
             list(table.block_ids),
-            sequence.params,
+            params,
             sequence.seed,
             start=start,
             end=end,

@@ -9,16 +9,25 @@ from sps2_mega.metrics import TokenWaits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KVUse:
+    """KV cache blocks of each sp rank of a side of the job (`parallel.sides`), those that each has and those in use."""
+
+    side: str
+    blocks_per_rank: int
+    used_per_rank: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0, 1]. Of prompts,
     `prompt_tokens` were computed and `cached_tokens` found in the cache. `prefill_comm` is rank 0's communication in
-    all prefill steps. `kv_used_per_rank` counts blocks of each sp rank. `last_waits` are those that the last of
+    all prefill steps. `kv_sides` are all ranks, or those that prefill and those that decode. `last_waits` are those that the last of
     `num_steps` steps ended."""
 
     num_running: int
     num_waiting: int
     kv_usage: float
-    kv_used_per_rank: tuple[int, ...]
+    kv_sides: tuple[KVUse, ...]
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int

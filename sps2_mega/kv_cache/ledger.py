@@ -51,6 +51,11 @@ class BlockLedger:
         return [allocator.num_free for allocator in self._allocators]
 
     @property
+    def used_per_rank(self) -> tuple[int, ...]:
+        """Blocks that sequences hold."""
+        return tuple(allocator.num_used for allocator in self._allocators)
+
+    @property
     def spread(self) -> Spread:
         """How prompts lie unless `admit` is told otherwise."""
         return self._spread

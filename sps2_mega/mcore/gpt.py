@@ -203,9 +203,29 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden_R1C: Tensor) -> Tensor:
         """Logits [R, vocab] float32 of rows of `hidden`; the ranks of a TP group call it with the same rows."""
+        logits = all_gather_last_dim(self._output_layer(hidden_R1C), self._tp)
+        return logits[:, : self._config.vocab_size].float()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._config.vocab_size
+
+    @property
+    def vocab_shard(self) -> int:
+        """How many columns of logits a TP rank computes, padding included."""
+        return padded_vocab_size(self._config.vocab_size, self._tp.size) // self._tp.size
+
+    @torch.inference_mode()
+    def shard_logits(self, hidden_R1C: Tensor) -> tuple[Tensor, int]:
+        """Logits [R, v] float32 of this TP rank's part of the vocabulary, which may be empty (v = 0), and its first
+        token id. Sends nothing."""
+        first_id = self._tp.rank * self.vocab_shard
+        num_here = min(max(self._config.vocab_size - first_id, 0), self.vocab_shard)
+        return self._output_layer(hidden_R1C)[:, :num_here].float(), first_id
+
+    def _output_layer(self, hidden_R1C: Tensor) -> Tensor:
         shared = (
             self.gpt.shared_embedding_or_output_weight() if self._config.tie_embeddings else None
         )
         logits, _ = self.gpt.output_layer(hidden_R1C, weight=shared)
-        logits = all_gather_last_dim(logits.squeeze(1), self._tp)
-        return logits[:, : self._config.vocab_size].float()
+        return logits.squeeze(1)

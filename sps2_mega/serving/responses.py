@@ -145,12 +145,12 @@ def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
 
 
 class TextOffsets:
-    """Where each token's text begins, in characters from the start of the output."""
+    """Where each token's text begins, in characters; the output's first one at `start`."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, *, start: int = 0) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._position = 0
+        self._position = start
 
     def of_next(self, token_id: int) -> int:
         """The offset of the next token of the output, which is `token_id`."""

@@ -159,7 +159,7 @@ def _served_model(engine: Driver, started: StartedRank) -> ServedModel:
             transport=started.transport,
             max_model_len=engine.max_model_len,
             block_size=started.config.cache.block_size,
-            blocks_per_rank=started.num_blocks,
+            kv_sides=engine.stats().kv_sides,
             memory=started.memory,
         ),
     )

@@ -14,14 +14,14 @@ from sps2_mega.config import CSAConfig
 LENGTHS = (5, 1, 40, 16, 77, 200, 33, 129, 64)
 PARAMS = [
     dict(temperature=0.0),
-    dict(seed=1),
+    dict(seed=1, prompt_logprobs=1),
     dict(seed=2, temperature=0.7, top_p=0.9, logprobs=3),
     dict(seed=3, top_k=5, n=3),
     dict(seed=4, min_p=0.05, repetition_penalty=1.3),
     dict(seed=5, presence_penalty=0.5, frequency_penalty=0.5, logprobs=0),
     dict(temperature=0.0, stop_token_ids=(17, 55, 80, 99, 101, 102), min_tokens=6),
-    dict(seed=6, ignore_eos=True, max_tokens=50),
-    dict(seed=7, max_tokens=1),
+    dict(seed=6, ignore_eos=True, max_tokens=50, prompt_logprobs=3),
+    dict(seed=7, max_tokens=0, prompt_logprobs=2, n=2),
 ]
 # prefill tp, sp | decode ranks, tp
 SHAPES = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 2)]
@@ -64,6 +64,11 @@ def check_outputs(model, one_rank, shape):
                 assert [e.token_id for e in one.logprobs] == [e.token_id for e in other.logprobs]
                 values = [e.logprob for e in other.logprobs]
                 assert [e.logprob for e in one.logprobs] == pytest.approx(values, abs=1e-4)
+        scores, wanted = mine.prompt_logprobs, theirs.prompt_logprobs
+        assert (scores is None) == (wanted is None)
+        if wanted is not None:
+            assert (scores.first, scores.top_ids) == (wanted.first, wanted.top_ids)
+            assert list(scores.own) == pytest.approx(list(wanted.own), abs=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

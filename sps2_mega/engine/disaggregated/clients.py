@@ -6,7 +6,7 @@ from collections.abc import Sequence as Listed
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.output_processor import OutputProcessor
-from sps2_mega.engine.stats import EngineStats
+from sps2_mega.engine.stats import EngineStats, KVUse
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.metrics import TokenWaits, waits_ended_at
@@ -64,11 +64,8 @@ class Clients:
         if token_id is None:
             sequence.finish_reason = FinishReason.ERROR
             return True
-        self._output_tokens += 1
-        sequence.output_token_ids.append(token_id)
-        sequence.token_times.append(now)
-        if logprob is not None:
-            sequence.logprobs.append(logprob)
+        self._output_tokens += sequence.max_tokens > 0
+        sequence.take_token(token_id, logprob, now)
         if self._outputs.check_stop(sequence) and reason is None:
             reason = FinishReason.STOP
         sequence.finish_reason = reason
@@ -115,7 +112,7 @@ class Clients:
         num_running: int,
         num_waiting: int,
         kv_usage: float,
-        kv_used_per_rank: tuple[int, ...],
+        kv_sides: tuple[KVUse, ...],
         prefill_comm: CommSeconds,
     ) -> EngineStats:
         """What was counted here, with what others know."""
@@ -123,7 +120,7 @@ class Clients:
             num_running=num_running,
             num_waiting=num_waiting,
             kv_usage=kv_usage,
-            kv_used_per_rank=kv_used_per_rank,
+            kv_sides=kv_sides,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,

@@ -124,7 +124,8 @@ class DecodeDriver:
                         seed=message.seed,
                         max_tokens=message.max_tokens,
                         arrival_time=time.monotonic(),
-                    )
+                    ),
+                    prefill_s=message.prefill_s,
                 )
             case Start():
                 transfer = self._transfers[message.transfer]
@@ -175,7 +176,7 @@ class DecodeDriver:
     def _release(self, seq_id: int) -> None:
         self._scheduler.drop(seq_id)
         self._reported_idle = False
-        self._send(Tokens([], self._scheduler.num_used_blocks))
+        self._send(Tokens([], self._scheduler.kv_used_per_rank))
 
     def _offer(self, reservation: Reservation) -> None:
         sequence, number = reservation.sequence, self._num_transfers
@@ -210,7 +211,7 @@ class DecodeDriver:
                 plan.decodes, output.token_ids, output.logprobs, reasons, strict=True
             )
         ]
-        self._send(Tokens(tokens, self._scheduler.num_used_blocks))
+        self._send(Tokens(tokens, self._scheduler.kv_used_per_rank))
 
     def _send(self, message: ControlMessage) -> None:
         self._rank.control.send(_PREFILL_DRIVER, message)

@@ -7,11 +7,16 @@ Python without a clock or torch.
     add -> waiting --reserve--> receiving --start--> running --commit--> over
               ^                                         |
               '---------------- preempt ----------------'    (what it has is computed anew on the other side)
+
+Blocks are reserved in the order in which the prefill side would compute (`prefill_queue`): the least arrival time +
+`overtake` * expected seconds of prefill first. So a short prompt does not wait behind a long one that finds no room, and
+who comes later than a prompt's key does not go before it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from sps2_mega.config import SchedulerConfig
@@ -45,6 +50,14 @@ class Reservation:
     num_shared_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """`key`, in seconds: the least goes first, of equal ones who stands before the other in the queue."""
+
+    sequence: Sequence
+    key: float
+
+
 class DecodeScheduler:
     """Blocks of a sequence that is being received stay its own until it is started or dropped: nobody is preempted while
     somebody writes to its blocks.
@@ -70,33 +83,34 @@ class DecodeScheduler:
         self._sharing: PrefixSharing | None = None
         if prefix_root is not None:
             self._sharing = PrefixSharing(self._ledger, root=prefix_root, topology_spans=None)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: OrderedDict[int, _Waiting] = OrderedDict()
         self._receiving: dict[int, Reservation] = {}
         self._running: dict[int, Sequence] = {}  # oldest first
         self._changes: list[Change] = []
         self._step = 0
 
     @property
-    def num_used_blocks(self) -> int:
-        """Blocks that sequences hold, of all sp ranks together."""
-        return self._ledger.num_blocks - self._ledger.num_free
+    def kv_used_per_rank(self) -> tuple[int, ...]:
+        """Blocks of each sp rank that sequences hold."""
+        return self._ledger.used_per_rank
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose tokens will be computed elsewhere."""
-        self._waiting.append(sequence)
+    def add(self, sequence: Sequence, *, prefill_s: float = 0.0) -> None:
+        """Queue a sequence whose tokens will be computed elsewhere, in about `prefill_s` seconds (0: not known)."""
+        key = sequence.arrival_time + self._config.overtake * prefill_s
+        self._waiting[sequence.seq_id] = _Waiting(sequence, key)
 
     def reserve(self) -> list[Reservation]:
-        """Blocks for those that wait, in order, as far as there is room and the other side can use it soon."""
+        """Blocks for those that wait, by their keys, as far as there is room and the other side can use it soon."""
         made: list[Reservation] = []
-        index = 0
-        while index < len(self._waiting) and self._num_admitted < self._config.max_running:
-            sequence = self._waiting[index]
+        for waiting in sorted(self._waiting.values(), key=lambda one: one.key):
+            if self._num_admitted >= self._config.max_running:
+                break
+            sequence = waiting.sequence
             if self._prefill_steps_ahead() >= STEPS_AHEAD:
                 break  # blocks that nobody fills for long are better used by those that run
             prefix = None if self._sharing is None else self._sharing.look_up(sequence)
             if self._sharing is not None and prefix is None:
-                index += 1  # it comes when its prefix is there; the next one may go ahead
-                continue
+                continue  # it comes when its prefix is there; the next one may go ahead
             shared = () if prefix is None else prefix.blocks
             # One free block for each running sequence: without it somebody would soon be preempted.
             table = self._ledger.admit(
@@ -107,7 +121,7 @@ class DecodeScheduler:
             )
             if table is None:
                 break
-            del self._waiting[index]
+            del self._waiting[sequence.seq_id]
             if prefix is not None and self._sharing is not None:
                 self._sharing.begin(sequence, prefix)
             made.append(
@@ -195,18 +209,13 @@ class DecodeScheduler:
                 self._sharing.ended(seq_id)
         elif seq_id in self._running:
             self._end(seq_id)
-        else:
-            for index, waiting in enumerate(self._waiting):
-                if waiting.seq_id == seq_id:
-                    del self._waiting[index]
-                    if self._sharing is not None:
-                        self._sharing.ended(seq_id)
-                    break
+        elif self._waiting.pop(seq_id, None) is not None and self._sharing is not None:
+            self._sharing.ended(seq_id)
 
     def check_integrity(self) -> None:
         """Recount sequences and blocks. Raises AssertionError when something was lost or is held twice."""
         self._ledger.check_integrity()
-        waiting = {sequence.seq_id for sequence in self._waiting}
+        waiting = set(self._waiting)
         holders = self._receiving.keys() | self._running.keys()
         assert not self._receiving.keys() & self._running.keys(), "a sequence is in two states"
         assert not waiting & holders, "a waiting sequence holds blocks"
@@ -249,7 +258,9 @@ class DecodeScheduler:
         if self._sharing is not None:
             self._sharing.stopped(seq_id)
         sequence.num_preemptions += 1
-        self._waiting.appendleft(sequence)
+        # Before all others, whoever they are: its client is in the middle of an answer.
+        self._waiting[seq_id] = _Waiting(sequence, -math.inf)
+        self._waiting.move_to_end(seq_id, last=False)
 
     def _end(self, seq_id: int) -> None:
         del self._running[seq_id]

@@ -33,7 +33,7 @@ from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
 from sps2_mega.engine.disaggregated.step_thread import StepDone
 from sps2_mega.engine.samples import samples_of
 from sps2_mega.engine.startup import StartedRank, failing
-from sps2_mega.engine.stats import EngineStats
+from sps2_mega.engine.stats import EngineStats, KVUse
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.mcore.gpt import GPT
@@ -62,7 +62,10 @@ class DisaggregatedEngine:
             agreement = agree(
                 rank, self._control, self._decode_driver, prefixes=self.config.csa.exact
             )
-        self._limits, self._num_decode_blocks = agreement.limits, agreement.num_blocks_there
+        self._limits = agreement.limits
+        decode_sp = rank.sides[1].sp
+        self._blocks_per_rank = rank.num_blocks, agreement.num_blocks_there // decode_sp
+        self._decode_blocks_used = (0,) * decode_sp
         self.max_model_len = self._limits.max_len
         self._flights: dict[int, Flight] = {}
         self._prefill = PrefillDriver(
@@ -70,7 +73,6 @@ class DisaggregatedEngine:
         )
         self._clients = Clients(self.tokenizer)
         self._next_seq_id = 0
-        self._decode_blocks_used = 0
         self._closed = False
 
     def add_request(
@@ -105,7 +107,14 @@ class DisaggregatedEngine:
         for sample in samples:
             self._flights[sample.seq_id] = Flight(sample)
             self._send(
-                Expect(sample.seq_id, prompt_token_ids, params, sample.seed, sample.max_tokens)
+                Expect(
+                    sample.seq_id,
+                    prompt_token_ids,
+                    params,
+                    sample.seed,
+                    sample.max_tokens,
+                    self._prefill.expected_s(len(prompt_token_ids)),
+                )
             )
         return None
 
@@ -116,7 +125,7 @@ class DisaggregatedEngine:
             prompt_token_ids=prompt_token_ids,
             params=params,
             seed=0,
-            max_tokens=params.max_tokens or 1,
+            max_tokens=1 if params.max_tokens is None else params.max_tokens,
             arrival_time=0.0,
         )
         return refusal(asked, self._limits)
@@ -142,19 +151,27 @@ class DisaggregatedEngine:
 
     def has_work(self) -> bool:
         """Also while nobody waits for an output, until all blocks are free on both sides."""
-        return bool(self._flights) or self._prefill.is_busy or self._decode_blocks_used > 0
+        return bool(self._flights) or self._prefill.is_busy or any(self._decode_blocks_used)
 
     def stats(self) -> EngineStats:
-        """KV figures are of both sides together, those per rank of the prefill side's sp ranks."""
-        prefill = self._prefill
-        prefill_blocks = self._started.num_blocks * self._started.groups.sp.size
-        used = sum(prefill.kv_used_per_rank) + self._decode_blocks_used
+        """The use of the KV cache is also told of both sides together."""
+        sides = tuple(
+            KVUse(side=side.name, blocks_per_rank=blocks, used_per_rank=used)
+            for side, blocks, used in zip(
+                self._started.sides,
+                self._blocks_per_rank,
+                (self._prefill.kv_used_per_rank, self._decode_blocks_used),
+                strict=True,
+            )
+        )
+        used_blocks = sum(sum(side.used_per_rank) for side in sides)
+        all_blocks = sum(side.blocks_per_rank * len(side.used_per_rank) for side in sides)
         return self._clients.stats(
             num_running=len(self._flights) - self._num_waiting,
             num_waiting=self._num_waiting,
-            kv_usage=used / (prefill_blocks + self._num_decode_blocks),
-            kv_used_per_rank=prefill.kv_used_per_rank,
-            prefill_comm=prefill.comm,
+            kv_usage=used_blocks / all_blocks,
+            kv_sides=sides,
+            prefill_comm=self._prefill.comm,
         )
 
     def step(self) -> list[RequestOutput]:
@@ -212,7 +229,7 @@ class DisaggregatedEngine:
             return []
         assert isinstance(message, Tokens), f"the prefill side does not expect {message}"
         now = time.monotonic()
-        self._decode_blocks_used = message.num_used_blocks
+        self._decode_blocks_used = message.used_per_rank
         got: list[Sequence] = []
         finished: list[RequestOutput] = []
         for token in message.tokens:

@@ -50,6 +50,7 @@ class Flight:
             output_token_ids=list(sequence.output_token_ids),
             num_preemptions=sequence.num_preemptions,
             spans=sequence.spans,
+            prompt_logprobs=sequence.prompt_logprobs,
         )
         return self.attempt
 
@@ -76,4 +77,5 @@ class Flight:
             sequence.scheduled_time = attempt.scheduled_time
             sequence.num_cached_tokens = attempt.num_cached_tokens
         sequence.spans = attempt.spans
+        sequence.prompt_logprobs = attempt.prompt_logprobs
         return attempt

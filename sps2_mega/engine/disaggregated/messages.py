@@ -37,13 +37,15 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """A sequence to decode, as `Sequence` has it; its first token comes with Start."""
+    """A sequence to decode, as `Sequence` has it; its first token comes with Start. `prefill_s`: the seconds that its
+    prefill is expected to take, 0 where nothing is known."""
 
     seq_id: int
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
     max_tokens: int
+    prefill_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,10 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A decode step's tokens, and the blocks in use after it."""
+    """A decode step's tokens, and the blocks of each sp rank that are in use after it."""
 
     tokens: list[NewToken]
-    num_used_blocks: int
+    used_per_rank: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

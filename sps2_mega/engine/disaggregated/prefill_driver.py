@@ -72,6 +72,10 @@ class PrefillDriver:
         """Blocks of each sp rank."""
         return self._scheduler.kv_used_per_rank
 
+    def expected_s(self, num_tokens: int) -> float:
+        """Seconds that the prefill of a prompt is expected to take; 0 before anything was measured."""
+        return self._scheduler.expected_prefill_s(num_tokens)
+
     def offer(self, flight: Flight, room: Room) -> None:
         """The decode side has room for a sequence: it is computed when its turn comes."""
         refused = self._scheduler.add(flight.offer(room))

@@ -8,13 +8,16 @@ look like is `responses`'.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.logprobs import PromptLogprobs
 from sps2_mega.outputs import OutputDelta, RequestOutput
+from sps2_mega.serving.echo import Echo, joined
 from sps2_mega.serving.http.api_errors import ApiError
 from sps2_mega.serving.http.calls import Call, Delta
 from sps2_mega.serving.protocol import Kind
@@ -29,13 +32,14 @@ from sps2_mega.serving.responses import (
 
 KEEP_ALIVE = ": keep-alive\n\n"
 DONE = "data: [DONE]\n\n"
+_LARGE = 20_000  # log-probabilities
 # One encoder for all: `json.dumps` with options makes a new one each time.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """What all bodies of one answer share. `echoes` are texts to put before each prompt's outputs."""
+    """What all bodies of one answer share. `echoes` are what to put before each prompt's outputs."""
 
     kind: Kind
     body_id: str
@@ -44,9 +48,13 @@ class Answer:
     num_samples: int  # per prompt
     tokenizer: Tokenizer | None
     request_id: str
-    echoes: list[str] | None = None
+    echoes: list[Echo] | None = None
+    scores_prompts: bool = False
     include_usage: bool = False
     _offsets: dict[int, TextOffsets] = field(default_factory=dict)
+    # By prompt: what came before the log-probabilities of the prompt itself.
+    _held: dict[int, list[Delta]] = field(default_factory=dict)
+    _opened: set[int] = field(default_factory=set)
     _around: tuple[str, str] | None = None
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
@@ -63,22 +71,42 @@ class Answer:
             for output in outputs
         ]
         if self.echoes is not None:
-            for body, echo in zip(bodies, self.echoes, strict=True):
-                for choice in body["choices"]:
-                    choice["text"] = echo + choice["text"]
+            for body, echo, output in zip(bodies, self.echoes, outputs, strict=True):
+                self._put_before(body["choices"], echo, output)
         choices = [choice for body in bodies for choice in body["choices"]]
         for index, choice in enumerate(choices):
             choice["index"] = index
         return bodies[0] | {"choices": choices, "usage": _usage_of_all(outputs)}
 
+    def is_large(self, outputs: list[RequestOutput]) -> bool:
+        """Whether making the body takes so long that streams of others would notice."""
+        scores = (output.prompt_logprobs for output in outputs)
+        return sum(len(each) * (1 + each.num_top) for each in scores if each) > _LARGE
+
+    def _put_before(self, choices: list[dict[str, Any]], echo: Echo, output: RequestOutput) -> None:
+        scores = output.prompt_logprobs
+        lists = None if scores is None else echo.logprobs(scores)
+        for choice, completion in zip(choices, output.completions, strict=True):
+            choice["text"] = echo.text + choice["text"]
+            if lists is not None:
+                new = logprob_lists(
+                    completion.logprobs or [], self.tokenizer, echo.output_offsets()
+                )
+                choice["logprobs"] = joined(lists, new)
+
     async def events(self, call: Call, *, keep_alive: float) -> AsyncIterator[str]:
         """Server-sent events of a streamed call, from its first to its last."""
         try:
-            for index in range(call.num_samples):
-                for opening in self._opening(index):
-                    yield self._event([opening])
+            if not self.scores_prompts:
+                for index in range(call.num_samples):
+                    for opening in self._opening(index):
+                        yield self._event([opening])
             async for deltas in call.deltas(silence=keep_alive):
-                text = self._choices(deltas) if deltas else KEEP_ALIVE
+                text = "" if deltas else KEEP_ALIVE
+                if self.scores_prompts:
+                    deltas, openings = await self._released(deltas)
+                    text += openings
+                text += self._choices(deltas)
                 if text:
                     yield text
             if self.include_usage:
@@ -95,8 +123,36 @@ class Answer:
             return [{"index": index, "delta": first, "logprobs": None, "finish_reason": None}]
         if self.echoes is None:
             return []
-        text = self.echoes[index // self.num_samples]
+        text = self.echoes[index // self.num_samples].text
         return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}]
+
+    async def _released(self, deltas: list[Delta]) -> tuple[list[Delta], str]:
+        """Those of `deltas`, and of what was held back, whose prompts are scored, and the events that open their choices.
+        The scores come with the first sample's first token, which need not be the first of all."""
+        openings = ""
+        released: list[Delta] = []
+        for delta in deltas:
+            prompt, scores = delta.prompt_index, delta.delta.prompt_logprobs
+            if scores is not None:
+                openings += await asyncio.to_thread(self._scored_openings, prompt, scores)
+                released += [*self._held.get(prompt, ()), delta]
+                self._opened.add(prompt)
+            elif prompt in self._opened:
+                released.append(delta)
+            else:
+                self._held.setdefault(prompt, []).append(delta)
+        return released, openings
+
+    def _scored_openings(self, prompt: int, scores: PromptLogprobs) -> str:
+        assert self.echoes is not None, "only an echo has a place for the scores of a prompt"
+        echo = self.echoes[prompt]
+        opening = {"text": echo.text, "logprobs": echo.logprobs(scores), "finish_reason": None}
+        first = prompt * self.num_samples
+        events = []
+        for index in range(first, first + self.num_samples):
+            self._offsets[index] = echo.output_offsets()
+            events.append(self._event([{"index": index} | opening]))
+        return "".join(events)
 
     def _choices(self, deltas: list[Delta]) -> str:
         """An event for each delta that says something, in one piece: each piece is written by itself."""

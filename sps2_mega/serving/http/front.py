@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sps2_mega.engine.memory_table import RankMemory
+from sps2_mega.engine.stats import KVUse
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.parallel.sides import Side
@@ -44,8 +45,8 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedFacts:
-    """What runs, for those who watch: ranks and their memory, and the KV cache in blocks of each SP rank. `sides` are
-    all ranks, or those that prefill and those that decode; what follows them is of the first."""
+    """What runs, for those who watch: ranks and their memory, and the KV cache before the first step. `sides` are all
+    ranks, or those that prefill and those that decode; levels and transport are of the first."""
 
     world_size: int
     sides: tuple[Side, ...]
@@ -55,7 +56,7 @@ class ServedFacts:
     transport: str
     max_model_len: int
     block_size: int
-    blocks_per_rank: int
+    kv_sides: tuple[KVUse, ...]
     memory: tuple[RankMemory, ...]
 
 

@@ -13,6 +13,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sps2_mega.errors import RequestError
+from sps2_mega.outputs import RequestOutput
+from sps2_mega.serving.echo import Echo, check_size, echo_of
 from sps2_mega.serving.http.answers import Answer
 from sps2_mega.serving.http.api_errors import ApiError
 from sps2_mega.serving.http.bodies import ChatBody, CompletionBody
@@ -22,6 +24,7 @@ from sps2_mega.serving.http.gate import request_id_of
 from sps2_mega.serving.http.state import ServerState, server_state
 from sps2_mega.serving.prompts import prompt_tokens
 from sps2_mega.serving.protocol import Kind, ParsedRequest, parse_request
+from sps2_mega.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1", tags=["generation"], responses=GENERATION_RESPONSES)
@@ -37,17 +40,9 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     state = server_state(request)
     prompts = _prompts_of(body)
     fields = await _fields(request) | {"prompt": prompts[0]}
-    parsed = _parsed(fields, "completion", state)
-    if body.echo and parsed.params.logprobs is not None:
-        raise ApiError(
-            400,
-            "echo together with logprobs is not supported: prompts are not scored",
-            param="echo",
-        )
+    parsed = _parsed(fields, "completion", state, echo=bool(body.echo))
     each = [parsed] + [_with_prompt(parsed, prompt) for prompt in prompts[1:]]
-    return await _generate(
-        request, state, each, stream=body, echoes=_echoes(prompts, state) if body.echo else None
-    )
+    return await _generate(request, state, each, stream=body, echo=bool(body.echo))
 
 
 @router.post("/chat/completions")
@@ -55,7 +50,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     """The next message of a conversation."""
     state = server_state(request)
     parsed = _parsed(await _fields(request), "chat", state)
-    return await _generate(request, state, [parsed], stream=body, echoes=None)
+    return await _generate(request, state, [parsed], stream=body, echo=False)
 
 
 async def _fields(request: Request) -> dict[str, Any]:
@@ -64,10 +59,12 @@ async def _fields(request: Request) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("stream", "echo")}
 
 
-def _parsed(fields: dict[str, Any], kind: Kind, state: ServerState) -> ParsedRequest:
+def _parsed(
+    fields: dict[str, Any], kind: Kind, state: ServerState, *, echo: bool = False
+) -> ParsedRequest:
     state.front.model  # noqa: B018  503 goes before anything else
     try:
-        parsed = parse_request(fields, kind=kind)
+        parsed = parse_request(fields, kind=kind, echo=echo)
     except RequestError as error:
         raise ApiError(400, str(error)) from None
     if parsed.model is not None and parsed.model not in state.model_names:
@@ -94,20 +91,19 @@ def _with_prompt(parsed: ParsedRequest, prompt: str | list[int]) -> ParsedReques
     return ParsedRequest(prompt=prompt, params=parsed.params, model=parsed.model)
 
 
-def _echoes(prompts: list[Any], state: ServerState) -> list[str]:
+def _echoes(
+    each: list[ParsedRequest], tokens: list[list[int]], params: SamplingParams, state: ServerState
+) -> list[Echo]:
     tokenizer = state.front.model.tokenizer
-
-    def text(prompt: str | list[int]) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        if tokenizer is None:
-            raise ApiError(
-                400, "echo of token ids needs a tokenizer, and the model has none", param="echo"
-            )
-        known = [token_id for token_id in prompt if 0 <= token_id < 2**31]
-        return tokenizer.decode(known, skip_special_tokens=False)
-
-    return [text(prompt) for prompt in prompts]
+    try:
+        if params.prompt_logprobs is not None:
+            check_size(tokens, num_samples=params.n, num_top=params.prompt_logprobs)
+        return [
+            echo_of(parsed.prompt or "", ids, tokenizer)
+            for parsed, ids in zip(each, tokens, strict=True)
+        ]
+    except RequestError as error:
+        raise ApiError(400, str(error), param="echo") from None
 
 
 async def _generate(
@@ -116,10 +112,11 @@ async def _generate(
     each: list[ParsedRequest],
     *,
     stream: CompletionBody | ChatBody,
-    echoes: list[str] | None,
+    echo: bool,
 ) -> Response:
     kind, params = each[0].kind, each[0].params
     tokens = [await _tokens(parsed, state) for parsed in each]
+    echoes = _echoes(each, tokens, params, state) if echo else None
     call = state.front.open(tokens, params, stream=bool(stream.stream))
     answer = Answer(
         kind=kind,
@@ -130,6 +127,7 @@ async def _generate(
         tokenizer=state.front.model.tokenizer,
         request_id=request_id_of(request.scope),
         echoes=echoes,
+        scores_prompts=params.prompt_logprobs is not None,
         include_usage=bool(stream.stream_options and stream.stream_options.include_usage),
     )
     if stream.stream:
@@ -138,7 +136,7 @@ async def _generate(
         outputs = await _unless_left(request, call)
         if outputs is None:
             return Response(status_code=_LEFT)
-        return JSONResponse(answer.whole(outputs))
+        return await _made(answer, outputs)
 
 
 async def _tokens(parsed: ParsedRequest, state: ServerState) -> list[int]:
@@ -150,6 +148,12 @@ async def _tokens(parsed: ParsedRequest, state: ServerState) -> list[int]:
         return await asyncio.to_thread(prompt_tokens, parsed, tokenizer)
     except RequestError as error:
         raise ApiError(400, str(error)) from None
+
+
+async def _made(answer: Answer, outputs: list[RequestOutput]) -> Response:
+    if not answer.is_large(outputs):
+        return JSONResponse(answer.whole(outputs))
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole(outputs)))
 
 
 async def _unless_left(request: Request, call: Call) -> Any:

@@ -72,6 +72,12 @@ class ServerMetrics:
         self._running = gauge("num_requests_running", "Samples that are decoded or prefilled.")
         self._waiting = gauge("num_requests_waiting", "Samples that wait in the queue.")
         self._kv_usage = gauge("kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.")
+        self._rank_kv_usage = Gauge(
+            PREFIX + "kv_cache_rank_usage_perc",
+            "The same of each SP rank of a side: all, or prefill and decode.",
+            [*labels, "side", "sp_rank"],
+            registry=self._registry,
+        )
         self._prompt = counter("prompt_tokens", "Prompt tokens computed.")
         self._cached = counter("prefix_cache_hits", "Prompt tokens found in the KV cache.")
         self._output = counter("generation_tokens", "Tokens generated.")
@@ -100,6 +106,10 @@ class ServerMetrics:
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
+        for side in stats.kv_sides:
+            for rank, used in enumerate(side.used_per_rank):
+                gauge = self._rank_kv_usage.labels(self._model_name, side.side, str(rank))
+                gauge.set(used / max(1, side.blocks_per_rank))
         for counter, name in (
             (self._prompt, "prompt_tokens"),
             (self._cached, "cached_tokens"),

@@ -29,8 +29,8 @@ class SideLayout(pydantic.BaseModel):
 
 
 class Layout(pydantic.BaseModel):
-    """What runs, once it is loaded. Levels, transport and KV cache are those of the first side; `sp_levels` are sizes
-    of the SP levels, innermost first."""
+    """What runs, once it is loaded. Levels and transport are those of the first side; `sp_levels` are sizes of the SP
+    levels, innermost first. `memory` is of each rank, those of the first side first."""
 
     world_size: int
     sides: list[SideLayout]
@@ -42,13 +42,19 @@ class Layout(pydantic.BaseModel):
     memory: list[Memory]
 
 
-class KVCache(pydantic.BaseModel):
-    """Blocks of `block_size` tokens; `used_per_rank` has one entry for each SP rank of the
-    first side."""
+class SideKVCache(pydantic.BaseModel):
+    """Blocks of a side's SP ranks: how many each has, and has in use."""
 
-    block_size: int
+    name: str
     blocks_per_rank: int
     used_per_rank: list[int]
+
+
+class KVCache(pydantic.BaseModel):
+    """In blocks of `block_size` tokens, side by side as in the layout."""
+
+    block_size: int
+    sides: list[SideKVCache]
 
 
 class Load(pydantic.BaseModel):
@@ -156,9 +162,17 @@ def _layout(facts: ServedFacts) -> Layout:
 
 
 def _kv_cache(front: Front, facts: ServedFacts) -> KVCache:
-    used = [0] * facts.sides[0].sp if front.stats is None else list(front.stats.kv_used_per_rank)
+    sides = facts.kv_sides if front.stats is None else front.stats.kv_sides
     return KVCache(
-        block_size=facts.block_size, blocks_per_rank=facts.blocks_per_rank, used_per_rank=used
+        block_size=facts.block_size,
+        sides=[
+            SideKVCache(
+                name=side.side,
+                blocks_per_rank=side.blocks_per_rank,
+                used_per_rank=list(side.used_per_rank),
+            )
+            for side in sides
+        ],
     )
 
 

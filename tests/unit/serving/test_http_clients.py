@@ -151,7 +151,20 @@ def test_tokens_there_and_back(server, tokenizer) -> None:
         (dict(temperature=-1), openai.BadRequestError, 400, "temperature must be in"),
         (dict(max_tokens="many"), openai.BadRequestError, 400, "max_tokens"),
         (dict(logit_bias={"1": 5}), openai.BadRequestError, 400, "logit_bias is not supported"),
-        (dict(echo=True, logprobs=1), openai.BadRequestError, 400, "echo together with logprobs"),
+        (dict(max_tokens=0), openai.BadRequestError, 400, "only with echo"),
+        (dict(echo=True, logprobs=21), openai.BadRequestError, 400, "logprobs must be in [0, 20]"),
+        (
+            dict(
+                echo=True,
+                logprobs=20,
+                n=16,
+                prompt="a" * 150,
+                extra_body={"prompt": ["a" * 150] * 42},
+            ),
+            openai.BadRequestError,
+            400,
+            "2,130,912 log-probabilities",
+        ),
         (dict(n=17), openai.BadRequestError, 400, "17 samples"),
     ],
 )

@@ -192,6 +192,7 @@ METRICS = {
     "sps2:generation_tokens_total",
     "sps2:http_requests_total",
     "sps2:inter_token_latency_seconds",
+    "sps2:kv_cache_rank_usage_perc",
     "sps2:kv_cache_usage_perc",
     "sps2:num_requests_running",
     "sps2:num_requests_waiting",

@@ -14,6 +14,7 @@ import tokenizer_samples as samples
 from fake_engine import FakeEngine
 from fake_server import FACTS, MODEL, FakeServer, served_model, serving
 
+from sps2_mega.engine.stats import KVUse
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.metrics import TokenWaits
 from sps2_mega.serving.http.page_routes import PAGE_PATHS
@@ -144,7 +145,8 @@ def test_status_in_every_state(tokenizer) -> None:
         server.http.call_soon(server.front.ready, served_model(engine))
         status = _status(server, lambda s: s["state"] == "ready")
         assert status["stage"] is None
-        assert status["kv_cache"]["used_per_rank"] == [0, 0, 0], "before the first step"
+        [cache] = status["kv_cache"]["sides"]
+        assert cache == {"name": "all", "blocks_per_rank": 10, "used_per_rank": [0, 0, 0]}
         assert [rank["free"] for rank in status["layout"]["memory"]] == [
             rank.free for rank in FACTS.memory
         ]
@@ -156,7 +158,7 @@ def test_status_in_every_state(tokenizer) -> None:
                 continue
             status = _status(server, lambda s: s["latency"]["tbt"]["count"] >= 2)
             assert (status["open_requests"], status["load"]["running"]) == (1, 1)
-            assert status["kv_cache"]["used_per_rank"] == [0, 5, 10]
+            assert status["kv_cache"]["sides"][0]["used_per_rank"] == [0, 5, 10]
             [row] = status["requests"]
             assert (row["prompt_tokens"], row["num_samples"], row["stream"]) == (4, 1, True)
             assert row["output_tokens"] >= 3 and 0 < row["age_s"] < 30
@@ -167,6 +169,33 @@ def test_status_in_every_state(tokenizer) -> None:
         server.front.fail_soon("rank 1 died")
         status = _status(server, lambda s: s["state"] == "failed")
         assert status["reason"] == "rank 1 died"
+
+
+def test_both_sides_of_a_job_in_status_and_metrics(tokenizer) -> None:
+    engine = FakeEngine(tokenizer)
+    engine.kv_sides = (
+        KVUse(side="prefill", blocks_per_rank=10, used_per_rank=(0, 5)),
+        KVUse(side="decode", blocks_per_rank=4, used_per_rank=(3, 1, 0)),
+    )
+    with serving(engine) as server:
+        server.client().completions.create(model=MODEL, prompt="abc", max_tokens=1)
+        status = _status(server, lambda s: len(s["kv_cache"]["sides"]) == 2)
+        assert status["kv_cache"]["sides"] == [
+            {"name": "prefill", "blocks_per_rank": 10, "used_per_rank": [0, 5]},
+            {"name": "decode", "blocks_per_rank": 4, "used_per_rank": [3, 1, 0]},
+        ]
+        usage = {
+            tuple(re.findall(r'side="(\w+)",sp_rank="(\d)"', line)[0]): float(line.split()[-1])
+            for line in server.get("/metrics").text.splitlines()
+            if line.startswith("sps2:kv_cache_rank_usage_perc{")
+        }
+        assert usage == {
+            ("prefill", "0"): 0.0,
+            ("prefill", "1"): 0.5,
+            ("decode", "0"): 0.75,
+            ("decode", "1"): 0.25,
+            ("decode", "2"): 0.0,
+        }
 
 
 def _status(server: FakeServer, condition) -> dict:

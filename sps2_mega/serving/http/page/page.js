@@ -39,24 +39,34 @@ function rows(table, entries) {
   table.hidden = entries.length === 0;
 }
 
+// "decode " before what belongs to one of two sides.
+const ofSide = (name) => (name === "all" ? "" : `${name} `);
+
 function showKv(cache) {
   const list = $("kv");
-  if (list.children.length !== cache.used_per_rank.length) {
+  const ranks = cache.sides.flatMap((side) =>
+    side.used_per_rank.map((used, rank) => ({
+      used,
+      of: side.blocks_per_rank,
+      name: `${ofSide(side.name)}SP rank ${rank}`,
+    })),
+  );
+  if (list.children.length !== ranks.length) {
     list.replaceChildren(
-      ...cache.used_per_rank.map((_, rank) => {
+      ...ranks.map(({ of, name }) => {
         const item = document.createElement("li");
         const label = document.createElement("label");
         const meter = document.createElement("meter");
-        meter.max = cache.blocks_per_rank;
-        label.append(`SP rank ${rank}`, meter, document.createElement("span"));
+        meter.max = of;
+        label.append(name, meter, document.createElement("span"));
         item.append(label);
         return item;
       }),
     );
   }
-  cache.used_per_rank.forEach((used, rank) => {
-    const item = list.children[rank];
-    const text = `${number.format(used)} of ${number.format(cache.blocks_per_rank)} blocks`;
+  ranks.forEach(({ used, of }, index) => {
+    const item = list.children[index];
+    const text = `${number.format(used)} of ${number.format(of)} blocks`;
     item.querySelector("meter").value = used;
     item.querySelector("meter").textContent = text;
     item.querySelector("span").textContent = text;
@@ -76,11 +86,12 @@ function showLayout(layout, cache) {
       `transport ${layout.transport}, context ${number.format(layout.max_model_len)} tokens, ` +
       `${cache.block_size} tokens per block`,
   );
+  const rankSides = layout.sides.flatMap(({ name, tp, sp }) => Array(tp * sp).fill(name));
   const gib = (bytes) => (bytes / GIB).toFixed(2);
   rows(
     $("memory"),
     layout.memory.map((m, rank) => [
-      rank, gib(m.weights), gib(m.kv_cache), gib(m.activations), gib(m.free),
+      `${ofSide(rankSides[rank])}${rank}`, gib(m.weights), gib(m.kv_cache), gib(m.activations), gib(m.free),
     ]),
   );
 }

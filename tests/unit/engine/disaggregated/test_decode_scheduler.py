@@ -33,14 +33,14 @@ def make(*, block_size=4, num_blocks=8, sp_size=1, prefix_root=None, max_len=10_
     )
 
 
-def sequence(seq_id, num_tokens, max_tokens=100):
+def sequence(seq_id, num_tokens, max_tokens=100, arrival=0.0):
     return Sequence(
         seq_id=seq_id,
         prompt_token_ids=[4 + i % 3 for i in range(num_tokens)],
         params=SamplingParams(max_tokens=max_tokens),
         seed=0,
         max_tokens=max_tokens,
-        arrival_time=0.0,
+        arrival_time=arrival,
     )
 
 
@@ -65,6 +65,43 @@ def test_a_sequence_is_decoded_only_after_its_keys_have_come():
     assert isinstance(entering, PrefillItem)
     assert (entering.start, entering.end, len(entering.token_ids)) == (5, 5, 5)
     assert [(item.token_id, item.position) for item in plan.decodes] == [(7, 5)]
+
+
+def overtaking(**config):
+    """Who has blocks while a prompt of 2 s, of seven blocks, waits for one that runs, by the order of reservations; then
+    who follows when that one has ended."""
+    scheduler = make(num_blocks=8, **config)
+    scheduler.add(sequence(0, 8))
+    scheduler.reserve()
+    scheduler.start(0, 5)
+    scheduler.add(sequence(1, 25, arrival=1.0), prefill_s=2.0)
+    scheduler.add(sequence(2, 4, arrival=6.0), prefill_s=0.5)  # keys, if 4 times: 9, 8, 9.5
+    scheduler.add(sequence(3, 4, arrival=7.5), prefill_s=0.5)
+    before = [one.sequence.seq_id for one in scheduler.reserve()]
+    assert scheduler.reserve() == []
+    for seq_id in (0, *before):
+        scheduler.drop(seq_id)
+    after = [one.sequence.seq_id for one in scheduler.reserve()]
+    return before, after
+
+
+def test_short_prompts_pass_a_long_one_without_room_as_long_as_overtake_allows():
+    assert overtaking(overtake=4) == ([2], [1])
+    assert overtaking(overtake=0) == ([], [1])
+    assert overtaking(overtake=40) == ([2, 3], [1])
+
+
+def test_who_gave_way_comes_back_before_all_others():
+    scheduler = make(num_blocks=3, overtake=4)
+    for seq_id in (0, 1):
+        scheduler.add(sequence(seq_id, 3, arrival=1.0), prefill_s=9.0)
+        scheduler.reserve()
+        scheduler.start(seq_id, 5)
+    scheduler.add(sequence(2, 1, arrival=2.0), prefill_s=0.0)
+    while 1 in scheduler._running:
+        assert step(scheduler) is not None
+    scheduler.drop(0)
+    assert [one.sequence.seq_id for one in scheduler.reserve()] == [1]
 
 
 def test_the_youngest_that_runs_gives_way_but_never_one_that_is_being_received():
@@ -95,7 +132,7 @@ def test_the_last_one_waits_for_those_on_their_way_instead_of_giving_way():
     assert scheduler.plan() is None
     scheduler.start(1, 5)
     assert step(scheduler) == [0]  # 1 has given way
-    assert [s.seq_id for s in scheduler._waiting] == [1]
+    assert list(scheduler._waiting) == [1]
     scheduler.check_integrity()
 
 
@@ -122,7 +159,7 @@ def test_samples_of_one_prompt_share_blocks_one_after_the_other():
     for seq_id in range(2):
         scheduler.drop(seq_id)
     scheduler.check_integrity()
-    assert scheduler.num_used_blocks == 0
+    assert not any(scheduler.kv_used_per_rank)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +173,7 @@ def test_reasons_are_those_of_admission(token, reason):
     scheduler.start(0, 5)
     plan = scheduler.plan()
     assert scheduler.commit(plan, StepOutput([token], [None])) == [reason]
-    assert scheduler.num_used_blocks == 0
+    assert not any(scheduler.kv_used_per_rank)
 
 
 class Histories(RuleBasedStateMachine):
@@ -161,12 +198,14 @@ class Histories(RuleBasedStateMachine):
         self.on_ranks: set[int] = set()
         self.next_id = 0
 
-    @rule(share=st.floats(0, 1), max_tokens=st.integers(1, 30))
-    def add(self, share, max_tokens):
+    @rule(
+        share=st.floats(0, 1), max_tokens=st.integers(1, 30), prefill_s=st.sampled_from([0, 0.5, 9])
+    )
+    def add(self, share, max_tokens, prefill_s):
         new = sequence(self.next_id, 1 + int(share * (self.cache_tokens - 1)), max_tokens)
         self.next_id += 1
         self.alive[new.seq_id] = new
-        self.scheduler.add(new)
+        self.scheduler.add(new, prefill_s=prefill_s)
 
     @rule()
     def reserve(self):
@@ -225,7 +264,7 @@ class Histories(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check_integrity()
-        known = {s.seq_id for s in self.scheduler._waiting} | self.scheduler._running.keys()
+        known = set(self.scheduler._waiting) | self.scheduler._running.keys()
         assert known | self.scheduler._receiving.keys() == self.alive.keys()
 
     def teardown(self):

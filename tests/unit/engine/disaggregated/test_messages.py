@@ -31,19 +31,19 @@ PARAMS = SamplingParams(
     "message",
     [
         messages.Hello(640, 40, True),
-        messages.Expect(3, [5, 0, 2**31], PARAMS, 2**63 - 1, 12),
+        messages.Expect(3, [5, 0, 2**31], PARAMS, 2**63 - 1, 12, 0.25),
         messages.Room(3, 9, 5, 0, [1, 0], [0, 7]),
         messages.Start(3, 9, 17),
         messages.Drop(3, None),
         messages.Drop(3, 9, damaged=True),
-        messages.Tokens([], 0),
+        messages.Tokens([], (0, 7)),
         messages.Tokens(
             [
                 messages.NewToken(1, None, None, FinishReason.ERROR),
                 messages.NewToken(2, 5, TokenLogprob(5, -0.125, ((5, -0.125), (1, -2.5))), None),
                 messages.NewToken(4, 0, TokenLogprob(0, -1.0), FinishReason.STOP),
             ],
-            11,
+            (11,),
         ),
         messages.Arrived(9),
         messages.Leave(),
