@@ -19,6 +19,7 @@ from sps2_mega.engine.layer_work import LayerWork
 _NEWEST = 0.5  # the weight of the newest measurement
 _NEWEST_CHUNK = 0.3  # chunks are many
 _PLACES = 4  # in which chunks are remembered, for each doubling of the position
+_FAR = 2.5
 _FORGET = 0.2  # the weight of the newest decode step
 
 
@@ -40,6 +41,7 @@ class Pace:
         """A decode step took so long."""
         if not self._decode_mean_s:
             self._decode_mean_s = seconds
+        seconds = _credible(seconds, self._decode_mean_s)
         off = abs(seconds - self._decode_mean_s)
         self._decode_mean_s += _FORGET * (seconds - self._decode_mean_s)
         self._decode_spread_s += _FORGET * (off - self._decode_spread_s)
@@ -59,7 +61,7 @@ class Pace:
             last = self._is_last(layer)
             rates, place = self._chunk_seconds_per_flop[last], _place(start, end)
             known = rates.get(place, taken / count)
-            rates[place] = known + _NEWEST_CHUNK * (taken / count - known)
+            rates[place] = known + _NEWEST_CHUNK * (_credible(taken / count, known) - known)
             if not last:
                 self.computed(count, taken)
 
@@ -104,6 +106,11 @@ class Pace:
 
     def _is_last(self, layer: int) -> bool:
         return self.work.num_layers > 1 and layer == self.work.num_layers - 1
+
+
+def _credible(measured: float, known: float) -> float:
+    """What is far off what is known is more often a disturbance than news; real news comes again."""
+    return min(max(measured, known / _FAR), _FAR * known)
 
 
 def _place(start: int, end: int) -> int:
