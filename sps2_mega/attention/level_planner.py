@@ -12,7 +12,7 @@ counted from the pattern itself, in one layer: the others differ by a rotation.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sps2_mega.attention.heads import split_heads
@@ -169,6 +169,9 @@ def _spread(
     per_kv_head = heads.num_heads // heads.num_kv_heads
     moved: Matrix = [[0] * size for _ in range(size)]
     work = [_Work() for _ in range(size)]
+    # Under ulysses a row goes once to whoever computes its heads, however many ranks see it or are seen by it.
+    dealt_queries: dict[tuple[int, int], int] = {}
+    dealt_keys: dict[tuple[int, int], int] = {}
     for (a, b), pair in visible.items():
         level = level_of(a, b, group_sizes)
         name = names[level - 1] if level else "own"
@@ -176,24 +179,37 @@ def _spread(
         if name in ("own", "gather"):
             work[a].add(pair, per_kv_head)
             moved[b][a] += keys * row if level else 0
-            continue
-        work[a].merged_rows += queries  # when the partials are back
-        if name == "pass_q":
+        elif name == "pass_q":
+            work[a].merged_rows += queries  # when the partials are back
             work[b].add(pair, per_kv_head)
             moved[a][b] += queries * row
             moved[b][a] += queries * (row + 4)
-            continue
-        group = group_sizes[level]
-        shares = split_heads(heads.num_heads, heads.num_kv_heads, group)
-        for at, (mine, kv) in enumerate(shares, start=a // group * group):
-            share = len(mine) / heads.num_heads
-            work[at].add(pair, per_kv_head * share)
-            moved[a][at] += int(queries * row * share)
-            moved[at][a] += int(queries * (row + 4) * share)
+        else:
+            for at, (mine, _) in _sharing(a, level, group_sizes, heads):
+                work[at].add(pair, per_kv_head * len(mine) / heads.num_heads)
+            dealt_queries[a, level] = max(queries, dealt_queries.get((a, level), 0))
+            dealt_keys[b, level] = max(keys, dealt_keys.get((b, level), 0))
+    for (a, level), queries in dealt_queries.items():
+        work[a].merged_rows += queries
+        for at, (mine, _) in _sharing(a, level, group_sizes, heads):
+            share = queries * len(mine) / heads.num_heads
+            moved[a][at] += int(share * row)
+            moved[at][a] += int(share * (row + 4))
+    for (b, level), keys in dealt_keys.items():
+        for at, (_, kv) in _sharing(b, level, group_sizes, heads):
             moved[b][at] += int(keys * row * len(kv) / heads.num_kv_heads)
     for rank in range(size):
         moved[rank][rank] = 0
     return moved, work
+
+
+def _sharing(
+    rank: int, level: int, group_sizes: Sequence[int], heads: _Heads
+) -> Iterator[tuple[int, tuple[range, range]]]:
+    """The ranks of the level's group around `rank`, and the heads of each."""
+    size = group_sizes[level]
+    shares = split_heads(heads.num_heads, heads.num_kv_heads, size)
+    return enumerate(shares, start=rank // size * size)
 
 
 def _ms(seconds: float) -> str:

@@ -1,10 +1,17 @@
 """The transports that sparse prefill gets: counts against the definition, choices where they are plain."""
 
-import pytest
+import itertools
 
+import pytest
+import torch
+from rank_threads import RankThreads
+
+from sps2_mega.attention import leveled
 from sps2_mega.attention.layout import build_layout
-from sps2_mega.attention.level_planner import choose_levels, visible_between
+from sps2_mega.attention.level_planner import CANDIDATES, choose_levels, visible_between
 from sps2_mega.attention.pattern import CSAPattern, tail_starts
+from sps2_mega.attention.planner import link_seconds
+from sps2_mega.attention.rule import ScoreRule
 from sps2_mega.parallel.machine import Link, Machine
 
 BLOCK, KV_HEADS = 4, range(2, 5)
@@ -118,3 +125,57 @@ def test_parts_hide_the_shorter_of_the_two_and_pay_latencies():
     assert whole / 2 < cut < whole
     # A millionth part of the shorter one, and a second of latencies.
     assert choose(visible, [1e9], parts=10**6).seconds["gather",] == pytest.approx(1.0, rel=0.1)
+
+
+class CountedThreads(RankThreads):
+    """Keeps how much went from whom to whom."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.moved = [[0] * size for _ in range(size)]
+
+    def post_all_to_all(self, x, send_sizes, receive_sizes, group):
+        for target, count in enumerate(send_sizes):
+            self.moved[group.rank][target] += count * x.itemsize * (target != group.rank)
+        return super().post_all_to_all(x, send_sizes, receive_sizes, group)
+
+
+@pytest.mark.parametrize("names", list(itertools.product(CANDIDATES, repeat=2)), ids=",".join)
+def test_bytes_are_those_that_travel(names, monkeypatch):
+    """Two nodes of two ranks, a cell for each, 4 KV heads of 8 heads; without halo and sinks counts are exact."""
+    tokens, kv_heads, levels = 96, 4, (2, 2)
+    pattern = csa(spans=(24,), sinks=0, halo=0, tail=0, degrees=(1, 2))
+    layout = layout_of([[block // 6 for block in range(24)]], [tokens])
+    threads = CountedThreads(4)
+    monkeypatch.setattr(leveled, "post_all_to_all", threads.post_all_to_all)
+
+    def on_rank(group):
+        transport = leveled.Leveled(
+            layout,
+            [pattern],
+            [tokens],
+            names,
+            levels,
+            kv_heads=range(kv_heads),
+            group=group,
+            device=torch.device("cpu"),
+        )
+        q, k, v = (torch.randn(24, heads, 8) for heads in (8, kv_heads, kv_heads))
+        return transport.attend(0, q, k, v, ScoreRule(1.0))
+
+    assert [out.shape for out in threads.run(on_rank)] == [(24, 8, 8)] * 4
+    machine = Machine(
+        sp_levels=levels,
+        links=(Link(latency_s=0.0, bytes_per_s=50.0), Link(latency_s=0.0, bytes_per_s=1.0)),
+        flops_per_s=1e30,
+    )
+    choice = choose_levels(
+        visible_between(layout, [pattern], [tokens], range(kv_heads)),
+        machine,
+        num_heads=8,
+        num_kv_heads=kv_heads,
+        head_dim=8,
+        itemsize=4,
+        parts=None,
+    )
+    assert choice.seconds[names] == pytest.approx(link_seconds(threads.moved, machine))
