@@ -317,7 +317,9 @@ def run(bench: Bench, written: Callable[[dict[str, Any]], None]) -> dict[str, An
     """All measurements; `written` gets what there is so far after each of them."""
     from sps2_mega.kernels.backend import Backend
     from tools.bench.device_time import copy_bandwidth
+    from tools.bench.kernels_rotary import rotary
 
+    heads = HEADS, KV_HEADS, WIDTH
     bandwidth = copy_bandwidth(bench.device, bench.sizes.copied_bytes, bench.repeats)
     result: dict[str, Any] = {"copy_bytes_per_s": bandwidth}
     shapes = [(b, c) for c in bench.sizes.contexts for b in bench.sizes.batches]
@@ -326,6 +328,10 @@ def run(bench: Bench, written: Callable[[dict[str, Any]], None]) -> dict[str, An
         *(("decode", partial(decode, bench, *shape, bandwidth)) for shape in shapes),
         *(("merge", partial(merge, bench, partials, bandwidth)) for partials in (2, 8)),
         ("append", partial(append, bench, bandwidth)),
+        *(
+            ("rotary", partial(rotary, bench, heads, tokens, bandwidth))
+            for tokens in (1, bench.sizes.merged_tokens)
+        ),
     ]
     if Backend.TRITON in bench.backends:
         works.append(("csa_tiles", partial(tile_shapes, bench)))
@@ -334,7 +340,7 @@ def run(bench: Bench, written: Callable[[dict[str, Any]], None]) -> dict[str, An
             found = work()
         except RuntimeError as error:  # one kernel that fails must not take the others with it
             found = {"error": str(error).splitlines()[0][:300]}
-        if name in ("csa", "decode", "merge"):
+        if name in ("csa", "decode", "merge", "rotary"):
             result.setdefault(name, []).append(found)
         else:
             result[name] = found
@@ -391,7 +397,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         if not found or "seconds" not in found:
             return json.dumps(found)
         shares = found.get("share_of_ideal", {}) | found.get("share_of_copy", {})
-        what = [f"{key} {found[key]}" for key in ("degrees", "batch", "context") if key in found]
+        what = [
+            f"{key} {found[key]}"
+            for key in ("degrees", "batch", "context", "tokens")
+            if key in found
+        ]
         times = [
             f"{name} {1e3 * taken:.4g} ms" + (f" ({shares[name]:.2f})" if name in shares else "")
             for name, taken in found["seconds"].items()
@@ -399,7 +409,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         return ", ".join(what + times)
 
     found = [f"copy {result['copy_bytes_per_s'] * 1e-12:.3g} TB/s"]
-    for name in ("csa", "decode", "merge", "csa_tiles"):
+    for name in ("csa", "decode", "merge", "rotary", "csa_tiles"):
         found += [f"{name}: {short(each)}" for each in result.get(name, [])]
     return [*found, f"append: {short(result.get('append'))}"]
 

@@ -2,7 +2,7 @@
 
 Per transport and pattern the rank with the most visible pairs is timed, since it is the one that the others wait for.
 Nothing is sent: keys are random and already there. The layer around the attention is Megatron's own, with the rank's
-tokens. These are compute times as the simulator has them (`attention_s`, `layer_s`), per layer.
+tokens, whose keys and values enter a cache. These are compute times as the simulator has them (`attention_s`, `layer_s`), per layer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sps2_mega.attention.new_keys import Rotation, keep
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
 from sps2_mega.checkpoint.random_weights import fill_random
@@ -30,6 +31,7 @@ from tools.bench.gpu.engine_rank import config_of, started
 from tools.bench.gpu.part import Part
 
 _LONG = 262144  # tokens beyond which a layer's attention takes seconds: timed once, after a warm-up
+_BLOCK = 16
 _LAYERS = 2  # of the timed model: more would measure the same again
 
 
@@ -42,7 +44,7 @@ def run(part: Part) -> None:
             tokens = -(-prompt // sizes.sp)
             part.case(
                 {"case": "rank share, layer", "prompt": prompt, "tokens": tokens},
-                partial(_layer, part, gpt, tokens),
+                partial(_layer, part, model, gpt, tokens),
             )
             for name, far in [
                 ("ulysses", 1),
@@ -61,16 +63,24 @@ def run(part: Part) -> None:
                 )
 
 
-class _NoAttention:
+class _KeysKept:
+    """Attention of nothing: new keys and values only enter a cache, after the rotation where the model leaves it to us."""
+
+    def __init__(self, part: Part, model: ModelConfig, tokens: int) -> None:
+        shape = (2, -(-tokens // _BLOCK), _BLOCK, model.num_kv_heads, model.head_dim)
+        self._keys, self._values = torch.zeros(shape, dtype=part.dtype, device=part.device)
+        self._slots_T = torch.arange(tokens, device=part.device)
+
     def attend(
         self,
         layer: int,
         q_TNH: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
         rule: object,
-        rotation: object = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
+        keep((self._keys, self._values), q_TNH, k_TKH, v_TKH, self._slots_T, rotation)
         return q_TNH
 
 
@@ -81,9 +91,10 @@ def _short_model(rank: StartedRank, model: ModelConfig) -> GPT:
     return gpt
 
 
-def _layer(part: Part, gpt: GPT, tokens: int) -> dict[str, Any]:
+def _layer(part: Part, model: ModelConfig, gpt: GPT, tokens: int) -> dict[str, Any]:
+    attention = _KeysKept(part, model, tokens)
     ids = torch.zeros(tokens, dtype=torch.int64, device=part.device)
-    start = gpt.begin(ids, torch.arange(tokens, device=part.device), _NoAttention())
+    start = gpt.begin(ids, torch.arange(tokens, device=part.device), attention)
 
     def layers() -> None:
         gpt.advance(replace(start), _LAYERS)
