@@ -17,33 +17,36 @@ from collections.abc import Callable, Sequence
 from sps2_mega.engine.layer_work import LayerWork
 
 _NEWEST = 0.5  # the weight of the newest measurement
-_NEWEST_CHUNK = 0.3  # chunks are many
+_NEWEST_SPEED = 0.25  # chunks are many: what they have in common is soon known
+_NEWEST_RATE = 0.1
 _PLACES = 4  # in which chunks are remembered, for each doubling of the position
 _FAR = 2.5
 _FORGET = 0.2  # the weight of the newest decode step
 
 
 class Pace:
-    """`decode_s` are the seconds that few decode steps exceed; 0 before the first."""
+    """`decode_mean_s` are the seconds of a decode step, `decode_s` those that few exceed; 0 before the first."""
 
     def __init__(self, work: LayerWork) -> None:
         self.work = work
-        self._decode_mean_s = self._decode_spread_s = 0.0
+        self.decode_mean_s = self._decode_spread_s = 0.0
         self._seconds_per_flop: dict[int, float] = {}
-        # Of all layers but the last, and of the last, where attention is next to nothing.
-        self._chunk_seconds_per_flop: tuple[dict[int, float], dict[int, float]] = ({}, {})
+        # Seconds per FLOP are the product of how fast the machine is just now and a rate by place: in all layers but the
+        # last, and in the last, where attention may be next to nothing.
+        self._chunk_speed = 1.0
+        self._chunk_rates: tuple[dict[int, float], dict[int, float]] = ({}, {})
 
     @property
     def decode_s(self) -> float:
-        return self._decode_mean_s + self._decode_spread_s
+        return self.decode_mean_s + self._decode_spread_s
 
     def decoded(self, seconds: float) -> None:
         """A decode step took so long."""
-        if not self._decode_mean_s:
-            self._decode_mean_s = seconds
-        seconds = _credible(seconds, self._decode_mean_s)
-        off = abs(seconds - self._decode_mean_s)
-        self._decode_mean_s += _FORGET * (seconds - self._decode_mean_s)
+        if not self.decode_mean_s:
+            self.decode_mean_s = seconds
+        seconds = self.decode_mean_s * _credible(seconds / self.decode_mean_s)
+        off = abs(seconds - self.decode_mean_s)
+        self.decode_mean_s += _FORGET * (seconds - self.decode_mean_s)
         self._decode_spread_s += _FORGET * (off - self._decode_spread_s)
 
     def computed(self, flops: int, seconds: float) -> None:
@@ -56,14 +59,20 @@ class Pace:
         """Chunks (layer, start, end) of a prompt took so long together."""
         flops = [self.work.flops(start, end) for _, start, end in chunks]
         shares = [self.chunk_s(*chunk) or count for chunk, count in zip(chunks, flops, strict=True)]
+        off = seconds / sum(shares)
+        all_known, speed = True, self._chunk_speed
         for (layer, start, end), count, share in zip(chunks, flops, shares, strict=True):
-            taken = seconds * share / sum(shares)
             last = self._is_last(layer)
-            rates, place = self._chunk_seconds_per_flop[last], _place(start, end)
-            known = rates.get(place, taken / count)
-            rates[place] = known + _NEWEST_CHUNK * (_credible(taken / count, known) - known)
+            rates, place = self._chunk_rates[last], _place(start, end)
+            if place in rates:
+                rates[place] *= 1 + _NEWEST_RATE * (_credible(off) - 1)
+            else:
+                rates[place] = off * share / count / speed
+                all_known = False
             if not last:
-                self.computed(count, taken)
+                self.computed(count, off * share)
+        if all_known:
+            self._chunk_speed *= 1 + _NEWEST_SPEED * (_credible(off) - 1)
 
     def layer_s(self, flops: int) -> float | None:
         """Expected seconds of one layer with so many FLOPs; None before anything was measured."""
@@ -72,11 +81,12 @@ class Pace:
     def chunk_s(self, layer: int, start: int, end: int) -> float | None:
         """Expected seconds of tokens [start, end) of a prompt in a layer; None before anything was measured."""
         flops = self.work.flops(start, end)
-        usual, last = self._chunk_seconds_per_flop
+        usual, last = self._chunk_rates
         rates = last if last and self._is_last(layer) else usual
         if not rates:
             return self.layer_s(flops)
-        return _nearest(rates, _place(start, end), flops)
+        known = _nearest(rates, _place(start, end), flops)
+        return known and known * self._chunk_speed
 
     def prompt_s(self, start: int, end: int) -> float:
         """Expected seconds of tokens [start, end) of a prompt in all layers; 0 before anything was measured."""
@@ -108,9 +118,9 @@ class Pace:
         return self.work.num_layers > 1 and layer == self.work.num_layers - 1
 
 
-def _credible(measured: float, known: float) -> float:
-    """What is far off what is known is more often a disturbance than news; real news comes again."""
-    return min(max(measured, known / _FAR), _FAR * known)
+def _credible(off: float) -> float:
+    """Of a step that took `off` times what was expected: far off is more often a disturbance than news, which comes again."""
+    return min(max(off, 1 / _FAR), _FAR)
 
 
 def _place(start: int, end: int) -> int:

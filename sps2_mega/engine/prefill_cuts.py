@@ -18,17 +18,17 @@ _GROWN = 1.05  # cells have one length until so many times as much is before the
 
 
 def cell_lengths(
-    pace: Pace, start: int, end: int, room_s: float, *, least: int, unit: int
+    pace: Pace, start: int, end: int, room_s: float, *, unit: int, at_first: int
 ) -> tuple[int, ...]:
     """Tokens of each cell of the tokens [start, end) of a prompt, of which a slice has about `CELLS` in `room_s` seconds:
-    multiples of `unit` from `least` on, which is one, but for the last. Before anything was measured all are `least`."""
+    multiples of `unit` but for the last. Before anything was measured all have `at_first` tokens."""
     lengths: list[int] = []
-    position, valid_to, length = start, 0.0, least
+    is_known = pace.chunk_s(0, start, end) is not None
+    position, valid_to, length = start, 0.0, at_first
     while position < end:
-        if position >= valid_to:
-            length = max(
-                least, pace.chunk_within(room_s / CELLS, position, end, unit) // unit * unit
-            )
+        if is_known and position >= valid_to:
+            fitting = pace.chunk_within(room_s / CELLS, position, end, unit)
+            length = max(unit, fitting // unit * unit)
             valid_to = _GROWN * position
         lengths.append(min(length, end - position))
         position += lengths[-1]

@@ -220,8 +220,8 @@ class PrefillQueue:
             start,
             end,
             layer_room_s,
-            least=self._placement.least_cell,
             unit=self._placement.unit,
+            at_first=least,
         )
 
     def _tokens_within(self, layer_room_s: float) -> float:

@@ -42,11 +42,6 @@ class PromptPlacement:
         """Tokens of a block on each rank."""
         return self.ledger.block_size * self.sp_size
 
-    @property
-    def least_cell(self) -> int:
-        """Tokens of the shortest cell of a prompt that goes in chunks."""
-        return -(-self.least_chunk // 2 // self.unit) * self.unit
-
     def num_shared(self, prefix: Prefix) -> int:
         """Tokens of a prefix that is taken over."""
         return len(prefix.blocks) * self.ledger.block_size

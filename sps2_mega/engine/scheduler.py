@@ -259,8 +259,8 @@ class Scheduler:
         if not decoding:
             return self._target_s, self._target_s
         oldest = min(sequence.token_times[-1] for sequence in decoding)
-        decode_s = self._pace.decode_s
-        layer_room_s = max(self._target_s - decode_s, _LEAST_SHARE * decode_s)
+        least_s = _LEAST_SHARE * self._pace.decode_mean_s
+        layer_room_s = max(self._target_s - self._pace.decode_s, least_s)
         return oldest + layer_room_s - now, layer_room_s
 
     def _learn(self, plan: StepPlan, seconds: float) -> None:

@@ -18,21 +18,21 @@ def known(seconds_per_flop=1e-8) -> Pace:
 
 @pytest.mark.parametrize(("start", "end"), [(0, 20_001), (96, 97), (160, 9999), (0, 48)])
 def test_cells_cover_the_prompt_and_grow_shorter(start, end):
-    lengths = cell_lengths(known(), start, end, 0.02, least=96, unit=48)
+    lengths = cell_lengths(known(), start, end, 0.02, unit=48, at_first=96)
     assert sum(lengths) == end - start
     *whole, last = lengths
-    assert all(length % 48 == 0 and length >= 96 for length in whole) and last > 0
+    assert all(length % 48 == 0 and length > 0 for length in whole) and last > 0
     assert sorted(whole, reverse=True) == whole
 
 
 def test_cells_take_their_share_of_a_slice():
     pace, room_s = known(), 0.1
     position = 0
-    for length in cell_lengths(pace, 0, 20_000, room_s, least=32, unit=32)[:-1]:
+    for length in cell_lengths(pace, 0, 20_000, room_s, unit=16, at_first=32)[:-1]:
         seconds = pace.chunk_s(0, position, position + length)
         assert 0.6 * room_s / CELLS < seconds < 1.1 * room_s / CELLS
         position += length
 
 
 def test_nothing_known_is_cut_into_the_least():
-    assert cell_lengths(Pace(WORK), 64, 300, 0.02, least=64, unit=32) == (64, 64, 64, 44)
+    assert cell_lengths(Pace(WORK), 64, 300, 0.02, unit=32, at_first=64) == (64, 64, 64, 44)
