@@ -6,7 +6,7 @@
     python tools/evaluate.py --list       what would run, and how long it took last time
 
 A stored comparison (docs/results/simulated-*.json) has its own arguments; it is simulated again with those, by the code as
-it is now, and replaced. Measured results are not touched. Decides what is run when; how is `tools/simulate.py`'s.
+it is now, and replaced; what is wanted and not stored yet has them in `simulation.comparisons`. Measured results are not touched. Decides what is run when; how is `tools/simulate.py`'s.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from sps2_mega.errors import ConfigError
 from tools import plan_sweep, simulate, validate_simulator
 from tools.simulation import results
 from tools.simulation.combinations import COMBINATIONS
+from tools.simulation.comparisons import WANTED
 from tools.simulation.document import ROOT
 from tools.simulation.unfinished import Unfinished
 from tools.simulation.workers import workers
@@ -37,6 +39,7 @@ from tools.simulation.workers import workers
 # Systems that every comparison has, also where it was stored before there were such.
 ALWAYS = ("sps2-yield",)
 _TUNING = 3.0  # all of a run over its last part, where only that was stored
+_UNKNOWN_S = 300.0  # of one that was never run: too long for what fits into a few minutes
 _SWEEP = "planner: "  # before the names of combinations
 UNFINISHED = ROOT / "out" / "evaluate.json"  # what an interrupted --full has done
 
@@ -104,13 +107,19 @@ def all_tasks(
 
 
 def stored() -> list[Stored]:
-    """All comparisons of docs/results, the quickest first."""
+    """All comparisons of docs/results, and those that are wanted there, the quickest first."""
     found = []
     for path in results.paths():
         content = json.loads(path.read_text())
         parts = sum(outcome["wall_s"] for outcome in content["outcomes"])
         wall_s = content.get("wall_s") or _TUNING * parts
         found.append(Stored(path=path, arguments=content["arguments"], wall_s=wall_s))
+    known = {item.name for item in found}
+    for name, flags in WANTED.items():
+        if name not in known:
+            arguments = vars(simulate.parser().parse_args(shlex.split(flags)))
+            path = results.path_of(name)
+            found.append(Stored(path=path, arguments=arguments, wall_s=_UNKNOWN_S))
     return sorted(found, key=lambda item: item.wall_s)
 
 

@@ -118,7 +118,9 @@ def setting_of(args: argparse.Namespace) -> Setting:
         name=f"{args.model}, {args.gpus} x {hardware.name}"
         + (f" over {args.link}" if args.link else "")
         + f", {args.trace}"
-        + (f" x {args.length:g}" if args.length != 1 else ""),
+        + (f" x {args.length:g}" if args.length != 1 else "")
+        + (", Poisson" if args.poisson else "")
+        + (", prefix caching" if args.prefix_caching else ""),
         place=place,
         arrivals=tuple(workload(args)),
         rates=tuple(sorted(args.rates)),

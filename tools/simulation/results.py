@@ -29,6 +29,10 @@ def paths() -> list[Path]:
     return sorted((ROOT / "docs" / "results").glob("simulated-*.json"))
 
 
+def path_of(name: str) -> Path:
+    return ROOT / "docs" / "results" / f"simulated-{name}.json"
+
+
 def stored() -> list[tuple[str, list[Outcome]]]:
     """(setting, outcomes) of every docs/results/simulated-*.json."""
     found = []

@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 
 from sps2_mega.errors import ConfigError
+from sps2_mega.simulator.line_up import candidates
 from tools import evaluate, simulate
 from tools.evaluate import Stored
+from tools.simulation.comparisons import WANTED
 
 
 def items(*seconds, folder=None):
@@ -58,6 +60,18 @@ def test_a_stored_comparison_runs_again_with_its_own_arguments(tmp_path):
     assert after["arguments"] == before["arguments"] | {
         "systems": ["sarathi", "sps2", "sps2-yield"]
     }
+
+
+def test_what_is_wanted_and_not_stored_can_be_run(monkeypatch):
+    monkeypatch.setattr(evaluate.results, "paths", list)
+    known = evaluate.stored()
+    assert [item.name for item in known] == list(WANTED)
+    for item in known:
+        setting = simulate.setting_of(evaluate.arguments_of(item))
+        assert len(setting.arrivals) == item.arguments["requests"]
+        # Every system makes sense there but one engine over all GPUs where a node has them all.
+        assert all(candidates(family, setting.place) for family in setting.families)
+    assert not any(map(chosen, [known])), "a few minutes are not enough"
 
 
 def test_every_stored_comparison_can_be_listed(capsys):
