@@ -12,18 +12,18 @@ it, short prompts whole on one SP rank each. What is in a step is the scheduler'
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
-from sps2_mega.parallel.machine import Machine
 from sps2_mega.simulator.chunk_cost import chunk_seconds
-from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
-from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s, memory_s
+from sps2_mega.simulator.collectives import all_reduce_s
+from sps2_mega.simulator.compute import causal_pairs, gemm_s, memory_s
+from sps2_mega.simulator.decode_cost import DecodeExchange
 from sps2_mega.simulator.hardware import Hardware
 from sps2_mega.simulator.model_size import ModelSize, model_size
+from sps2_mega.simulator.side_by_side import dealt
 from sps2_mega.simulator.sparse_cost import Prompt, SparseCost, sparse_cost
 from sps2_mega.simulator.system import System
 from sps2_mega.simulator.transport_cost import (
@@ -47,9 +47,9 @@ class StepCost:
     sp: int
     hardware: Hardware
     size: ModelSize
-    machine: Machine
     exact: tuple[TransportCost, ...]
     gather: TransportCost
+    exchange: DecodeExchange
     sparse: SparseCost | None
     _decodes: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -156,7 +156,7 @@ class StepCost:
         read = context * self._kv_bytes / self.sp / self.system.dcp
         reading = memory_s(read, self.hardware) + self.hardware.call_s
         terms["attention"] = terms.get("attention", 0.0) + layers * reading
-        terms["decode_exchange"] = layers * self._decode_exchange_s(num_decodes, context)
+        terms["decode_exchange"] = layers * self.exchange.seconds(num_decodes, context)
 
     def _per_token(self, rows: float) -> dict[str, float]:
         """What depends on the tokens of the busiest rank alone."""
@@ -189,45 +189,19 @@ class StepCost:
         )
 
     def _side_by_side(self, prompts: Sequence[Prompt]) -> dict[str, float] | None:
-        """Whole prompts, the most expensive first, each on the rank with least to do; None where some are cached."""
+        """Whole prompts, each on one rank; None where some are cached."""
         if any(p.start for p in prompts):
             return None
-        heads = self.size.num_heads / self.tp
-
-        def compute_s(prompt: Prompt) -> float:
-            pairs = heads * causal_pairs(0, prompt.end)
-            return attention_s(pairs, self.size.head_dim, 0.0, self.hardware)
-
-        ranks = [(0.0, rank, 0.0, 0) for rank in range(self.sp)]
-        for prompt in sorted(prompts, key=lambda p: -p.end):
-            _, rank, attending_s, tokens = ranks[0]
-            attending_s, tokens = attending_s + compute_s(prompt), tokens + prompt.end
-            linear_s = gemm_s(tokens, self.size.layer_params / self.tp, 0.0, self.hardware)
-            heapq.heapreplace(ranks, (attending_s + linear_s, rank, attending_s, tokens))
-        terms = self._per_token(max(tokens for *_, tokens in ranks))
-        # The rank with most tokens need not be the one with most attention: both at once is the worst case.
-        terms["attention"] = self.size.num_layers * max(seconds for _, _, seconds, _ in ranks)
+        tokens, attending_s = dealt(
+            prompts, tp=self.tp, sp=self.sp, size=self.size, hardware=self.hardware
+        )
+        terms = self._per_token(tokens)
+        terms["attention"] = self.size.num_layers * attending_s
         return terms
 
     @property
     def _kv_bytes(self) -> int:
         return self.size.kv_bytes(self.tp)
-
-    def _decode_exchange_s(self, num_decodes: int, context: int) -> float:
-        """One layer: queries to all SP ranks and partials back, or all keys and values to the sequences' owners."""
-        others = (self.sp - 1) / self.sp
-        heads = self.size.num_heads / self.tp
-        row = heads * self.size.head_dim * self.size.itemsize
-        seconds = 0.0
-        if self.system.dcp > 1:
-            seconds += 2 * self.hardware.intra_node.latency_s
-        if self.sp == 1:
-            return seconds
-        machine = self.machine
-        if self.system.decode_move == "keys":
-            return seconds + all_to_all_s(context / self.sp * others * self._kv_bytes, machine)
-        seconds += all_to_all_s(num_decodes * others * row, machine)
-        return seconds + all_to_all_s(num_decodes * others * (row + 4 * heads), machine)
 
 
 def step_cost(
@@ -266,9 +240,11 @@ def step_cost(
         sp=sp,
         hardware=hardware,
         size=size,
-        machine=machine,
         exact=exact,
         gather=gather,
+        exchange=DecodeExchange(
+            system=system, tp=tp, sp=sp, hardware=hardware, size=size, machine=machine
+        ),
         sparse=sparse,
     )
 
