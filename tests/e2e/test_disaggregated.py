@@ -12,7 +12,10 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
+import torch
 from launched import ROOT, launched
+from transformers import AutoModelForCausalLM
 
 LIMIT_S = 15.0
 PROMPTS = (
@@ -48,8 +51,17 @@ def test_clients_are_served_until_the_decode_rank_is_lost(tmp_path: Path) -> Non
         assert whole == streamed
         assert whole[0] != whole[1]
 
+        check_scores(url)
+        sides = httpx.get(f"{url}/status").json()["kv_cache"]["sides"]
+        assert [(side["name"], side["blocks_per_rank"]) for side in sides] == [
+            ("prefill", 256),
+            ("decode", 256),
+        ]
+
         stream = iter(long_stream(url))
         next(stream)
+        decoding = httpx.get(f"{url}/status").json()["kv_cache"]["sides"][1]
+        assert decoding["used_per_rank"][0] > 0
         stream.close()
         deadline = time.monotonic() + 20
         while metric(url, "num_requests_running") or metric(url, "kv_cache_usage_perc"):
@@ -103,6 +115,29 @@ def end_of(stream: openai.Stream) -> Exception | None:
     except (openai.APIError, httpx.HTTPError) as error:
         return error
     return None
+
+
+def check_scores(url: str) -> None:
+    """A harness that scores texts gets what transformers says of them."""
+    ids = [
+        httpx.post(f"{url}/tokenize", json={"prompt": text}).json()["tokens"] for text in PROMPTS
+    ]
+    model = AutoModelForCausalLM.from_pretrained(
+        ROOT / "model_configs" / "sps2-tiny", dtype=torch.float32
+    )
+    for max_tokens in (0, 1):
+        answer = client(url).completions.create(
+            model="sps2-tiny", prompt=ids, max_tokens=max_tokens, echo=True, logprobs=1
+        )
+        for choice, prompt in zip(answer.choices, ids, strict=True):
+            with torch.inference_mode():
+                rows = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+            own = rows.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+            scored = choice.logprobs.token_logprobs
+            assert len(scored) == len(prompt) + max_tokens and scored[0] is None
+            assert scored[1 : len(prompt)] == pytest.approx(own, abs=1e-4)
+            best = [max(top.values()) for top in choice.logprobs.top_logprobs[1 : len(prompt)]]
+            assert best == pytest.approx(rows.max(-1).values.tolist(), abs=1e-4)
 
 
 def metric(url: str, name: str) -> float:
