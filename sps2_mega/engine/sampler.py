@@ -13,8 +13,9 @@ Shapes: B sequences, V entries of the true vocabulary, S of the B that are not g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,18 +56,22 @@ class _Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What the device chooses, or has chosen: token ids and their rows' largest logits in float64, which holds token
-    ids exactly."""
+    """What the device chooses, or has chosen, in float64, which holds token ids exactly: token ids, their rows' largest
+    logits, and 1 unless a nucleus has more tokens than were looked at. `again` then looks at all; the logits must still be
+    there."""
 
-    chosen_2B: Tensor
+    chosen_3B: Tensor
     logprobs: _Logprobs | None
+    again: Callable[[], Drawn]
 
     def tokens(self) -> tuple[list[int | None], list[TokenLogprob | None]]:
         """One token per row, and its log-probability where asked for; waits for the device.
 
         The token of a row with NaN, or with nothing but infinities, is None: damaged weights or an overflow.
         """
-        chosen, values = self.chosen_2B.tolist()
+        chosen, values, enough = self.chosen_3B.tolist()
+        if not all(enough):
+            return self.again().tokens()
         token_ids: list[int | None] = [int(token_id) for token_id in chosen]
         logprobs = _fetched(self.logprobs, token_ids)
         # max() propagates NaN, and is infinite only where no entry is finite or one overflowed.
@@ -83,10 +88,12 @@ def draw(
     positions: Sequence[int],
     histories: Sequence[PenaltyState | None] | None = None,
     banned: Sequence[Sequence[int]] | None = None,
+    *,
+    nucleus: int = _NUCLEUS,
 ) -> Drawn:
     """One token per row of `logits_BV` (float32, not changed), and its log-probability where asked for.
 
-    Does not wait for the device, except where top-p finds its nucleus larger than usual.
+    Does not wait for the device. Top-p looks at the `nucleus` most likely tokens at first.
 
     `positions[i]` is the position that the new token will have. `histories[i]` must be given where
     `params[i].has_penalties`. `banned[i]` are token ids that cannot be chosen, as the end-of-sequence
@@ -96,19 +103,24 @@ def draw(
     assert len(params) == len(seeds) == len(positions) == len(logits_BV), (
         "one entry per row of the logits"
     )
+    again = partial(
+        draw, logits_BV, params, seeds, positions, histories, banned, nucleus=logits_BV.shape[-1]
+    )
     if not params:
-        return Drawn(logits_BV.new_zeros(2, 0), None)
+        return Drawn(logits_BV.new_zeros(3, 0), None, again)
     logits = _adjusted(logits_BV, params, histories, banned)
     best, token_ids_B = logits.max(dim=-1)
+    enough_B = torch.ones_like(best, dtype=torch.float64)
     rows = [i for i, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
     if rows:
-        chosen_S = _choose(
-            logits, best, rows, params, [uniform(seeds[i], positions[i]) for i in rows]
-        )
+        uniforms = [uniform(seeds[i], positions[i]) for i in rows]
+        chosen_S, enough = _choose(logits, best, rows, params, uniforms, nucleus)
+        if enough is not None:
+            enough_B *= enough
         token_ids_B[upload(rows, torch.int64, logits.device)] = chosen_S
     # In one tensor, so that there is one to wait for.
-    chosen_2B = torch.stack([token_ids_B.double(), best.double()])
-    return Drawn(chosen_2B, _logprobs(logits_BV, params, token_ids_B))
+    chosen_3B = torch.stack([token_ids_B.double(), best.double(), enough_B])
+    return Drawn(chosen_3B, _logprobs(logits_BV, params, token_ids_B), again)
 
 
 def _adjusted(
@@ -142,8 +154,9 @@ def _choose(
     rows: list[int],
     params: Sequence[SamplingParams],
     uniforms: list[float],
-) -> Tensor:
-    """Token ids [S] drawn for `rows`."""
+    nucleus: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Token ids [S] drawn for `rows`, and what `_filtered` says of the nucleus."""
     device = logits_BV.device
     chosen_params = [params[i] for i in rows]
     if len(rows) < len(params):
@@ -152,29 +165,34 @@ def _choose(
     temperature = upload([p.temperature for p in chosen_params], torch.float32, device)
     # Weights relative to the most likely token, which has exactly 1: no overflow at any temperature.
     weights_SV = ((logits_BV - best_B[:, None]) / temperature[:, None]).exp_()
-    weights_SV = _filtered(weights_SV, chosen_params)
+    weights_SV, enough = _filtered(weights_SV, chosen_params, nucleus)
     cumulative_SV = weights_SV.cumsum(dim=-1, dtype=torch.float64)
     target_S = upload(uniforms, torch.float64, device) * cumulative_SV[:, -1]
     # The first entry above the target. Uniform numbers end at 1 - 2**-53, so the product stays below the
     # total, and an entry of weight zero is never the first above anything. NaN rows are reported later.
     ids_S = torch.searchsorted(cumulative_SV, target_S[:, None], right=True).squeeze(-1)
-    return ids_S.clamp_(max=weights_SV.shape[-1] - 1)
+    return ids_S.clamp_(max=weights_SV.shape[-1] - 1), enough
 
 
-def _filtered(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Weights with zeros where top-k, top-p or min-p exclude a token; equal weights share one fate."""
+def _filtered(
+    weights_SV: Tensor, params: Sequence[SamplingParams], nucleus: int
+) -> tuple[Tensor, Tensor | None]:
+    """Weights with zeros where top-k, top-p or min-p exclude a token; equal weights share one fate. With them a boolean,
+    where there is a doubt: whether `nucleus` tokens reach every row's top-p; else the weights are wrong."""
+    enough = None
     vocab_size = weights_SV.shape[-1]
     top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
     if min(top_k) < vocab_size:
         weights_SV = _keep(weights_SV, _top_k_floor(weights_SV, top_k))
     if any(p.top_p < 1.0 for p in params):
         top_p = upload([p.top_p for p in params], torch.float64, weights_SV.device)
-        weights_SV = _keep(weights_SV, _top_p_floor(weights_SV, top_p))
+        floor_S, enough = _top_p_floor(weights_SV, top_p, nucleus)
+        weights_SV = _keep(weights_SV, floor_S)
     if any(p.min_p > 0.0 for p in params):
         # The largest weight is 1, so min_p is a floor as it stands.
         floor_S = upload([p.min_p for p in params], torch.float32, weights_SV.device)
         weights_SV = _keep(weights_SV, floor_S)
-    return weights_SV
+    return weights_SV, enough
 
 
 def _keep(weights_SV: Tensor, floor_S: Tensor) -> Tensor:
@@ -191,22 +209,30 @@ def _top_k_floor(weights_SV: Tensor, top_k: list[int]) -> Tensor:
     return torch.where(upload(limits, torch.int64, weights_SV.device) > 0, floor_S, 0.0)
 
 
-def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor) -> Tensor:
-    """The smallest weight of the nucleus [S]: the most likely tokens that reach top_p of what is left."""
+def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor, nucleus: int) -> tuple[Tensor, Tensor | None]:
+    """The smallest weight of the nucleus [S], the most likely tokens that reach top_p of what is left; and whether all
+    rows reach it within `nucleus` tokens, where that is not the whole vocabulary."""
     wanted_S1 = (top_p_S * weights_SV.sum(dim=-1, dtype=torch.float64))[:, None]
     off_S = top_p_S >= 1.0
-    num_tokens = min(_NUCLEUS, weights_SV.shape[-1])
+    num_tokens = min(nucleus, weights_SV.shape[-1])
     sorted_SK = weights_SV.topk(num_tokens).values
     cumulative_SK = sorted_SK.cumsum(dim=-1, dtype=torch.float64)
-    if num_tokens < weights_SV.shape[-1] and not bool(
-        (off_S | (cumulative_SK[:, -1:] >= wanted_S1)[:, 0]).all()
-    ):
-        sorted_SK = weights_SV.sort(dim=-1, descending=True).values
-        cumulative_SK = sorted_SK.cumsum(dim=-1, dtype=torch.float64)
+    enough = None
+    if num_tokens < weights_SV.shape[-1]:
+        enough = (off_S | (cumulative_SK[:, -1:] >= wanted_S1)[:, 0]).all()
+        if _is_known_at_once(enough):
+            if not bool(enough):
+                return _top_p_floor(weights_SV, top_p_S, weights_SV.shape[-1])
+            enough = None
     # A token belongs to the nucleus while those before it have not reached top_p; the first always does.
     num_kept = ((cumulative_SK - sorted_SK) < wanted_S1).sum(dim=-1, keepdim=True).clamp_(min=1)
     floor_S = sorted_SK.gather(-1, num_kept - 1).squeeze(-1)
-    return floor_S.masked_fill(off_S, 0.0)
+    return floor_S.masked_fill(off_S, 0.0), enough
+
+
+def _is_known_at_once(x: Tensor) -> bool:
+    """Elsewhere reading a number waits for all work that was launched before."""
+    return x.device.type == "cpu"
 
 
 def _logprobs(

@@ -14,8 +14,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from sps2_mega.engine import sampler
 from sps2_mega.engine.penalties import PenaltyState, penalise
-from sps2_mega.engine.sampler import _filtered, sample
+from sps2_mega.engine.sampler import _filtered, draw, sample
 from sps2_mega.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -83,7 +84,7 @@ def test_filters_leave_the_distribution_of_the_transformers_warpers(params, scal
     # In float64, so that the reference's own rounding does not move the border of a nucleus.
     expected = warpers(None, logits.double()).softmax(-1)
     relative = ((logits - logits.amax(-1, keepdim=True)) / params.temperature).exp()
-    weights = _filtered(relative, [params] * 7)
+    weights, _ = _filtered(relative, [params] * 7, 1024)
     actual = weights.double() / weights.sum(-1, keepdim=True, dtype=torch.float64)
     kept_differently = ((actual > 0) != (expected > 0)).sum(-1)
     # With nearly equal logits float32 cannot tell which token is on the border of the nucleus.
@@ -97,11 +98,10 @@ def test_rows_with_different_filters_do_not_disturb_each_other():
     logits = logits_of(28, 3000)
     params = [p.replace(temperature=1.0) for p in mixed_params(28)]
     relative = (logits - logits.amax(-1, keepdim=True)).exp()
-    together = _filtered(relative, params)
+    together, _ = _filtered(relative, params, 1024)
     for row in range(28):
-        assert torch.equal(
-            together[row : row + 1], _filtered(relative[row : row + 1], [params[row]])
-        )
+        alone, _ = _filtered(relative[row : row + 1], [params[row]], 1024)
+        assert torch.equal(together[row : row + 1], alone)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,8 @@ def test_rows_with_different_filters_do_not_disturb_each_other():
 def test_frequencies_follow_the_distribution(params):
     num_draws, vocab_size = 40_000, 13
     logits = logits_of(1, vocab_size, scale=1.2)
-    expected = _filtered(((logits - logits.max()) / params.temperature).exp(), [params])[0].double()
+    relative = ((logits - logits.max()) / params.temperature).exp()
+    expected = _filtered(relative, [params], 1024)[0][0].double()
     expected = expected / expected.sum() * num_draws
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     batch = logits.expand(1000, -1)
@@ -171,12 +172,28 @@ def test_extreme_random_numbers_choose_possible_tokens(number, monkeypatch):
     assert set(ids) == ({2} if number == 0.0 else {V_SMALL - 2})
 
 
+def test_a_nucleus_found_too_small_only_when_tokens_are_read_gives_the_same_tokens(monkeypatch):
+    logits = logits_of(28, 3000, scale=0.1)
+    params = [p.replace(top_p=0.9, logprobs=i % 3) for i, p in enumerate(mixed_params(28))]
+    expected = sample(logits, params, list(range(28)), [5] * 28)
+    # As on a device where nothing is known before the tokens are read.
+    monkeypatch.setattr(sampler, "_is_known_at_once", lambda x: False)
+    drawn = draw(logits, params, list(range(28)), [5] * 28)
+    assert not all(drawn.chosen_3B[2].tolist())
+    assert drawn.tokens() == expected
+    steep = 50 * logits
+    drawn = draw(steep, params, list(range(28)), [5] * 28)
+    assert all(drawn.chosen_3B[2].tolist())
+    monkeypatch.undo()
+    assert drawn.tokens() == sample(steep, params, list(range(28)), [5] * 28)
+
+
 def test_a_nucleus_that_is_reached_exactly_takes_no_further_token():
     weights = torch.tensor([[0.25, 1.0, 0.25, 0.5]])
     params = [SamplingParams(top_p=0.5)]
-    assert _filtered(weights, params).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+    assert _filtered(weights, params, 4)[0].tolist() == [[0.0, 1.0, 0.0, 0.0]]
     params = [SamplingParams(top_p=0.501)]
-    assert _filtered(weights, params).tolist() == [[0.0, 1.0, 0.0, 0.5]]
+    assert _filtered(weights, params, 4)[0].tolist() == [[0.0, 1.0, 0.0, 0.5]]
 
 
 def test_repetition_penalty_equals_transformers():

@@ -24,9 +24,9 @@ def test_a_decode_step_waits_once():
     from sps2_mega.engine.sampler import sample
     from sps2_mega.types import SamplingParams
 
-    logits = torch.randn(32, 1000, device="cuda")
+    logits = torch.randn(32, 3000, device="cuda")
     params = [
-        SamplingParams(temperature=0.0) if i % 2 else SamplingParams(top_k=5, min_p=0.01)
+        SamplingParams(temperature=0.0) if i % 2 else SamplingParams(top_k=5, top_p=0.9, min_p=0.01)
         for i in range(32)
     ]
     waits = []
