@@ -8,7 +8,7 @@ from engine_run import run_engine
 
 from sps2_mega.config import CSAConfig
 
-# Under a target of 1 ms every slice is one layer and every chunk the shortest there is.
+# Under a target of 1 ms a slice has half the time of a decode step: one layer, or some blocks of a prompt in one.
 LAYOUTS = [
     (1, 1, "ulysses", 1.0),
     (1, 2, "auto", 1.0),
@@ -82,7 +82,7 @@ def test_aborts_between_slices(model, requests, expected):
 
 @pytest.mark.parametrize("spans", [(48,), None], ids=["spans", "topology"])
 def test_sparse_prompts_are_the_same_wherever_they_are_cut(model, requests, spans):
-    """Chunks of 128 tokens: the exact tail of 50 is cut in prompts of 129 and 320 tokens."""
+    """Chunks are of some blocks: the exact tail of 50 tokens is cut, too."""
     csa = CSAConfig(degrees=(1, 4), spans=spans, sinks=4, halo=10, tail=50)
     options = model | dict(csa=csa, cache=dict(no_prefix_caching=True))
     whole = run_engine(options, requests, sp=2, stagger=2)

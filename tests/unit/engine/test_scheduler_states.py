@@ -160,8 +160,9 @@ class SchedulerHistories(RuleBasedStateMachine):
             assert self.waited <= 1, "decodes waited for two slices"
         if self.plan.layers is not None:
             event("slice")
-        if any(not item.samples for item in self.plan.prefills):
-            event("chunk")
+        assert all(item.samples for item in self.plan.prefills), "a pass takes whole prompts"
+        if self.plan.layers is not None and self.plan.layers.chunked:
+            event("chunk" if self.plan.layers.end_token else "chunk up to a layer's end")
         if self.plan.dropped:
             event("dropped")
         if len(self.ranks.passes) > 1:
