@@ -11,7 +11,7 @@ import pytest
 from harness import free_port, run_ranks
 from triton_device import DEVICES
 
-LENGTHS = (40, 1, 17, 333, 90)
+LENGTHS = (40, 1, 17, 333, 90, 25)
 LAST = 9  # tokens of request 3, which a stop string is found to end
 
 
@@ -98,7 +98,7 @@ def both_ways(
 
 
 def history(engine: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """Requests that end by length, by an end token, by a stop string and by an abort, and one that comes late."""
+    """Requests that end by length, by an end token, by a stop string and by aborts, and some that come late."""
     from sps2_mega.types import SamplingParams
 
     def add(number: int, **params: Any) -> None:
@@ -114,6 +114,10 @@ def history(engine: Any, prompts: list[list[int]]) -> dict[str, Any]:
         if steps == 6:
             add(4, max_tokens=3, temperature=0.0)
             assert engine.abort("2")
+        if steps == 10:
+            add(5, max_tokens=3)
+        if steps == 11:  # its prefill is planned, and with graphs not begun
+            assert engine.abort("5")
         for output in engine.step():
             answers[output.request_id] = [c.token_ids for c in output.completions]
             answers[output.request_id] += [
@@ -121,7 +125,7 @@ def history(engine: Any, prompts: list[list[int]]) -> dict[str, Any]:
                 for c in output.completions
             ]
         for delta in engine.take_deltas():
-            if delta.request_id != "2":
+            if delta.request_id not in ("2", "5"):
                 streamed.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
         steps += 1
     assert engine.step() == []
