@@ -135,6 +135,7 @@ def _packed_rows(
         logits_RV, first_id = model.shard_logits(hidden_T1C.index_select(0, rows))
         own_RF = _summary(logits_RV, first_id, following, num_top)
         all_RPF = all_gather_last_dim(own_RF, tp).unflatten(-1, (tp.size, -1))
+        # Waits for the device, which bounds the logits that exist; results are small, and wanted there anyway.
         parts.append(_merged(all_RPF, num_top).cpu())
     return torch.cat(parts)
 

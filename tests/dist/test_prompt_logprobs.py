@@ -1,4 +1,5 @@
-"""Log-probabilities of prompts that requests ask for: transformers' on every layout, whatever chunks, caches and others do."""
+"""Log-probabilities of prompts that requests ask for: transformers', whatever chunks, caches and others do. Layouts are
+`test_scoring`'s: both go through the same function."""
 
 from __future__ import annotations
 
@@ -43,13 +44,11 @@ def assert_scored(output, rows, num_top):
 @pytest.mark.parametrize(
     ("tp", "sp", "options"),
     [
-        (2, 2, dict(transport="ulysses")),
-        (1, 3, dict(transport="gather")),  # zigzag: a rank's tokens are two runs
         (1, 2, dict(scheduler=dict(policy="sarathi", chunk_tokens=37))),
         (1, 2, dict(scheduler=dict(tbt_target_ms=0.01))),  # a slice is a layer, chunks are small
     ],
 )
-def test_scores_are_those_of_transformers_on_every_layout(oracle, tp, sp, options):
+def test_scores_are_those_of_transformers_in_any_chunks(oracle, tp, sp, options):
     folder, prompts, rows = oracle
     counts = (3, 0, 20, 5, 1)
     requests = [

@@ -10,6 +10,7 @@ from browser import CONTROL, ENTER, ESCAPE, TAB, Browser, chromium
 from fake_engine import FakeEngine
 from fake_server import MODEL, FakeServer, serving
 
+from sps2_mega.engine.stats import KVUse
 from sps2_mega.engine.tokenizer import Tokenizer
 
 
@@ -65,6 +66,24 @@ def test_numbers_of_the_server(browser, server) -> None:
     browser.wait(lambda: not server.engine.has_work(), "the engine has dropped the request")
     browser.wait(lambda: not browser.shown("#requests"), "no open requests")
     assert browser.console() == []
+
+
+def test_both_sides_of_a_job(browser, server) -> None:
+    one_side = server.engine.kv_sides
+    server.engine.kv_sides = (
+        KVUse(side="prefill", blocks_per_rank=10, used_per_rank=(4,)),
+        KVUse(side="decode", blocks_per_rank=7, used_per_rank=(3, 7)),
+    )
+    try:
+        opened(browser, server)
+        ask(browser, "abz", max_tokens=2)
+        browser.wait_text("#kv li:nth-child(3)", "7 of 7 blocks")
+        labels = browser.run(
+            "return [...document.querySelectorAll('#kv label')].map((l) => l.firstChild.textContent)"
+        )
+        assert labels == ["prefill SP rank 0", "decode SP rank 0", "decode SP rank 1"]
+    finally:
+        server.engine.kv_sides = one_side
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat"])

@@ -53,19 +53,20 @@ function showKv(cache) {
   );
   if (list.children.length !== ranks.length) {
     list.replaceChildren(
-      ...ranks.map(({ of, name }) => {
+      ...ranks.map(() => {
         const item = document.createElement("li");
         const label = document.createElement("label");
-        const meter = document.createElement("meter");
-        meter.max = of;
-        label.append(name, meter, document.createElement("span"));
+        label.append("", document.createElement("meter"), document.createElement("span"));
         item.append(label);
         return item;
       }),
     );
   }
-  ranks.forEach(({ used, of }, index) => {
+  ranks.forEach(({ used, of, name }, index) => {
     const item = list.children[index];
+    // The server may have come back with other sides since the last look.
+    item.firstChild.firstChild.textContent = name;
+    item.querySelector("meter").max = of;
     const text = `${number.format(used)} of ${number.format(of)} blocks`;
     item.querySelector("meter").value = used;
     item.querySelector("meter").textContent = text;
