@@ -105,6 +105,9 @@ def choose_levels(
     how often exchanges are cut (`leveled.num_kv_parts`), None where nothing overlaps."""
     heads = _Heads(num_heads, num_kv_heads, head_dim * itemsize)
     latency_s = max(link.latency_s for link in machine.links)
+    work_s = {
+        name: machine.work_s.get(name, messages * latency_s) for name, messages in _MESSAGES.items()
+    }
     costs: dict[tuple[str, ...], tuple[float, float]] = {}
     for names in itertools.product(CANDIDATES, repeat=len(machine.sp_levels)):
         moved, work = _spread(visible, names, group_sizes_of(machine.sp_levels), heads)
@@ -115,7 +118,7 @@ def choose_levels(
         ]
         costs[names] = link_seconds(moved, machine), max(busy_s)
     seconds = {
-        names: sum(_MESSAGES[name] for name in names) * (parts or 1) * latency_s
+        names: sum(work_s[name] for name in names) * (parts or 1)
         + max(both)
         + min(both) / (parts or 1)
         for names, both in costs.items()

@@ -87,9 +87,11 @@ def estimate(
     travelling_s = link_seconds(moved, machine)
     steps = _steps(transport, shape)
     row_merge_s = machine.merge_s * shape.num_heads * shape.head_dim
+    layer_s = machine.layer_s.get(transport) if shape.size > 1 else None
+    call_s = machine.call_s if layer_s is None else 0.0
     step_s = [
         step.pairs * flops_per_pair / machine.flops_per_s
-        + step.calls * machine.call_s
+        + step.calls * call_s
         + step.merged_rows * row_merge_s
         for step in steps
     ]
@@ -107,9 +109,11 @@ def estimate(
         )
         if transport != "ulysses":  # they are cut by KV heads alone
             micro_batches = min(micro_batches, shape.num_kv_heads)
-        step_s[0] += (micro_batches - 1) * sum(step.calls for step in steps) * machine.call_s
+        step_s[0] += (micro_batches - 1) * sum(step.calls for step in steps) * call_s
     messages = num_messages(transport, shape.size) * micro_batches
-    latency_s = _latency_s(transport, shape.size, machine) * micro_batches
+    latency_s = micro_batches * (
+        _latency_s(transport, shape.size, machine) if layer_s is None else layer_s
+    )
     compute_s = sum(step_s)
     if not overlap:
         seconds = travelling_s + compute_s

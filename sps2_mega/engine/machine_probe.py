@@ -18,6 +18,7 @@ import torch
 
 from sps2_mega.comm.collectives import all_gather_rows, broadcast_bytes
 from sps2_mega.comm.probe import agree_most, measure_gather, measure_links
+from sps2_mega.engine.transport_probe import measure_layers
 from sps2_mega.kernels.attention.sdpa import attend_run
 from sps2_mega.kernels.lse.reference import merge_two
 from sps2_mega.parallel.groups import Group, ParallelGroups
@@ -53,10 +54,15 @@ def machine_facts(
     if told:
         return Machine.from_json(told.decode())
     began = time.monotonic()
+    # On CUDA the host runs ahead of the device, which hides such costs.
+    on_cpu = device.type == "cpu"
+    layer_s, work_s = measure_layers(groups, head_dim=head_dim, dtype=dtype) if on_cpu else ({}, {})
     machine = Machine(
         sp_levels=tuple(level.size for level in groups.sp_levels),
         links=measure_links(groups.sp_levels, groups.control, device),
         gather_s=measure_gather(groups.sp, groups.control, device),
+        layer_s=layer_s,
+        work_s=work_s,
         **attention_speed(head_dim, dtype, device, groups.control),
     )
     if groups.global_rank == 0:

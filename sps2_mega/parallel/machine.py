@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _FASTEST_CPU_FLOPS_PER_S = 1e13
 
@@ -25,7 +25,10 @@ class Machine:
     """`links[l]` joins the groups of `sp_levels[l]` ranks; attention does `flops_per_s` on each rank (a
     multiply and an add are two). Beside that, each call of it takes `call_s`, merging two partials `merge_s` for
     each number of the output, and gathering rows `copy_s` for each number. A small all-gather among all SP ranks takes
-    `gather_s`; None: a latency for each of them."""
+    `gather_s`; None: a latency for each of them.
+
+    Where it was measured, between CPUs, `layer_s` has what a layer with next to nothing to do takes by exact transport, and
+    `work_s` what each SP level of a sparse one takes; they stand for latencies and calls then."""
 
     sp_levels: tuple[int, ...]
     links: tuple[Link, ...]
@@ -34,6 +37,8 @@ class Machine:
     merge_s: float = 0.0
     copy_s: float = 0.0
     gather_s: float | None = None
+    layer_s: dict[str, float] = field(default_factory=dict)
+    work_s: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len(self.links) == len(self.sp_levels), (
@@ -61,6 +66,8 @@ class Machine:
                 merge_s=float(values["merge_s"]),
                 copy_s=float(values["copy_s"]),
                 gather_s=None if values["gather_s"] is None else float(values["gather_s"]),
+                layer_s={str(name): float(s) for name, s in values["layer_s"].items()},
+                work_s={str(name): float(s) for name, s in values["work_s"].items()},
             )
-        except (KeyError, TypeError, AssertionError) as error:
+        except (KeyError, TypeError, AttributeError, AssertionError) as error:
             raise ValueError(f"not a measured machine: {error!r}") from error

@@ -116,6 +116,21 @@ def test_nothing_visible_costs_latency_only():
     assert max(choose({}, [1e9]).seconds.values()) < 1e-4
 
 
+def test_each_part_of_a_level_costs_what_an_empty_one_took():
+    machine = Machine(
+        sp_levels=(2, 2),
+        links=(Link(latency_s=9.0, bytes_per_s=1e9),) * 2,
+        flops_per_s=1e11,
+        work_s={"gather": 1.0, "ulysses": 3.0},
+    )
+    seconds = choose_levels(
+        {}, machine, num_heads=6, num_kv_heads=3, head_dim=64, itemsize=2, parts=2
+    ).seconds
+    assert seconds["gather", "gather"] == 2 * (1 + 1)
+    assert seconds["gather", "ulysses"] == 2 * (1 + 3)
+    assert seconds["pass_q", "gather"] == 2 * (2 * 9 + 1)  # two messages, as nothing was measured
+
+
 def test_parts_hide_the_shorter_of_the_two_and_pay_latencies():
     visible = whole_prompt(csa(degrees=(1, 4), spans=(1000,)))
     apart, whole, cut = (

@@ -110,6 +110,22 @@ def test_gathers_of_the_library_cost_what_was_measured():
         assert found[1] - found[0] == pytest.approx(after - before), name
 
 
+def test_what_an_empty_layer_took_stands_for_latencies_and_calls():
+    shape = shape_of([0, 1, 1, 0], tokens=4096)
+    plain = dataclasses.replace(machine(rates=(1e8,), latency=1.0, flops=1e11), call_s=1.0)
+    measured = dataclasses.replace(plain, layer_s={"ulysses": 0.25, "gather": 0.125})
+    free = machine(rates=(1e8,), flops=1e11)
+    for name, layer_s in measured.layer_s.items():
+        found = estimate(name, shape, measured)
+        assert found.micro_batches > 1
+        expected = estimate(name, shape, free).seconds + found.micro_batches * layer_s
+        assert found.seconds == pytest.approx(expected)
+    # Of transports that were not measured nothing changes, and one rank has no exchange to pay.
+    assert estimate("ring", shape, measured) == estimate("ring", shape, plain)
+    alone = shape_of([0], tokens=64, sp=1)
+    assert estimate("ulysses", alone, measured) == estimate("ulysses", alone, plain)
+
+
 def test_copies_are_part_of_the_price_and_on_cpu_those_through_the_kernel():
     """The same step; a millisecond to copy a number. Sent and received numbers are copied twice by a CPU."""
     shape = shape_of([0, 1], tokens=8, heads=2, kv_heads=1, width=8, itemsize=4)
