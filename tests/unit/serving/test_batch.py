@@ -7,22 +7,15 @@ import random
 from pathlib import Path
 
 import pytest
-import tokenizer_samples as samples
 from fake_engine import FakeEngine
 
 from sps2_mega.config import EngineConfig, SchedulerConfig
 from sps2_mega.engine.seeds import derive_seed_from_text
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import ConfigError
 from sps2_mega.serving.batch import BatchJob, BatchOptions
 from sps2_mega.serving.batch_output import BatchOutput, OutputMode, state_path
 
 CONFIG = EngineConfig(scheduler=SchedulerConfig(max_running=2))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
 
 
 class Files:

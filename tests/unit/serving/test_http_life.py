@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-import tokenizer_samples as samples
 from fake_engine import FakeEngine
 from fake_server import MODEL, FakeServer, served_model, serving
 
@@ -22,11 +21,6 @@ from sps2_mega.serving.http.server import bind, url_of
 from sps2_mega.serving.http.settings import ServerConfig, model_name
 
 LONG = {"model": MODEL, "prompt": "a", "max_tokens": 90_000, "stream": True}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
 
 
 def slow_engine(tokenizer: Tokenizer | None, step_s: float = 0.01) -> FakeEngine:

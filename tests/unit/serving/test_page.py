@@ -10,22 +10,15 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-import tokenizer_samples as samples
 from fake_engine import FakeEngine
 from fake_server import FACTS, MODEL, FakeServer, served_model, serving
 
 from sps2_mega.engine.stats import KVUse
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.metrics import TokenWaits
 from sps2_mega.serving.http.page_routes import PAGE_PATHS
 from sps2_mega.serving.http.recent_waits import WINDOW_S, RecentWaits
 
 VOID = {"meta", "link", "input", "br"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="module")

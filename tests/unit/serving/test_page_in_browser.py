@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import tokenizer_samples as samples
 from browser import CONTROL, ENTER, ESCAPE, TAB, Browser, chromium
 from fake_engine import FakeEngine
 from fake_server import MODEL, FakeServer, serving
 
 from sps2_mega.engine.stats import KVUse
-from sps2_mega.engine.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="module")

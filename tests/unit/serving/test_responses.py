@@ -3,19 +3,11 @@ from __future__ import annotations
 import json
 import math
 
-import pytest
-import tokenizer_samples as samples
-
 from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.outputs import Completion, RequestOutput, Timings
 from sps2_mega.serving.responses import chat_body, completion_body, timings_record, token_text
 from sps2_mega.types import FinishReason
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
 
 
 def finished(tokenizer: Tokenizer, texts: list[str], *, logprobs: bool) -> RequestOutput:
