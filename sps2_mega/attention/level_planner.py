@@ -19,7 +19,7 @@ from sps2_mega.attention.heads import split_heads
 from sps2_mega.attention.layout import PrefillLayout, Run
 from sps2_mega.attention.pattern import CSAPattern
 from sps2_mega.attention.pieces import csa_pieces
-from sps2_mega.attention.planner import link_seconds
+from sps2_mega.attention.planner import link_seconds, sockets_s
 from sps2_mega.attention.traffic import Matrix
 from sps2_mega.attention.volume import visible_keys
 from sps2_mega.attention.works import group_sizes_of, level_of
@@ -113,8 +113,8 @@ def choose_levels(
         moved, work = _spread(visible, names, group_sizes_of(machine.sp_levels), heads)
         busy_s = [
             head_dim * (done.pairs * 4 / machine.flops_per_s + done.merged_rows * machine.merge_s)
-            + copied * machine.copy_s
-            for done, copied in zip(work, _copied(moved, itemsize, machine), strict=True)
+            + handled
+            for done, handled in zip(work, _handling_s(moved, itemsize, machine), strict=True)
         ]
         costs[names] = link_seconds(moved, machine), max(busy_s)
     seconds = {
@@ -134,12 +134,15 @@ def choose_levels(
     return LevelChoice(transports=best, seconds=seconds, reason=reason)
 
 
-def _copied(moved: Matrix, itemsize: int, machine: Machine) -> list[int]:
-    """Numbers that each rank copies: rows are picked before they leave and put in their places after they have come,
-    and on CPU they go through the kernel."""
-    times = 4 if machine.on_cpu else 2
+def _handling_s(moved: Matrix, itemsize: int, machine: Machine) -> list[float]:
+    """Seconds of each rank beside attention: rows are picked before they leave and put in their places after they have
+    come, and between CPUs they go through sockets."""
     sent, received = map(sum, moved), map(sum, zip(*moved, strict=True))
-    return [times * sum(both) // itemsize for both in zip(sent, received, strict=True)]
+    copy_s = 2 * machine.copy_s / itemsize
+    copied_s = [sum(both) * copy_s for both in zip(sent, received, strict=True)]
+    if not machine.on_cpu:
+        return copied_s
+    return list(map(sum, zip(copied_s, sockets_s(moved, itemsize, machine), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,10 +95,9 @@ def estimate(
         + step.merged_rows * row_merge_s
         for step in steps
     ]
-    step_s[0] += machine.copy_s * (
-        _rearranged(transport, shape)
-        + (_through_kernel(moved, shape.itemsize) if machine.on_cpu else 0)
-    )
+    step_s[0] += machine.copy_s * _rearranged(transport, shape)
+    if machine.on_cpu:
+        step_s[0] += max(sockets_s(moved, shape.itemsize, machine))
     micro_batches = 1
     if overlap and transport != "ring":
         micro_batches = num_micro_batches(
@@ -229,10 +228,14 @@ def _rearranged(transport: str, shape: StepShape) -> int:
     return rows[transport] * shape.head_dim
 
 
-def _through_kernel(moved: Matrix, itemsize: int) -> int:
-    """Numbers that the busiest rank sends and receives through sockets; each costs about two copies."""
+def sockets_s(moved: Matrix, itemsize: int, machine: Machine) -> list[float]:
+    """Seconds of its cores that each rank spends on bytes that it sends and receives; where that was not measured, two
+    copies of each number."""
+    per_byte = max(link.core_s_per_byte for link in machine.links) / 2 or (
+        2 * machine.copy_s / itemsize
+    )
     sent, received = map(sum, moved), map(sum, zip(*moved, strict=True))
-    return 2 * max(map(sum, zip(sent, received, strict=True))) // itemsize
+    return [sum(both) * per_byte for both in zip(sent, received, strict=True)]
 
 
 def _seconds(found: Estimate) -> float:

@@ -66,9 +66,18 @@ def _measure(group: Group, control: Group, device: torch.device) -> Link:
             break
         num_bytes *= 2
     # A shaped link lets a first burst pass for nothing, so this one did not count.
-    samples = [agree_most(_exchange_s(group, num_bytes, device), control) for _ in range(_ROUNDS)]
+    samples, busy = [], []
+    for _ in range(_ROUNDS):
+        began = time.process_time()
+        seconds = _exchange_s(group, num_bytes, device)
+        busy.append(agree_most(time.process_time() - began, control))
+        samples.append(agree_most(seconds, control))
     taken = median(samples)
-    return Link(latency_s=latency, bytes_per_s=num_bytes / max(taken - latency, taken / 10))
+    return Link(
+        latency_s=latency,
+        bytes_per_s=num_bytes / max(taken - latency, taken / 10),
+        core_s_per_byte=median(busy) / num_bytes if device.type == "cpu" else 0.0,
+    )
 
 
 def _exchange_s(group: Group, num_bytes: int, device: torch.device) -> float:

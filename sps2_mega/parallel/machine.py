@@ -14,10 +14,12 @@ _FASTEST_CPU_FLOPS_PER_S = 1e13
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One SP level: seconds of a small message, and what a rank sends per second while all ranks do."""
+    """One SP level: seconds of a small message, and what a rank sends per second while all ranks do. Between CPUs each byte
+    that a rank sends while it receives another one takes `core_s_per_byte` of its cores; 0 where that was not measured."""
 
     latency_s: float
     bytes_per_s: float
+    core_s_per_byte: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

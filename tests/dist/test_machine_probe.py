@@ -52,6 +52,7 @@ def test_ranks_agree_and_the_second_job_reads_the_file(tmp_path, sp, levels):
         for size, link in zip(machine.sp_levels, machine.links, strict=True):
             assert link.bytes_per_s > 1e5
             assert (0 < link.latency_s < 1) == (size > 1)
+            assert (0 < link.core_s_per_byte < 1e-6) == (size > 1)
     assert len(list((tmp_path / "0").iterdir())) == 2  # one file per network
     assert not [p for rank in range(1, sp) for p in (tmp_path / str(rank)).glob("*")]
     ((later, _), *_) = run_ranks(facts_on_rank, sp, free_port(), *args)[-1]

@@ -142,6 +142,20 @@ def test_copies_are_part_of_the_price_and_on_cpu_those_through_the_kernel():
             assert after.seconds == pytest.approx(before.seconds + copied * 1e-3)
 
 
+def test_sockets_cost_what_was_measured():
+    """The same step; a millisecond of a core for each byte that leaves while another one comes."""
+    shape = shape_of([0, 1], tokens=8, heads=2, kv_heads=1, width=8, itemsize=4)
+    for flops, on_cpu in ((1280.0, True), (1e15, False)):
+        link = Link(latency_s=0.0, bytes_per_s=1000.0, core_s_per_byte=1e-3)
+        measured = dataclasses.replace(machine(rates=(1000.0,), flops=flops), links=(link,))
+        for name in TRANSPORTS:
+            before = estimate(
+                name, shape, machine(rates=(1000.0,), flops=flops), overlap=False
+            ).seconds
+            after = estimate(name, shape, measured, overlap=False)
+            assert after.seconds == pytest.approx(before + on_cpu * 1e-3 * after.bytes_sent[0])
+
+
 def test_the_pipeline_hides_all_but_one_micro_batch_of_the_shorter():
     shape = shape_of([0, 1, 1, 0], tokens=4096)
     with_it = estimate("ulysses", shape, machine(rates=(1e8,), flops=1e11))
