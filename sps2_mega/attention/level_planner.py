@@ -116,7 +116,9 @@ def choose_levels(
             + handled
             for done, handled in zip(work, _handling_s(moved, itemsize, machine), strict=True)
         ]
-        costs[names] = link_seconds(moved, machine), max(busy_s)
+        # Who is left when others have finished has their share of the cores.
+        compute_s = max(sum(busy_s) / len(busy_s), max(busy_s) / machine.ranks_per_core)
+        costs[names] = link_seconds(moved, machine), compute_s
     seconds = {
         names: sum(work_s[name] for name in names) * (parts or 1)
         + max(both)

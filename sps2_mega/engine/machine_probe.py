@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -45,7 +46,8 @@ def machine_facts(
     Other hosts, another `network` (an address of it) or another shape of the job are measured anew; `folder` keeps
     the results.
     """
-    place = f"{_hosts(groups.control)} {network}"
+    hosts = _hosts(groups.control)
+    place = f"{hosts} {network}"
     path = folder / f"machine-{_key(groups, head_dim, dtype, device, place)}.json"
     known = None
     if groups.global_rank == 0:
@@ -61,6 +63,7 @@ def machine_facts(
         sp_levels=tuple(level.size for level in groups.sp_levels),
         links=measure_links(groups.sp_levels, groups.control, device),
         gather_s=measure_gather(groups.sp, groups.control, device),
+        ranks_per_core=_ranks_per_core(hosts, groups.control) if on_cpu else 1.0,
         layer_s=layer_s,
         work_s=work_s,
         **attention_speed(head_dim, dtype, device, groups.control),
@@ -135,6 +138,12 @@ def _mean_s(call: Callable[[], object], device: torch.device) -> float:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # only then has a time a meaning
+
+
+def _ranks_per_core(hosts: list[str], control: Group) -> float:
+    """How many ranks share a core, at least 1; the most of any host."""
+    threads = hosts.count(hosts[control.rank]) * torch.get_num_threads()
+    return agree_most(max(1.0, threads / len(os.sched_getaffinity(0))), control)
 
 
 def _hosts(control: Group) -> list[str]:

@@ -29,6 +29,9 @@ class Machine:
     each number of the output, and gathering rows `copy_s` for each number. A small all-gather among all SP ranks takes
     `gather_s`; None: a latency for each of them.
 
+    `ranks_per_core` ranks have to share a core while all compute, which the speeds are of; one that computes alone is as
+    many times faster.
+
     Where it was measured, between CPUs, `layer_s` has what a layer with next to nothing to do takes by exact transport, and
     `work_s` what each SP level of a sparse one takes; they stand for latencies and calls then."""
 
@@ -39,6 +42,7 @@ class Machine:
     merge_s: float = 0.0
     copy_s: float = 0.0
     gather_s: float | None = None
+    ranks_per_core: float = 1.0
     layer_s: dict[str, float] = field(default_factory=dict)
     work_s: dict[str, float] = field(default_factory=dict)
 
@@ -68,6 +72,7 @@ class Machine:
                 merge_s=float(values["merge_s"]),
                 copy_s=float(values["copy_s"]),
                 gather_s=None if values["gather_s"] is None else float(values["gather_s"]),
+                ranks_per_core=float(values["ranks_per_core"]),
                 layer_s={str(name): float(s) for name, s in values["layer_s"].items()},
                 work_s={str(name): float(s) for name, s in values["work_s"].items()},
             )

@@ -46,6 +46,8 @@ def test_ranks_agree_and_the_second_job_reads_the_file(tmp_path, sp, levels):
         assert took < 5
         assert 1e6 < machine.flops_per_s < 1e15
         assert 0 < machine.call_s < 0.1 and 0 < machine.copy_s < 1e-5 and 0 < machine.merge_s < 1e-5
+        cores = len(os.sched_getaffinity(0))  # one thread per rank here
+        assert machine.ranks_per_core == pytest.approx(max(1.0, sp / cores))
         names = {"ulysses", "gather", "ring", "pass_q"} if sp > 1 else set()
         assert set(machine.layer_s) == names and set(machine.work_s) == names - {"ring"}
         assert all(0 < s < 1 for s in (*machine.layer_s.values(), *machine.work_s.values()))

@@ -54,11 +54,12 @@ def test_what_is_visible_between_ranks_is_counted_from_the_definition(pattern):
         assert pair.query_rows >= len(queries[between])
 
 
-def choose(visible, bandwidth, *, flops=1e11, parts=8, levels=(4,), num_heads=12):
+def choose(visible, bandwidth, *, flops=1e11, parts=8, levels=(4,), num_heads=12, **more):
     machine = Machine(
         sp_levels=levels,
         links=tuple(Link(latency_s=1e-6, bytes_per_s=b) for b in bandwidth),
         flops_per_s=flops,
+        **more,
     )
     return choose_levels(
         visible,
@@ -88,6 +89,15 @@ def test_a_free_link_buys_balance():
     choice = choose(visible, [1e15])
     assert choice.transports == ("ulysses",)
     assert choice.seconds["ulysses",] < 0.8 * choice.seconds["gather",]
+
+
+def test_balance_buys_less_where_ranks_share_cores():
+    """The same prompt, on half as many cores as ranks: whoever has more to do has a whole core in the end."""
+    visible = whole_prompt(csa(degrees=(1, 2), spans=(1000,)))
+    own, shared = (choose(visible, [1e15], ranks_per_core=ranks).seconds for ranks in (1.0, 2.0))
+    assert shared["ulysses",] == pytest.approx(own["ulysses",], rel=0.05)
+    assert shared["gather",] == pytest.approx(shared["ulysses",], rel=0.1)
+    assert shared["gather",] < own["gather",]
 
 
 def test_few_queries_go_to_a_long_cached_prefix():
