@@ -26,7 +26,7 @@ from sps2_mega.comm.probe import agree_most
 from sps2_mega.parallel.groups import ParallelGroups
 
 _BLOCK = 8  # two per rank: a zigzag's halves
-_ROUNDS = 15
+_ROUNDS = 40
 _CPU = torch.device("cpu")
 
 
