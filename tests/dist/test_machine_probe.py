@@ -43,7 +43,7 @@ def test_ranks_agree_and_the_second_job_reads_the_file(tmp_path, sp, levels):
     for (machine, took), (again, _), (_, _) in results:
         assert machine == again == results[0][0][0]
         assert machine.sp_levels == (levels or (sp,))
-        assert took < 5
+        assert took < 30  # seconds, also where ranks share cores with other tests
         assert 1e6 < machine.flops_per_s < 1e15
         assert 0 < machine.call_s < 0.1 and 0 < machine.copy_s < 1e-5 and 0 < machine.merge_s < 1e-5
         cores = len(os.sched_getaffinity(0))  # one thread per rank here
