@@ -56,13 +56,13 @@ def machine_facts(
     if told:
         return Machine.from_json(told.decode())
     began = time.monotonic()
-    # On CUDA the host runs ahead of the device, which hides such costs.
+    # On CUDA the host runs ahead of the device, which hides most of what an empty layer takes.
     on_cpu = device.type == "cpu"
     layer_s, work_s = measure_layers(groups, head_dim=head_dim, dtype=dtype) if on_cpu else ({}, {})
     machine = Machine(
         sp_levels=tuple(level.size for level in groups.sp_levels),
         links=measure_links(groups.sp_levels, groups.control, device),
-        gather_s=measure_gather(groups.sp, groups.control, device),
+        gather_s=None if on_cpu else measure_gather(groups.sp, groups.control, device),
         ranks_per_core=_ranks_per_core(hosts, groups.control) if on_cpu else 1.0,
         layer_s=layer_s,
         work_s=work_s,
@@ -92,7 +92,8 @@ def attention_speed(
     head_dim: int, dtype: torch.dtype, device: torch.device, control: Group
 ) -> dict[str, float]:
     """`flops_per_s` of causal attention, `call_s` (with the merge of a small result), `merge_s` and `copy_s` as in
-    `Machine`, on the slowest rank while all compute. Means, not best times: where ranks share cores, waiting for one is part of the price."""
+    `Machine`, on the slowest rank while all compute. Means, not best times: where ranks share cores, waiting for one is
+    part of the price."""
     heads = 4 if device.type == "cpu" else 16
     tokens = max(64, int((_FLOPS[device.type] / (2 * heads * head_dim)) ** 0.5))
     q, k, v = torch.zeros(3, tokens, heads, head_dim, dtype=dtype, device=device)
