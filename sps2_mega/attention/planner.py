@@ -26,7 +26,7 @@ from sps2_mega.attention.pipeline.settings import (
 )
 from sps2_mega.attention.step_shape import StepShape, busiest
 from sps2_mega.attention.traffic import Matrix, bytes_moved, num_messages
-from sps2_mega.parallel.machine import Machine
+from sps2_mega.parallel.machine import PROBED_TOKENS, Machine
 
 TRANSPORTS = ("ulysses", "gather", "ring", "pass_q")
 
@@ -87,7 +87,7 @@ def estimate(
     travelling_s = link_seconds(moved, machine)
     steps = _steps(transport, shape)
     row_merge_s = machine.merge_s * shape.num_heads * shape.head_dim
-    layer_s = machine.layer_s.get(transport) if shape.size > 1 else None
+    layer_s = _layer_s(transport, shape, machine)
     call_s = machine.call_s if layer_s is None else 0.0
     step_s = [
         step.pairs * flops_per_pair / machine.flops_per_s
@@ -110,9 +110,11 @@ def estimate(
             micro_batches = min(micro_batches, shape.num_kv_heads)
         step_s[0] += (micro_batches - 1) * sum(step.calls for step in steps) * call_s
     messages = num_messages(transport, shape.size) * micro_batches
-    latency_s = micro_batches * (
-        _latency_s(transport, shape.size, machine) if layer_s is None else layer_s
-    )
+    if layer_s is None:
+        latency_s = micro_batches * _latency_s(transport, shape.size, machine)
+    else:
+        # What more tokens add to the first part is waiting, which the others fill with work.
+        latency_s = layer_s + (micro_batches - 1) * machine.layer_s[transport][0]
     compute_s = sum(step_s)
     if not overlap:
         seconds = travelling_s + compute_s
@@ -157,6 +159,17 @@ def link_seconds(moved: Matrix, machine: Machine) -> float:
                     into[receiver // inner] += count
         slowest = max(slowest, max(out + into) / (inner * link.bytes_per_s))
     return slowest
+
+
+def _layer_s(transport: str, shape: StepShape, machine: Machine) -> float | None:
+    """What the step's layer takes beside bytes and FLOPs, in a straight line between the measured sizes and level outside;
+    None where that was not measured."""
+    known = machine.layer_s.get(transport)
+    if known is None or shape.size == 1:
+        return None
+    (few, many), (least, most) = PROBED_TOKENS, known
+    share = (max(shape.queries) - few) / (many - few)
+    return least + (most - least) * min(1.0, max(0.0, share))
 
 
 def _latency_s(transport: str, size: int, machine: Machine) -> float:

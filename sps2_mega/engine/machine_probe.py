@@ -19,7 +19,7 @@ import torch
 
 from sps2_mega.comm.collectives import all_gather_rows, broadcast_bytes
 from sps2_mega.comm.probe import agree_most, measure_gather, measure_links
-from sps2_mega.engine.transport_probe import measure_layers
+from sps2_mega.engine.transport_probe import LayerHeads, measure_layers
 from sps2_mega.kernels.attention.sdpa import attend_run
 from sps2_mega.kernels.lse.reference import merge_two
 from sps2_mega.parallel.groups import Group, ParallelGroups
@@ -34,9 +34,8 @@ _FLOPS = {"cpu": 6e8, "cuda": 2e11}  # of the timed attention: milliseconds on e
 
 def machine_facts(
     groups: ParallelGroups,
+    heads: LayerHeads,
     *,
-    head_dim: int,
-    dtype: torch.dtype,
     device: torch.device,
     network: str,
     folder: Path,
@@ -48,7 +47,7 @@ def machine_facts(
     """
     hosts = _hosts(groups.control)
     place = f"{hosts} {network}"
-    path = folder / f"machine-{_key(groups, head_dim, dtype, device, place)}.json"
+    path = folder / f"machine-{_key(groups, heads, device, place)}.json"
     known = None
     if groups.global_rank == 0:
         known = _read(path)
@@ -56,18 +55,22 @@ def machine_facts(
     if told:
         return Machine.from_json(told.decode())
     began = time.monotonic()
-    # On CUDA the host runs ahead of the device, which hides most of what an empty layer takes.
     on_cpu = device.type == "cpu"
-    layer_s, work_s = measure_layers(groups, head_dim=head_dim, dtype=dtype) if on_cpu else ({}, {})
+    speed = attention_speed(heads.head_dim, heads.dtype, device, groups.control)
     machine = Machine(
         sp_levels=tuple(level.size for level in groups.sp_levels),
         links=measure_links(groups.sp_levels, groups.control, device),
         gather_s=None if on_cpu else measure_gather(groups.sp, groups.control, device),
         ranks_per_core=_ranks_per_core(hosts, groups.control) if on_cpu else 1.0,
-        layer_s=layer_s,
-        work_s=work_s,
-        **attention_speed(head_dim, dtype, device, groups.control),
+        flops_per_s=speed["flops_per_s"],
+        call_s=speed["call_s"],
+        merge_s=speed["merge_s"],
+        copy_s=speed["copy_s"],
     )
+    if (
+        on_cpu
+    ):  # on CUDA the host runs ahead of the device, which hides most of what a short layer takes
+        machine = measure_layers(machine, groups, heads)
     if groups.global_rank == 0:
         log.info("measured in %.2f s: %s", time.monotonic() - began, describe(machine))
         _write(path, machine)
@@ -156,15 +159,12 @@ def _hosts(control: Group) -> list[str]:
     return [bytes(row.tolist()).decode(errors="replace").strip() for row in rows]
 
 
-def _key(
-    groups: ParallelGroups, head_dim: int, dtype: torch.dtype, device: torch.device, place: str
-) -> str:
+def _key(groups: ParallelGroups, heads: LayerHeads, device: torch.device, place: str) -> str:
     facts = (
         place,
         groups.tp.size,
         [level.size for level in groups.sp_levels],
-        head_dim,
-        str(dtype),
+        repr(heads),
         torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         torch.get_num_threads(),
         torch.__version__,

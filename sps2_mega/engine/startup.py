@@ -31,6 +31,7 @@ from sps2_mega.engine.prefill_pipeline import check_pipeline, make_pipeline
 from sps2_mega.engine.prefill_planner import PrefillPlanner
 from sps2_mega.engine.prefill_setup import PrefillSetup
 from sps2_mega.engine.tracing import TraceFile
+from sps2_mega.engine.transport_probe import LayerHeads
 from sps2_mega.errors import CheckpointError, ConfigError
 from sps2_mega.mcore.init import (
     Compute,
@@ -236,10 +237,15 @@ def _prefill_planner(
 ) -> PrefillPlanner:
     """All ranks call it together: the machine may have to be measured."""
     tp = groups.tp.size
-    machine = machine_facts(
-        groups,
+    heads = LayerHeads(
+        num_heads=model.num_heads // tp,
+        num_kv_heads=num_query_groups(model, tp) // tp,
         head_dim=model.head_dim,
         dtype=compute.dtype,
+    )
+    machine = machine_facts(
+        groups,
+        heads,
         device=compute.device,
         network=info.master_addr,
         folder=cache_folder(),
@@ -247,10 +253,10 @@ def _prefill_planner(
     return PrefillPlanner(
         machine=machine,
         candidates=TRANSPORTS,
-        num_heads=model.num_heads // tp,
-        num_kv_heads=num_query_groups(model, tp) // tp,
-        head_dim=model.head_dim,
-        itemsize=compute.dtype.itemsize,
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        itemsize=heads.dtype.itemsize,
         window=model.sliding_window,
         overlap=config.pipeline != "off",
         log_choices=groups.global_rank == 0,

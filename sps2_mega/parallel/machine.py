@@ -9,6 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+PROBED_TOKENS = (2, 128)  # per rank
 _FASTEST_CPU_FLOPS_PER_S = 1e13
 
 
@@ -32,8 +33,9 @@ class Machine:
     `ranks_per_core` ranks have to share a core while all compute, which the speeds are of; one that computes alone is as
     many times faster.
 
-    Where it was measured, between CPUs, `layer_s` has what a layer with next to nothing to do takes by exact transport, and
-    `work_s` what each SP level of a sparse one takes; they stand for latencies and calls then."""
+    Where it was measured, between CPUs, `layer_s` has what a layer of each of `PROBED_TOKENS` per rank takes beside its bytes
+    and FLOPs, by exact transport, and `work_s` what each SP level of a sparse one with next to nothing to do takes; they
+    stand for latencies and calls then."""
 
     sp_levels: tuple[int, ...]
     links: tuple[Link, ...]
@@ -43,7 +45,7 @@ class Machine:
     copy_s: float = 0.0
     gather_s: float | None = None
     ranks_per_core: float = 1.0
-    layer_s: dict[str, float] = field(default_factory=dict)
+    layer_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     work_s: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class Machine:
                 copy_s=float(values["copy_s"]),
                 gather_s=None if values["gather_s"] is None else float(values["gather_s"]),
                 ranks_per_core=float(values["ranks_per_core"]),
-                layer_s={str(name): float(s) for name, s in values["layer_s"].items()},
+                layer_s={str(name): tuple(map(float, s)) for name, s in values["layer_s"].items()},
                 work_s={str(name): float(s) for name, s in values["work_s"].items()},
             )
         except (KeyError, TypeError, AttributeError, AssertionError) as error:

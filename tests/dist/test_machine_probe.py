@@ -14,6 +14,7 @@ from harness import free_port, run_ranks
 def facts_on_rank(rank, port, folder, levels, networks):
     from sps2_mega.config import ParallelConfig
     from sps2_mega.engine.machine_probe import machine_facts
+    from sps2_mega.engine.transport_probe import LayerHeads
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
 
@@ -25,11 +26,12 @@ def facts_on_rank(rank, port, folder, levels, networks):
     groups = initialize(store, info, topology, device=cpu, timeout_s=60)
     # Each rank has its own folder: what the others know must have come from rank 0.
     own = Path(folder) / str(rank)
+    heads = LayerHeads(num_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float32)
     found = []
     for network in networks:
         began = time.monotonic()
         machine = machine_facts(
-            groups, head_dim=32, dtype=torch.float32, device=cpu, network=network, folder=own
+            groups, heads, device=cpu, network=network, folder=own
         )
         found.append((machine, time.monotonic() - began))
     finalize()
@@ -50,7 +52,9 @@ def test_ranks_agree_and_the_second_job_reads_the_file(tmp_path, sp, levels):
         assert machine.ranks_per_core == pytest.approx(max(1.0, sp / cores))
         names = {"ulysses", "gather", "ring", "pass_q"} if sp > 1 else set()
         assert set(machine.layer_s) == names and set(machine.work_s) == names - {"ring"}
-        assert all(0 < s < 1 for s in (*machine.layer_s.values(), *machine.work_s.values()))
+        for few, many in machine.layer_s.values():
+            assert 0 < few <= many < 1
+        assert all(0 < s < 1 for s in machine.work_s.values())
         for size, link in zip(machine.sp_levels, machine.links, strict=True):
             assert link.bytes_per_s > 1e5
             assert (0 < link.latency_s < 1) == (size > 1)

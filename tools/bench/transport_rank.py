@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -35,6 +36,7 @@ from sps2_mega.comm.lanes import make_lanes
 from sps2_mega.comm.probe import agree_most
 from sps2_mega.config import ParallelConfig
 from sps2_mega.engine.machine_probe import describe, machine_facts
+from sps2_mega.engine.transport_probe import LayerHeads
 from sps2_mega.kv_cache.placement import Layout, prompt_block_ranks
 from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
 from sps2_mega.parallel.groups import ParallelGroups
@@ -63,8 +65,7 @@ def main() -> None:
     began = time.monotonic()
     machine = machine_facts(
         groups,
-        head_dim=64,
-        dtype=torch.float32,
+        LayerHeads(num_heads=8, num_kv_heads=2, head_dim=64, dtype=torch.float32),
         device=_CPU,
         network=info.master_addr,
         folder=args.output.parent,
@@ -198,11 +199,16 @@ def _take_turns(
     contestants: dict[str, Callable[[], Tensor]], groups: ParallelGroups, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of the slowest rank, of each contestant in each round; the first round is not counted. Short steps get
-    more rounds, until they have taken a second or ten times as many."""
+    more rounds, until they have taken a second or ten times as many. Each round has an order of its own, as what came
+    before leaves queues and windows behind; the same on all ranks."""
     samples: dict[str, list[float]] = {name: [] for name in contestants}
+    shuffle = random.Random(0).shuffle
     spent = 0.0
     for round_number in range(10 * rounds + 1):
-        for name, attend in contestants.items():
+        order = list(contestants)
+        shuffle(order)
+        for name in order:
+            attend = contestants[name]
             minimum(0, groups.control)  # all begin together
             began = time.perf_counter()
             attend()

@@ -110,20 +110,30 @@ def test_gathers_of_the_library_cost_what_was_measured():
         assert found[1] - found[0] == pytest.approx(after - before), name
 
 
-def test_what_an_empty_layer_took_stands_for_latencies_and_calls():
+def test_what_a_short_layer_took_stands_for_latencies_and_calls():
     shape = shape_of([0, 1, 1, 0], tokens=4096)
     plain = dataclasses.replace(machine(rates=(1e8,), latency=1.0, flops=1e11), call_s=1.0)
-    measured = dataclasses.replace(plain, layer_s={"ulysses": 0.25, "gather": 0.125})
+    measured = dataclasses.replace(plain, layer_s={"ulysses": (0.25, 0.5), "gather": (0.125, 1.0)})
     free = machine(rates=(1e8,), flops=1e11)
-    for name, layer_s in measured.layer_s.items():
+    for name, (few, many) in measured.layer_s.items():
         found = estimate(name, shape, measured)
         assert found.micro_batches > 1
-        expected = estimate(name, shape, free).seconds + found.micro_batches * layer_s
+        added = many + (found.micro_batches - 1) * few
+        expected = estimate(name, shape, free).seconds + added
         assert found.seconds == pytest.approx(expected)
     # Of transports that were not measured nothing changes, and one rank has no exchange to pay.
     assert estimate("ring", shape, measured) == estimate("ring", shape, plain)
     alone = shape_of([0], tokens=64, sp=1)
     assert estimate("ulysses", alone, measured) == estimate("ulysses", alone, plain)
+
+
+@pytest.mark.parametrize(("tokens", "beside"), [(1, 1), (2, 1), (65, 2), (128, 3), (500, 3)])
+def test_what_a_layer_takes_beside_grows_between_the_measured_sizes(tokens, beside):
+    shape = shape_of([0, 1], tokens=2 * tokens)
+    free = machine(rates=(1e9,), flops=1e12)
+    measured = dataclasses.replace(free, layer_s={"ring": (1.0, 3.0)})
+    found = estimate("ring", shape, measured).seconds - estimate("ring", shape, free).seconds
+    assert found == pytest.approx(beside, rel=1e-3)
 
 
 def test_copies_are_part_of_the_price_and_on_cpu_those_through_the_kernel():
