@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--rates", default="", help="cable rates as tc writes them, e.g. 1gbit,200mbit"
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
     parser.add_argument("--save", action="store_true", help="keep the result in docs/results")
     parser.add_argument("--output", type=Path, help="write the result to this file")
