@@ -57,7 +57,7 @@ def hardware_text(
         "memory_bytes": "what the system says it has, per rank",
         "memory_bytes_per_s": f"a matrix read for one vector, {ranks}",
         "memory_efficiency": "the rate above is what was reached",
-        "layer_overhead_s": f"a layer of {model} with one token, without reading its weights",
+        "layer_overhead_s": "a layer of a decode step of the bundled model, without reading its weights and without exchanges",
         "step_overhead_s": "a decode step of the bundled model without its layers",
         "call_s": "attention of one query",
         "merge_s": "merging two partials, per number",

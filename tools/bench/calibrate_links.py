@@ -21,6 +21,8 @@ from sps2_mega.parallel.groups import Group
 from sps2_mega.parallel.machine import Link
 from tools.bench.calibrate_timer import Timer
 
+_SMALL_BYTES = 1024
+_BUSY_WIDTH = 256  # a third of a millisecond of a CPU core
 _ROUNDS = 12  # an exchange may take once or twice as long, by chance
 
 
@@ -41,6 +43,24 @@ def measured_links(groups: Sequence[Group], timer: Timer) -> tuple[MeasuredLink,
     return tuple(_measured(group, link, timer) for group, link in zip(groups, probed, strict=True))
 
 
+def _latency_s(group: Group, timer: Timer) -> float:
+    """Mean of a small exchange among computing, as in decode steps: who waits is woken up first, which a loop of exchanges
+    alone would not show."""
+    sizes = [_SMALL_BYTES] * group.size
+    sizes[group.rank] = 0
+    row = torch.zeros(sum(sizes), dtype=torch.uint8, device=timer.device)
+    matrix = torch.ones(_BUSY_WIDTH, _BUSY_WIDTH, dtype=timer.dtype, device=timer.device)
+
+    def compute() -> Tensor:
+        return matrix @ matrix
+
+    def both() -> None:
+        compute()
+        post_all_to_all(row, sizes, sizes, group).wait()
+
+    return max(timer.agreed(both) - timer.agreed(compute), 1e-6)
+
+
 def _measured(group: Group, probed: Link, timer: Timer) -> MeasuredLink:
     x = torch.zeros(_sent_bytes(probed), dtype=torch.uint8, device=timer.device)
     count, others = x.numel(), group.size - 1
@@ -57,7 +77,7 @@ def _measured(group: Group, probed: Link, timer: Timer) -> MeasuredLink:
     reduce_s = timer.agreed(lambda: dist.all_reduce(summed, group=group.handle), least=_ROUNDS)
     reduced = 2.0 * others / group.size * summed.nbytes
     return MeasuredLink(
-        latency_s=probed.latency_s,
+        latency_s=_latency_s(group, timer),
         bytes_per_s=rate,
         exchange_factor=max(exchange_s - probed.latency_s, exchange_s / 10) * rate / parts.nbytes,
         stream_factor=max(stream_s - probed.latency_s, stream_s / 10) * rate / parts.nbytes,

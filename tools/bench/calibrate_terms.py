@@ -2,10 +2,11 @@
 
     peak        the largest product that is timed               linear     a layer of the model without attention
     attention   causal, one long prompt                         memory     a matrix read for one vector, as decode does
-    layer       the same layer with one token                   links      `calibrate_links`, per SP level
-    step        of an engine's step what is not the layers      small      calls, merges, copies: `engine.machine_probe`
+    layer       one of a decode step, less what is below         links      `calibrate_links`, per SP level
+    step        of a decode step what is not the layers         small      calls, merges, copies: `engine.machine_probe`
 
-The layer is Megatron's own with random weights, so what is between its products is counted where it occurs. Means, not
+Layers are Megatron's own with random weights, so what is between its products is counted where it occurs; decode steps are
+the engine's, with the bundled model. Means, not
 best times: where ranks share cores, waiting for one is part of the price. Decides no units of the file
 (`calibrate_file`).
 """
@@ -37,7 +38,7 @@ from tools.bench.calibrate_timer import PEAK_WIDTH, Timer
 
 _LAYERS = 2  # of the timed model: more would measure the same again
 _READ_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
-_STEPS = 48
+_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +102,14 @@ def measure(
     flops = 2.0 * tokens * size.layer_params
     linear = flops / max(all_s - one_s, all_s / 10)
     attention = _attention_rate(model, tokens, timer)
-    step_s = _host_step_s(engine, timer)
-    if step_s is None:
+    steps = _decode_steps(engine)
+    if steps is None:
         return None
     weights_s = size.layer_params * timer.itemsize / read_rate
+    own = model_size(rank.resolved.config)
+    # Queries go out and partials come home in each layer; the rest of it that is not reading is overhead.
+    exchanges_s = 2 * max((link.latency_s for link in links), default=0.0)
+    overhead_s = steps.layer_s - own.layer_params * timer.itemsize / read_rate - exchanges_s
     width = PEAK_WIDTH[timer.device.type]
     return Terms(
         device=_device_name(timer.device),
@@ -116,8 +121,8 @@ def measure(
         attention_flops_per_s=attention,
         memory_bytes=_memory_bytes(timer.device, info),
         read_bytes_per_s=read_rate,
-        layer_overhead_s=max(one_s - weights_s, one_s / 10),
-        step_overhead_s=step_s,
+        layer_overhead_s=max(overhead_s, one_s - weights_s, one_s / 10),
+        step_overhead_s=steps.host_s,
         call_s=small["call_s"],
         merge_s=small["merge_s"],
         copy_s=small["copy_s"],
@@ -180,9 +185,16 @@ def _read_once(timer: Timer) -> Callable[[], object]:
     return lambda: matrix @ vector
 
 
-def _host_step_s(engine: Engine, timer: Timer) -> float | None:
-    """Of a decode step what is not its layers: planning, telling the ranks, sampling, committing. None on ranks that
-    follow, which leave the job here."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DecodeSteps:
+    """Seconds of a layer, and of what is not layers: planning, telling the ranks, sampling, committing."""
+
+    layer_s: float
+    host_s: float
+
+
+def _decode_steps(engine: Engine) -> _DecodeSteps | None:
+    """Of a short sequence. None on ranks that follow, which leave the job here."""
     if not engine.is_driver:
         engine.run_worker()
         return None
@@ -201,10 +213,11 @@ def _host_step_s(engine: Engine, timer: Timer) -> float | None:
     inside, began, before = 0.0, time.perf_counter(), engine.stats().num_steps
     while engine.has_work():
         engine.step()
-    seconds = time.perf_counter() - began - inside
+    seconds = time.perf_counter() - began
     steps = engine.stats().num_steps - before
+    layers = engine.model_config.num_layers
     engine.shutdown()
-    return seconds / steps
+    return _DecodeSteps(layer_s=inside / steps / layers, host_s=(seconds - inside) / steps)
 
 
 def _memory_bytes(device: torch.device, info: LaunchInfo) -> float:

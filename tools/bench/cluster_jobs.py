@@ -1,6 +1,7 @@
 """Jobs on the nodes of an emulated cluster: one rank per node, kept running, one prompt at a time.
 
-Many jobs live side by side, idle but for the one that is measured, so that all meet the same machine.
+Many jobs live side by side, so that all meet the same machine, but only the one that is asked runs: the others are
+stopped (SIGSTOP), since the communication threads of idle ranks wake up a thousand times a second.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _RANK = Path(__file__).with_name("cluster_rank.py")
 _PORT = 29600
 _END_S = 20.0
+_SETTLE_S = 0.05  # for threads to wake up, and for the other ranks to end their step
 
 
 class JobFailed(Exception):
@@ -78,20 +81,25 @@ class Job:
         if not self._ready:
             self._next_answer()
             self._ready = True
+            self._pause()
 
     def ask(self, tokens: list[int], new_tokens: int) -> Measured:
         """Raises JobFailed: the job ended, or refused the prompt."""
         stdin = self._processes[0].stdin
         assert stdin is not None
+        self._signal(signal.SIGCONT)
+        time.sleep(_SETTLE_S)
         with contextlib.suppress(BrokenPipeError):  # the answer will be missing, and says why
             stdin.write(json.dumps({"tokens": tokens, "new_tokens": new_tokens}) + "\n")
             stdin.flush()
         answer = self._next_answer()
+        self._pause()
         logprobs, gaps_s = dict(answer.pop("logprobs")), tuple(answer.pop("gaps_s"))
         return Measured(**answer, gaps_s=gaps_s, logprobs=logprobs, events=self._new_events())
 
     def close(self) -> None:
         """Ends all ranks: they leave when stdin closes, and are killed where they do not."""
+        self._signal(signal.SIGCONT)
         for process in self._processes:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -103,11 +111,20 @@ class Job:
                 self.kill()
 
     def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+
+    def _pause(self) -> None:
+        time.sleep(_SETTLE_S)
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To all ranks that still run; each leads a process group."""
         for process in self._processes:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                    os.killpg(process.pid, number)
 
     def _next_answer(self) -> dict[str, Any]:
         stdout = self._processes[0].stdout

@@ -23,4 +23,9 @@ WANTED = {
     "llama-3.1-70b-b200-long": "--model llama-3.1-70b --hardware b200 --link rdma-100g --gpus 16 "
     "--trace mooncake-synthetic --length 4 --requests 40 --rates 0.25 1 --tune-on 10 --systems sarathi sarathi-large "
     f"sarathi-wide vllm-dcp ring {_OURS}",
+    "llama-3.1-70b-a100-25g": "--model llama-3.1-70b --hardware a100-80g --link ethernet-25g --gpus 32 "
+    "--trace mooncake-synthetic --requests 40 --rates 0.25 1 --tune-on 10 --systems sarathi sarathi-large sarathi-wide ring "
+    f"{_OURS}",
+    "llama-3-8b-h100-sustained": "--model llama-3-8b --hardware h100 --gpus 16 --trace mooncake-synthetic --length 8 "
+    "--requests 240 --rates 0.5 --tune-on 20 --systems sarathi sarathi-large sps2 sps2-yield sps2-csa",
 }
