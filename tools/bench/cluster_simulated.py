@@ -1,8 +1,8 @@
 """The simulator's answer to what cluster.py measured: the same model, prompt, system and link, one request at a time.
 
     calibrated-SHAPE-RANKS.yaml   rates of so many ranks at once, and links at the probed rates (calibrate.py)
-    speed                         one number per result file: how much faster the machine was than in the calibration,
-                                  told by the runs of one rank alone; it divides all that a rank does, and no link
+    speed                         how much faster the machine was than in the calibration, told by the runs of one rank alone
+                                  between the others at the same rate; it divides all that a rank does, and no link
 
 Nothing else is fitted. Decides which simulated system stands for which measured one, and no figures' layout.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from sps2_mega.simulator.hardware import Hardware, load_hardware
 from sps2_mega.simulator.sparse_cost import sparse_cost
 from sps2_mega.simulator.step_cost import StepCost, step_cost
 from sps2_mega.simulator.system import System
-from sps2_mega.types import SamplingParams, Sequence
+from sps2_mega.types import SamplingParams
+from sps2_mega.types import Sequence as Prompt
 from tools.bench.cluster_nodes import parse_rate
 from tools.bench.cluster_systems import SHAPES, shape_config
 
@@ -37,7 +38,8 @@ _SPARSE = ("csa", "csa-alone", "csa-pipelined")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One measured figure and its simulation, seconds; `figure` is ttft or tbt."""
+    """One measured figure and its simulation, seconds; `figure` is ttft or tbt. `spread` is how far apart the repeats of
+    the measurement are, over their middle."""
 
     shape: str
     nodes: int
@@ -47,6 +49,7 @@ class Row:
     figure: str
     measured_s: float
     simulated_s: float
+    spread: float = 0.0
 
     @property
     def error(self) -> float:
@@ -134,7 +137,7 @@ def linked_at(path: Path, rate: str) -> Hardware:
 
 
 def rows_of(document: Mapping[str, Any], folder: Path) -> tuple[list[Row], dict[str, float]]:
-    """All figures of one result file of cluster.py, and the machine's speed by shape and prompt length.
+    """All figures of one result file of cluster.py, and the machine's speed by shape, prompt length and rate.
 
     Raises:
         ConfigError: a calibration is missing, or nothing ran on one rank alone.
@@ -144,11 +147,12 @@ def rows_of(document: Mapping[str, Any], folder: Path) -> tuple[list[Row], dict[
     for run in document["runs"]:
         shape = shape_of(run)
         calibrated = Calibrated.found(shape, folder)
-        speed = _speed(document, run, calibrated)
-        speeds[f"{shape}, {run['tokens']} tokens"] = speed
+        speed_at = _speeds(document, run, calibrated)
+        for rate, speed in speed_at.items():
+            speeds[f"{shape}, {run['tokens']} tokens, {rate}"] = speed
         for name, by_rate in run["curves"].items():
             for rate, measured in by_rate.items():
-                simulated = times(document, run, name, rate, calibrated, speed=speed)
+                simulated = times(document, run, name, rate, calibrated, speed=speed_at[rate])
                 for figure in ("ttft", "tbt"):
                     seconds = measured.get(f"{figure}_s")
                     if seconds:
@@ -162,6 +166,7 @@ def rows_of(document: Mapping[str, Any], folder: Path) -> tuple[list[Row], dict[
                                 figure=figure,
                                 measured_s=seconds,
                                 simulated_s=simulated[figure],
+                                spread=_spread(measured.get(f"{figure}_range_s"), seconds),
                             )
                         )
     return rows, speeds
@@ -185,7 +190,7 @@ def times(
         cost, scheduler_config(cost), max_model_len=run["tokens"] + run.get("decode", 0) + 2
     )
     arrival = Arrival(time_s=0.0, prompt_len=run["tokens"], output_len=1 + run.get("decode", 0))
-    sequence = Sequence(
+    sequence = Prompt(
         seq_id=0,
         prompt_token_ids=arrival.token_ids(0),
         params=SamplingParams(temperature=0.0, ignore_eos=True),
@@ -252,16 +257,22 @@ def _plain(name: str) -> bool:
     return name in ("ulysses", "csa", "csa-alone", "alone")
 
 
-def _speed(document: Mapping[str, Any], run: Mapping[str, Any], calibrated: Calibrated) -> float:
-    """Simulated over measured time of one rank alone, over all rates: its middle."""
+def _speeds(
+    document: Mapping[str, Any], run: Mapping[str, Any], calibrated: Calibrated
+) -> dict[str, float]:
+    """By rate: simulated over measured first token time of one rank alone."""
     alone = run["curves"].get(CALIBRATES[0])
     if not alone:
         raise ConfigError(f"the runs have no system {CALIBRATES[0]!r}, which tells the speed")
-    ratios = [
-        times(document, run, CALIBRATES[0], rate, calibrated, speed=1.0)["ttft"] / found["ttft_s"]
+    return {
+        rate: times(document, run, CALIBRATES[0], rate, calibrated, speed=1.0)["ttft"]
+        / found["ttft_s"]
         for rate, found in alone.items()
-    ]
-    return statistics.median(ratios)
+    }
+
+
+def _spread(bounds: Sequence[float] | None, seconds: float) -> float:
+    return (bounds[1] - bounds[0]) / seconds if bounds else 0.0
 
 
 def shape_of(run: Mapping[str, Any]) -> str:

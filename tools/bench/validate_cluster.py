@@ -118,17 +118,18 @@ def section(found: Mapping[str, Any]) -> str:
     """Markdown: the errors in short, then every setting."""
     rows = [Row(**{k: v for k, v in row.items() if k not in _DERIVED}) for row in found["rows"]]
     lines = [
-        "| figure | settings | median error | worst | within 10 % | beyond 25 % |",
-        "|---|---|---|---|---|---|",
+        "| figure | settings | median error | worst | within 10 % | beyond 25 % | range of a measurement's own repeats, median |",
+        "|---|---|---|---|---|---|---|",
     ]
     for figure in ("ttft", "tbt"):
         errors = [row for row in rows if row.figure == figure and not row.calibrates]
         if errors:
             lines.append(_summary(figure.upper(), errors))
-    speeds = ", ".join(f"{value:g} ({what})" for what, value in found["speed"].items())
+    speeds = sorted(found["speed"].values())
     lines += [
         "",
-        f"The machine's speed against its calibration, from one rank alone: {speeds}.",
+        "The machine's speed against its calibration, from one rank alone at each rate: "
+        f"{speeds[0]:.2f} to {speeds[-1]:.2f}.",
         "",
         "| model, ranks, tokens | system | link | TTFT measured | simulated | error | TBT measured | simulated | error |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -156,7 +157,7 @@ def _summary(name: str, rows: Sequence[Row]) -> str:
     where = f"{worst.shape}, {worst.nodes} ranks, {worst.system} at {worst.rate}"
     return (
         f"| {name} | {len(rows)} | {statistics.median(errors):.1%} | {worst.error:+.1%} ({where}) "
-        f"| {near} | {far} |"
+        f"| {near} | {far} | {statistics.median(row.spread for row in rows):.0%} |"
     )
 
 

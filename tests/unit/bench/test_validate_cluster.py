@@ -77,7 +77,7 @@ def measured(folder, slower):
 
 def test_one_rank_alone_tells_the_machines_speed(folder):
     rows, speeds = rows_of(measured(folder, 2.0), folder)
-    assert speeds == {"gqa, 1201 tokens": pytest.approx(0.5)}
+    assert speeds == {"gqa, 1201 tokens, 1gbit": pytest.approx(0.5)}
     errors = {(row.system, row.figure): row.error for row in rows}
     assert errors["alone", "ttft"] == pytest.approx(0.0)
     assert -0.2 < errors["csa", "ttft"] < 0.0, "its link is not slower, all else is"
@@ -114,7 +114,7 @@ def test_the_section_has_a_summary_and_every_setting(folder, tmp_path, capsys):
     assert validate_cluster.main(arguments) == 0
     text = capsys.readouterr().out
     assert "| TTFT | 2 | 0.0% |" in text and "| TBT | 2 | 0.0% |" in text
-    assert "1 (cluster-x, gqa, 1201 tokens)" in text
+    assert "from one rank alone at each rate: 1.00 to 1.00." in text
     assert text.count("| gqa, 2, 1201 |") == 3 and text.count("calibrates") == 1
     assert (
         validate_cluster.main([str(path), "--calibrated", str(tmp_path / "no"), "--dry-run"]) == 2
