@@ -19,7 +19,6 @@ from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,
     PipelineSettings,
-    SmallestPart,
     num_micro_batches,
 )
 from sps2_mega.attention.works import group_sizes_of
@@ -68,7 +67,7 @@ class SparseCost:
     own_s: float
     exchange_s: float
     exchange_bytes_per_s: float
-    smallest: SmallestPart
+    on_cpu: bool
     combinations: tuple[_Combination, ...]
 
     def seconds(
@@ -85,12 +84,18 @@ class SparseCost:
         for way in self.combinations:
             compute_s = way.compute_s * squared + way.copy_s * tokens + near_s
             link_s = way.link_s * tokens * factor
-            comm_s = link_s + parts * way.latency_s + self._tail_s(len(prompts))
+            out_s, in_s = self._tail_s(len(prompts))
+            # The tail's queries leave the rank that the far keys come to.
+            travel_s = max(link_s, out_s) + in_s
+            latency_s = parts * way.latency_s + 2 * self.exchange_s
+            comm_s = travel_s + latency_s
             total = compute_s + comm_s
             if pipelined:
                 own_s = min(compute_s, self.own_s * squared + near_s)
                 far_s = [(compute_s - own_s) / parts] * parts
-                total = works_s(own_s, [comm_s / parts] * parts, far_s)
+                # As in `transport_cost`: between CPUs latencies are time of a core.
+                hidden_s, core_s = (travel_s, latency_s) if self.on_cpu else (comm_s, 0.0)
+                total = core_s + works_s(own_s, [hidden_s / parts] * parts, far_s)
             found.append(
                 AttentionSeconds(
                     transport=",".join(way.transports),
@@ -128,12 +133,14 @@ class SparseCost:
         flops = 4.0 * self.head_dim * self.num_heads * pairs / self.size
         return flops / hardware.attention_flops_per_s
 
-    def _tail_s(self, num_prompts: int) -> float:
-        """Queries of the tail go to all ranks and partials come back; sinks and halo come once."""
+    def _tail_s(self, num_prompts: int) -> tuple[float, float]:
+        """Queries of the tail go to all ranks; partials come back, and sinks and halo come once: (out, in)."""
         row = self.head_dim * self.itemsize
-        queries = self.csa.tail * self.num_heads * (2 * row + 4)
+        rate = self.exchange_bytes_per_s / num_prompts
+        queries = self.csa.tail * self.num_heads * row
+        partials = self.csa.tail * self.num_heads * (row + 4)
         keys = (self.csa.sinks + self.csa.halo) * 2 * self.num_kv_heads * row
-        return 2 * self.exchange_s + num_prompts * (queries + keys) / self.exchange_bytes_per_s
+        return queries / rate, (partials + keys) / rate
 
     def _num_parts(self, prompts: list[Prompt]) -> int:
         """As `attention.leveled.num_kv_parts` counts; the formula is repeated here because that module needs torch."""
@@ -145,7 +152,7 @@ class SparseCost:
             PipelineSettings(),
             num_bytes=2 * keys * self.num_kv_heads * row * (self.size - 1) // shares,
             flops=int(4 * pairs * self.num_heads * self.head_dim / shares),
-            smallest=self.smallest,
+            smallest=CPU_PART if self.on_cpu else CUDA_PART,
         )
         return min(wanted, self.num_kv_heads)
 
@@ -208,7 +215,7 @@ def sparse_cost(
         own_s=own_s / float(length) ** 2,
         exchange_s=slowest.latency_s,
         exchange_bytes_per_s=slowest.bytes_per_s,
-        smallest=CPU_PART if machine.on_cpu else CUDA_PART,
+        on_cpu=machine.on_cpu,
         combinations=tuple(
             _Combination(
                 transports=way,

@@ -100,9 +100,14 @@ class TransportCost:
         compute_s += (calls * parts - 1) * hardware.call_s
         back_s = query_s / 2 if self.transport in ("ulysses", "pass_q") else 0.0
         for_keys, for_queries, for_results = self._messages()
-        keys_s = (link_s - query_s) * factor + cut.head_groups * for_keys * self.latency_s
-        queries_s = (query_s - back_s) * factor + parts * for_queries * self.latency_s
-        back_s = back_s * factor + parts * for_results * self.latency_s
+        messages = cut.head_groups * for_keys + parts * (for_queries + for_results)
+        # Between CPUs the latency of a message is time of a core, which no pipeline hides (`attention.planner`).
+        latency_s, core_s = (
+            (0.0, messages * self.latency_s) if self.on_cpu else (self.latency_s, 0.0)
+        )
+        keys_s = (link_s - query_s) * factor + cut.head_groups * for_keys * latency_s
+        queries_s = (query_s - back_s) * factor + parts * for_queries * latency_s
+        back_s = back_s * factor + parts * for_results * latency_s
         comm_s = keys_s + queries_s + back_s
         if not pipelined:
             total = compute_s + comm_s
@@ -121,8 +126,8 @@ class TransportCost:
         return AttentionSeconds(
             transport=self.transport,
             compute_s=compute_s,
-            comm_s=comm_s,
-            exposed_s=total - compute_s,
+            comm_s=comm_s + core_s,
+            exposed_s=total + core_s - compute_s,
             merge_s=self._merge_s(queries, hardware),
         )
 

@@ -6,7 +6,7 @@
     step        of a decode step what is not the layers         small      calls, merges, copies: `engine.machine_probe`
 
 Layers are Megatron's own with random weights, so what is between its products is counted where it occurs; decode steps are
-the engine's, with the bundled model. Means, not
+the engine's, with the bundled model. Means and medians, not
 best times: where ranks share cores, waiting for one is part of the price. Decides no units of the file
 (`calibrate_file`).
 """
@@ -17,6 +17,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ def _read_once(timer: Timer) -> Callable[[], object]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DecodeSteps:
-    """Seconds of a layer, and of what is not layers: planning, telling the ranks, sampling, committing."""
+    """Median seconds of a layer, and of what is not layers: planning, telling the ranks, sampling, committing."""
 
     layer_s: float
     host_s: float
@@ -198,26 +199,28 @@ def _decode_steps(engine: Engine) -> _DecodeSteps | None:
     if not engine.is_driver:
         engine.run_worker()
         return None
-    advance, inside = engine.model.advance, 0.0
+    advance = engine.model.advance
+    inside: list[float] = []
 
     def timed(*arguments: Any) -> None:
-        nonlocal inside
         began = time.perf_counter()
         advance(*arguments)
-        inside += time.perf_counter() - began
+        inside.append(time.perf_counter() - began)
 
     engine.model.advance = timed  # type: ignore[method-assign]
     params = SamplingParams(max_tokens=_STEPS, temperature=0.0, ignore_eos=True)
     engine.add_request("steps", [1, 2, 3], params)
     engine.step()
-    inside, began, before = 0.0, time.perf_counter(), engine.stats().num_steps
+    inside.clear()
+    whole = []
     while engine.has_work():
+        began = time.perf_counter()
         engine.step()
-    seconds = time.perf_counter() - began
-    steps = engine.stats().num_steps - before
-    layers = engine.model_config.num_layers
+        whole.append(time.perf_counter() - began)
     engine.shutdown()
-    return _DecodeSteps(layer_s=inside / steps / layers, host_s=(seconds - inside) / steps)
+    layers_s, step_s = median(inside), median(whole)
+    layer_s = layers_s / engine.model_config.num_layers
+    return _DecodeSteps(layer_s=layer_s, host_s=step_s - layers_s)
 
 
 def _memory_bytes(device: torch.device, info: LaunchInfo) -> float:
