@@ -26,7 +26,8 @@ def all_reduce_s(num_bytes: float, ranks: int, hardware: Hardware) -> float:
     if nodes > 1:
         link = hardware.inter_node
         moved = 2.0 * (nodes - 1) / nodes * num_bytes / local * hardware.reduce_factor
-        seconds += (nodes - 1) * link.latency_s + moved / link.bytes_per_s
+        latency_s = hardware.reduce_latency_s or (nodes - 1) * link.latency_s
+        seconds += latency_s + moved / link.bytes_per_s
     return seconds
 
 

@@ -24,6 +24,11 @@ def attention_s(pairs: float, head_dim: int, kv_bytes: float, hardware: Hardware
     return max(arithmetic, kv_bytes / hardware.read_bytes_per_s)
 
 
+def kv_read_s(num_bytes: float, hardware: Hardware) -> float:
+    """Decode attention over so many bytes of cached keys and values."""
+    return num_bytes / (hardware.kv_bytes_per_s or hardware.read_bytes_per_s)
+
+
 def memory_s(num_bytes: float, hardware: Hardware) -> float:
     """Plain reading or writing."""
     return num_bytes / hardware.read_bytes_per_s

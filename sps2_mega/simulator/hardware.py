@@ -20,20 +20,22 @@ from sps2_mega.bundled import bundled_folders
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Link, Machine
 
-_FACTORS = ("exchange_factor", "stream_factor", "reduce_factor")  # a link has them
-_MEASURED = ("step_overhead_s", "call_s", "merge_s", "copy_s", *_FACTORS)  # a file may lack them
+# What a link may have besides, and a file: neutral where nobody measured it.
+_OF_LINKS = ("exchange_factor", "stream_factor", "reduce_factor", "reduce_latency_s")
+_MEASURED = ("step_overhead_s", "call_s", "merge_s", "copy_s", "kv_bytes_per_s", *_OF_LINKS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """Nodes of equal GPUs. `*_per_s` are peak figures, of which the efficiencies are reached; FLOPs count a multiply
     and an add as two. `layer_overhead_s` are gaps between the small kernels of one layer. Links are per GPU and one
-    direction, as reached. The last seven are neutral where nobody measured them: the host's share of a
-    step, attention's small costs as in `Machine`, and how much longer than the link's rate says all-to-alls take between
-    nodes, one at a time or several under way, and sums.
+    direction, as reached. The last nine are neutral where nobody measured them: the host's share of a
+    step, attention's small costs as in `Machine`, what decode attention reads of keys and values per second (0: as memory gives),
+    how much longer than the link's rate says all-to-alls take between nodes, one at a time or several under way, and sums, and a
+    small sum among nodes (0: a latency for each other node).
 
     Raises:
-        ConfigError: a figure is not positive (the last seven: negative), or an efficiency above 1.
+        ConfigError: a figure is not positive (the last nine: negative), or an efficiency above 1.
     """
 
     name: str
@@ -52,9 +54,11 @@ class Hardware:
     call_s: float = 0.0
     merge_s: float = 0.0
     copy_s: float = 0.0
+    kv_bytes_per_s: float = 0.0
     exchange_factor: float = 1.0
     stream_factor: float = 1.0
     reduce_factor: float = 1.0
+    reduce_latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -133,7 +137,7 @@ def load_hardware(name: str, *, inter_node: str | None = None) -> Hardware:
     for key in ("intra_node", "inter_node"):
         content[key] = _link(links, content.get(key), f"{path}: {key}")
     _check_sources(content, str(path))
-    content |= {key: float(links[outer][key]) for key in _FACTORS if key in links[outer]}
+    content |= {key: float(links[outer][key]) for key in _OF_LINKS if key in links[outer]}
     known = {field.name for field in dataclasses.fields(Hardware)} - {"name"}
     if not known - set(_MEASURED) <= content.keys() <= known:
         raise ConfigError(

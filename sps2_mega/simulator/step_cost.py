@@ -19,7 +19,7 @@ from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.chunk_cost import chunk_seconds
 from sps2_mega.simulator.collectives import all_reduce_s
-from sps2_mega.simulator.compute import causal_pairs, gemm_s, memory_s
+from sps2_mega.simulator.compute import causal_pairs, gemm_s, kv_read_s, memory_s
 from sps2_mega.simulator.decode_cost import DecodeExchange
 from sps2_mega.simulator.hardware import Hardware
 from sps2_mega.simulator.model_size import ModelSize, model_size
@@ -154,7 +154,7 @@ class StepCost:
     ) -> None:
         layers = self.size.num_layers
         read = context * self._kv_bytes / self.sp / self.system.dcp
-        reading = memory_s(read, self.hardware) + self.hardware.call_s
+        reading = kv_read_s(read, self.hardware) + self.hardware.call_s
         terms["attention"] = terms.get("attention", 0.0) + layers * reading
         terms["decode_exchange"] = layers * self.exchange.seconds(num_decodes, context)
 

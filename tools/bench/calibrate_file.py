@@ -43,6 +43,7 @@ def hardware_text(
         "memory_efficiency": 1.0,
         "layer_overhead_s": terms.layer_overhead_s,
         "step_overhead_s": terms.step_overhead_s,
+        "kv_bytes_per_s": terms.kv_bytes_per_s,
         "call_s": terms.call_s,
         "merge_s": terms.merge_s,
         "copy_s": terms.copy_s,
@@ -59,6 +60,7 @@ def hardware_text(
         "memory_efficiency": "the rate above is what was reached",
         "layer_overhead_s": "a layer of a decode step of the bundled model, without reading its weights and without exchanges",
         "step_overhead_s": "a decode step of the bundled model without its layers",
+        "kv_bytes_per_s": f"decode attention over {terms.tokens} tokens, heads of {model}, {ranks}",
         "call_s": "attention of one query",
         "merge_s": "merging two partials, per number",
         "copy_s": "gathering rows, per number",
@@ -86,6 +88,7 @@ def _link(link: MeasuredLink, how: str) -> dict[str, Any]:
         "exchange_factor": _short(link.exchange_factor),
         "stream_factor": _short(link.stream_factor),
         "reduce_factor": _short(link.reduce_factor),
+        "reduce_latency_s": _short(link.reduce_latency_s),
         "sources": {
             "nominal_bytes_per_s": how,
             "efficiency": "the rate above is what was reached",
@@ -93,6 +96,7 @@ def _link(link: MeasuredLink, how: str) -> dict[str, Any]:
             "exchange_factor": f"an all-to-all over what that rate says; {how}",
             "stream_factor": f"several all-to-alls under way, likewise; {how}",
             "reduce_factor": f"an all-reduce over what that rate says; {how}",
+            "reduce_latency_s": f"a small all-reduce; {how}",
         },
     }
 

@@ -6,7 +6,7 @@ the first gives the rate and the others how much longer they take than that rate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +35,7 @@ class MeasuredLink:
     exchange_factor: float = 1.0
     stream_factor: float = 1.0
     reduce_factor: float = 1.0
+    reduce_latency_s: float = 0.0
 
 
 def measured_links(groups: Sequence[Group], timer: Timer) -> tuple[MeasuredLink, ...]:
@@ -43,12 +44,9 @@ def measured_links(groups: Sequence[Group], timer: Timer) -> tuple[MeasuredLink,
     return tuple(_measured(group, link, timer) for group, link in zip(groups, probed, strict=True))
 
 
-def _latency_s(group: Group, timer: Timer) -> float:
-    """Mean of a small exchange among computing, as in decode steps: who waits is woken up first, which a loop of exchanges
+def _among_computing(call: Callable[[], None], timer: Timer) -> float:
+    """Mean of a small call among computing, as in decode steps: who waits is woken up first, which a loop of exchanges
     alone would not show."""
-    sizes = [_SMALL_BYTES] * group.size
-    sizes[group.rank] = 0
-    row = torch.zeros(sum(sizes), dtype=torch.uint8, device=timer.device)
     matrix = torch.ones(_BUSY_WIDTH, _BUSY_WIDTH, dtype=timer.dtype, device=timer.device)
 
     def compute() -> Tensor:
@@ -56,9 +54,20 @@ def _latency_s(group: Group, timer: Timer) -> float:
 
     def both() -> None:
         compute()
-        post_all_to_all(row, sizes, sizes, group).wait()
+        call()
 
     return max(timer.agreed(both) - timer.agreed(compute), 1e-6)
+
+
+def _exchange(group: Group, device: torch.device) -> None:
+    sizes = [_SMALL_BYTES] * group.size
+    sizes[group.rank] = 0
+    row = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    post_all_to_all(row, sizes, sizes, group).wait()
+
+
+def _reduce(group: Group, device: torch.device) -> None:
+    dist.all_reduce(torch.zeros(_SMALL_BYTES // 4, device=device), group=group.handle)
 
 
 def _measured(group: Group, probed: Link, timer: Timer) -> MeasuredLink:
@@ -77,7 +86,8 @@ def _measured(group: Group, probed: Link, timer: Timer) -> MeasuredLink:
     reduce_s = timer.agreed(lambda: dist.all_reduce(summed, group=group.handle), least=_ROUNDS)
     reduced = 2.0 * others / group.size * summed.nbytes
     return MeasuredLink(
-        latency_s=_latency_s(group, timer),
+        latency_s=_among_computing(partial(_exchange, group, timer.device), timer),
+        reduce_latency_s=_among_computing(partial(_reduce, group, timer.device), timer),
         bytes_per_s=rate,
         exchange_factor=max(exchange_s - probed.latency_s, exchange_s / 10) * rate / parts.nbytes,
         stream_factor=max(stream_s - probed.latency_s, stream_s / 10) * rate / parts.nbytes,

@@ -4,6 +4,7 @@
     attention   causal, one long prompt                         memory     a matrix read for one vector, as decode does
     layer       one of a decode step, less what is below         links      `calibrate_links`, per SP level
     step        of a decode step what is not the layers         small      calls, merges, copies: `engine.machine_probe`
+    cache       decode attention of one query, all its tokens in scattered blocks
 
 Layers are Megatron's own with random weights, so what is between its products is counted where it occurs; decode steps are
 the engine's, with the bundled model. Means and medians, not
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from sps2_mega.engine.engine import Engine
 from sps2_mega.engine.machine_probe import attention_speed
 from sps2_mega.engine.startup import StartedRank, start_rank
 from sps2_mega.kernels.attention.sdpa import attend_run
+from sps2_mega.kernels.paged_decode.dispatch import paged_decode, prepare
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.serving.llm import engine_config
@@ -39,6 +42,7 @@ from tools.bench.calibrate_timer import PEAK_WIDTH, Timer
 
 _LAYERS = 2  # of the timed model: more would measure the same again
 _READ_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
+_BLOCK = 16
 _STEPS = 200
 
 
@@ -58,6 +62,7 @@ class Terms:
     read_bytes_per_s: float
     layer_overhead_s: float
     step_overhead_s: float
+    kv_bytes_per_s: float
     call_s: float
     merge_s: float
     copy_s: float
@@ -103,6 +108,7 @@ def measure(
     flops = 2.0 * tokens * size.layer_params
     linear = flops / max(all_s - one_s, all_s / 10)
     attention = _attention_rate(model, tokens, timer)
+    kv_rate = _kv_rate(model, tokens, timer)
     steps = _decode_steps(engine)
     if steps is None:
         return None
@@ -124,6 +130,7 @@ def measure(
         read_bytes_per_s=read_rate,
         layer_overhead_s=max(overhead_s, one_s - weights_s, one_s / 10),
         step_overhead_s=steps.host_s,
+        kv_bytes_per_s=kv_rate,
         call_s=small["call_s"],
         merge_s=small["merge_s"],
         copy_s=small["copy_s"],
@@ -176,6 +183,30 @@ def _attention_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:
     q, k, v = made(model.num_heads), made(model.num_kv_heads), made(model.num_kv_heads)
     seconds = timer.agreed(lambda: attend_run(q, k, v, scale=1.0, q_start=0))
     return 4.0 * model.head_dim * model.num_heads * causal_pairs(0, tokens) / seconds
+
+
+def _kv_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:
+    """Bytes of keys and values that decode attention of one query reads per second, from a cache whose blocks lie in any
+    order."""
+    blocks = -(-tokens // _BLOCK)
+    shape = (blocks, _BLOCK, model.num_kv_heads, model.head_dim)
+    k_cache, v_cache = torch.zeros(2, *shape, dtype=timer.dtype, device=timer.device)
+    q = torch.zeros(1, model.num_heads, model.head_dim, dtype=timer.dtype, device=timer.device)
+    table = np.random.default_rng(0).permutation(blocks).astype(np.int32)[None]
+
+    def seconds(end: int) -> float:
+        rows = prepare(
+            table,
+            np.array([0]),
+            np.array([end]),
+            block_size=_BLOCK,
+            dtype=timer.dtype,
+            device=timer.device,
+        )
+        return timer.agreed(lambda: paged_decode(q, k_cache, v_cache, rows, scale=1.0))
+
+    whole_s, least_s = seconds(tokens), seconds(1)
+    return 2 * k_cache.nbytes / max(whole_s - least_s, whole_s / 10)
 
 
 def _read_once(timer: Timer) -> Callable[[], object]:

@@ -98,6 +98,7 @@ class Calibrated:
             exchange_factor=linked.exchange_factor,
             stream_factor=linked.stream_factor,
             reduce_factor=linked.reduce_factor,
+            reduce_latency_s=linked.reduce_latency_s,
         )
 
 
@@ -106,6 +107,7 @@ def faster(hardware: Hardware, speed: float) -> Hardware:
     return hardware.replace(
         peak_flops_per_s=hardware.peak_flops_per_s * speed,
         memory_bytes_per_s=hardware.memory_bytes_per_s * speed,
+        kv_bytes_per_s=hardware.kv_bytes_per_s * speed,
         **{
             name: getattr(hardware, name) / speed
             for name in ("layer_overhead_s", "step_overhead_s", "call_s", "merge_s", "copy_s")

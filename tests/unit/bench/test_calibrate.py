@@ -38,6 +38,7 @@ TERMS = Terms(
     read_bytes_per_s=2e10,
     layer_overhead_s=1e-4,
     step_overhead_s=2e-3,
+    kv_bytes_per_s=1e10,
     call_s=3e-5,
     merge_s=1e-9,
     copy_s=2e-9,
