@@ -6,9 +6,11 @@ the first gives the rate and the others how much longer they take than that rate
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -16,12 +18,12 @@ from torch import Tensor
 
 from sps2_mega.attention.pipeline.settings import WINDOW
 from sps2_mega.comm.exchange import post_all_to_all, post_shift
-from sps2_mega.comm.probe import measure_links
+from sps2_mega.comm.probe import agree_most, measure_links
 from sps2_mega.parallel.groups import Group
 from sps2_mega.parallel.machine import Link
 from tools.bench.calibrate_timer import Timer
 
-_SMALL_BYTES = 1024
+_SMALL_BYTES, _SMALL_ROUNDS = 1024, 400
 _BUSY_WIDTH = 256  # a third of a millisecond of a CPU core
 _ROUNDS = 12  # an exchange may take once or twice as long, by chance
 
@@ -45,18 +47,22 @@ def measured_links(groups: Sequence[Group], timer: Timer) -> tuple[MeasuredLink,
 
 
 def _among_computing(call: Callable[[], None], timer: Timer) -> float:
-    """Mean of a small call among computing, as in decode steps: who waits is woken up first, which a loop of exchanges
-    alone would not show."""
+    """Median of a small call among computing, as in decode steps: who waits is woken up first, which a loop of exchanges
+    alone would not show. Of the slowest rank."""
     matrix = torch.ones(_BUSY_WIDTH, _BUSY_WIDTH, dtype=timer.dtype, device=timer.device)
-
-    def compute() -> Tensor:
-        return matrix @ matrix
-
-    def both() -> None:
-        compute()
+    samples = []
+    for _ in range(_SMALL_ROUNDS):
+        _finish(matrix @ matrix)
+        began = time.perf_counter()
         call()
+        _finish(matrix)
+        samples.append(time.perf_counter() - began)
+    return agree_most(median(samples), timer.control)
 
-    return max(timer.agreed(both) - timer.agreed(compute), 1e-6)
+
+def _finish(x: Tensor) -> None:
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
 
 
 def _exchange(group: Group, device: torch.device) -> None:
