@@ -21,7 +21,7 @@ def links_on_rank(rank, size):
         timed.append(least)
         return 0.01 * len(timed)
 
-    timer = types.SimpleNamespace(control=group, device=torch.device("cpu"), agreed=agreed)
+    timer = types.SimpleNamespace(control=group, device=torch.device("cpu"), dtype=torch.float32, agreed=agreed)
     (link,) = measured_links([group], timer)
     return link, len(timed)
 
@@ -32,6 +32,6 @@ def test_ring_exchange_stream_and_sum_are_timed_on_all_ranks(size):
     links, counts = zip(*found, strict=True)
     assert len(set(links)) == 1 and set(counts) == {4}
     (link,) = set(links)
-    assert link.latency_s > 0 and link.bytes_per_s > 0
+    assert link.latency_s > 0 and link.reduce_latency_s > 0 and link.bytes_per_s > 0
     # By this clock each takes longer than the one before; a stream moves what an exchange moves.
     assert link.stream_factor > link.exchange_factor > 1
