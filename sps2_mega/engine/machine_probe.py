@@ -67,9 +67,8 @@ def machine_facts(
         merge_s=speed["merge_s"],
         copy_s=speed["copy_s"],
     )
-    if (
-        on_cpu
-    ):  # on CUDA the host runs ahead of the device, which hides most of what a short layer takes
+    # On CUDA the host runs ahead of the device, which hides most of what a short layer takes.
+    if on_cpu:
         machine = measure_layers(machine, groups, heads)
     if groups.global_rank == 0:
         log.info("measured in %.2f s: %s", time.monotonic() - began, describe(machine))

@@ -11,7 +11,7 @@ import torch
 from harness import free_port, run_ranks
 
 
-def facts_on_rank(rank, port, folder, levels, networks):
+def facts_on_rank(rank, port, folder, levels, networks, num_heads=4):
     from sps2_mega.config import ParallelConfig
     from sps2_mega.engine.machine_probe import machine_facts
     from sps2_mega.engine.transport_probe import LayerHeads
@@ -26,7 +26,7 @@ def facts_on_rank(rank, port, folder, levels, networks):
     groups = initialize(store, info, topology, device=cpu, timeout_s=60)
     # Each rank has its own folder: what the others know must have come from rank 0.
     own = Path(folder) / str(rank)
-    heads = LayerHeads(num_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float32)
+    heads = LayerHeads(num_heads=num_heads, num_kv_heads=num_heads // 2, head_dim=32, dtype=torch.float32)
     found = []
     for network in networks:
         began = time.monotonic()
@@ -63,6 +63,12 @@ def test_ranks_agree_and_the_second_job_reads_the_file(tmp_path, sp, levels):
     assert not [p for rank in range(1, sp) for p in (tmp_path / str(rank)).glob("*")]
     ((later, _), *_) = run_ranks(facts_on_rank, sp, free_port(), *args)[-1]
     assert later == results[0][0][0]
+
+
+def test_layers_are_measured_where_some_ranks_have_no_head(tmp_path):
+    results = run_ranks(facts_on_rank, 4, free_port(), str(tmp_path), None, ["a"], 2)
+    ((machine, _),) = results[0]
+    assert set(machine.layer_s) == {"ulysses", "gather", "ring", "pass_q"}
 
 
 def test_a_folder_that_cannot_be_used_and_a_damaged_file_only_cost_time(tmp_path):
