@@ -136,11 +136,11 @@ class SparseCost:
     def _tail_s(self, num_prompts: int) -> tuple[float, float]:
         """Queries of the tail go to all ranks; partials come back, and sinks and halo come once: (out, in)."""
         row = self.head_dim * self.itemsize
-        rate = self.exchange_bytes_per_s / num_prompts
+        each_s = num_prompts / self.exchange_bytes_per_s
         queries = self.csa.tail * self.num_heads * row
         partials = self.csa.tail * self.num_heads * (row + 4)
         keys = (self.csa.sinks + self.csa.halo) * 2 * self.num_kv_heads * row
-        return queries / rate, (partials + keys) / rate
+        return queries * each_s, (partials + keys) * each_s
 
     def _num_parts(self, prompts: list[Prompt]) -> int:
         """As `attention.leveled.num_kv_parts` counts; the formula is repeated here because that module needs torch."""

@@ -42,13 +42,14 @@ class Timer:
         return agree_most(self._seconds(call, rounds), self.control)
 
     def _seconds(self, call: Callable[[], object], rounds: int) -> float:
-        self._finish()
+        self.finish()
         began = time.perf_counter()
         for _ in range(rounds):
             call()
-        self._finish()
+        self.finish()
         return (time.perf_counter() - began) / rounds
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Waits for the device: only then has a time a meaning."""
         if not self.on_cpu:
             torch.cuda.synchronize(self.device)

@@ -58,6 +58,7 @@ def test_measured_terms_become_hardware_and_serve_requests(tmp_path):
     assert hardware.gemm_flops_per_s == pytest.approx(8e11)
     assert hardware.attention_flops_per_s == pytest.approx(5e11)
     assert hardware.read_bytes_per_s == pytest.approx(2e10)
+    assert hardware.kv_bytes_per_s == pytest.approx(1e10)
     machine = hardware.sp_machine(1, 4)
     assert machine.sp_levels == (2, 2) and machine.links == (plain(FAST), plain(SLOW))
     assert (machine.call_s, machine.merge_s, machine.copy_s) == (3e-5, 1e-9, 2e-9)

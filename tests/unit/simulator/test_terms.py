@@ -9,7 +9,7 @@ import pytest
 
 from sps2_mega.attention.pipeline.settings import Cut
 from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
-from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s
+from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s, kv_read_s
 from sps2_mega.simulator.model_size import model_size
 from sps2_mega.simulator.overlap import cut_s, ring_s, works_s
 from tests.unit.simulator.small_model import MODEL, ROUND
@@ -38,6 +38,16 @@ def test_model_size_counts_parameters_and_cache_bytes():
     assert size.kv_bytes(1) == 2 * 4 * 128 * 2
     assert size.kv_bytes(8) == 2 * 128 * 2, "a KV head is not cut"
     assert model_size(MODEL, ffn_itemsize=1).layer_bytes == size.layer_bytes - size.ffn_params
+
+
+def test_measured_small_sums_and_cache_reads_replace_what_is_assumed():
+    measured = ROUND.replace(reduce_latency_s=0.5, kv_bytes_per_s=1e6)
+    plain = ROUND.inter_node.latency_s * 2  # of three nodes
+    assert all_reduce_s(1e6, 12, measured) - all_reduce_s(1e6, 12, ROUND) == pytest.approx(
+        0.5 - plain
+    )
+    assert kv_read_s(1e6, measured) == pytest.approx(1.0)
+    assert kv_read_s(1e6, ROUND) == pytest.approx(1e6 / ROUND.read_bytes_per_s)
 
 
 def test_an_all_reduce_pays_latency_and_bytes_inside_and_between_nodes():
