@@ -1,13 +1,13 @@
 """The simulator's terms of one machine, measured by all ranks of a job at once; the slowest rank counts.
 
     peak        the largest product that is timed               linear     a layer of the model without attention
-    attention   causal, one long prompt                         memory     a matrix read for one vector, as decode does
-    layer       one of a decode step, less what is below         links      `calibrate_links`, per SP level
+    attention   causal, one long prompt                         memory     weights of a layer for one token, as decode does
+    layer       one of a decode step, less reading and sending  links      `calibrate_links`, per SP level
     step        of a decode step what is not the layers         small      calls, merges, copies: `engine.machine_probe`
     cache       decode attention of one query, all its tokens in scattered blocks
 
 Layers are Megatron's own with random weights, so what is between its products is counted where it occurs; decode steps are
-the engine's, with the bundled model. Means and medians, not
+the engine's (`calibrate_steps`). Means and medians, not
 best times: where ranks share cores, waiting for one is part of the price. Decides no units of the file
 (`calibrate_file`).
 """
@@ -15,35 +15,33 @@ best times: where ranks share cores, waiting for one is part of the price. Decid
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.config import ModelConfig
 from sps2_mega.engine.engine import Engine
 from sps2_mega.engine.machine_probe import attention_speed
-from sps2_mega.engine.startup import StartedRank, start_rank
+from sps2_mega.engine.startup import StartedRank
 from sps2_mega.kernels.attention.sdpa import attend_run
 from sps2_mega.kernels.paged_decode.dispatch import paged_decode, prepare
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.launcher import LaunchInfo
-from sps2_mega.serving.llm import engine_config
 from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.model_size import model_size
-from sps2_mega.types import SamplingParams
 from tools.bench.calibrate_links import MeasuredLink, measured_links
+from tools.bench.calibrate_steps import BUNDLED, decode_steps, probe_for, start_on_probe
 from tools.bench.calibrate_timer import PEAK_WIDTH, Timer
 
 _LAYERS = 2  # of the timed model: more would measure the same again
 _READ_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
+_MOSTLY_READING = 4.0  # times what a layer takes that reads next to nothing
 _BLOCK = 16
-_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +68,12 @@ class Terms:
     links: tuple[MeasuredLink, ...]
 
 
+def terms_of(values: Mapping[str, Any]) -> Terms:
+    """The inverse of `dataclasses.asdict`, also after a journey through JSON."""
+    links = tuple(MeasuredLink(**link) for link in values["links"])
+    return Terms(**{**values, "levels": tuple(values["levels"]), "links": links})
+
+
 def measure(
     model: ModelConfig, info: LaunchInfo, *, tokens: int | None, device: str, dtype: str
 ) -> Terms | None:
@@ -81,42 +85,31 @@ def measure(
     on_cuda = device != "cpu" and torch.cuda.is_available()
     if dtype == "auto":
         dtype = model.dtype if on_cuda else "float32"
-    # An engine on the bundled model joins the ranks, and its steps show what the host needs.
-    config = engine_config(
-        "sps2-tiny",
-        tp=1,
-        sp=info.world_size,
-        options={
-            "num_blocks": 64,
-            "device": device,
-            "dtype": dtype,
-            "threads": torch.get_num_threads() if on_cuda else 1,
-        },
-    )
-    rank = start_rank(config, info, show_progress=False)
+    size = model_size(dataclasses.replace(model, dtype=dtype))
+    probe = probe_for(model, dtype)
+    # Its engine joins the ranks, and its steps show what the host needs.
+    rank = start_on_probe(probe, info, tp=1, device=device, dtype=dtype)
     engine, timer = Engine(rank), Timer(rank)
     if tokens is None:
         tokens = 4096 if timer.on_cpu else 8192
     groups = [group for group in rank.groups.sp_levels if group.size > 1]
     links = measured_links(groups, timer)
     gpt = _random_gpt(model, rank)
-    size = model_size(model)
     one_s, all_s = _layer_s(gpt, 1, timer), _layer_s(gpt, tokens, timer)
     small = attention_speed(model.head_dim, timer.dtype, timer.device, rank.groups.control)
-    read_s = timer.agreed(_read_once(timer))
-    read_rate = _READ_BYTES[timer.device.type] / read_s
+    read_rate = _read_rate(size.layer_bytes, one_s, rank, timer)
     flops = 2.0 * tokens * size.layer_params
     linear = flops / max(all_s - one_s, all_s / 10)
     attention = _attention_rate(model, tokens, timer)
     kv_rate = _kv_rate(model, tokens, timer)
-    steps = _decode_steps(engine)
+    steps = decode_steps(engine)
     if steps is None:
         return None
-    weights_s = size.layer_params * timer.itemsize / read_rate
-    own = model_size(rank.resolved.config)
+    weights_s = size.layer_bytes / read_rate
     # Queries go out and partials come home in each layer; the rest of it that is not reading is overhead.
     exchanges_s = 2 * max((link.latency_s for link in links), default=0.0)
-    overhead_s = steps.layer_s - own.layer_params * timer.itemsize / read_rate - exchanges_s
+    reads_s = model_size(probe.config).layer_bytes / read_rate
+    overhead_s = steps.layer_s - reads_s - small["call_s"] - exchanges_s
     width = PEAK_WIDTH[timer.device.type]
     return Terms(
         device=_device_name(timer.device),
@@ -209,49 +202,23 @@ def _kv_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:
     return 2 * k_cache.nbytes / max(whole_s - least_s, whole_s / 10)
 
 
+def _read_rate(layer_bytes: float, one_s: float, rank: StartedRank, timer: Timer) -> float:
+    """Bytes of weights that a decode step reads per second: the model's own layer for one token where reading is most of
+    its time, else a matrix that no cache holds."""
+    narrow = named_model_file(BUNDLED).config
+    narrow_s = _layer_s(_random_gpt(narrow, rank), 1, timer)
+    if one_s > _MOSTLY_READING * narrow_s:
+        narrow_bytes = model_size(narrow).layer_params * timer.itemsize
+        return (layer_bytes - narrow_bytes) / (one_s - narrow_s)
+    return _READ_BYTES[timer.device.type] / timer.agreed(_read_once(timer))
+
+
 def _read_once(timer: Timer) -> Callable[[], object]:
     columns = 4096
     rows = _READ_BYTES[timer.device.type] // timer.itemsize // columns
     matrix = torch.ones(rows, columns, dtype=timer.dtype, device=timer.device)
     vector = torch.ones(columns, dtype=timer.dtype, device=timer.device)
     return lambda: matrix @ vector
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _DecodeSteps:
-    """Median seconds of a layer, and of what is not layers: planning, telling the ranks, sampling, committing."""
-
-    layer_s: float
-    host_s: float
-
-
-def _decode_steps(engine: Engine) -> _DecodeSteps | None:
-    """Of a short sequence. None on ranks that follow, which leave the job here."""
-    if not engine.is_driver:
-        engine.run_worker()
-        return None
-    advance = engine.model.advance
-    inside: list[float] = []
-
-    def timed(*arguments: Any) -> None:
-        began = time.perf_counter()
-        advance(*arguments)
-        inside.append(time.perf_counter() - began)
-
-    engine.model.advance = timed  # type: ignore[method-assign]
-    params = SamplingParams(max_tokens=_STEPS, temperature=0.0, ignore_eos=True)
-    engine.add_request("steps", [1, 2, 3], params)
-    engine.step()
-    inside.clear()
-    whole = []
-    while engine.has_work():
-        began = time.perf_counter()
-        engine.step()
-        whole.append(time.perf_counter() - began)
-    engine.shutdown()
-    layers_s, step_s = median(inside), median(whole)
-    layer_s = layers_s / engine.model_config.num_layers
-    return _DecodeSteps(layer_s=layer_s, host_s=step_s - layers_s)
 
 
 def _memory_bytes(device: torch.device, info: LaunchInfo) -> float:

@@ -1,9 +1,14 @@
-"""Times calls on all ranks at once, so that what they share counts; the slowest rank's mean is everybody's answer."""
+"""Times calls on all ranks at once, so that what they share counts; the slowest rank's time is everybody's answer.
+
+A time is the middle one of several means: a call may take once or twice as long by chance, which belongs to its price, but
+a moment in which a shared machine does something else does not.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 
@@ -12,8 +17,9 @@ from sps2_mega.engine.startup import StartedRank
 from sps2_mega.parallel.groups import Group
 
 PEAK_WIDTH = {"cpu": 1024, "cuda": 8192}  # of the square product that is timed first
-_LONG_ENOUGH_S = 0.3
+_LONG_ENOUGH_S = 1.0  # shared machines change their speed from one moment to the next
 _MOST_ROUNDS = 200
+_MEANS = 5
 
 
 class Timer:
@@ -35,11 +41,14 @@ class Timer:
         return self.dtype.itemsize
 
     def agreed(self, call: Callable[[], object], *, least: int = 2) -> float:
-        """Mean seconds of a call on the slowest rank, all ranks calling as often, `least` times or more."""
+        """Seconds of a call on the slowest rank, all ranks calling as often, `least` times or more."""
         call()  # the first may compile or allocate
         once = agree_most(self._seconds(call, 1), self.control)
         rounds = max(least, min(_MOST_ROUNDS, int(_LONG_ENOUGH_S / max(once, 1e-9))))
-        return agree_most(self._seconds(call, rounds), self.control)
+        means = min(_MEANS, rounds)
+        return median(
+            agree_most(self._seconds(call, -(-rounds // means)), self.control) for _ in range(means)
+        )
 
     def _seconds(self, call: Callable[[], object], rounds: int) -> float:
         self.finish()

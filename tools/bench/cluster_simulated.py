@@ -1,8 +1,7 @@
 """The simulator's answer to what cluster.py measured: the same model, prompt, system and link, one request at a time.
 
-    calibrated-SHAPE-RANKS.yaml   rates of so many ranks at once, and links at the probed rates (calibrate.py)
-    speed                         how much faster the machine was than in the calibration, told by the runs of one rank alone
-                                  between the others at the same rate; it divides all that a rank does, and no link
+Hardware is `cluster_hardware`'s: calibrated rates and links, and the machine's speed while a rate was measured, told by
+the runs of one rank alone between the others: of prefill steps by its first token, of decode steps by those after it.
 
 Nothing else is fitted. Decides which simulated system stands for which measured one, and no figures' layout.
 """
@@ -10,26 +9,23 @@ Nothing else is fitted. Decides which simulated system stands for which measured
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival
 from sps2_mega.simulator.engine import SimulatedEngine, scheduler_config
-from sps2_mega.simulator.hardware import Hardware, load_hardware
+from sps2_mega.simulator.hardware import Hardware
 from sps2_mega.simulator.sparse_cost import sparse_cost
 from sps2_mega.simulator.step_cost import StepCost, step_cost
 from sps2_mega.simulator.system import System
 from sps2_mega.types import SamplingParams
 from sps2_mega.types import Sequence as Prompt
-from tools.bench.cluster_nodes import parse_rate
+from tools.bench.cluster_hardware import Calibrated, Speeds
 from tools.bench.cluster_systems import SHAPES, shape_config
 
 CALIBRATES = ("alone",)  # their measured times tell the machine's speed
@@ -57,89 +53,12 @@ class Row:
 
     @property
     def calibrates(self) -> bool:
+        """Whether the machine's speed is told by this very figure."""
         return self.system in CALIBRATES
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibrated:
-    """Hardware files by number of ranks, for one shape."""
-
-    shape: str
-    files: Mapping[int, Path]
-
-    @staticmethod
-    def found(shape: str, folder: Path) -> Calibrated:
-        """Those of `folder`, by their names."""
-        files = {}
-        for path in folder.glob(f"calibrated-{shape}-*.yaml"):
-            ranks = path.stem.rpartition("-")[2]
-            if ranks.isdecimal():
-                files[int(ranks)] = path
-        return Calibrated(shape=shape, files=files)
-
-    def hardware(self, ranks: int, rate: str, *, speed: float) -> Hardware:
-        """Of so many ranks, one in each node, joined by links of that rate.
-
-        Raises:
-            ConfigError: nobody calibrated for so many ranks.
-        """
-        if ranks not in self.files:
-            raise ConfigError(
-                f"no calibrated-{self.shape}-{ranks}.yaml (there are: {sorted(self.files) or 'none'}): "
-                "write it with tools/bench/calibrate.py"
-            )
-        hardware = load_hardware(str(self.files[ranks]))
-        hardware = faster(hardware, speed).replace(gpus_per_node=1)
-        if ranks == 1:
-            return hardware
-        linked = linked_at(self.files[ranks], rate)
-        return hardware.replace(
-            inter_node=linked.inter_node,
-            exchange_factor=linked.exchange_factor,
-            stream_factor=linked.stream_factor,
-            reduce_factor=linked.reduce_factor,
-            reduce_latency_s=linked.reduce_latency_s,
-        )
-
-
-def faster(hardware: Hardware, speed: float) -> Hardware:
-    """The same machine on a day on which it does everything so many times as fast; links stay."""
-    return hardware.replace(
-        peak_flops_per_s=hardware.peak_flops_per_s * speed,
-        memory_bytes_per_s=hardware.memory_bytes_per_s * speed,
-        kv_bytes_per_s=hardware.kv_bytes_per_s * speed,
-        **{
-            name: getattr(hardware, name) / speed
-            for name in ("layer_overhead_s", "step_overhead_s", "call_s", "merge_s", "copy_s")
-        },
-    )
-
-
-def linked_at(path: Path, rate: str) -> Hardware:
-    """The file's hardware with its probed link of that rate; between two probed rates, what a link of this rate reaches is
-    told from the nearer one.
-
-    Raises:
-        ConfigError: the file has no probed links, or the rate is free and was not probed.
-    """
-    links = yaml.safe_load(path.read_text())["links"]
-    probed = {name.removeprefix("between-"): name for name in links if name.startswith("between-")}
-    if rate in probed:
-        return load_hardware(str(path), inter_node=probed[rate])
-    wanted = parse_rate(rate)
-    shaped = {name: parse_rate(name) for name in probed}
-    known = {name: bits for name, bits in shaped.items() if bits is not None}
-    if wanted is None or not known:
-        raise ConfigError(f"{path} has no link of {rate}: probed are {sorted(probed) or 'none'}")
-    near = min(known, key=lambda name: abs(math.log(known[name] / wanted)))
-    hardware = load_hardware(str(path), inter_node=probed[near])
-    link = hardware.inter_node
-    faster_link = dataclasses.replace(link, bytes_per_s=link.bytes_per_s * wanted / known[near])
-    return hardware.replace(inter_node=faster_link)
-
-
 def rows_of(document: Mapping[str, Any], folder: Path) -> tuple[list[Row], dict[str, float]]:
-    """All figures of one result file of cluster.py, and the machine's speed by shape, prompt length and rate.
+    """All figures of one result file of cluster.py, and the machine's speeds by shape, prompt length, rate and phase.
 
     Raises:
         ConfigError: a calibration is missing, or nothing ran on one rank alone.
@@ -148,13 +67,14 @@ def rows_of(document: Mapping[str, Any], folder: Path) -> tuple[list[Row], dict[
     speeds = {}
     for run in document["runs"]:
         shape = shape_of(run)
-        calibrated = Calibrated.found(shape, folder)
+        calibrated = Calibrated.named(shape, int(document["nodes"]), folder)
         speed_at = _speeds(document, run, calibrated)
         for rate, speed in speed_at.items():
-            speeds[f"{shape}, {run['tokens']} tokens, {rate}"] = speed
+            for what, value in dataclasses.asdict(speed).items():
+                speeds[f"{shape}, {run['tokens']} tokens, {rate}, {what}"] = value
         for name, by_rate in run["curves"].items():
             for rate, measured in by_rate.items():
-                simulated = times(document, run, name, rate, calibrated, speed=speed_at[rate])
+                simulated = times(document, run, name, rate, calibrated, speeds=speed_at[rate])
                 for figure in ("ttft", "tbt"):
                     seconds = measured.get(f"{figure}_s")
                     if seconds:
@@ -181,12 +101,28 @@ def times(
     rate: str,
     calibrated: Calibrated,
     *,
-    speed: float,
+    speeds: Speeds,
 ) -> dict[str, float]:
     """Simulated `ttft` and `tbt` (0 without decode) of one system at one rate."""
     ranks = 1 if name.endswith("alone") else int(document["nodes"])
-    hardware = calibrated.hardware(ranks, rate, speed=speed)
-    model = shape_config(SHAPES[calibrated.shape])
+    prefill = calibrated.hardware(ranks, rate, speed=speeds.prefill)
+    decode = calibrated.hardware(ranks, None, speed=speeds.decode)
+    return {
+        "ttft": _on(prefill, document, run, name, ranks, calibrated.shape)["ttft"],
+        "tbt": _on(decode, document, run, name, ranks, calibrated.shape)["tbt"],
+    }
+
+
+def _on(
+    hardware: Hardware,
+    document: Mapping[str, Any],
+    run: Mapping[str, Any],
+    name: str,
+    ranks: int,
+    shape: str,
+) -> dict[str, float]:
+    """One request through the project's scheduler on that hardware."""
+    model = shape_config(SHAPES[shape])
     cost = cost_of(name, model, hardware, ranks, document["csa"], tokens=run["tokens"])
     engine = SimulatedEngine(
         cost, scheduler_config(cost), max_model_len=run["tokens"] + run.get("decode", 0) + 2
@@ -261,16 +197,20 @@ def _plain(name: str) -> bool:
 
 def _speeds(
     document: Mapping[str, Any], run: Mapping[str, Any], calibrated: Calibrated
-) -> dict[str, float]:
-    """By rate: simulated over measured first token time of one rank alone."""
+) -> dict[str, Speeds]:
+    """By rate: simulated over measured times of one rank alone."""
     alone = run["curves"].get(CALIBRATES[0])
     if not alone:
         raise ConfigError(f"the runs have no system {CALIBRATES[0]!r}, which tells the speed")
-    return {
-        rate: times(document, run, CALIBRATES[0], rate, calibrated, speed=1.0)["ttft"]
-        / found["ttft_s"]
-        for rate, found in alone.items()
-    }
+    speeds = {}
+    for rate, found in alone.items():
+        expected = times(document, run, CALIBRATES[0], rate, calibrated, speeds=Speeds())
+        tbt_s = found.get("tbt_s")
+        speeds[rate] = Speeds(
+            prefill=expected["ttft"] / found["ttft_s"],
+            decode=expected["tbt"] / tbt_s if tbt_s else 1.0,
+        )
+    return speeds
 
 
 def _spread(bounds: Sequence[float] | None, seconds: float) -> float:

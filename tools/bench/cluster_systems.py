@@ -62,6 +62,21 @@ SHAPES = {
         llama=_LLAMA | {"num_key_value_heads": 8},
         longest=65535,
     ),
+    "wide": Shape(
+        name="wide",
+        about="random Llama, hidden 2048, 4 layers, 16 query and 4 KV heads: decode reads 0.75 GB of weights",
+        num_heads=16,
+        num_kv_heads=4,
+        vocab_size=VOCAB,
+        llama=_LLAMA
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+        },
+        longest=65535,
+    ),
     "sps2-tiny": Shape(
         name="sps2-tiny",
         about="the bundled model, 8 query and 4 KV heads",

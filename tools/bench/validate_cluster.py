@@ -2,7 +2,7 @@
 
     python tools/bench/validate_cluster.py [docs/results/cluster*.json ..] [--calibrated docs/results]
 
-Reads what cluster.py wrote (--save) and what calibrate.py measured (calibrated-SHAPE-RANKS.yaml), writes
+Reads what cluster.py wrote (--save) and what calibrate.py measured (calibrated-SHAPE-NODES*.yaml), writes
 docs/results/validation-cluster.json and a section of docs/evaluation.md. How is `cluster_simulated`'s.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sps2_mega.errors import ConfigError
+from tools.bench.cluster_hardware import Calibrated
 from tools.bench.cluster_simulated import Row, rows_of, shape_of
 from tools.simulation.document import EVALUATION, ROOT, with_part
 
@@ -86,27 +87,25 @@ def validated(results: Sequence[Path], calibrated: Path) -> dict[str, Any]:
 
 
 def missing_calibrations(results: Sequence[Path], folder: Path) -> list[str]:
-    """The commands that write what is not there, for all shapes, numbers of ranks and rates of these results."""
-    needed: dict[tuple[str, int], dict[str, None]] = {}
-    tokens: dict[str, int] = {}
+    """The commands that write what is not there, for all shapes, numbers of nodes and rates of these results."""
+    rates: dict[tuple[str, int], dict[str, None]] = {}
+    tokens: dict[tuple[str, int], int] = {}
     for path in results:
         document = json.loads(path.read_text())
         for run in document["runs"]:
-            shape = shape_of(run)
-            tokens[shape] = max(tokens.get(shape, 0), run["tokens"])
-            for name, by_rate in run["curves"].items():
-                ranks = 1 if name.endswith("alone") else int(document["nodes"])
-                needed.setdefault((shape, ranks), {}).update(dict.fromkeys(by_rate))
+            what = shape_of(run), int(document["nodes"])
+            tokens[what] = max(tokens.get(what, 0), run["tokens"])
+            for by_rate in run["curves"].values():
+                rates.setdefault(what, {}).update(dict.fromkeys(by_rate))
     commands = []
-    for (shape, ranks), rates in sorted(needed.items()):
-        output = folder / f"calibrated-{shape}-{ranks}.yaml"
-        if output.is_file():
-            continue
-        emulated = f"--nodes {ranks} --rates {','.join(rates)} " if ranks > 1 else ""
-        commands.append(
-            f"{'sudo ' if ranks > 1 else ''}python tools/bench/calibrate.py {emulated}"
-            f"--model {shape} --tokens {tokens[shape]} --output {_shown(output)}"
-        )
+    for (shape, nodes), found in sorted(rates.items()):
+        files = Calibrated.named(shape, nodes, folder)
+        if not files.complete:
+            commands.append(
+                f"sudo python tools/bench/calibrate.py --nodes {nodes} --rates {','.join(found)} "
+                f"--model {shape} --tokens {tokens[shape, nodes]} "
+                f"--output {_shown(files.together)} --one-rank {_shown(files.alone)}"
+            )
     return commands
 
 
@@ -118,18 +117,23 @@ def section(found: Mapping[str, Any]) -> str:
     """Markdown: the errors in short, then every setting."""
     rows = [Row(**{k: v for k, v in row.items() if k not in _DERIVED}) for row in found["rows"]]
     lines = [
-        "| figure | settings | median error | worst | within 10 % | beyond 25 % | range of a measurement's own repeats, median |",
-        "|---|---|---|---|---|---|---|",
+        "| figure | model, ranks | settings | median error | worst | within 10 % | beyond 25 % | range of a measurement's own repeats, median |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for figure in ("ttft", "tbt"):
-        errors = [row for row in rows if row.figure == figure and not row.calibrates]
-        if errors:
-            lines.append(_summary(figure.upper(), errors))
-    speeds = sorted(found["speed"].values())
+        grouped: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.figure == figure and not row.calibrates:
+                grouped.setdefault(f"{row.shape}, {row.nodes}", []).append(row)
+        lines += [_summary(figure, what, found) for what, found in sorted(grouped.items())]
+        if len(grouped) > 1:
+            lines.append(
+                _summary(figure, "all", [row for each in grouped.values() for row in each])
+            )
     lines += [
         "",
         "The machine's speed against its calibration, from one rank alone at each rate: "
-        f"{speeds[0]:.2f} to {speeds[-1]:.2f}.",
+        f"{_range(found['speed'], 'prefill')} in prefill steps, {_range(found['speed'], 'decode')} in decode steps.",
         "",
         "| model, ranks, tokens | system | link | TTFT measured | simulated | error | TBT measured | simulated | error |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -149,22 +153,29 @@ def section(found: Mapping[str, Any]) -> str:
 _DERIVED = ("error", "calibrates")
 
 
-def _summary(name: str, rows: Sequence[Row]) -> str:
+def _summary(figure: str, what: str, rows: Sequence[Row]) -> str:
     errors = [abs(row.error) for row in rows]
     worst = max(rows, key=lambda row: abs(row.error))
     near = sum(error <= GOAL_MEDIAN for error in errors)
     far = sum(error > GOAL_WORST for error in errors)
-    where = f"{worst.shape}, {worst.nodes} ranks, {worst.system} at {worst.rate}"
+    where = (
+        f"{worst.shape}, {worst.nodes} ranks, {worst.tokens} tokens, {worst.system} at {worst.rate}"
+    )
     return (
-        f"| {name} | {len(rows)} | {statistics.median(errors):.1%} | {worst.error:+.1%} ({where}) "
+        f"| {figure.upper()} | {what} | {len(rows)} | {statistics.median(errors):.1%} | {worst.error:+.1%} ({where}) "
         f"| {near} | {far} | {statistics.median(row.spread for row in rows):.0%} |"
     )
+
+
+def _range(speeds: Mapping[str, float], phase: str) -> str:
+    values = [value for what, value in speeds.items() if what.endswith(phase)]
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def _cells(row: Row | None) -> list[str]:
     if row is None:
         return ["", "", ""]
-    error = "calibrates" if row.calibrates and row.figure == "ttft" else f"{row.error:+.1%}"
+    error = "calibrates" if row.calibrates else f"{row.error:+.1%}"
     return [_seconds(row.measured_s), _seconds(row.simulated_s), error]
 
 

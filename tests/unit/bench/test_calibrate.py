@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ import pytest
 from sps2_mega.parallel.machine import Link
 from sps2_mega.simulator.arrivals import Arrival
 from sps2_mega.simulator.hardware import load_hardware
+from sps2_mega.simulator.model_size import model_size
 from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.system import System
 from tests.unit.simulator.small_model import MODEL
 from tools.bench.calibrate import main
 from tools.bench.calibrate_file import hardware_text
 from tools.bench.calibrate_links import MeasuredLink
-from tools.bench.calibrate_terms import Terms
+from tools.bench.calibrate_rates import joined, with_reduce_latency
+from tools.bench.calibrate_terms import Terms, terms_of
 
 FAST = MeasuredLink(latency_s=1e-5, bytes_per_s=1e10)
 SLOW = MeasuredLink(latency_s=1e-3, bytes_per_s=1e8, exchange_factor=1.5, reduce_factor=0.75)
@@ -84,6 +87,48 @@ def test_one_rank_has_no_link_and_still_a_file(tmp_path):
     assert hardware.inter_node.bytes_per_s == pytest.approx(2e10)
 
 
+def test_of_several_link_rates_the_middle_counts_but_for_what_a_link_carries():
+    found = [
+        dataclasses.replace(
+            TERMS,
+            peak_flops_per_s=1e12 * share,
+            layer_overhead_s=1e-4 * share,
+            links=(
+                FAST,
+                dataclasses.replace(SLOW, latency_s=1e-3 * share, bytes_per_s=1e8 / share),
+            ),
+        )
+        for share in (1.0, 3.0, 2.0)
+    ]
+    terms, links = joined(found)
+    assert terms == dataclasses.replace(
+        TERMS,
+        peak_flops_per_s=2e12,
+        layer_overhead_s=2e-4,
+        links=(FAST, dataclasses.replace(SLOW, latency_s=2e-3)),
+    )
+    assert [link.bytes_per_s for link in links] == [1e8, 1e8 / 3, 5e7]
+    assert {link.latency_s for link in links} == {2e-3}
+    assert terms_of(json.loads(json.dumps(dataclasses.asdict(terms)))) == terms
+
+
+def test_one_rank_has_nothing_to_join_but_its_terms():
+    alone = dataclasses.replace(TERMS, ranks=1, levels=(), links=())
+    assert joined([alone, dataclasses.replace(alone, call_s=5e-5)]) == (
+        dataclasses.replace(alone, call_s=4e-5),
+        [],
+    )
+
+
+def test_small_sums_are_what_a_tp_step_takes_beside_all_else():
+    model = dataclasses.replace(MODEL, num_layers=3, dtype="float32")
+    own_s = 3 * (model_size(model).layer_params / 2e10 + 1e-4 + 3e-5) + 2e-3
+    terms = with_reduce_latency(TERMS, own_s + 7 * 4e-4, model)
+    assert terms.links[-1].reduce_latency_s == pytest.approx(4e-4)
+    assert with_reduce_latency(TERMS, own_s, model) == TERMS, "nothing is left for sums"
+    assert terms.links[:-1] == TERMS.links[:-1]
+
+
 def test_every_figure_says_how_and_when(tmp_path):
     text = Path(written(TERMS, tmp_path)).read_text()
     assert text.count("measured, python x, 2026-01-01") >= 12 + 2 * 5
@@ -93,6 +138,8 @@ def test_every_figure_says_how_and_when(tmp_path):
     ("arguments", "message"),
     [
         (["--output", "x.json"], "must end in .yaml"),
+        (["--output", "x.yaml", "--one-rank", "y.txt", "--nodes", "2"], "must end in .yaml"),
+        (["--output", "x.yaml", "--one-rank", "y.yaml"], "goes with --nodes"),
         (["--output", "x.yaml", "--tokens", "1"], "--tokens must be >= 2"),
         (["--output", "x.yaml", "--nodes", "1"], "--nodes must be at least 2"),
         (["--output", "x.yaml", "--nodes", "2", "--rates", "fast"], "a link rate is"),

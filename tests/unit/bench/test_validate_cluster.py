@@ -12,7 +12,8 @@ from tests.unit.bench.test_calibrate import TERMS
 from tools.bench import validate_cluster
 from tools.bench.calibrate_file import hardware_text
 from tools.bench.calibrate_links import MeasuredLink
-from tools.bench.cluster_simulated import Calibrated, linked_at, rows_of, times
+from tools.bench.cluster_hardware import Calibrated, Speeds, linked_at
+from tools.bench.cluster_simulated import rows_of, times
 
 FAST = MeasuredLink(latency_s=1e-4, bytes_per_s=1e8)
 SLOW = MeasuredLink(
@@ -35,13 +36,14 @@ def folder(tmp_path):
         )  # fmt: skip
         between = {"between-1gbit": FAST, "between-10mbit": SLOW} if ranks > 1 else None
         text = hardware_text(terms, model="gqa", command="x", date="today", between=between)
-        (tmp_path / f"calibrated-gqa-{ranks}.yaml").write_text(text)
+        alone = "-alone" if ranks == 1 else ""
+        (tmp_path / f"calibrated-gqa-2{alone}.yaml").write_text(text)
     return tmp_path
 
 
 def simulated(name, rate, folder, **changes):
-    found = Calibrated.found("gqa", folder)
-    return times(DOCUMENT, RUN | changes, name, rate, found, speed=1.0)
+    found = Calibrated.named("gqa", 2, folder)
+    return times(DOCUMENT, RUN | changes, name, rate, found, speeds=Speeds())
 
 
 def test_every_measured_system_has_a_simulated_one(folder):
@@ -50,6 +52,7 @@ def test_every_measured_system_has_a_simulated_one(folder):
     assert all(found["ttft"] > 0 and found["tbt"] > 0 for found in fast.values())
     for name in SYSTEMS:
         assert (slow[name]["ttft"] > fast[name]["ttft"]) == (not name.endswith("alone")), name
+    assert all(slow[name]["tbt"] == fast[name]["tbt"] for name in SYSTEMS), "KBs pass at once"
     assert fast["csa-alone"]["ttft"] < fast["alone"]["ttft"]
     assert slow["ulysses-pipelined"]["ttft"] < slow["ulysses"]["ttft"]
     assert slow["csa"]["ttft"] < slow["tp"]["ttft"]
@@ -77,15 +80,32 @@ def measured(folder, slower):
 
 def test_one_rank_alone_tells_the_machines_speed(folder):
     rows, speeds = rows_of(measured(folder, 2.0), folder)
-    assert speeds == {"gqa, 1201 tokens, 1gbit": pytest.approx(0.5)}
+    assert speeds == {
+        "gqa, 1201 tokens, 1gbit, prefill": pytest.approx(0.5),
+        "gqa, 1201 tokens, 1gbit, decode": pytest.approx(0.5),
+    }
     errors = {(row.system, row.figure): row.error for row in rows}
-    assert errors["alone", "ttft"] == pytest.approx(0.0)
+    assert errors["alone", "ttft"] == errors["alone", "tbt"] == pytest.approx(0.0)
     assert -0.2 < errors["csa", "ttft"] < 0.0, "its link is not slower, all else is"
+    assert -0.2 < errors["csa", "tbt"] < 0.0
     assert [row.calibrates for row in rows] == [row.system == "alone" for row in rows]
 
 
+def test_prefill_and_decode_have_speeds_of_their_own(folder):
+    document = measured(folder, 1.0)
+    for found in document["runs"][0]["curves"].values():
+        found["1gbit"]["tbt_s"] *= 1.25
+    rows, speeds = rows_of(document, folder)
+    assert [round(speed, 3) for speed in speeds.values()] == [1.0, 0.8]
+    assert all(row.error == pytest.approx(0.0) for row in rows if row.figure == "ttft")
+    without = measured(folder, 1.0)
+    for found in without["runs"][0]["curves"].values():
+        del found["1gbit"]["tbt_s"]
+    assert {row.figure for row in rows_of(without, folder)[0]} == {"ttft"}
+
+
 def test_a_missing_calibration_is_named(folder):
-    with pytest.raises(ConfigError, match=r"calibrated-gqa-4\.yaml"):
+    with pytest.raises(ConfigError, match=r"calibrated-gqa-4-alone\.yaml is missing"):
         rows_of(measured(folder, 1.0) | {"nodes": 4}, folder)
     without = measured(folder, 1.0)
     del without["runs"][0]["curves"]["alone"]
@@ -93,15 +113,14 @@ def test_a_missing_calibration_is_named(folder):
         rows_of(without, folder)
 
 
-def test_all_missing_calibrations_are_named_with_their_commands(folder, tmp_path, capsys):
+def test_missing_calibrations_are_named_with_their_commands(folder, tmp_path, capsys):
     path = tmp_path / "cluster-x.json"
     runs = measured(folder, 1.0)["runs"]
     other = {**runs[0], "shape": "mha", "tokens": 77}
     path.write_text(json.dumps(measured(folder, 1.0) | {"runs": [*runs, other]}))
     assert validate_cluster.missing_calibrations([path], folder) == [
-        f"python tools/bench/calibrate.py --model mha --tokens 77 --output {folder}/calibrated-mha-1.yaml",
         "sudo python tools/bench/calibrate.py --nodes 2 --rates 1gbit --model mha --tokens 77 "
-        f"--output {folder}/calibrated-mha-2.yaml",
+        f"--output {folder}/calibrated-mha-2.yaml --one-rank {folder}/calibrated-mha-2-alone.yaml"
     ]
     assert validate_cluster.main([str(path), "--calibrated", str(folder), "--dry-run"]) == 2
     assert capsys.readouterr().err.count("calibrated-mha") == 2
@@ -113,13 +132,14 @@ def test_the_section_has_a_summary_and_every_setting(folder, tmp_path, capsys):
     arguments = [str(path), "--calibrated", str(folder), "--dry-run"]
     assert validate_cluster.main(arguments) == 0
     text = capsys.readouterr().out
-    assert "| TTFT | 2 | 0.0% |" in text and "| TBT | 2 | 0.0% |" in text
-    assert "from one rank alone at each rate: 1.00 to 1.00." in text
-    assert text.count("| gqa, 2, 1201 |") == 3 and text.count("calibrates") == 1
+    assert "| TTFT | gqa, 2 | 2 | 0.0% |" in text and "| TBT | gqa, 2 | 2 | 0.0% |" in text
+    assert "| all |" not in text, "there is one model"
+    assert "1.00 to 1.00 in prefill steps, 1.00 to 1.00 in decode steps." in text
+    assert text.count("| gqa, 2, 1201 |") == 3 and text.count("calibrates") == 2
     assert (
         validate_cluster.main([str(path), "--calibrated", str(tmp_path / "no"), "--dry-run"]) == 2
     )
-    assert "calibrated-gqa-1.yaml" in capsys.readouterr().err
+    assert "calibrated-gqa-2-alone.yaml" in capsys.readouterr().err
 
 
 def test_the_stored_section_is_current():
