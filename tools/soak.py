@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.bench.serving_process import RunningServer, served
+from tools.bench.load.process import RunningServer, served
 from tools.soak_answers import known_answers
 from tools.soak_cases import Answer, CaseMix
 from tools.soak_client import SoakResult, soak

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from tools.bench.sse import StreamError, events
+from tools.bench.load.sse import StreamError, events
 from tools.soak_cases import Case
 
 _PATH = "/v1/completions"

@@ -11,7 +11,7 @@ from harness import default_group, run_ranks
 
 def links_on_rank(rank, size):
     from sps2_mega.parallel.groups import Group
-    from tools.bench.calibrate_links import measured_links
+    from tools.bench.calibration.links import measured_links
 
     group = Group(rank=rank, size=size, handle=default_group())
     timed = []

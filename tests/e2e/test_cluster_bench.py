@@ -81,7 +81,7 @@ def ranks_of(pid: int) -> list[int]:
         if not folder.name.isdigit():
             continue
         with contextlib.suppress(OSError):  # it has just ended
-            if parent_of(int(folder.name)) == pid and "cluster_rank" in str(
+            if parent_of(int(folder.name)) == pid and "emulated/rank.py" in str(
                 (folder / "cmdline").read_bytes()
             ):
                 found.append(int(folder.name))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import machine
 from tools.bench.api_overhead_clients import answered, asked_of
 from tools.bench.api_overhead_offline import OfflineProcess
-from tools.bench.serving_process import cpu_seconds, served
+from tools.bench.load.process import cpu_seconds, served
 
 
 def main() -> int:

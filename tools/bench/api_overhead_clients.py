@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from tools.bench.generate import source_prompts
-from tools.bench.serving_process import RunningServer
-from tools.bench.sse import events
+from tools.bench.load.process import RunningServer
+from tools.bench.load.sse import events
 
 
 def asked_of(count: int, shortest: int, longest: int, new_tokens: int) -> list[tuple[str, int]]:

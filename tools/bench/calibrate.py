@@ -8,7 +8,7 @@
     python tools/simulate.py --hardware out/node.yaml ..
 
 All ranks measure at once, so what they share counts. With --nodes the ranks run in network namespaces, one in each, as
-in cluster.py, and the file has one link per rate (`--link between-1gbit`). How is `calibrate_terms`.
+in cluster.py, and the file has one link per rate (`--link between-1gbit`). How is `calibration.terms`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
-from tools.bench.cluster_nodes import ClusterError, parse_rates
+from tools.bench.emulated.nodes import ClusterError, parse_rates
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,17 +90,17 @@ def on_this_rank(args: argparse.Namespace) -> str | None:
 
     from sps2_mega.comm.guard import guard
     from sps2_mega.parallel.launcher import from_environment
-    from tools.bench import calibrate_nodes
-    from tools.bench.calibrate_file import hardware_text
-    from tools.bench.calibrate_steps import probe_for, tp_step_s
-    from tools.bench.calibrate_terms import measure
+    from tools.bench.calibration import nodes
+    from tools.bench.calibration.file import hardware_text
+    from tools.bench.calibration.steps import probe_for, tp_step_s
+    from tools.bench.calibration.terms import measure
 
     info = from_environment()
     if args.device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(1)  # a rank is a core, as in the other tools
-    wanted = os.environ.get(calibrate_nodes.AS_JSON)  # by the process that emulates nodes
+    wanted = os.environ.get(nodes.AS_JSON)  # by the process that emulates nodes
     with guard(info):
-        if wanted == calibrate_nodes.TP_STEP:
+        if wanted == nodes.TP_STEP:
             probe = probe_for(model_of(args.model), args.dtype)
             seconds = tp_step_s(probe, info, device=args.device, dtype=args.dtype)
             return None if seconds is None else json.dumps(seconds)
@@ -109,7 +109,7 @@ def on_this_rank(args: argparse.Namespace) -> str | None:
         )
     if terms is None:
         return None
-    if wanted == calibrate_nodes.TERMS:
+    if wanted == nodes.TERMS:
         return json.dumps(dataclasses.asdict(terms))
     return hardware_text(terms, model=args.model, command=_command(), date=_today())
 
@@ -121,9 +121,9 @@ def on_emulated_nodes(args: argparse.Namespace) -> Iterator[dict[Path, str]]:
         ClusterError: this machine cannot emulate nodes, or a rank failed.
         ValueError: a rate is not one.
     """
-    from tools.bench import calibrate_nodes
-    from tools.bench.calibrate_file import hardware_text
-    from tools.bench.calibrate_steps import probe_for
+    from tools.bench.calibration import nodes
+    from tools.bench.calibration.file import hardware_text
+    from tools.bench.calibration.steps import probe_for
 
     device, dtype = "cpu", "float32"
     probe = probe_for(model_of(args.model), dtype).config
@@ -132,7 +132,7 @@ def on_emulated_nodes(args: argparse.Namespace) -> Iterator[dict[Path, str]]:
     command += ["--tokens", str(args.tokens)] if args.tokens else []
     rates = parse_rates(args.rates.split(","))
     how: dict[str, str] = {"model": args.model, "command": _command(), "date": _today()}
-    for found in calibrate_nodes.on_emulated_nodes(
+    for found in nodes.on_emulated_nodes(
         args.nodes, rates, command, probe, with_one_rank=args.one_rank is not None
     ):
         texts = {args.output: hardware_text(found.terms, between=found.between, **how)}
@@ -148,7 +148,7 @@ def model_of(name: str) -> ModelConfig:
         ConfigError: none of these.
     """
     from sps2_mega.checkpoint.resolve import resolve_model
-    from tools.bench.cluster_systems import SHAPES, shape_config
+    from tools.bench.emulated.systems import SHAPES, shape_config
 
     shape = SHAPES.get(name)
     if shape is not None and shape.llama is not None:

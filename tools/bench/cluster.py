@@ -29,18 +29,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import machine
-from tools.bench.cluster_jobs import JobFailed, Jobs
-from tools.bench.cluster_measure import TOLERANCE, Measurement, say
-from tools.bench.cluster_nodes import (
+from tools.bench.emulated.jobs import JobFailed, Jobs
+from tools.bench.emulated.measure import TOLERANCE, Measurement, say
+from tools.bench.emulated.nodes import (
     Cluster,
     ClusterError,
     emulated_cluster,
     parse_rates,
     require_means,
 )
-from tools.bench.cluster_plot import plot
-from tools.bench.cluster_result import Run, result_of
-from tools.bench.cluster_systems import SHAPES, model_path, named, systems
+from tools.bench.emulated.plot import plot
+from tools.bench.emulated.result import Run, result_of
+from tools.bench.emulated.systems import SHAPES, model_path, named, systems
 
 EXIT_WRONG, EXIT_COULD_NOT_RUN = 1, 2
 _CSA_CELLS = 8

@@ -31,8 +31,8 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival
 from sps2_mega.simulator.trace_files import read_trace
 from tools.bench import machine
-from tools.bench.cluster_measure import say
-from tools.bench.cluster_nodes import (
+from tools.bench.emulated.measure import say
+from tools.bench.emulated.nodes import (
     Cluster,
     ClusterError,
     Link,

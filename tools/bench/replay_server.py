@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tools.bench.cluster_jobs import rank_environment
-from tools.bench.cluster_nodes import ClusterError, Node
+from tools.bench.emulated.jobs import rank_environment
+from tools.bench.emulated.nodes import ClusterError, Node
 from tools.bench.machine import ROOT
 
 START_S = 240.0

@@ -9,7 +9,7 @@
 Requests are sent when they are due, whatever came of earlier ones; --max-in-flight bounds them, and then waiting counts.
 Lengths count tokens with --prompts ids (the default), else characters or words: the server's own counts are in the
 result. Prompts that the model's context cannot hold are left out and counted. Exit codes: 0 all requests were answered,
-1 some failed, 2 it could not run. Decides what is run; how one request goes is `serving_client`'s.
+1 some failed, 2 it could not run. Decides what is run; how one request goes is `load.client`'s.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.figures import Limits
 from tools.bench import machine
-from tools.bench.serving_client import Target, ask, open_client
-from tools.bench.serving_figures import figures
-from tools.bench.serving_options import found_target, parser, workload
-from tools.bench.serving_replay import Replay, replay
-from tools.bench.serving_requests import TimedRequest
-from tools.bench.serving_table import table
+from tools.bench.load.client import Target, ask, open_client
+from tools.bench.load.figures import figures
+from tools.bench.load.options import found_target, parser, workload
+from tools.bench.load.replay import Replay, replay
+from tools.bench.load.requests import TimedRequest
+from tools.bench.load.table import table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def write(
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record | {"runs": results}, indent=1) + "\n")
-    from tools.bench.serving_plot import plot
+    from tools.bench.load.plot import plot
 
     plot(
         runs,

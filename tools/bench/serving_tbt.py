@@ -24,10 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import machine
-from tools.bench.serving_client import Target
-from tools.bench.serving_figures import spread
-from tools.bench.serving_process import served
-from tools.bench.serving_tbt_run import Trace, Watched, watch
+from tools.bench.load.client import Target
+from tools.bench.load.figures import spread
+from tools.bench.load.process import served
+from tools.bench.load.tbt_run import Trace, Watched, watch
 from tools.bench.stretched_model import stretched
 
 LIMIT = 3.0  # disturbed p99 over quiet median
@@ -74,7 +74,7 @@ def main() -> int:
     result["best_sarathi"] = best_of(result["systems"], "sarathi-")
     print(json.dumps(result, indent=1))
     if args.save:
-        from tools.bench.serving_tbt_plot import plot
+        from tools.bench.load.tbt_plot import plot
 
         path = machine.save(args.name, result)
         plot(runs, result, path.with_suffix(".png"))

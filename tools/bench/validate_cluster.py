@@ -3,7 +3,7 @@
     python tools/bench/validate_cluster.py [docs/results/cluster*.json ..] [--calibrated docs/results]
 
 Reads what cluster.py wrote (--save) and what calibrate.py measured (calibrated-SHAPE-NODES*.yaml), writes
-docs/results/validation-cluster.json and a section of docs/evaluation.md. How is `cluster_simulated`'s.
+docs/results/validation-cluster.json and a section of docs/evaluation.md. How is `emulated.simulated`'s.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sps2_mega.errors import ConfigError
-from tools.bench.cluster_hardware import Calibrated
-from tools.bench.cluster_simulated import Row, rows_of, shape_of
+from tools.bench.emulated.hardware import Calibrated
+from tools.bench.emulated.simulated import Row, rows_of, shape_of
 from tools.simulation.document import EVALUATION, ROOT, with_part
 
 RESULTS = ROOT / "docs" / "results"

@@ -16,10 +16,10 @@ from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.system import System
 from tests.unit.simulator.small_model import MODEL
 from tools.bench.calibrate import main
-from tools.bench.calibrate_file import hardware_text
-from tools.bench.calibrate_links import MeasuredLink
-from tools.bench.calibrate_rates import joined, with_reduce_latency
-from tools.bench.calibrate_terms import Terms, terms_of
+from tools.bench.calibration.file import hardware_text
+from tools.bench.calibration.links import MeasuredLink
+from tools.bench.calibration.rates import joined, with_reduce_latency
+from tools.bench.calibration.terms import Terms, terms_of
 
 FAST = MeasuredLink(latency_s=1e-5, bytes_per_s=1e10)
 SLOW = MeasuredLink(latency_s=1e-3, bytes_per_s=1e8, exchange_factor=1.5, reduce_factor=0.75)

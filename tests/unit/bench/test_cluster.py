@@ -8,8 +8,8 @@ import pytest
 from sps2_mega.config_mapping import engine_config_from_mapping
 from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.serving.llm import engine_config
-from tools.bench import cluster, cluster_nodes
-from tools.bench.cluster_figures import (
+from tools.bench import cluster
+from tools.bench.emulated.figures import (
     Sample,
     balanced_rate,
     end_share,
@@ -19,19 +19,20 @@ from tools.bench.cluster_figures import (
     stages_of,
     summary,
 )
-from tools.bench.cluster_jobs import rank_environment
-from tools.bench.cluster_measure import prompt
-from tools.bench.cluster_nodes import (
+from tools.bench.emulated.jobs import rank_environment
+from tools.bench.emulated.measure import prompt
+from tools.bench.emulated.nodes import (
     ClusterError,
     Link,
     Node,
     parse_rate,
     parse_rates,
     rate_name,
+    require_means,
     shaping_commands,
 )
-from tools.bench.cluster_result import Run, at_rate, result_of
-from tools.bench.cluster_systems import SHAPES, named, systems
+from tools.bench.emulated.result import Run, at_rate, result_of
+from tools.bench.emulated.systems import SHAPES, named, systems
 
 CSA = {"degrees": (1, 4), "spans": (125,)}
 
@@ -73,13 +74,13 @@ def test_latency_comes_before_the_rate():
 
 def test_it_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(cluster_nodes.shutil, "which", lambda name: f"/sbin/{name}")
+    monkeypatch.setattr(f"{require_means.__module__}.shutil.which", lambda name: f"/sbin/{name}")
     monkeypatch.setattr(sys, "argv", ["cluster.py"])
     assert cluster.main() == 2
     assert "need root" in capsys.readouterr().err
-    monkeypatch.setattr(cluster_nodes.shutil, "which", lambda name: None)
+    monkeypatch.setattr(f"{require_means.__module__}.shutil.which", lambda name: None)
     with pytest.raises(ClusterError, match="ip and tc not found: iproute2 is needed"):
-        cluster_nodes.require_means()
+        require_means()
 
 
 def test_every_system_has_a_valid_configuration():

@@ -18,10 +18,10 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival
 from sps2_mega.simulator.figures import Limits
 from tools.bench import serving as bench
-from tools.bench.serving_client import Record, Target, ask, open_client
-from tools.bench.serving_figures import figures, spread, timings_of_record
-from tools.bench.serving_replay import Replay, replay
-from tools.bench.serving_requests import TimedRequest, fitting, id_range, scaled, with_prompts
+from tools.bench.load.client import Record, Target, ask, open_client
+from tools.bench.load.figures import figures, spread, timings_of_record
+from tools.bench.load.replay import Replay, replay
+from tools.bench.load.requests import TimedRequest, fitting, id_range, scaled, with_prompts
 
 IDS = range(32, 127)
 

@@ -9,9 +9,9 @@ import pytest
 from fake_engine import FakeEngine
 from fake_server import MODEL, serving
 
-from tools.bench.serving_client import Target
+from tools.bench.load.client import Target
+from tools.bench.load.tbt_run import Trace, Watched, watch
 from tools.bench.serving_tbt import SYSTEMS, best_of, figures, line
-from tools.bench.serving_tbt_run import Trace, Watched, watch
 from tools.bench.stretched_model import stretched
 
 

@@ -10,10 +10,10 @@ import pytest
 from sps2_mega.errors import ConfigError
 from tests.unit.bench.test_calibrate import TERMS
 from tools.bench import validate_cluster
-from tools.bench.calibrate_file import hardware_text
-from tools.bench.calibrate_links import MeasuredLink
-from tools.bench.cluster_hardware import Calibrated, Speeds, linked_at
-from tools.bench.cluster_simulated import rows_of, times
+from tools.bench.calibration.file import hardware_text
+from tools.bench.calibration.links import MeasuredLink
+from tools.bench.emulated.hardware import Calibrated, Speeds, linked_at
+from tools.bench.emulated.simulated import rows_of, times
 
 FAST = MeasuredLink(latency_s=1e-4, bytes_per_s=1e8)
 SLOW = MeasuredLink(

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from tools.bench.calibrate_links import MeasuredLink
-from tools.bench.calibrate_terms import Terms
+from tools.bench.calibration.links import MeasuredLink
+from tools.bench.calibration.terms import Terms
 
 _HEAD = "# Measured figures of one machine for sps2_mega's simulator; see docs/evaluation.md. FLOPs count a multiply and an add as two.\n"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 START_S = 180.0
 _END_S = 40.0  # the server's own drain takes at most 25
 _READY = re.compile(r"^sps2_mega is ready: (\S+) at (http://\S+)/v1", re.M)

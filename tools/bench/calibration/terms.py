@@ -2,14 +2,14 @@
 
     peak        the largest product that is timed               linear     a layer of the model without attention
     attention   causal, one long prompt                         memory     weights of a layer for one token, as decode does
-    layer       one of a decode step, less reading and sending  links      `calibrate_links`, per SP level
+    layer       one of a decode step, less reading and sending  links      `calibration.links`, per SP level
     step        of a decode step what is not the layers         small      calls, merges, copies: `engine.machine_probe`
     cache       decode attention of one query, all its tokens in scattered blocks
 
 Layers are Megatron's own with random weights, so what is between its products is counted where it occurs; decode steps are
-the engine's (`calibrate_steps`). Means and medians, not
+the engine's (`calibration.steps`). Means and medians, not
 best times: where ranks share cores, waiting for one is part of the price. Decides no units of the file
-(`calibrate_file`).
+(`calibration.file`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.model_size import model_size
-from tools.bench.calibrate_links import MeasuredLink, measured_links
-from tools.bench.calibrate_steps import BUNDLED, decode_steps, probe_for, start_on_probe
-from tools.bench.calibrate_timer import PEAK_WIDTH, Timer
+from tools.bench.calibration.links import MeasuredLink, measured_links
+from tools.bench.calibration.steps import BUNDLED, decode_steps, probe_for, start_on_probe
+from tools.bench.calibration.timer import PEAK_WIDTH, Timer
 
 _LAYERS = 2  # of the timed model: more would measure the same again
 _READ_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}

@@ -5,7 +5,7 @@
     speed                               how much faster the machine was than in the calibration; it divides all that a
                                         rank does, and no link
 
-A decode step sends some KB, less than the bucket of an emulated link lets pass at once (`cluster_nodes`): whatever its
+A decode step sends some KB, less than the bucket of an emulated link lets pass at once (`emulated.nodes`): whatever its
 rate, they travel as fast as on the fastest one.
 """
 
@@ -20,7 +20,7 @@ import yaml
 
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.hardware import Hardware, load_hardware
-from tools.bench.cluster_nodes import parse_rate
+from tools.bench.emulated.nodes import parse_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

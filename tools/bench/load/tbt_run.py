@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from tools.bench.serving_client import Record, Target, fill, open_client
-from tools.bench.serving_requests import TimedRequest
+from tools.bench.load.client import Record, Target, fill, open_client
+from tools.bench.load.requests import TimedRequest
 
 _CODES = range(32, 127)
 

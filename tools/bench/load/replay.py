@@ -12,8 +12,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from tools.bench.serving_client import Record
-from tools.bench.serving_requests import TimedRequest
+from tools.bench.load.client import Record
+from tools.bench.load.requests import TimedRequest
 
 Ask = Callable[[TimedRequest, float], Awaitable[Record]]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.bench.serving_tbt_run import Watched
+from tools.bench.load.tbt_run import Watched
 
 
 def plot(runs: dict[str, list[Watched]], result: dict[str, Any], path: Path) -> None:

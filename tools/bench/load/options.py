@@ -13,8 +13,8 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival
 from sps2_mega.simulator.poisson import poisson
 from sps2_mega.simulator.trace_files import BUNDLED, read_trace
-from tools.bench.serving_client import Target, base_of
-from tools.bench.serving_requests import TimedRequest, fitting, id_range, scaled, with_prompts
+from tools.bench.load.client import Target, base_of
+from tools.bench.load.requests import TimedRequest, fitting, id_range, scaled, with_prompts
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ from statistics import median
 
 from sps2_mega.config import ModelConfig
 from sps2_mega.simulator.model_size import model_size
-from tools.bench.calibrate_links import MeasuredLink
-from tools.bench.calibrate_terms import Terms
+from tools.bench.calibration.links import MeasuredLink
+from tools.bench.calibration.terms import Terms
 
 _OF_THE_HOST = ("latency_s", "reduce_latency_s")
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from sps2_mega.config import EngineConfig
 from sps2_mega.serving.llm import engine_config
-from tools.bench.cluster_figures import Sample, balanced_rate, middle_of, stages_of
-from tools.bench.cluster_jobs import Jobs
-from tools.bench.cluster_nodes import Cluster, Link, rate_name
-from tools.bench.cluster_result import Run
-from tools.bench.cluster_systems import System
+from tools.bench.emulated.figures import Sample, balanced_rate, middle_of, stages_of
+from tools.bench.emulated.jobs import Jobs
+from tools.bench.emulated.nodes import Cluster, Link, rate_name
+from tools.bench.emulated.result import Run
+from tools.bench.emulated.systems import System
 
 _BLOCK = 16
 _IDLE_S = 7200.0  # a job may wait as long for its turn

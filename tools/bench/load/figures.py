@@ -18,8 +18,8 @@ from sps2_mega.outputs import Timings
 from sps2_mega.simulator.figures import Limits
 from sps2_mega.types import SamplingParams
 from sps2_mega.types import Sequence as TokenSequence
-from tools.bench.serving_client import Record
-from tools.bench.serving_replay import Replay
+from tools.bench.load.client import Record
+from tools.bench.load.replay import Replay
 
 
 def timings_of_record(record: Record) -> Timings:

@@ -1,7 +1,7 @@
 """A rank of an emulated cluster: configuration as argument, on rank 0 prompts from stdin and measures to stdout.
 
-`python tools/bench/cluster_rank.py PARENT CONFIG` with the starting process's id and EngineConfig in JSON; prompts, with
-how many tokens to answer, and measures are JSON lines. Started by `cluster_jobs`. The job ends when stdin of rank 0 closes.
+`python tools/bench/emulated/rank.py PARENT CONFIG` with the starting process's id and EngineConfig in JSON; prompts, with
+how many tokens to answer, and measures are JSON lines. Started by `emulated.jobs`. The job ends when stdin of rank 0 closes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from sps2_mega.comm.parent_watch import PR_SET_PDEATHSIG
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import httpx
 
-from tools.bench.serving_requests import TimedRequest
-from tools.bench.sse import StreamError, error_code, events
+from tools.bench.load.requests import TimedRequest
+from tools.bench.load.sse import StreamError, error_code, events
 
 Api = Literal["completions", "chat"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.bench.cluster_figures import middle_of
-from tools.bench.cluster_nodes import rate_name
-from tools.bench.cluster_result import Run
+from tools.bench.emulated.figures import middle_of
+from tools.bench.emulated.nodes import rate_name
+from tools.bench.emulated.result import Run
 
 _FREE = 4e10  # where the free link is drawn, bits per second
 

@@ -1,6 +1,6 @@
 """The simulator's answer to what cluster.py measured: the same model, prompt, system and link, one request at a time.
 
-Hardware is `cluster_hardware`'s: calibrated rates and links, and the machine's speed while a rate was measured, told by
+Hardware is `emulated.hardware`'s: calibrated rates and links, and the machine's speed while a rate was measured, told by
 the runs of one rank alone between the others: of prefill steps by its first token, of decode steps by those after it.
 
 Nothing else is fitted. Decides which simulated system stands for which measured one, and no figures' layout.
@@ -25,8 +25,8 @@ from sps2_mega.simulator.step_cost import StepCost, step_cost
 from sps2_mega.simulator.system import System
 from sps2_mega.types import SamplingParams
 from sps2_mega.types import Sequence as Prompt
-from tools.bench.cluster_hardware import Calibrated, Speeds
-from tools.bench.cluster_systems import SHAPES, shape_config
+from tools.bench.emulated.hardware import Calibrated, Speeds
+from tools.bench.emulated.systems import SHAPES, shape_config
 
 CALIBRATES = ("alone",)  # their measured times tell the machine's speed
 _SPARSE = ("csa", "csa-alone", "csa-pipelined")

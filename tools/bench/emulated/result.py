@@ -1,6 +1,6 @@
 """What was measured on the emulated cluster, and how it is written into the result file.
 
-Decides names and comparisons there; the figures behind them are `cluster_figures`'.
+Decides names and comparisons there; the figures behind them are `emulated.figures`'.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.bench.cluster_figures import (
+from tools.bench.emulated.figures import (
     Sample,
     communication_share,
     end_share,
@@ -17,8 +17,8 @@ from tools.bench.cluster_figures import (
     paired,
     summary,
 )
-from tools.bench.cluster_nodes import rate_name
-from tools.bench.cluster_systems import Shape, System
+from tools.bench.emulated.nodes import rate_name
+from tools.bench.emulated.systems import Shape, System
 
 
 @dataclass(slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from sps2_mega.comm.exchange import post_all_to_all, post_shift
 from sps2_mega.comm.probe import agree_most, measure_links
 from sps2_mega.parallel.groups import Group
 from sps2_mega.parallel.machine import Link
-from tools.bench.calibrate_timer import Timer
+from tools.bench.calibration.timer import Timer
 
 _SMALL_BYTES, _SMALL_ROUNDS = 1024, 400
 _BUSY_WIDTH = 256  # a third of a millisecond of a CPU core

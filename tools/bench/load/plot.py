@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from sps2_mega.outputs import Timings
-from tools.bench.serving_figures import timings_of_record
-from tools.bench.serving_replay import Replay
+from tools.bench.load.figures import timings_of_record
+from tools.bench.load.replay import Replay
 
 _Durations = Callable[[Timings], Sequence[float]]
 _PANELS: tuple[tuple[str, str, _Durations], ...] = (

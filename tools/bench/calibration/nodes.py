@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from sps2_mega.config import ModelConfig
-from tools.bench.calibrate_links import MeasuredLink
-from tools.bench.calibrate_rates import joined, with_reduce_latency
-from tools.bench.calibrate_terms import Terms, terms_of
-from tools.bench.cluster_jobs import rank_environment
-from tools.bench.cluster_nodes import ClusterError, Link, Node, emulated_cluster, rate_name
+from tools.bench.calibration.links import MeasuredLink
+from tools.bench.calibration.rates import joined, with_reduce_latency
+from tools.bench.calibration.terms import Terms, terms_of
+from tools.bench.emulated.jobs import rank_environment
+from tools.bench.emulated.nodes import ClusterError, Link, Node, emulated_cluster, rate_name
 from tools.bench.machine import ROOT
 
 AS_JSON = "SPS2_CALIBRATE_JSON"  # tells a rank to write one of these instead of a hardware file

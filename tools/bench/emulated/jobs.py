@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from sps2_mega.config import EngineConfig
-from tools.bench.cluster_nodes import Node
+from tools.bench.emulated.nodes import Node
 
-_ROOT = Path(__file__).resolve().parents[2]
-_RANK = Path(__file__).with_name("cluster_rank.py")
+_ROOT = Path(__file__).resolve().parents[3]
+_RANK = Path(__file__).with_name("rank.py")
 _PORT = 29600
 _END_S = 20.0
 _SETTLE_S = 0.05  # for threads to wake up, and for the other ranks to end their step
