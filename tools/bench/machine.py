@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+_STEAL = 7  # in a line of /proc/stat
 
 
 def describe() -> dict[str, Any]:
@@ -49,6 +50,22 @@ def interleaved(
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         for name, runs in samples.items()
     }
+
+
+def stolen_since() -> Callable[[], float]:
+    """Call the answer later: the share of the cores' time in between that a virtual machine's host gave to others while this
+    one had work, as Linux counts it."""
+
+    def counted() -> list[int]:
+        return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+
+    before = counted()
+
+    def share() -> float:
+        spent = [now - then for now, then in zip(counted(), before, strict=True)]
+        return spent[_STEAL] / max(1, sum(spent))
+
+    return share
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

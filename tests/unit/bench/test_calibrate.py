@@ -17,7 +17,7 @@ from sps2_mega.simulator.system import System
 from tests.unit.simulator.small_model import MODEL
 from tools.bench.calibrate import main
 from tools.bench.calibration.file import hardware_text
-from tools.bench.calibration.links import MeasuredLink
+from tools.bench.calibration.links import MeasuredLink, middle_links
 from tools.bench.calibration.rates import joined, with_reduce_latency
 from tools.bench.calibration.terms import Terms, terms_of
 
@@ -110,6 +110,14 @@ def test_of_several_link_rates_the_middle_counts_but_for_what_a_link_carries():
     assert [link.bytes_per_s for link in links] == [1e8, 1e8 / 3, 5e7]
     assert {link.latency_s for link in links} == {2e-3}
     assert terms_of(json.loads(json.dumps(dataclasses.asdict(terms)))) == terms
+
+
+def test_of_several_looks_at_a_link_the_middle_counts_figure_by_figure():
+    looks = [(FAST, SLOW), (FAST, dataclasses.replace(SLOW, latency_s=9.0)), (SLOW, FAST)]
+    inner, outer = middle_links(looks)
+    assert inner == FAST
+    assert outer == dataclasses.replace(SLOW, reduce_factor=0.75, exchange_factor=1.5)
+    assert middle_links([(), ()]) == ()
 
 
 def test_one_rank_has_nothing_to_join_but_its_terms():

@@ -6,6 +6,7 @@ the first gives the rate and the others how much longer they take than that rate
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,16 @@ def measured_links(groups: Sequence[Group], timer: Timer) -> tuple[MeasuredLink,
     """Of every level of several ranks; all ranks call it together and get the same."""
     probed = measure_links(groups, timer.control, timer.device)
     return tuple(_measured(group, link, timer) for group, link in zip(groups, probed, strict=True))
+
+
+def middle_links(looks: Sequence[Sequence[MeasuredLink]]) -> tuple[MeasuredLink, ...]:
+    """Of several looks at the same links, figure by figure: one look takes seconds, and so do disturbances of a machine
+    that is shared."""
+    names = [field.name for field in dataclasses.fields(MeasuredLink)]
+    return tuple(
+        MeasuredLink(**{name: median(getattr(link, name) for link in seen) for name in names})
+        for seen in zip(*looks, strict=True)
+    )
 
 
 def _among_computing(call: Callable[[], None], timer: Timer) -> float:

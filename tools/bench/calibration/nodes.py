@@ -23,7 +23,7 @@ from tools.bench.calibration.rates import joined, with_reduce_latency
 from tools.bench.calibration.terms import Terms, terms_of
 from tools.bench.emulated.jobs import rank_environment
 from tools.bench.emulated.nodes import ClusterError, Link, Node, emulated_cluster, rate_name
-from tools.bench.machine import ROOT
+from tools.bench.machine import ROOT, stolen_since
 
 AS_JSON = "SPS2_CALIBRATE_JSON"  # tells a rank to write one of these instead of a hardware file
 TERMS, TP_STEP = "terms", "tp-step"
@@ -66,6 +66,7 @@ def on_emulated_nodes(
         jobs = _Jobs(command, output)
         for rate in rates:
             cluster.set_link(Link(bits_per_s=rate))
+            stolen = stolen_since()
             terms = terms_of(jobs.run(TERMS, cluster.nodes))
             if probe.num_kv_heads % nodes == 0:
                 terms = with_reduce_latency(terms, jobs.run(TP_STEP, cluster.nodes), probe)
@@ -73,7 +74,10 @@ def on_emulated_nodes(
             if with_one_rank:
                 alone.append(terms_of(jobs.run(TERMS, cluster.nodes[:1])))
             names.append(f"between-{rate_name(rate)}")
-            print(f"calibrate: {rate_name(rate)} is measured", file=sys.stderr)
+            print(
+                f"calibrate: {rate_name(rate)} is measured; other machines had {stolen():.1%} of the cores",
+                file=sys.stderr,
+            )
             middle, links = joined(together)
             yield OnNodes(
                 terms=middle,

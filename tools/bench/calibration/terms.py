@@ -34,7 +34,7 @@ from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.model_size import model_size
-from tools.bench.calibration.links import MeasuredLink, measured_links
+from tools.bench.calibration.links import MeasuredLink, measured_links, middle_links
 from tools.bench.calibration.steps import BUNDLED, decode_steps, probe_for, start_on_probe
 from tools.bench.calibration.timer import PEAK_WIDTH, Timer
 
@@ -93,15 +93,18 @@ def measure(
     if tokens is None:
         tokens = 4096 if timer.on_cpu else 8192
     groups = [group for group in rank.groups.sp_levels if group.size > 1]
-    links = measured_links(groups, timer)
+    looks = [measured_links(groups, timer)]
     gpt = _random_gpt(model, rank)
     one_s, all_s = _layer_s(gpt, 1, timer), _layer_s(gpt, tokens, timer)
     small = attention_speed(model.head_dim, timer.dtype, timer.device, rank.groups.control)
     read_rate = _read_rate(size.layer_bytes, one_s, rank, timer)
+    looks.append(measured_links(groups, timer))
     flops = 2.0 * tokens * size.layer_params
     linear = flops / max(all_s - one_s, all_s / 10)
     attention = _attention_rate(model, tokens, timer)
     kv_rate = _kv_rate(model, tokens, timer)
+    looks.append(measured_links(groups, timer))
+    links = middle_links(looks)
     steps = decode_steps(engine)
     if steps is None:
         return None

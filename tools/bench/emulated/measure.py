@@ -20,6 +20,7 @@ from tools.bench.emulated.jobs import Jobs
 from tools.bench.emulated.nodes import Cluster, Link, rate_name
 from tools.bench.emulated.result import Run
 from tools.bench.emulated.systems import System
+from tools.bench.machine import stolen_since
 
 _BLOCK = 16
 _IDLE_S = 7200.0  # a job may wait as long for its turn
@@ -89,6 +90,7 @@ class Measurement:
     def measure(self, rate: float | None, repeats: int) -> None:
         """All systems in turn, `repeats` times; every other time in the opposite order."""
         self.set_rate(rate)
+        stolen = stolen_since()
         for repeat in range(1, repeats + 1):
             order = self.run.systems if repeat % 2 else self.run.systems[::-1]
             for system in order:
@@ -98,7 +100,7 @@ class Measurement:
             name: round(middle_of(by_rate[rate]).ttft_s, 2)
             for name, by_rate in self.run.samples.items()
         }
-        say(f"{rate_name(rate)}: {times}")
+        say(f"{rate_name(rate)}: {times}; other machines had {stolen():.1%} of the cores")
 
     def set_rate(self, rate: float | None) -> None:
         self._cluster.set_link(Link(bits_per_s=rate, latency_s=self._latency_s))
