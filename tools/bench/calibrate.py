@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--output", type=Path, required=True, help="the hardware file, ends in .yaml")
     made.add_argument(
-        "--model", default="sps2-tiny", help="whose widths: model_configs/, a folder, gqa or mha"
+        "--model",
+        default="sps2-tiny",
+        help="whose widths: of model_configs/, a folder, gqa, mha or wide",
     )
     made.add_argument("--tokens", type=int, help="of the timed layer (4096 on CPU, 8192 on CUDA)")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

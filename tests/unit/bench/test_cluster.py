@@ -105,7 +105,7 @@ def test_each_answer_is_given_first_by_one_rank():
 
 def test_unknown_names_are_refused_with_the_known_ones():
     assert named("mha,gqa", SHAPES, "shape") == ["mha", "gqa"]
-    with pytest.raises(ValueError, match="unknown shape gpt; known are gqa, mha, sps2-tiny"):
+    with pytest.raises(ValueError, match="unknown shape gpt; known are gqa, mha, wide, sps2-tiny"):
         named("gqa,gpt", SHAPES, "shape")
 
 
