@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.system import System
 from tests.unit.simulator.small_model import MODEL
 from tools.bench.calibrate import main
+from tools.bench.calibration import nodes
 from tools.bench.calibration.file import hardware_text
 from tools.bench.calibration.links import MeasuredLink, middle_links
 from tools.bench.calibration.rates import joined, with_reduce_latency
@@ -135,6 +137,43 @@ def test_small_sums_are_what_a_tp_step_takes_beside_all_else():
     assert terms.links[-1].reduce_latency_s == pytest.approx(4e-4)
     assert with_reduce_latency(TERMS, own_s, model) == TERMS, "nothing is left for sums"
     assert terms.links[:-1] == TERMS.links[:-1]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_emulated_nodes_measure_together_with_tp_and_alone_in_turn(kv_heads, monkeypatch, tmp_path):
+    ran = []
+
+    class Cluster:
+        nodes = ("n0", "n1")
+
+        def set_link(self, link):
+            ran.append(link.bits_per_s)
+
+    class Jobs:
+        def __init__(self, command, output):
+            assert command == ["rank"]
+
+        def run(self, what, used):
+            ran.append((what, len(used)))
+            if what == nodes.TP_STEP:
+                return 1.0
+            links = (FAST,) if len(used) == 2 else ()
+            one_node = dict(
+                ranks=len(used), ranks_per_node=1, levels=(2,) * len(links), links=links
+            )
+            return dataclasses.asdict(dataclasses.replace(TERMS, **one_node))
+
+    monkeypatch.setattr(nodes, "emulated_cluster", lambda count: nullcontext(Cluster()))
+    monkeypatch.setattr(nodes, "_Jobs", Jobs)
+    probe = dataclasses.replace(MODEL, num_kv_heads=kv_heads, dtype="float32")
+    *_, last = nodes.on_emulated_nodes(2, [1e9, None], ["rank"], probe, with_one_rank=True)
+    tp = [("tp-step", 2)] if kv_heads == 4 else []  # the probe's heads cannot always be dealt
+    turn = [("terms", 2), *tp, ("terms", 1)]
+    assert ran == [1e9, *turn, None, *turn]
+    assert list(last.between) == ["between-1gbit", "between-free"]
+    assert last.alone.links == () and last.alone.ranks == 1
+    assert (last.terms.links[-1].reduce_latency_s > 0.1) == bool(tp)
+    assert load_hardware(written(last.terms, tmp_path, between=last.between)).reduce_factor == 1.0
 
 
 def test_every_figure_says_how_and_when(tmp_path):

@@ -24,7 +24,7 @@ from sps2_mega.parallel.groups import Group
 from sps2_mega.parallel.machine import Link
 from tools.bench.calibration.timer import Timer
 
-_SMALL_BYTES, _SMALL_ROUNDS = 1024, 400
+_SMALL_BYTES, _SMALL_ROUNDS = 1024, 150
 _BUSY_WIDTH = 256  # a third of a millisecond of a CPU core
 _ROUNDS = 12  # an exchange may take once or twice as long, by chance
 

@@ -30,7 +30,7 @@ from sps2_mega.simulator.model_size import model_size
 from sps2_mega.types import SamplingParams
 
 BUNDLED = "sps2-tiny"
-_STEPS = 400
+_STEPS = 200
 _CACHED_BYTES = 32 * 2**20  # of a layer's weights; larger ones stay in no cache
 _LARGE = {
     "architectures": ["LlamaForCausalLM"],

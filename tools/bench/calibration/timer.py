@@ -17,7 +17,7 @@ from sps2_mega.engine.startup import StartedRank
 from sps2_mega.parallel.groups import Group
 
 PEAK_WIDTH = {"cpu": 1024, "cuda": 8192}  # of the square product that is timed first
-_LONG_ENOUGH_S = 1.0  # shared machines change their speed from one moment to the next
+LONG_ENOUGH_S = 1.0  # shared machines change their speed from one moment to the next
 _MOST_ROUNDS = 200
 _MEANS = 5
 
@@ -44,7 +44,7 @@ class Timer:
         """Seconds of a call on the slowest rank, all ranks calling as often, `least` times or more."""
         call()  # the first may compile or allocate
         once = agree_most(self._seconds(call, 1), self.control)
-        rounds = max(least, min(_MOST_ROUNDS, int(_LONG_ENOUGH_S / max(once, 1e-9))))
+        rounds = max(least, min(_MOST_ROUNDS, int(LONG_ENOUGH_S / max(once, 1e-9))))
         means = min(_MEANS, rounds)
         return median(
             agree_most(self._seconds(call, -(-rounds // means)), self.control) for _ in range(means)
