@@ -21,7 +21,13 @@ def links_on_rank(rank, size):
         timed.append(least)
         return 0.01 * len(timed)
 
-    timer = types.SimpleNamespace(control=group, device=torch.device("cpu"), dtype=torch.float32, agreed=agreed, finish=lambda: None)
+    timer = types.SimpleNamespace(
+        control=group,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        agreed=agreed,
+        finish=lambda: None,
+    )
     (link,) = measured_links([group], timer)
     return link, len(timed)
 

@@ -28,7 +28,7 @@ from sps2_mega.types import Sequence as Prompt
 from tools.bench.emulated.hardware import Calibrated, Speeds
 from tools.bench.emulated.systems import SHAPES, shape_config
 
-CALIBRATES = ("alone",)  # their measured times tell the machine's speed
+CALIBRATES = "alone"  # its measured times tell the machine's speed
 _SPARSE = ("csa", "csa-alone", "csa-pipelined")
 
 
@@ -54,7 +54,7 @@ class Row:
     @property
     def calibrates(self) -> bool:
         """Whether the machine's speed is told by this very figure."""
-        return self.system in CALIBRATES
+        return self.system == CALIBRATES
 
 
 def rows_of(document: Mapping[str, Any], folder: Path) -> tuple[list[Row], dict[str, float]]:
@@ -199,12 +199,12 @@ def _speeds(
     document: Mapping[str, Any], run: Mapping[str, Any], calibrated: Calibrated
 ) -> dict[str, Speeds]:
     """By rate: simulated over measured times of one rank alone."""
-    alone = run["curves"].get(CALIBRATES[0])
+    alone = run["curves"].get(CALIBRATES)
     if not alone:
-        raise ConfigError(f"the runs have no system {CALIBRATES[0]!r}, which tells the speed")
+        raise ConfigError(f"the runs have no system {CALIBRATES!r}, which tells the speed")
     speeds = {}
     for rate, found in alone.items():
-        expected = times(document, run, CALIBRATES[0], rate, calibrated, speeds=Speeds())
+        expected = times(document, run, CALIBRATES, rate, calibrated, speeds=Speeds())
         tbt_s = found.get("tbt_s")
         speeds[rate] = Speeds(
             prefill=expected["ttft"] / found["ttft_s"],

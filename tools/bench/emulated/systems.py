@@ -64,7 +64,7 @@ SHAPES = {
     ),
     "wide": Shape(
         name="wide",
-        about="random Llama, hidden 2048, 4 layers, 16 query and 4 KV heads: decode reads 0.75 GB of weights",
+        about="random Llama, hidden 2048, 4 layers, 16 query and 4 KV heads: decode reads 0.7 GB of weights",
         num_heads=16,
         num_kv_heads=4,
         vocab_size=VOCAB,
