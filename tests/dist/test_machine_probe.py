@@ -26,13 +26,13 @@ def facts_on_rank(rank, port, folder, levels, networks, num_heads=4):
     groups = initialize(store, info, topology, device=cpu, timeout_s=60)
     # Each rank has its own folder: what the others know must have come from rank 0.
     own = Path(folder) / str(rank)
-    heads = LayerHeads(num_heads=num_heads, num_kv_heads=num_heads // 2, head_dim=32, dtype=torch.float32)
+    heads = LayerHeads(
+        num_heads=num_heads, num_kv_heads=num_heads // 2, head_dim=32, dtype=torch.float32
+    )
     found = []
     for network in networks:
         began = time.monotonic()
-        machine = machine_facts(
-            groups, heads, device=cpu, network=network, folder=own
-        )
+        machine = machine_facts(groups, heads, device=cpu, network=network, folder=own)
         found.append((machine, time.monotonic() - began))
     finalize()
     return found
