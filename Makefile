@@ -71,24 +71,24 @@ type: setup ## mypy, strict on the parts without torch
 	$(BIN)/mypy
 
 bench: setup ## compare with transformers generate
-	PATH="$(BIN):$$PATH" $(BIN)/python tools/bench/generate.py $(ARGS)
+	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/generate.py $(ARGS)
 
 train: setup ## train the bundled model again into out/train, and evaluate it (70 minutes on one core)
-	PATH="$(BIN):$$PATH" $(BIN)/python tools/train_tiny.py $(if $(THREADS),--threads $(THREADS)) --output out/train $(ARGS)
+	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/train_tiny.py $(if $(THREADS),--threads $(THREADS)) --output out/train $(ARGS)
 
 # One run per length: runs of other lengths may share a machine, and an interrupted one costs less.
 ACCURACY_LENGTHS ?= 1024 2048 4096
 accuracy: setup ## measure what attention settings cost in accuracy, for docs/accuracy.md (40 minutes on one core)
 	for length in $(ACCURACY_LENGTHS); do \
-		$(BIN)/python tools/eval_accuracy.py --seeds 0 1 2 --tasks key_value reference copy second_turn --texts 4 \
+		$(BIN)/python benchmarks/eval_accuracy.py --seeds 0 1 2 --tasks key_value reference copy second_turn --texts 4 \
 			--probes $$([ $$length = 2048 ] && echo 2 || echo 1) --lengths $$length --name accuracy-$$length \
 			--output out/accuracy $(if $(THREADS),--threads $(THREADS)) $(ARGS) || exit 1; \
 	done
-	$(BIN)/python tools/eval_accuracy.py --name accuracy \
+	$(BIN)/python benchmarks/eval_accuracy.py --name accuracy \
 		--merge $(foreach length,$(ACCURACY_LENGTHS),out/accuracy/accuracy-$(length).json)
 
 evaluate: setup ## simulate comparisons again, tables and pictures of docs/evaluation.md (10 minutes; ARGS=--full for all)
-	$(BIN)/python tools/evaluate.py $(ARGS)
+	$(BIN)/python benchmarks/evaluate.py $(ARGS)
 
 doctor: setup ## what this machine has and what will be used
 	$(BIN)/python tools/doctor.py

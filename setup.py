@@ -1,4 +1,5 @@
-"""The wheel's only peculiarity: folders beside the package travel inside it. All else is in pyproject.toml."""
+"""The wheel's only peculiarity: folders beside the package travel inside it. All else is in
+pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Serves a model through the OpenAI API, on every rank: under deepspeed, torchrun or plain python."""
+"""Serves a model through the OpenAI API, on every rank: under deepspeed, torchrun or plain
+python."""
 
 import sys
 

@@ -1,10 +1,12 @@
-"""The command line: flags in, configuration out; nothing heavy is imported before the flags are right.
+"""The command line: flags in, configuration out; nothing heavy is imported before the flags are
+right.
 
     python -m sps2_mega.cli generate ...      what launch/generate.py calls, on every rank
     python -m sps2_mega.cli serve ...         the same for launch/serve.py
     python -m sps2_mega.cli docs > docs/cli.md
 
-Engine and server flags come from the config dataclasses; flags that only `generate` has are listed here.
+Engine and server flags come from the config dataclasses; flags that only `generate` has are listed
+here.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
-    """Answers a file of requests; to be called on every rank. Exit codes: 0, 1 some failed, 2 could not run."""
+    """Answers a file of requests; to be called on every rank. Exit codes: 0, 1 some failed, 2 could
+    not run."""
     try:
         info = from_environment()
     except ConfigError as error:
@@ -107,8 +110,8 @@ def generate(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(argv: Sequence[str] | None = None) -> int:
-    """Serves the OpenAI API until told to stop; to be called on every rank. Exit codes: 0 stopped in good order, 2
-    could not start, others as the job failed."""
+    """Serves the OpenAI API until told to stop; to be called on every rank. Exit codes: 0 stopped
+    in good order, 2 could not start, others as the job failed."""
     try:
         info = from_environment()
     except ConfigError as error:
@@ -161,7 +164,8 @@ def generate_parser(*, quiet: bool = False) -> argparse.ArgumentParser:
         "--input",
         type=Path,
         metavar="FILE",
-        help="JSON lines: prompts, messages or OpenAI batch lines (default: bundled prompts, for sps2-tiny only)",
+        help="JSON lines: prompts, messages or OpenAI batch lines (default: bundled prompts, for "
+        "sps2-tiny only)",
     )
     files.add_argument(
         "--output",
@@ -205,13 +209,15 @@ def markdown() -> str:
         "",
         "Made by `python -m sps2_mega.cli docs > docs/cli.md`; do not edit.",
         "",
-        "`launch/generate.py` runs under `deepspeed`, `torchrun` or plain `python` with the flags below.",
+        "`launch/generate.py` runs under `deepspeed`, `torchrun` or plain `python` with the "
+        "flags below.",
         "Exit codes: 0 all lines were answered, 1 some lines failed, 2 it could not run.",
         "",
         "Answers are written as they finish. Ids restore the order of the input:",
         "",
         "```",
-        'python -c \'import json,sys; a={str(r.get("custom_id",r.get("id"))):r for r in map(json.loads,open(sys.argv[2]))}; '
+        'python -c \'import json,sys; a={str(r.get("custom_id",r.get("id"))):r for r in '
+        "map(json.loads,open(sys.argv[2]))}; "
         '[print(json.dumps(a[str(q.get("custom_id",q.get("id",i)))])) '
         "for i,q in enumerate(map(json.loads,open(sys.argv[1])),1)]' in.jsonl out.jsonl",
         "```",
@@ -221,8 +227,10 @@ def markdown() -> str:
         "",
         "# Server",
         "",
-        "`launch/serve.py` takes the engine flags above and these; what they do is in `docs/serving.md`.",
-        "Exit codes: 0 stopped in good order, 2 could not start, anything else: a rank failed or was told to end at once.",
+        "`launch/serve.py` takes the engine flags above and these; what they do is in "
+        "`docs/serving.md`.",
+        "Exit codes: 0 stopped in good order, 2 could not start, anything else: a rank failed or "
+        "was told to end at once.",
     ]
     lines += flag_tables(serve_parser(), only="server")
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """Every default, once: frozen dataclasses for model, parallel layout, cache, scheduler and engine.
 
-A field is a command-line flag only if it is declared with `flag(...)`; `cli.py` builds the parser from that.
+A field is a command-line flag only if it is declared with `flag(...)`; `cli.py` builds the parser
+from that.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ PIPELINES = ("auto", "on", "off")
 def flag(
     default: Any, help: str, *, name: str | None = None, choices: tuple[str, ...] | None = None
 ) -> Any:
-    """A dataclass field that is also a command-line flag; `name` where it differs from the field's."""
+    """A dataclass field that is also a command-line flag; `name` where it differs from the
+    field's."""
     metadata = {"help": help, "name": name, "choices": choices}
     return field(default=default, metadata={"flag": metadata})
 
@@ -28,7 +30,8 @@ def flag(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding. `scaling` selects how inverse frequencies follow from `theta`:
-    `none`, `linear` (positions / factor), `llama3` (Llama 3.1's smoothed bands) or `yarn` (arXiv 2309.00071)."""
+    `none`, `linear` (positions / factor), `llama3` (Llama 3.1's smoothed bands) or `yarn` (arXiv
+    2309.00071)."""
 
     theta: float = 10000.0
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -46,11 +49,12 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Architecture of a decoder-only model, in the field's terms; independent of file format and of ranks.
+    """Architecture of a decoder-only model, in the field's terms; independent of file format and of
+    ranks.
 
-    `vocab_size` is the true vocabulary (logits are cut to it); padding for TP is decided where weights
-    are sharded. `rope=None` means learned absolute positions. `sliding_window=w`: a query sees itself and
-    the w-1 tokens before it.
+    `vocab_size` is the true vocabulary (logits are cut to it); padding for TP is decided where
+    weights are sharded. `rope=None` means learned absolute positions. `sliding_window=w`: a query
+    sees itself and the w-1 tokens before it.
     """
 
     family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
@@ -82,7 +86,8 @@ class ModelConfig:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})"
             )
 
     @property
@@ -92,8 +97,9 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """World size is tp * sp, and `decode_ranks` more where decode has ranks of its own; `tp` and `sp` are then the
-    shape of those that prefill. `sp_levels` are ring sizes, innermost first; None: taken from the node topology."""
+    """World size is tp * sp, and `decode_ranks` more where decode has ranks of its own; `tp` and
+    `sp` are then the shape of those that prefill. `sp_levels` are ring sizes, innermost first;
+    None: taken from the node topology."""
 
     tp: int = flag(1, "tensor-parallel degree")
     sp: int = flag(1, "sequence-parallel degree")
@@ -118,7 +124,8 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """KV cache. `num_blocks` is per SP rank; None: what `memory_fraction` of the free memory holds."""
+    """KV cache. `num_blocks` is per SP rank; None: what `memory_fraction` of the free memory
+    holds."""
 
     block_size: int = flag(16, "tokens per KV cache block")
     num_blocks: int | None = flag(
@@ -132,8 +139,9 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """`policy` sps2: prompts go before decodes, and with `tbt_target_ms` give way to them between layers; sarathi:
-    every step decodes all running sequences and fills up with chunks of prompts to `chunk_tokens` (arXiv 2403.02310).
+    """`policy` sps2: prompts go before decodes, and with `tbt_target_ms` give way to them between
+    layers; sarathi: every step decodes all running sequences and fills up with chunks of prompts to
+    `chunk_tokens` (arXiv 2403.02310).
     """
 
     policy: Literal["sps2", "sarathi"] = flag(
@@ -145,12 +153,14 @@ class SchedulerConfig:
     chunk_tokens: int = flag(512, "tokens of a step with --scheduler sarathi, decodes included")
     tbt_target_ms: float | None = flag(
         None,
-        "prefill gives way so that running requests get a token about this often, in ms; 0: it is never interrupted "
+        "prefill gives way so that running requests get a token about this often, in ms; 0: it "
+        "is never interrupted "
         "(default: 0, and 100 in the server)",
     )
     overtake: float = flag(
         4.0,
-        "with --tbt-target-ms a prompt is overtaken only by prompts that come within X times its own prefill time; "
+        "with --tbt-target-ms a prompt is overtaken only by prompts that come within X times its "
+        "own prefill time; "
         "0: first come, first served",
     )
     sp_threshold: int | None = flag(
@@ -177,7 +187,8 @@ class SchedulerConfig:
                 raise ConfigError(f"{name} must be a number >= 0, got {value}")
         if self.tbt_target_ms and self.policy == "sarathi":
             raise ConfigError(
-                f"tbt_target_ms={self.tbt_target_ms:g} needs scheduler sps2: under sarathi, chunk_tokens sets the pace"
+                f"tbt_target_ms={self.tbt_target_ms:g} needs scheduler sps2: under sarathi, "
+                "chunk_tokens sets the pace"
             )
 
     @property
@@ -188,13 +199,14 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CSAConfig:
-    """Communication-efficient sparse attention in prefill; all degrees 1 is exact attention. `degrees=None`: what the
-    model's file in model_configs/ says, else exact. `spans=None`: the cells follow the ranks and nodes, as in the
-    paper; they are then resolved per request."""
+    """Communication-efficient sparse attention in prefill; all degrees 1 is exact attention.
+    `degrees=None`: what the model's file in model_configs/ says, else exact. `spans=None`: the
+    cells follow the ranks and nodes, as in the paper; they are then resolved per request."""
 
     degrees: tuple[int, ...] | None = flag(
         None,
-        "CSA degree of each level, nearest first: a head sees 1 key in d (default: the model file's, else 1: exact)",
+        "CSA degree of each level, nearest first: a head sees 1 key in d (default: the model "
+        "file's, else 1: exact)",
         name="csa-degrees",
     )
     spans: tuple[int, ...] | None = flag(
@@ -241,7 +253,8 @@ class CSAConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything an engine needs to start; `model` is a folder or the name of a file in model_configs/."""
+    """Everything an engine needs to start; `model` is a folder or the name of a file in
+    model_configs/."""
 
     model: str = flag(
         "sps2-tiny", "Hugging Face folder, Megatron checkpoint folder, or a name in model_configs/"
@@ -264,7 +277,8 @@ class EngineConfig:
     )
     transport: str = flag(
         "auto",
-        "how prefill moves data between SP ranks: ulysses, gather, ring, pass_q, or one for each SP level, "
+        "how prefill moves data between SP ranks: ulysses, gather, ring, pass_q, or one for each "
+        "SP level, "
         "nearest first, as gather,ulysses (auto: planned step by step)",
     )
     pipeline: Literal["auto", "on", "off"] = flag(

@@ -1,4 +1,5 @@
-"""EngineConfig as a plain mapping and back, for processes that are told their configuration as JSON."""
+"""EngineConfig as a plain mapping and back, for processes that are told their configuration as
+JSON."""
 
 from __future__ import annotations
 

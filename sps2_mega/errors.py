@@ -1,4 +1,5 @@
-"""What can go wrong, by who has to act: the user's configuration, a file, one request, or a rank."""
+"""What can go wrong, by who has to act: the user's configuration, a file, one request, or a
+rank."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class RankFailure(RuntimeError):
 
 
 class Refusal(enum.Enum):
-    """Why a well-formed request was not admitted. An expected outcome, so a value and not an exception."""
+    """Why a well-formed request was not admitted. An expected outcome, so a value and not an
+    exception."""
 
     EMPTY_PROMPT = "the prompt has no tokens"
     PROMPT_TOO_LONG = "the prompt is longer than the model's context"

@@ -1,7 +1,7 @@
 """Command-line flags from config dataclasses, and config dataclasses back from parsed flags.
 
-A field is a flag only if it was declared with `config.flag`; defaults stay in the dataclasses, so a flag that is
-not given is not set. Which commands exist is `cli`'s.
+A field is a flag only if it was declared with `config.flag`; defaults stay in the dataclasses, so a
+flag that is not given is not set. Which commands exist is `cli`'s.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlagSpec:
-    """One flag: where its value goes (field names from the outermost dataclass in) and how it reads."""
+    """One flag: where its value goes (field names from the outermost dataclass in) and how it
+    reads."""
 
     path: tuple[str, ...]
     name: str
@@ -98,8 +99,8 @@ def _build(config: type[Config], given: dict[str, Any], path: tuple[str, ...]) -
 
 
 def _reader(hint: Any) -> tuple[Callable[[str], Any], str]:
-    """How to read a value of a type: bool (a flag without a value), int, float, str, a Literal of strings,
-    tuples of ints, and None of each."""
+    """How to read a value of a type: bool (a flag without a value), int, float, str, a Literal of
+    strings, tuples of ints, and None of each."""
     if isinstance(hint, types.UnionType):
         (hint,) = (member for member in typing.get_args(hint) if member is not types.NoneType)
     if hint is bool:

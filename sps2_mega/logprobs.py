@@ -1,6 +1,8 @@
-"""Log-probabilities as they travel from ranks to clients: of one token, and of all tokens of a prompt.
+"""Log-probabilities as they travel from ranks to clients: of one token, and of all tokens of a
+prompt.
 
-Data only: which are computed is `engine.prompt_scores`' and `engine.sampler`'s, how clients see them `serving.responses`'.
+Data only: which are computed is `engine.prompt_scores`' and `engine.sampler`'s, how clients see
+them `serving.responses`'.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probabilities (natural log, before temperature) at one position; `top` is most likely first."""
+    """Log-probabilities (natural log, before temperature) at one position; `top` is most likely
+    first."""
 
     token_id: int
     logprob: float
@@ -20,11 +23,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLogprobs:
-    """How likely the tokens of a prompt from position `first` on are, each after all before it. Never the first token,
-    which has nothing before it. Packed, since a prompt may have a million tokens.
+    """How likely the tokens of a prompt from position `first` on are, each after all before it.
+    Never the first token, which has nothing before it. Packed, since a prompt may have a million
+    tokens.
 
-    `own[i]` (float32) is token `first` + i's; `top_ids` (int32) and `top` (float32) have `num_top` entries per token,
-    most likely first.
+    `own[i]` (float32) is token `first` + i's; `top_ids` (int32) and `top` (float32) have `num_top`
+    entries per token, most likely first.
     """
 
     first: int
@@ -50,7 +54,8 @@ class PromptLogprobs:
     def followed_by(self, later: PromptLogprobs) -> PromptLogprobs:
         """Both in one; `later` begins where this ends."""
         assert (later.first, later.num_top) == (self.first + len(self), self.num_top), (
-            f"scores from {self.first} to {self.first + len(self)} are not followed by {later.first}"
+            f"scores from {self.first} to {self.first + len(self)} are not followed by "
+            f"{later.first}"
         )
         return PromptLogprobs(
             first=self.first,

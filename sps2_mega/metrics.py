@@ -1,4 +1,5 @@
-"""Seconds per request and their percentiles: the only place where TTFT, TBT and throughput are defined.
+"""Seconds per request and their percentiles: the only place where TTFT, TBT and throughput are
+defined.
 
     arrival ---- scheduled ---- first token ---- ... ---- last token
     |-- queue_s --|             |                          |
@@ -38,7 +39,8 @@ def timings_of(sequence: Sequence) -> Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenWaits:
-    """Seconds that clients waited for tokens: for first ones (TTFT), and between two of one sample (TBT)."""
+    """Seconds that clients waited for tokens: for first ones (TTFT), and between two of one sample
+    (TBT)."""
 
     ttfts_s: tuple[float, ...] = ()
     gaps_s: tuple[float, ...] = ()

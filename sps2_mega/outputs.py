@@ -13,8 +13,8 @@ from sps2_mega.types import FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds of one sample: in the queue, to the first token (queue included), mean per later token, total.
-    `gaps_s[i]` is the time between output tokens i and i+1."""
+    """Seconds of one sample: in the queue, to the first token (queue included), mean per later
+    token, total. `gaps_s[i]` is the time between output tokens i and i+1."""
 
     queue_s: float
     ttft_s: float
@@ -37,8 +37,9 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A finished request: `completions` has n entries, or `error` says why there are none. `num_cached_tokens` of
-    the prompt were in the cache when its first sample began. `prompt_logprobs` where they were asked for."""
+    """A finished request: `completions` has n entries, or `error` says why there are none.
+    `num_cached_tokens` of the prompt were in the cache when its first sample began.
+    `prompt_logprobs` where they were asked for."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -50,9 +51,9 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDelta:
-    """What one step added to one sample of a streamed request. Texts of a sample's deltas together are its
-    completion's text; `finish_reason` is set in the last one, `prompt_logprobs` (if asked for) in the first sample's
-    first one."""
+    """What one step added to one sample of a streamed request. Texts of a sample's deltas together
+    are its completion's text; `finish_reason` is set in the last one, `prompt_logprobs` (if asked
+    for) in the first sample's first one."""
 
     request_id: str
     index: int

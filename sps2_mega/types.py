@@ -1,4 +1,5 @@
-"""Plain data that crosses module borders: what a client asked, what one step does, what it produced.
+"""Plain data that crosses module borders: what a client asked, what one step does, what it
+produced.
 
 No torch here, so the scheduler and the simulator stay importable everywhere.
 
@@ -16,8 +17,8 @@ from sps2_mega.logprobs import PromptLogprobs, TokenLogprob
 
 
 class FinishReason(enum.StrEnum):
-    """Why a sequence ended. The first two are the OpenAI API's; an aborted sequence has no output, and one
-    that failed makes its request an error."""
+    """Why a sequence ended. The first two are the OpenAI API's; an aborted sequence has no output,
+    and one that failed makes its request an error."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -35,10 +36,10 @@ class ForwardMode(enum.IntEnum):
 class SamplingParams:
     """How to choose tokens, with OpenAI's names and defaults.
 
-    `max_tokens=None` means the rest of the context, 0 that the prompt is computed and nothing follows. `top_k=0` means
-    off. `logprobs=k` returns the log-probability of each chosen token and of the k most likely ones, `prompt_logprobs=k`
-    those of the prompt's tokens but the first. `temperature=0` is greedy. The n-th sample of a request uses a seed
-    derived from `seed` and n.
+    `max_tokens=None` means the rest of the context, 0 that the prompt is computed and nothing
+    follows. `top_k=0` means off. `logprobs=k` returns the log-probability of each chosen token and
+    of the k most likely ones, `prompt_logprobs=k` those of the prompt's tokens but the first.
+    `temperature=0` is greedy. The n-th sample of a request uses a seed derived from `seed` and n.
 
     Raises:
         RequestError: a value is outside its range.
@@ -117,10 +118,11 @@ class Sequence:
     """The running token list of one sample of one request; changed by the scheduler only.
 
     `seed` is always set (the engine draws one where the client gave none), so that a preempted or
-    moved sequence continues with the same random numbers. `max_tokens` is already resolved.
-    Times are seconds of `time.monotonic()`; `token_times[i]` is when output token i was committed.
-    `num_cached_tokens` of the prompt were found in the cache when the sequence first ran; `spans` are what CSA took
-    from the ranks for it then (None: as configured). `prompt_logprobs` grow with the chunks of its prefill.
+    moved sequence continues with the same random numbers. `max_tokens` is already resolved. Times
+    are seconds of `time.monotonic()`; `token_times[i]` is when output token i was committed.
+    `num_cached_tokens` of the prompt were found in the cache when the sequence first ran; `spans`
+    are what CSA took from the ranks for it then (None: as configured). `prompt_logprobs` grow with
+    the chunks of its prefill.
     """
 
     seq_id: int
@@ -153,7 +155,8 @@ class Sequence:
         self.prompt_logprobs = scores if earlier is None else earlier.followed_by(scores)
 
     def take_token(self, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
-        """What a step gave it at time `now`; of a sequence that wants no tokens only the time counts."""
+        """What a step gave it at time `now`; of a sequence that wants no tokens only the time
+        counts."""
         self.token_times.append(now)
         if self.max_tokens == 0:
             return
@@ -173,13 +176,14 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class PrefillItem:
-    """Tokens [start, end) of one sequence to prefill; those before are in the cache already. A token is sampled
-    after the last one only, in the step with `end == len(token_ids)`.
+    """Tokens [start, end) of one sequence to prefill; those before are in the cache already. A
+    token is sampled after the last one only, in the step with `end == len(token_ids)`.
 
     Block b holds tokens [b*block_size, ..) on sp rank `block_ranks[b]` under `block_ids[b]`.
-    `num_prompt_tokens` < len(token_ids) when a preempted sequence is recomputed: the rest are its own
-    earlier outputs. The first `num_shared_tokens` are in blocks that other sequences may use too, so this one never
-    writes there. `spans` are the CSA spans to use where they come from the ranks; None: as configured."""
+    `num_prompt_tokens` < len(token_ids) when a preempted sequence is recomputed: the rest are its
+    own earlier outputs. The first `num_shared_tokens` are in blocks that other sequences may use
+    too, so this one never writes there. `spans` are the CSA spans to use where they come from the
+    ranks; None: as configured."""
 
     seq_id: int
     token_ids: list[int]
@@ -206,9 +210,10 @@ class PrefillItem:
 
 @dataclass(frozen=True, slots=True)
 class DecodeItem:
-    """One new token of one sequence: `token_id` enters at `position`. `new_block` is (sp rank, block id)
-    when `position` opens a block, else None. The sp rank that holds the block of `position` runs this
-    sequence's linear layers in this step, so its new key and value never travel."""
+    """One new token of one sequence: `token_id` enters at `position`. `new_block` is (sp rank,
+    block id) when `position` opens a block, else None. The sp rank that holds the block of
+    `position` runs this sequence's linear layers in this step, so its new key and value never
+    travel."""
 
     seq_id: int
     token_id: int
@@ -218,12 +223,13 @@ class DecodeItem:
 
 @dataclass(frozen=True, slots=True)
 class LayerSlice:
-    """Layers [first, end) of the prefill pass `pass_id`: the way of some tokens through the model. Ranks keep it from its
-    first slice, whose plan has the items, to its last; `sampled` get a token at the end of that one.
+    """Layers [first, end) of the prefill pass `pass_id`: the way of some tokens through the model.
+    Ranks keep it from its first slice, whose plan has the items, to its last; `sampled` get a token
+    at the end of that one.
 
-    A `chunked` pass has one item, and slices of it may begin and end inside a layer: tokens of layer `first` before
-    position `first_token` were computed by earlier slices, and layer `end` is computed up to `end_token`. 0: a layer's
-    beginning."""
+    A `chunked` pass has one item, and slices of it may begin and end inside a layer: tokens of
+    layer `first` before position `first_token` were computed by earlier slices, and layer `end` is
+    computed up to `end_token`. 0: a layer's beginning."""
 
     pass_id: int
     first: int
@@ -239,7 +245,8 @@ class LayerSlice:
         return self.first == 0 and self.first_token == 0
 
     def chunks(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """What it computes of a prompt's tokens [start, end), in order: (layer, first token, end token)."""
+        """What it computes of a prompt's tokens [start, end), in order: (layer, first token, end
+        token)."""
         bounds = [(layer, start, end) for layer in range(self.first, self.end)]
         if self.end_token:
             bounds.append((self.end, start, self.end_token))
@@ -251,10 +258,10 @@ class LayerSlice:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What every rank executes in one step: `prefills`, `decodes` or, as `mode` says, both, of different sequences.
-    `released` are sequences whose state ranks drop before the step (finished, aborted or preempted), `dropped` are
-    passes that they forget. `layers`: the part of a pass that it runs, with `prefills` in the first slice only; None:
-    all layers at once."""
+    """What every rank executes in one step: `prefills`, `decodes` or, as `mode` says, both, of
+    different sequences. `released` are sequences whose state ranks drop before the step (finished,
+    aborted or preempted), `dropped` are passes that they forget. `layers`: the part of a pass that
+    it runs, with `prefills` in the first slice only; None: all layers at once."""
 
     step: int
     mode: ForwardMode
@@ -266,7 +273,8 @@ class StepPlan:
 
     @property
     def sampled(self) -> list[int]:
-        """The sequences that get a token, in the order of the step's output: prefills, then decodes."""
+        """The sequences that get a token, in the order of the step's output: prefills, then
+        decodes."""
         if self.layers is not None:
             ids = list(self.layers.sampled)
         else:
@@ -276,9 +284,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One token per sequence in `StepPlan.sampled`, in that order. A token is None where the model gave no finite
-    logits: that sequence has failed, the others go on. `logprobs[i]` is None unless asked. `scores`: by sequence, of the
-    prompt tokens that come after those which the step's pass computed, where that was asked for."""
+    """One token per sequence in `StepPlan.sampled`, in that order. A token is None where the model
+    gave no finite logits: that sequence has failed, the others go on. `logprobs[i]` is None unless
+    asked. `scores`: by sequence, of the prompt tokens that come after those which the step's pass
+    computed, where that was asked for."""
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprob | None]

@@ -19,7 +19,8 @@ CONTROL, ESCAPE, ENTER, TAB = "\ue009", "\ue00c", "\ue007", "\ue004"
 
 
 class Browser:
-    """One window. Elements are found by CSS selectors, and anew each time, so that none goes stale."""
+    """One window. Elements are found by CSS selectors, and anew each time, so that none goes
+    stale."""
 
     def __init__(self, http: httpx.Client, session: str) -> None:
         self._http, self._path = http, f"/session/{session}"

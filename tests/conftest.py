@@ -1,4 +1,5 @@
-"""What all tests share: the import path, seeds, markers with their skip conditions, and the end of the pools."""
+"""What all tests share: the import path, seeds, markers with their skip conditions, and the end of
+the pools."""
 
 from __future__ import annotations
 

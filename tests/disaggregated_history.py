@@ -1,4 +1,5 @@
-"""A random history of requests and aborts in a job with separate decode ranks, and what came of it; used in `dist`."""
+"""A random history of requests and aborts in a job with separate decode ranks, and what came of it;
+used in `dist`."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ class History:
 def random_history(
     rank: int, port: int, options: dict[str, Any], parallel: dict[str, int], seed: int, num: int
 ) -> History | None:
-    """`num` requests of very different lengths, some with a common beginning, a part of them aborted at any point. Asserts
-    on rank 0 that nothing is lost and no block stays in use."""
+    """`num` requests of very different lengths, some with a common beginning, a part of them
+    aborted at any point. Asserts on rank 0 that nothing is lost and no block stays in use."""
     engine = started(rank, port, options, parallel)
     if engine is None:
         return None

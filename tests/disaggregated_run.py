@@ -1,4 +1,5 @@
-"""Runs a job with separate decode ranks on the ranks of a test and brings back plain results; used by tests in `dist`."""
+"""Runs a job with separate decode ranks on the ranks of a test and brings back plain results; used
+by tests in `dist`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Request = tuple[list[int], dict[str, Any]]  # prompt tokens, fields of SamplingP
 
 @dataclass
 class Ran:
-    """`outputs` by request (None: aborted, or a Refusal), `stats` at the end, text and tokens of streamed deltas."""
+    """`outputs` by request (None: aborted, or a Refusal), `stats` at the end, text and tokens of
+    streamed deltas."""
 
     outputs: list[Any]
     stats: Any
@@ -31,7 +33,8 @@ def run_disaggregated(
     decode_tp: int = 1,
     **extra: Any,
 ) -> Ran:
-    """`options` are EngineConfig's, with `cache` and `scheduler` as dicts; `extra` goes to `job_on_rank`."""
+    """`options` are EngineConfig's, with `cache` and `scheduler` as dicts; `extra` goes to
+    `job_on_rank`."""
     parallel = dict(tp=tp, sp=sp, decode_ranks=decode_ranks, decode_tp=decode_tp)
     world_size = tp * sp + decode_ranks
     args = (free_port(), options, requests, parallel)
@@ -51,9 +54,10 @@ def job_on_rank(
     drop_after_s: dict[int, float] | None = None,
     wave: int | None = None,
 ) -> Ran | None:
-    """On rank 0 what came of it. `aborts[request]` is the number of steps with news after which it is dropped; `poison` is a
-    token whose embedding becomes NaN on the prefill ranks; `leave_early` ends the job with all requests in flight. `drop_after_s[request]` are seconds after
-    which it is dropped. Requests from number `wave` on come when those with such a time have ended."""
+    """On rank 0 what came of it. `aborts[request]` is the number of steps with news after which it
+    is dropped; `poison` is a token whose embedding becomes NaN on the prefill ranks; `leave_early`
+    ends the job with all requests in flight. `drop_after_s[request]` are seconds after which it is
+    dropped. Requests from number `wave` on come when those with such a time have ended."""
     engine = started(rank, port, options, parallel)
     if engine is None:
         return None

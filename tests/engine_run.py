@@ -13,8 +13,8 @@ Request = tuple[list[int], dict[str, Any]]  # prompt tokens, fields of SamplingP
 def run_engine(
     options: dict[str, Any], requests: list[Request], *, tp: int = 1, sp: int = 1, **extra: Any
 ) -> list[Any]:
-    """Outputs of `requests` in order. `options` are EngineConfig's, with `cache`, `scheduler` as dicts, and
-    `sp_levels`; `extra` goes to `engine_on_rank`."""
+    """Outputs of `requests` in order. `options` are EngineConfig's, with `cache`, `scheduler` as
+    dicts, and `sp_levels`; `extra` goes to `engine_on_rank`."""
     port = free_port()
     results = run_ranks(
         engine_on_rank, tp * sp, port, options, requests, tp, sp, timeout=300, **extra
@@ -35,9 +35,9 @@ def engine_on_rank(
     waves: tuple[int, ...] = (),
 ) -> list[Any] | None:
     """RequestOutputs by request, on rank 0. `poison` is a token whose embedding becomes NaN;
-    `abort=(request, step)` drops a request before a step: its output is then None. With `stagger` a request
-    comes that many steps after the one before; requests from each number in `waves` on come when all before are
-    finished."""
+    `abort=(request, step)` drops a request before a step: its output is then None. With `stagger` a
+    request comes that many steps after the one before; requests from each number in `waves` on come
+    when all before are finished."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
     from sps2_mega.engine.engine import Engine
     from sps2_mega.types import SamplingParams

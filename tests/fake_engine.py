@@ -1,5 +1,6 @@
-"""An engine without a model: it repeats the prompt's last token, one token per step for every request. A prompt's token
-at position p gets the log-probability -p/4, and every token id below it that of its number."""
+"""An engine without a model: it repeats the prompt's last token, one token per step for every
+request. A prompt's token at position p gets the log-probability -p/4, and every token id below it
+that of its number."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
-from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.stats import KVUse
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.logprobs import PromptLogprobs, TokenLogprob
 from sps2_mega.metrics import TokenWaits, waits_ended_at
 from sps2_mega.outputs import OutputDelta, RequestOutput
+from sps2_mega.text.output_processor import OutputProcessor
+from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import FinishReason, SamplingParams, Sequence
 
 KV_SIDES = (KVUse(side="all", blocks_per_rank=10, used_per_rank=(0, 5, 10)),)

@@ -1,4 +1,5 @@
-"""The HTTP server with an engine without a model behind it, in this process: real sockets, no ranks."""
+"""The HTTP server with an engine without a model behind it, in this process: real sockets, no
+ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ import httpx
 import openai
 from fake_engine import FakeEngine
 
-from sps2_mega.engine.memory_table import RankMemory
+from sps2_mega.engine.startup.memory_table import RankMemory
 from sps2_mega.engine.stats import KVUse
-from sps2_mega.parallel.sides import Side
+from sps2_mega.parallel.rank_pools import RankPool
 from sps2_mega.serving.http.app import build_app
+from sps2_mega.serving.http.async_engine import AsyncEngine, ServedFacts, ServedModel
 from sps2_mega.serving.http.engine_loop import Stop, run_engine
-from sps2_mega.serving.http.front import Front, ServedFacts, ServedModel
 from sps2_mega.serving.http.prometheus import ServerMetrics
 from sps2_mega.serving.http.server import HttpServer, bind, url_of
 from sps2_mega.serving.http.settings import ServerConfig
@@ -24,7 +25,7 @@ from sps2_mega.serving.http.settings import ServerConfig
 MODEL = "fake"
 FACTS = ServedFacts(
     world_size=6,
-    sides=(Side(name="all", first=0, tp=2, sp=3),),
+    sides=(RankPool(name="all", first=0, tp=2, sp=3),),
     sp_levels=(3,),
     device="cpu",
     dtype="float32",
@@ -42,7 +43,7 @@ FACTS = ServedFacts(
 @dataclass
 class FakeServer:
     engine: FakeEngine
-    front: Front
+    async_engine: AsyncEngine
     http: HttpServer
     url: str
     engine_thread: threading.Thread
@@ -68,26 +69,32 @@ def serving(
     engine: FakeEngine, *, max_samples: int = 16, ready: bool = True, **settings: object
 ) -> Iterator[FakeServer]:
     config = ServerConfig(**{"port": 0, "request_timeout": 30.0, **settings})
-    front = Front(
+    async_engine = AsyncEngine(
         max_samples=max_samples,
         request_timeout=config.request_timeout,
         metrics=ServerMetrics(MODEL),
     )
     listener = bind(config.host, config.port)
     url = url_of(listener)
-    http = HttpServer(build_app(front, config, (MODEL, "alias/of-it")), front, listener)
+    http = HttpServer(
+        build_app(async_engine, config, (MODEL, "alias/of-it")), async_engine, listener
+    )
     http.start()
     thread = threading.Thread(
         target=run_engine,
-        args=(engine, front.commands, lambda result: http.call_soon(front.deliver, result)),
+        args=(
+            engine,
+            async_engine.commands,
+            lambda result: http.call_soon(async_engine.deliver, result),
+        ),
     )
     thread.start()
     if ready:
-        http.call_soon(front.ready, served_model(engine))
+        http.call_soon(async_engine.ready, served_model(engine))
     try:
-        yield FakeServer(engine, front, http, url, thread)
+        yield FakeServer(engine, async_engine, http, url, thread)
     finally:
-        front.commands.put(Stop())
+        async_engine.commands.put(Stop())
         thread.join(10)
         http.stop()
         assert not thread.is_alive()

@@ -1,4 +1,5 @@
-"""Small random models of every supported family, saved as transformers would, with oracle answers."""
+"""Small random models of every supported family, saved as transformers would, with oracle
+answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Runs a test function on several real processes and brings back their results, tracebacks or stacks.
+"""Runs a test function on several real processes and brings back their results, tracebacks or
+stacks.
 
-Importing Megatron costs seconds per process, so ranks are kept in pools: one pool per world size, started
-at first use, shared by all tests of the session, closed at its end. Use:
+Importing Megatron costs seconds per process, so ranks are kept in pools: one pool per world size,
+started at first use, shared by all tests of the session, closed at its end. Use:
 
     def on_each_rank(rank, x):            # a module-level function of the test module
         group = harness.default_group()   # gloo; or let the code under test initialise
@@ -10,8 +11,9 @@ at first use, shared by all tests of the session, closed at its end. Use:
 
     results = harness.run_ranks(on_each_rank, 4, x)      # [result of rank 0, result of rank 1, ..]
 
-A pool survives a call in which all ranks return, or all raise the same exception. Whatever else happens
-(one rank raises, hangs or dies) the pool is killed, since its collectives may be out of step.
+A pool survives a call in which all ranks return, or all raise the same exception. Whatever else
+happens (one rank raises, hangs or dies) the pool is killed, since its collectives may be out of
+step.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ _SERVER_PORTS = range(12000, 32000)
 
 
 class RankError(AssertionError):
-    """A rank raised, hung or died. `rank` is the first one; the message has its traceback or stacks."""
+    """A rank raised, hung or died. `rank` is the first one; the message has its traceback or
+    stacks."""
 
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(message)
@@ -63,11 +66,13 @@ def run_ranks(
 
 
 def default_group(timeout_s: float = 60) -> Any:
-    """In a rank: the gloo group of all ranks, initialised at first use in a call; a rank leaves all groups after it.
+    """In a rank: the gloo group of all ranks, initialised at first use in a call; a rank leaves all
+    groups after it.
 
-    Ranks meet in a store that stays, under another name each time: a store of its own for each group would be
-    closed by one rank while another one, already at the next group, talks to it. Its port is no other job's,
-    for the same reason: tests of the launcher choose MASTER_PORT themselves.
+    Ranks meet in a store that stays, under another name each time: a store of its own for each
+    group would be closed by one rank while another one, already at the next group, talks to it. Its
+    port is no other job's, for the same reason: tests of the launcher choose MASTER_PORT
+    themselves.
     """
     import torch.distributed as dist
 
@@ -114,7 +119,8 @@ atexit.register(close_pools)
 
 
 class RankPool:
-    """`world_size` live processes, or none: they start at the first `run` and after a failure at the next."""
+    """`world_size` live processes, or none: they start at the first `run` and after a failure at
+    the next."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -151,7 +157,8 @@ class RankPool:
         self._ranks = []
 
     def _collect(self, header: bytes, payload: bytes, timeout: float) -> dict[int, tuple[str, Any]]:
-        """Answers by rank; incomplete if one failed and others did not follow within the grace time."""
+        """Answers by rank; incomplete if one failed and others did not follow within the grace
+        time."""
         self._agreed_failure = False
         answers: dict[int, tuple[str, Any]] = {}
         self._failed_first = None
@@ -202,7 +209,8 @@ class RankPool:
 
 
 class _Rank:
-    """One process of a pool and the parent's end of its pipe; its output goes to an unnamed file."""
+    """One process of a pool and the parent's end of its pipe; its output goes to an unnamed
+    file."""
 
     def __init__(self, rank: int, world_size: int, ports: tuple[int, int]) -> None:
         self.rank = rank
@@ -271,7 +279,8 @@ class _Rank:
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What a launcher would set, on one node; everything else is inherited."""
     if os.environ.get(_INSIDE_RANK):
-        # Ranks import the module of the function that they run: without a guard it would start ranks, and so on.
+        # Ranks import the module of the function that they run: without a guard it would start
+        # ranks, and so on.
         raise RuntimeError(
             "a rank started ranks: put the script's main part behind __name__ == '__main__'"
         )
@@ -290,8 +299,8 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port for a server that a test starts in a moment. Below those that the system gives to outgoing connections, of
-    which other tests open many meanwhile."""
+    """A port for a server that a test starts in a moment. Below those that the system gives to
+    outgoing connections, of which other tests open many meanwhile."""
     for port in random.SystemRandom().sample(_SERVER_PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

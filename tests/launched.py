@@ -1,4 +1,5 @@
-"""Jobs under the real launchers, in tests: their command lines, their processes, and what they left behind.
+"""Jobs under the real launchers, in tests: their command lines, their processes, and what they left
+behind.
 
 Every process of a job inherits a mark in its environment, so that orphans are found as well.
 """

@@ -1,4 +1,5 @@
-"""Runs checkpoints through the model on all ranks of a test and compares logits at every position."""
+"""Runs checkpoints through the model on all ranks of a test and compares logits at every
+position."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def assert_logits(
     sp: int,
     tolerance: float,
 ) -> None:
-    """Logits [T, vocab] of every prompt through each folder's model equal `expected`, on each transport."""
+    """Logits [T, vocab] of every prompt through each folder's model equal `expected`, on each
+    transport."""
     texts = {name: str(folder) for name, folder in folders.items()}
     results = run_ranks(logits_on_rank, tp * sp, texts, prompts, tp, sp, free_port(), timeout=300)
     for name, references in expected.items():
@@ -43,19 +45,19 @@ def logits_on_rank(
     """(folder's name, transport) -> [(sequence, first position, logits)] of this rank's tokens."""
     import torch
 
-    from sps2_mega.attention.layout import build_layout
+    from sps2_mega.attention.build import PrefillSetup
+    from sps2_mega.attention.layout.token_layout import build_layout
     from sps2_mega.checkpoint.load import load_weights
     from sps2_mega.checkpoint.source import open_checkpoint
     from sps2_mega.config import ParallelConfig
-    from sps2_mega.engine.batching import prefill_input
-    from sps2_mega.engine.local_tables import LocalTables
-    from sps2_mega.engine.prefill_setup import PrefillSetup
     from sps2_mega.kv_cache.placement import prompt_block_ranks
     from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
     from sps2_mega.types import PrefillItem, SamplingParams
+    from sps2_mega.worker.batching import prefill_input
+    from sps2_mega.worker.local_tables import LocalTables
 
     os.environ["MASTER_PORT"] = str(port)
     info, cpu = from_environment(), torch.device("cpu")

@@ -3,8 +3,9 @@
     namespace sps2-XXXX-0                       namespace sps2-XXXX-1
       veth, 10.77.N.1/24  ---- tbf rate ----      veth, 10.77.N.2/24
 
-Needs root and iproute2 (mark such tests `netns`). The host name and the process table stay shared, so
-what differs between the nodes is the network alone; launchers tell them apart by the node's rank.
+Needs root and iproute2 (mark such tests `netns`). The host name and the process table stay shared,
+so what differs between the nodes is the network alone; launchers tell them apart by the node's
+rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Node:
-    """`prefix` goes before a command that shall run there; `environment` directs gloo to the cable."""
+    """`prefix` goes before a command that shall run there; `environment` directs gloo to the
+    cable."""
 
     namespace: str
     interface: str

@@ -1,8 +1,10 @@
-"""One rank of a pool: receives (module, function, arguments), calls the function, sends back what it returned.
+"""One rank of a pool: receives (module, function, arguments), calls the function, sends back what
+it returned.
 
-Runs as a script of its own process, started by `harness.RankPool`. It decides nothing about distribution:
-RANK, WORLD_SIZE and the others are already in the environment, and `torch.distributed` is initialised only
-if the called function does so. Imports stay from one call to the next, process groups do not.
+Runs as a script of its own process, started by `harness.RankPool`. It decides nothing about
+distribution: RANK, WORLD_SIZE and the others are already in the environment, and
+`torch.distributed` is initialised only if the called function does so. Imports stay from one call
+to the next, process groups do not.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def call(rank: int, header: dict[str, Any], arguments: bytes) -> bytes:
         return pickle.dumps(("ok", function(rank, *args, **kwargs)))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  SystemExit and pytest's Skipped and Failed are answers too
+    # SystemExit and pytest's Skipped and Failed are answers too.
+    except BaseException as error:  # noqa: BLE001
         return pickle.dumps(("error", (type(error).__name__, traceback.format_exc())))
     finally:
         leave_groups()
@@ -107,7 +110,8 @@ def same_file(module: ModuleType, file: str) -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """The same numbers in every call, whatever ran before; libraries that are not imported stay so."""
+    """The same numbers in every call, whatever ran before; libraries that are not imported stay
+    so."""
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)

@@ -1,6 +1,8 @@
-"""Ranks as threads of one process, for tests that try very many shapes: exchanges go through queues.
+"""Ranks as threads of one process, for tests that try very many shapes: exchanges go through
+queues.
 
-Only what the transports post is replaced (`comm.exchange.post_all_to_all`); sums of bytes are counted as there.
+Only what the transports post is replaced (`comm.exchange.post_all_to_all`); sums of bytes are
+counted as there.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ class _Pending:
 
 
 class RankThreads:
-    """`run(fn, size)` calls fn(group) for every rank at once; `post_all_to_all` is what its code must call."""
+    """`run(fn, size)` calls fn(group) for every rank at once; `post_all_to_all` is what its code
+    must call."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        # The n-th exchange that a rank posts meets the n-th of the others, in whatever order they are waited for.
+        # The n-th exchange that a rank posts meets the n-th of the others, in whatever order they
+        # are waited for.
         self._posted = [0] * size
         self._boxes: dict[tuple[int, int, int], queue.Queue] = {}
         self._lock = threading.Lock()

@@ -1,4 +1,5 @@
-"""What all ranks together remember while they execute plans, without tensors; used by tests of the scheduler."""
+"""What all ranks together remember while they execute plans, without tensors; used by tests of the
+scheduler."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from sps2_mega.kv_cache.block_table import BlockTable
 
 
 class Ranks:
-    """What every rank remembers; executing a plan checks that it can be executed, and that every slot that is read
-    holds the token of that position after the very tokens before it."""
+    """What every rank remembers; executing a plan checks that it can be executed, and that every
+    slot that is read holds the token of that position after the very tokens before it."""
 
     def __init__(self, block_size: int, num_blocks: int, sp_size: int, num_layers: int = 1) -> None:
         self.num_layers = num_layers
@@ -64,8 +65,8 @@ class Ranks:
             self.read(self.tables[item.seq_id], self.tokens[item.seq_id])
 
     def go_on(self, plan) -> None:
-        """Further layers of a suspended pass write to the slots of the first ones, which nobody else may have touched,
-        and read what was cached before them."""
+        """Further layers of a suspended pass write to the slots of the first ones, which nobody
+        else may have touched, and read what was cached before them."""
         items, stands = self.passes.pop(plan.layers.pass_id)
         assert (plan.layers.first, plan.layers.first_token) == stands < _end(plan.layers)
         if plan.layers.chunked:
@@ -97,7 +98,8 @@ class Ranks:
             assert self.slots[table.locate(position)] == tuple(tokens[: position + 1])
 
     def fail(self, plan, seq_id) -> None:
-        """NaN: what the sequence wrote since its last finite logits is no longer good for anybody."""
+        """NaN: what the sequence wrote since its last finite logits is no longer good for
+        anybody."""
         first = dict(self.num_shared)
         first |= {item.seq_id: item.position for item in plan.decodes}
         for index in range(first[seq_id] // self.block_size, self.tables[seq_id].num_blocks):

@@ -1,4 +1,5 @@
-"""Habits that a machine can check: homes of heavy imports, file sizes, forbidden things, frozen flags.
+"""Habits that a machine can check: homes of heavy imports, file sizes, forbidden things, frozen
+flags.
 
 Layers between our own modules are import-linter's (pyproject.toml); formatting and lint are ruff's.
 """
@@ -23,12 +24,12 @@ MAX_FILE_BYTES = 8 * 2**20
 
 # Library -> the only files (globs below the root) that may import it, at any depth of the file.
 HOMES = {
-    "megatron": ["sps2_mega/mcore/*", "tests/*", "tools/*"],
-    "triton": ["sps2_mega/kernels/*/triton.py", "tests/*", "tools/*"],
+    "megatron": ["sps2_mega/mcore/*", "tests/*", "tools/*", "benchmarks/*"],
+    "triton": ["sps2_mega/kernels/*/triton.py", "tests/*", "tools/*", "benchmarks/*"],
     "deepspeed": ["sps2_mega/mcore/init.py", "launch/*", "tests/*"],
-    "transformers": ["tests/*", "tools/*"],
-    "safetensors": ["sps2_mega/checkpoint/*", "tests/*", "tools/*"],
-    "tokenizers": ["sps2_mega/engine/tokenizer.py", "tests/*", "tools/*"],
+    "transformers": ["tests/*", "tools/*", "benchmarks/*"],
+    "safetensors": ["sps2_mega/checkpoint/*", "tests/*", "tools/*", "benchmarks/*"],
+    "tokenizers": ["sps2_mega/text/tokenizer.py", "tests/*", "tools/*", "benchmarks/*"],
     "pydantic": ["sps2_mega/serving/*", "tests/*"],
     "fastapi": ["sps2_mega/serving/*", "tests/*"],
     "uvicorn": ["sps2_mega/serving/*", "tests/*"],
@@ -40,18 +41,19 @@ HOMES = {
         "sps2_mega/mcore/*",
         "tests/*",
         "tools/*",
+        "benchmarks/*",
     ],
 }
 ENVIRONMENT_READERS = {"sps2_mega/parallel/launcher.py"}
-PRINTERS = ("sps2_mega/cli.py", "launch/", "tools/", "tests/")
+PRINTERS = ("sps2_mega/cli.py", "launch/", "tools/", "benchmarks/", "tests/")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 LIGHT_MODULES = [
     "sps2_mega",
     "sps2_mega.types",
     "sps2_mega.config",
     "sps2_mega.kv_cache.ledger",
-    "sps2_mega.engine.scheduler",
-    "sps2_mega.engine.seeds",
+    "sps2_mega.scheduler.scheduler",
+    "sps2_mega.worker.sampling.seeds",
 ]
 HEAVY_LIBRARIES = ["torch", "numpy", "megatron", "transformers", "deepspeed", "triton", "pydantic"]
 
@@ -187,7 +189,7 @@ def test_file_names_say_what_is_inside():
 def test_every_module_says_what_it_decides():
     silent = [
         name
-        for name in python_files("sps2_mega/", "tools/", "launch/")
+        for name in python_files("sps2_mega/", "tools/", "benchmarks/", "launch/")
         if tree_of(name).body and ast.get_docstring(tree_of(name)) is None
     ]
     assert not silent, "a module docstring is missing"

@@ -1,4 +1,5 @@
-"""How far a kernel may be from its float32 reference, per type: absolute, for values of magnitude ~1."""
+"""How far a kernel may be from its float32 reference, per type: absolute, for values of magnitude
+~1."""
 
 import pytest
 import torch

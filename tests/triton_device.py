@@ -1,6 +1,8 @@
-"""Where Triton kernels run in tests: compiled on a CUDA device, or in Triton's interpreter on CPU without one.
+"""Where Triton kernels run in tests: compiled on a CUDA device, or in Triton's interpreter on CPU
+without one.
 
-`conftest.py` asks for the interpreter before anybody imports triton; the two cannot be mixed in one process.
+`conftest.py` asks for the interpreter before anybody imports triton; the two cannot be mixed in one
+process.
 """
 
 import os

@@ -3,8 +3,8 @@
     python tools/convert_checkpoint.py hf-to-megatron SRC DST
     python tools/convert_checkpoint.py megatron-to-hf SRC DST
 
-SRC may be in any format that the runtime reads; the direction says what DST becomes. DST must not exist or
-be empty. Tokenizer files travel along.
+SRC may be in any format that the runtime reads; the direction says what DST becomes. DST must not
+exist or be empty. Tokenizer files travel along.
 """
 
 from __future__ import annotations

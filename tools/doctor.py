@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What this machine has, what will be used of it, and what is missing.
 
-Runs without sps2_mega installed. Looks at packages through their metadata and files and imports none but
-torch, so that a broken or mistaken package cannot run here; exit status 1 when something required is
-missing or outside the range that pyproject.toml allows.
+Runs without sps2_mega installed. Looks at packages through their metadata and files and imports
+none but torch, so that a broken or mistaken package cannot run here; exit status 1 when something
+required is missing or outside the range that pyproject.toml allows.
 
     python tools/doctor.py [--json]
 """
@@ -197,7 +197,8 @@ def apex() -> Finding:
     return Finding(
         "apex",
         "wrong",
-        f"{folder} is not NVIDIA's apex but another project of that name; Megatron would import it: "
+        f"{folder} is not NVIDIA's apex but another project of that name; Megatron would import "
+        "it: "
         "pip uninstall apex",
     )
 

@@ -1,4 +1,5 @@
-"""Says what a checkpoint is, from its headers only: format, architecture, size, layout it was saved with.
+"""Says what a checkpoint is, from its headers only: format, architecture, size, layout it was saved
+with.
 
     python tools/inspect_checkpoint.py DIR [--json]
 

@@ -1,10 +1,13 @@
-"""How to lay out a model on the GPUs that you have, for your trace and your limits: the best setting and the next three.
+"""How to lay out a model on the GPUs that you have, for your trace and your limits: the best
+setting and the next three.
 
-python tools/plan.py --model llama-3.1-70b --gpu h200 --nodes 4 --trace FILE --slo-ttft 5 --slo-tbt 0.1
+python tools/plan.py --model llama-3.1-70b --gpu h200 --nodes 4 --trace FILE --slo-ttft 5 --slo-tbt
+0.1
 
-Every setting of SPS2 (tp, sp, engines, colocated or split, exact or CSA) and of chunked prefill serves the trace's beginning
-in the simulator; the one with most requests per second within the limits wins, then the one with the shortest responses.
-Around the best ones chunk sizes, targets, numbers of engines and shares of GPUs are then tried in smaller steps.
+Every setting of SPS2 (tp, sp, engines, colocated or split, exact or CSA) and of chunked prefill
+serves the trace's beginning in the simulator; the one with most requests per second within the
+limits wins, then the one with the shortest responses. Around the best ones chunk sizes, targets,
+numbers of engines and shares of GPUs are then tried in smaller steps.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.simulation.grid import neighbours
+from benchmarks.simulation.setting import layout_of
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival, scaled
@@ -30,8 +35,6 @@ from sps2_mega.simulator.step_cost import step_cost
 from sps2_mega.simulator.system import System
 from sps2_mega.simulator.trace_files import BUNDLED, read_trace
 from tools.simulate import full_attention
-from tools.simulation.grid import neighbours
-from tools.simulation.setting import layout_of
 
 EXACT = ("sarathi", "sps2", "sps2-yield")
 SPARSE = ("sps2-csa", "sps2-split")
@@ -50,8 +53,8 @@ class Plan:
 
 
 def in_order(found: Sequence[Plan]) -> list[Plan]:
-    """Best first: fewest refusals, most goodput, shortest responses. Goodputs of half a percent's difference are equal:
-    which requests just miss a limit is chance."""
+    """Best first: fewest refusals, most goodput, shortest responses. Goodputs of half a percent's
+    difference are equal: which requests just miss a limit is chance."""
     best = max((plan.figures["goodput"] for plan in found), default=0.0) or 1.0
 
     def key(plan: Plan) -> tuple[int, float, float]:
@@ -154,10 +157,12 @@ def settings(place: Place, *, exact: bool) -> list[System]:
 def table(found: Sequence[Plan], args: argparse.Namespace) -> str:
     """Markdown, best first."""
     lines = [
-        f"{args.model} on {args.nodes} nodes of {args.gpu}, {args.trace} at {args.rate:g} times its rate; "
+        f"{args.model} on {args.nodes} nodes of {args.gpu}, {args.trace} at {args.rate:g} times "
+        "its rate; "
         f"limits {args.slo_ttft:g} s TTFT, {args.slo_tbt:g} s TBT. Simulated.",
         "",
-        "| | setting | transport of a 32K prompt | CSA degrees | good requests | goodput | TTFT mean | p99 | "
+        "| | setting | transport of a 32K prompt | CSA degrees | good requests | goodput | TTFT "
+        "mean | p99 | "
         "TBT p99 | response |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

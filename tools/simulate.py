@@ -1,10 +1,13 @@
-"""Replays a request trace through SPS2 and its rivals on simulated clusters; writes JSON, pictures, and a table.
+"""Replays a request trace through SPS2 and its rivals on simulated clusters; writes JSON, pictures,
+and a table.
 
-python tools/simulate.py --model llama-3-8b --hardware h100 --gpus 16 --trace mooncake --rates 0.5 1 2 4
-python tools/simulate.py --model yi-34b --hardware a100-80g --link rdma-100g --trace azure-code --lengths 8
+python tools/simulate.py --model llama-3-8b --hardware h100 --gpus 16 --trace mooncake --rates 0.5 1
+2 4 python tools/simulate.py --model yi-34b --hardware a100-80g --link rdma-100g --trace azure-code
+--lengths 8
 
-Every system is first tuned on the beginning of the workload (layouts, chunk sizes), then serves all of it at each rate.
-Decides what is run; how it is shown is `tools.simulation.report` and `.pictures`.
+Every system is first tuned on the beginning of the workload (layouts, chunk sizes), then serves all
+of it at each rate. Decides what is run; how it is shown is `benchmarks.simulation.report` and
+`.pictures`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.simulation.report import as_text, ratio_table
+from benchmarks.simulation.setting import Outcome, Setting
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
@@ -30,8 +35,6 @@ from sps2_mega.simulator.poisson import poisson
 from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.system import System
 from sps2_mega.simulator.trace_files import BUNDLED, read_trace
-from tools.simulation.report import as_text, ratio_table
-from tools.simulation.setting import Outcome, Setting
 
 DEFAULT_FAMILIES = (
     "sarathi",
@@ -63,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(document(setting, outcomes), indent=1) + "\n")
         if not args.no_pictures:
-            from tools.simulation.pictures import draw
+            from benchmarks.simulation.pictures import draw
 
             draw(setting.name, outcomes, args.output.with_suffix(".png"))
     return 0

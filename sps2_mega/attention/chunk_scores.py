@@ -1,10 +1,11 @@
-"""Attention of a chunk of one prompt over keys that are all here, in order of position: exact, or by a CSA pattern.
+"""Attention of a chunk of one prompt over keys that are all here, in order of position: exact, or
+by a CSA pattern.
 
     keys     0 ............ known ......... end      `earlier`: those that previous chunks brought
     queries                 [ r0 ][ r1 ][ r0 ]       `own`: those that came with the chunk
 
-Both add partials to a float32 sum, so the first can run while the keys of the second are on their way. Decides nothing
-about what travels.
+Both add partials to a float32 sum, so the first can run while the keys of the second are on their
+way. Decides nothing about what travels.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.key_blocks import BlockPiece, CSAPiece
-from sps2_mega.attention.layout import Run
-from sps2_mega.attention.pattern import CSAPattern
-from sps2_mega.attention.pieces import csa_pieces, join_queries
-from sps2_mega.attention.rule import ScoreRule
+from sps2_mega.attention.csa.key_blocks import BlockPiece, CSAPiece
+from sps2_mega.attention.csa.pattern import CSAPattern
+from sps2_mega.attention.csa.pieces import csa_pieces, join_queries
+from sps2_mega.attention.layout.token_layout import Run
+from sps2_mega.attention.softmax_params import SoftmaxParams
 from sps2_mega.kernels.attention.sdpa import attend, attend_run
 from sps2_mega.kernels.csa.dispatch import attend_pieces
 from sps2_mega.kernels.csa.piece import Piece
@@ -37,11 +38,11 @@ class ChunkScores(Protocol):
         keys: range,
         kv_SKH: tuple[Tensor, Tensor],
         layer: int,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         add: Add,
     ) -> None:
-        """Adds the partials of this rank's queries, which are `runs`, over what they see of the positions `keys`. Row s
-        of `kv_SKH` is position s."""
+        """Adds the partials of this rank's queries, which are `runs`, over what they see of the
+        positions `keys`. Row s of `kv_SKH` is position s."""
         ...
 
 
@@ -55,7 +56,7 @@ class ExactChunks:
         keys: range,
         kv_SKH: tuple[Tensor, Tensor],
         layer: int,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         add: Add,
     ) -> None:
         if runs and rule.window is None and keys.stop <= runs[0].start:
@@ -93,7 +94,7 @@ class SparseChunks:
         keys: range,
         kv_SKH: tuple[Tensor, Tensor],
         layer: int,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         add: Add,
     ) -> None:
         found: list[CSAPiece] = []
@@ -124,7 +125,8 @@ class SparseChunks:
 
 
 def _attend_all(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Without a mask the query heads of a KV head are just more rows, so keys and values are never repeated."""
+    """Without a mask the query heads of a KV head are just more rows, so keys and values are never
+    repeated."""
     tokens, heads, width = q_TNH.shape
     kv_heads = k_SKH.shape[1]
     repeats = heads // kv_heads

@@ -1,13 +1,17 @@
-"""Attention of a prefill that goes through every layer chunk by chunk: a layer's keys come once and stay until it is done.
+"""Attention of a prefill that goes through every layer chunk by chunk: a layer's keys come once and
+stay until it is done.
 
     layer 3   chunk 0  keys of chunk 0 come                  | attends to them
-              chunk 1  attends to those that are here already, while its own come | attends to its own
+              chunk 1  attends to those that are here already, while its own come | attends to its
+              own
               ...
     layer 4   from the beginning; the same memory is used again
 
-So a chunk repeats nothing of what earlier ones did, however short it is. Of the last layer often only the last token's output
-is read; of the other tokens keys and values are then all that is wanted there, and they do not attend. The price is one layer's keys and values of the
-whole prompt on every rank. Which tokens a chunk has is the scheduler's choice, what queries see is `chunk_scores`'.
+So a chunk repeats nothing of what earlier ones did, however short it is. Of the last layer often
+only the last token's output is read; of the other tokens keys and values are then all that is
+wanted there, and they do not attend. The price is one layer's keys and values of the whole prompt
+on every rank. Which tokens a chunk has is the scheduler's choice, what queries see is
+`chunk_scores`'.
 """
 
 from __future__ import annotations
@@ -17,14 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.chunk_layout import Stretch, stretch
 from sps2_mega.attention.chunk_scores import ChunkScores
-from sps2_mega.attention.layout import PrefillLayout, Run
-from sps2_mega.attention.new_keys import Rotation, keep
-from sps2_mega.attention.order import reorder, sequence_index
+from sps2_mega.attention.layout.chunk_layout import Stretch, stretch
+from sps2_mega.attention.layout.token_layout import PrefillLayout, Run
+from sps2_mega.attention.layout.token_order import reorder, sequence_index
 from sps2_mega.attention.pipeline.executor import Pipeline
-from sps2_mega.attention.pipeline.order import stage_order
-from sps2_mega.attention.rule import ScoreRule
+from sps2_mega.attention.pipeline.schedule import stage_order
+from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.step import Rotation, keep
 from sps2_mega.comm.exchange import Pending, post_all_gather
 from sps2_mega.kernels.lse.dispatch import merge_two
 from sps2_mega.kv_cache.pool import KVPool
@@ -33,7 +37,8 @@ from sps2_mega.parallel.groups import Group
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """`keys` come with it: the queries' own, with the first one of a layer also what was cached before."""
+    """`keys` come with it: the queries' own, with the first one of a layer also what was cached
+    before."""
 
     queries: Stretch
     keys: Stretch
@@ -45,8 +50,9 @@ class _Chunk:
 
 
 class ChunkedPrefill:
-    """Of one prompt. `begin` says which chunk the next layer call is about: in each layer from the first token on, without
-    gaps. `slots_T` are the cache slots of this rank's tokens, `cached_slots_C` those of its cached ones."""
+    """Of one prompt. `begin` says which chunk the next layer call is about: in each layer from the
+    first token on, without gaps. `slots_T` are the cache slots of this rank's tokens,
+    `cached_slots_C` those of its cached ones."""
 
     def __init__(
         self,
@@ -60,7 +66,8 @@ class ChunkedPrefill:
         *,
         whole_output: bool = True,
     ) -> None:
-        """`whole_output`: the last layer's output of all tokens is read, not only the last one's."""
+        """`whole_output`: the last layer's output of all tokens is read, not only the last
+        one's."""
         self._pool, self._slots_T, self._cached_slots_C = pool, slots_T, cached_slots_C
         self._layout, self._scores = layout, scores
         self._group, self._pipeline, self._whole_output = group, pipeline, whole_output
@@ -82,7 +89,7 @@ class ChunkedPrefill:
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         rotation: Rotation | None = None,
     ) -> Tensor:
         chunk = self._chunk
@@ -122,8 +129,8 @@ class ChunkedPrefill:
 
 
 def _last_token(runs: list[Run], end: int) -> tuple[list[Run], slice]:
-    """The last of a prompt's tokens [.., end) as a run that begins at row 0, and its row among those of `runs`; none where
-    it is not among them."""
+    """The last of a prompt's tokens [.., end) as a run that begins at row 0, and its row among
+    those of `runs`; none where it is not among them."""
     if not runs or runs[-1].end < end:
         return [], slice(0, 0)
     last = runs[-1]
@@ -132,7 +139,8 @@ def _last_token(runs: list[Run], end: int) -> tuple[list[Run], slice]:
 
 
 class _ChunkWork:
-    """One chunk in one layer (`PipelineWork`): micro-batch 0 are the keys that are here, 1 those that come."""
+    """One chunk in one layer (`PipelineWork`): micro-batch 0 are the keys that are here, 1 those
+    that come."""
 
     def __init__(
         self,
@@ -143,7 +151,7 @@ class _ChunkWork:
         kv_C2KH: Tensor,
         kv_S2KH: Tensor,
         layer: int,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         group: Group,
     ) -> None:
         self._chunk, self._scores, self._group = chunk, scores, group

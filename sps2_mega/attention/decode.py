@@ -1,12 +1,14 @@
 """Attention of a decode step: keys and values stay where they are, queries move (pass-Q).
 
-Each sequence's linear layers run on the rank that holds its last block, so the new key and value are
-written locally. Then, per layer:
+Each sequence's linear layers run on the rank that holds its last block, so the new key and value
+are written locally. Then, per layer:
 
-    all-gather q of all sequences -> every rank attends over the tokens it holds -> (out, lse) go back to
+    all-gather q of all sequences -> every rank attends over the tokens it holds -> (out, lse) go
+    back to
     the sequence's rank in one exchange -> merge by LSE
 
-Which of the tokens it holds a rank looks at is `LocalKeys`: all of them, or those that CSA shows each KV head.
+Which of the tokens it holds a rank looks at is `LocalKeys`: all of them, or those that CSA shows
+each KV head.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from sps2_mega.attention.new_keys import Rotation, keep
-from sps2_mega.attention.partials import bring_home
-from sps2_mega.attention.rule import ScoreRule
+from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.step import Rotation, keep
+from sps2_mega.attention.transports.partials import return_partials
 from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.kernels.paged_decode.dispatch import DecodeRows, paged_decode
 from sps2_mega.kernels.slot_decode.sdpa import SlotBatch, prepare, slot_decode
@@ -31,7 +33,8 @@ class LocalKeys(Protocol):
     def attend(
         self, layer: int, q_BNH: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Attention of the step's queries over this rank's tokens -> (out [B, N, H], lse [B, N])."""
+        """Attention of the step's queries over this rank's tokens -> (out [B, N, H], lse [B,
+        N])."""
         ...
 
 
@@ -48,8 +51,8 @@ class DenseKeys:
 
 
 class SparseKeys:
-    """The tokens that CSA shows. `layer_slots(layer)` lists the slots of each sequence and KV head; layers
-    `num_classes` apart see the same, so they are prepared once."""
+    """The tokens that CSA shows. `layer_slots(layer)` lists the slots of each sequence and KV head;
+    layers `num_classes` apart see the same, so they are prepared once."""
 
     def __init__(
         self, layer_slots: Callable[[int], list[list[np.ndarray]]], num_classes: int
@@ -92,11 +95,11 @@ class DecodeAttention:
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         rotation: Rotation | None = None,
     ) -> Tensor:
         k_cache, v_cache = self._pool.layer(layer)
         keep((k_cache, v_cache), q_TNH, k_TKH, v_TKH, self._slots_T, rotation)
         q_BNH = all_gather_rows(q_TNH, self._counts, self._group)
         out_BNH, lse_BN = self._keys.attend(layer, q_BNH, k_cache, v_cache, rule.scale)
-        return bring_home(out_BNH, lse_BN, self._counts, self._group)
+        return return_partials(out_BNH, lse_BN, self._counts, self._group)

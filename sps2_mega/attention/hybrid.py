@@ -1,4 +1,5 @@
-"""Attention of a step that prefills some sequences and decodes others: each kind for its own tokens."""
+"""Attention of a step that prefills some sequences and decodes others: each kind for its own
+tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +7,14 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.decode import DecodeAttention
-from sps2_mega.attention.new_keys import Rotation
 from sps2_mega.attention.prefill import PrefillAttention
-from sps2_mega.attention.rule import ScoreRule
+from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.step import Rotation
 
 
 class HybridAttention:
-    """The first `num_prefill_tokens` of this rank's tokens are being prefilled, one each of the rest decodes. Either
-    may be none on a rank; it still takes part in the collectives of both."""
+    """The first `num_prefill_tokens` of this rank's tokens are being prefilled, one each of the
+    rest decodes. Either may be none on a rank; it still takes part in the collectives of both."""
 
     def __init__(
         self, prefill: PrefillAttention, decode: DecodeAttention, num_prefill_tokens: int
@@ -26,7 +27,7 @@ class HybridAttention:
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         rotation: Rotation | None = None,
     ) -> Tensor:
         new, one_each = slice(None, self._split), slice(self._split, None)

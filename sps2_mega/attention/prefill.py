@@ -1,7 +1,8 @@
-"""Attention of a prefill step on one rank: keep the new keys and values, then let the transport attend.
+"""Attention of a prefill step on one rank: keep the new keys and values, then let the transport
+attend.
 
-Keys that the cache holds of these sequences from before are read back in front of the new ones, which is the order
-that `PrefillLayout.keys` describes.
+Keys that the cache holds of these sequences from before are read back in front of the new ones,
+which is the order that `PrefillLayout.keys` describes.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.new_keys import Rotation, keep
-from sps2_mega.attention.rule import ScoreRule
-from sps2_mega.attention.transports import Transport
+from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.step import Rotation, keep
+from sps2_mega.attention.transports.base import Transport
 from sps2_mega.kv_cache.pool import KVPool
 
 
 class PrefillAttention:
     """One step's attention over the tokens being prefilled; called once per layer, in layer order.
 
-    `slots_T` are the cache slots of this rank's new tokens, `cached_slots_C` those of its cached ones.
+    `slots_T` are the cache slots of this rank's new tokens, `cached_slots_C` those of its cached
+    ones.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class PrefillAttention:
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         rotation: Rotation | None = None,
     ) -> Tensor:
         cache = self._pool.layer(layer)

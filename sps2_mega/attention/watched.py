@@ -1,4 +1,5 @@
-"""Attention of a step that tells when a layer is done: its new keys and values are then in the cache."""
+"""Attention of a step that tells when a layer is done: its new keys and values are then in the
+cache."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sps2_mega.attention.new_keys import Rotation
-from sps2_mega.attention.rule import ScoreRule
+from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.step import Rotation
 
 
 class LayerAttention(Protocol):
@@ -18,13 +19,14 @@ class LayerAttention(Protocol):
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         rotation: Rotation | None = None,
     ) -> Tensor: ...
 
 
 class WatchedAttention:
-    """The same attention; calls `on_layer(layer)` after each layer, on every rank, also one without tokens."""
+    """The same attention; calls `on_layer(layer)` after each layer, on every rank, also one without
+    tokens."""
 
     def __init__(self, attention: LayerAttention, on_layer: Callable[[int], None]) -> None:
         self._attention, self._on_layer = attention, on_layer
@@ -35,7 +37,7 @@ class WatchedAttention:
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         rotation: Rotation | None = None,
     ) -> Tensor:
         out_TNH = self._attention.attend(layer, q_TNH, k_TKH, v_TKH, rule, rotation)

@@ -1,4 +1,5 @@
-"""ModelConfig <-> a plain mapping (YAML, JSON), strictly: unknown, absent or mistyped fields are refused."""
+"""ModelConfig <-> a plain mapping (YAML, JSON), strictly: unknown, absent or mistyped fields are
+refused."""
 
 from __future__ import annotations
 

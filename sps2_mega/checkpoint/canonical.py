@@ -1,8 +1,10 @@
-"""The canonical form of a model's weights: which tensors exist, under which names, with which global shapes.
+"""The canonical form of a model's weights: which tensors exist, under which names, with which
+global shapes.
 
-Names are those of megatron-core's GPTModel built from its local layer spec; tensors are whole (no TP, no PP)
-and vocabulary rows are not padded. Every file format is translated to this form and from it. How a tensor
-is cut for one TP rank is decided in `sharding`; how a file spells it, in that format's module.
+Names are those of megatron-core's GPTModel built from its local layer spec; tensors are whole (no
+TP, no PP) and vocabulary rows are not padded. Every file format is translated to this form and from
+it. How a tensor is cut for one TP rank is decided in `sharding`; how a file spells it, in that
+format's module.
 
     decoder.layers.{i}.self_attention.linear_qkv.weight   [kv heads * (q per kv + 2) * head_dim, hidden]
         rows: for each KV head its query heads, then its key, then its value
@@ -71,7 +73,8 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """`decoder.layers.3.mlp.linear_fc1.weight` -> (3, `mlp.linear_fc1.weight`); other names -> (None, name)."""
+    """`decoder.layers.3.mlp.linear_fc1.weight` -> (3, `mlp.linear_fc1.weight`); other names ->
+    (None, name)."""
     prefix = "decoder.layers."
     if name.startswith(prefix):
         index, _, rest = name.removeprefix(prefix).partition(".")

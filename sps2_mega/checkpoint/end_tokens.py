@@ -1,7 +1,7 @@
 """Which token ids end a text, for checkpoints that do not say: Megatron stores no token ids.
 
-The files beside the tokenizer know: generation_config.json, config.json, or the name of the end token in
-tokenizer_config.json, looked up among the added tokens of tokenizer.json.
+The files beside the tokenizer know: generation_config.json, config.json, or the name of the end
+token in tokenizer_config.json, looked up among the added tokens of tokenizer.json.
 """
 
 from __future__ import annotations

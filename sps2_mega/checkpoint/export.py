@@ -1,7 +1,7 @@
 """Writes a source as another format: Hugging Face folder or Megatron `torch_dist` folder.
 
-Tensors keep their stored dtype, bit for bit, and are streamed. The file by which readers recognise the folder
-is written last, so an interrupted conversion is never taken for a checkpoint.
+Tensors keep their stored dtype, bit for bit, and are streamed. The file by which readers recognise
+the folder is written last, so an interrupted conversion is never taken for a checkpoint.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ def export_huggingface(
     on_bytes: OnBytes | None = None,
     file_bytes: int = hf_writer.FILE_BYTES,
 ) -> None:
-    """A folder that transformers opens: config.json, safetensors (with an index where there are several).
+    """A folder that transformers opens: config.json, safetensors (with an index where there are
+    several).
 
     Raises:
-        ConfigError: the target is not empty, or Hugging Face's classes cannot express the architecture.
+        ConfigError: the target is not empty, or Hugging Face's classes cannot express the
+            architecture.
         CheckpointError: the source does not hold exactly the model.
     """
     config, recipes = source.config, hf_layout.recipes(source.config)

@@ -1,8 +1,8 @@
 """Reads Hugging Face safetensors folders, sharded or not, one tensor at a time.
 
-Files are memory-mapped: opening reads headers, `read` touches the pages of one canonical tensor. Which file
-tensors make a canonical one is decided in `hf_layout`. Names may have the usual prefix (`model.`,
-`transformer.`) or none, as base models are saved.
+Files are memory-mapped: opening reads headers, `read` touches the pages of one canonical tensor.
+Which file tensors make a canonical one is decided in `hf_layout`. Names may have the usual prefix
+(`model.`, `transformer.`) or none, as base models are saved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _LM_HEAD = "lm_head.weight"
 
 
 class HuggingFaceSource:
-    """A `WeightSource` over safetensors files; the set of tensors does not change once it is open."""
+    """A `WeightSource` over safetensors files; the set of tensors does not change once it is
+    open."""
 
     format = "huggingface"
     iteration: int | None = None
@@ -61,7 +62,8 @@ class HuggingFaceSource:
                 transposed = recipe.how in ("transpose", "qkv_columns")
                 shapes[name] = actual[::-1] if transposed else actual
             elif all(found.get(part) == shape for part, shape in self._wanted(name)):
-                # Parts of a joined tensor must fit one by one: wrong ones can add up to the right total.
+                # Parts of a joined tensor must fit one by one: wrong ones can add up to the right
+                # total.
                 rows = sum(found.pop(part)[0] for part in recipe.parts)
                 shapes[name] = (rows, *recipe.shapes[0][1:])
         return shapes | {self._names[bare]: shape for bare, shape in found.items()}
@@ -96,7 +98,8 @@ class HuggingFaceSource:
     def _check_tied(self, embeddings: Tensor) -> None:
         if not torch.equal(embeddings, self._tensor(_LM_HEAD)):
             raise CheckpointError(
-                f"{self.path}: the configuration ties the embeddings, but {_LM_HEAD} differs from them"
+                f"{self.path}: the configuration ties the embeddings, but {_LM_HEAD} differs "
+                "from them"
             )
 
     def _stored_dtype(self) -> str:
@@ -107,7 +110,8 @@ class HuggingFaceSource:
         stored = self._files[bare].get_slice(self._names[bare]).get_dtype()
         if stored not in _DTYPES:
             raise CheckpointError(
-                f"{self.path}: {self._names[bare]} is stored as {stored} (known: {', '.join(_DTYPES)})"
+                f"{self.path}: {self._names[bare]} is stored as {stored} (known: "
+                f"{', '.join(_DTYPES)})"
             )
         return _DTYPES[stored]
 

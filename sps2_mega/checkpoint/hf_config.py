@@ -1,8 +1,8 @@
 """Hugging Face config.json <-> ModelConfig, for the families that the runtime can run exactly.
 
-Whatever would change the numbers and cannot be expressed is refused by name and value; fields that only
-concern training or caching are ignored. Both spellings of rotary embeddings are read: `rope_theta` with
-`rope_scaling`, and `rope_parameters`. Rotary details are in `hf_rope`.
+Whatever would change the numbers and cannot be expressed is refused by name and value; fields that
+only concern training or caching are ignored. Both spellings of rotary embeddings are read:
+`rope_theta` with `rope_scaling`, and `rope_parameters`. Rotary details are in `hf_rope`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    # What each family's transformers class assumes where config.json is silent (None: see the code).
+    # What each family's transformers class assumes where config.json is silent (None: see the
+    # code).
     "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
@@ -39,7 +40,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face folder; generation_config.json, where present, names the end tokens.
+    """The ModelConfig of a Hugging Face folder; generation_config.json, where present, names the
+    end tokens.
 
     Raises:
         ConfigError: config.json is absent, unreadable, or describes a model that cannot be run.
@@ -70,7 +72,8 @@ def model_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The config.json that transformers reads as this model; the inverse of `model_config_from_hf`."""
+    """The config.json that transformers reads as this model; the inverse of
+    `model_config_from_hf`."""
     eos = config.eos_token_ids
     hf: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.family]],
@@ -176,7 +179,8 @@ def _sliding_window(family: str, hf: Mapping[str, Any]) -> int | None:
     full = hf.get("max_window_layers", _QWEN_FULL_LAYERS)
     if 0 < full < layers:
         raise ConfigError(
-            f"use_sliding_window=True with max_window_layers={full} of {layers} layers mixes two kinds of "
+            f"use_sliding_window=True with max_window_layers={full} of {layers} layers mixes two "
+            "kinds of "
             "attention: one kind for all layers is needed"
         )
     return window if full == 0 else None
@@ -186,7 +190,8 @@ def _refuse_mixed_layers(hf: Mapping[str, Any]) -> None:
     kinds = sorted(set(hf.get("layer_types") or ()))
     if len(kinds) > 1 or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise ConfigError(
-            f"layer_types has {' and '.join(kinds)}: full_attention or sliding_attention for all layers "
+            f"layer_types has {' and '.join(kinds)}: full_attention or sliding_attention for all "
+            "layers "
             "is needed"
         )
 

@@ -1,7 +1,9 @@
-"""How Hugging Face files spell the canonical weights: one table per architecture, read in both directions.
+"""How Hugging Face files spell the canonical weights: one table per architecture, read in both
+directions.
 
-A `Recipe` says which file tensors make one canonical tensor and how. The same recipe joins them when
-reading and splits them when writing. Prefixes (`model.`, `transformer.`) are added by reader and writer.
+A `Recipe` says which file tensors make one canonical tensor and how. The same recipe joins them
+when reading and splits them when writing. Prefixes (`model.`, `transformer.`) are added by reader
+and writer.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Recipe:
     """`parts` are file names without prefix, with the shapes the file must have them in.
 
     copy: as it is. qkv: q, k, v joined per query group. gate_up: stacked. transpose: the file has
-    [in, out]. qkv_columns: GPT-2's one tensor [in, 3 * hidden] (or [3 * hidden]), q, k, v side by side.
+    [in, out]. qkv_columns: GPT-2's one tensor [in, 3 * hidden] (or [3 * hidden]), q, k, v side by
+    side.
     """
 
     how: How
@@ -95,7 +98,8 @@ def join(recipe: Recipe, parts: list[Tensor], config: ModelConfig) -> Tensor:
 
 
 def split(recipe: Recipe, tensor: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
-    """The canonical tensor -> (file name without prefix, contiguous file tensor); the inverse of `join`."""
+    """The canonical tensor -> (file name without prefix, contiguous file tensor); the inverse of
+    `join`."""
     match recipe.how:
         case "copy":
             parts = [tensor]

@@ -1,4 +1,5 @@
-"""Writes safetensors files of bounded size with their index; one file's tensors in memory at a time."""
+"""Writes safetensors files of bounded size with their index; one file's tensors in memory at a
+time."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def write_safetensors(
     *,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """`read(group name)` gives the (name, contiguous tensor) pairs of a group; groups keep their order."""
+    """`read(group name)` gives the (name, contiguous tensor) pairs of a group; groups keep their
+    order."""
     files = plan_files(groups, file_bytes)
     weight_map: dict[str, str] = {}
     total = 0

@@ -1,4 +1,5 @@
-"""Does a source hold exactly the model? All missing, left-over and wrongly shaped names in one error.
+"""Does a source hold exactly the model? All missing, left-over and wrongly shaped names in one
+error.
 
 Vocabulary rows are the one tolerance: a file may have more (Megatron pads them), never fewer.
 """

@@ -1,7 +1,8 @@
 """Reads Megatron's older checkpoints, one file per rank: mp_rank_TT[_PPP]/model_optim_rng.pt.
 
-Each file holds one TP shard of one pipeline stage, with layers numbered from 0 within the stage. Files are
-memory-mapped, so optimizer state in them costs nothing; `read` merges the TP shards of one tensor.
+Each file holds one TP shard of one pipeline stage, with layers numbered from 0 within the stage.
+Files are memory-mapped, so optimizer state in them costs nothing; `read` merges the TP shards of
+one tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _OLDEST = 3.0  # before, query, key and value rows were ordered differently
 
 
 class LegacySource:
-    """A `WeightSource` over all rank files of one iteration; every shard list has one entry per TP rank."""
+    """A `WeightSource` over all rank files of one iteration; every shard list has one entry per TP
+    rank."""
 
     format = "megatron legacy"
 
@@ -126,8 +128,8 @@ def _rank_files(folder: Path) -> list[list[Path]]:
 
 
 def _chunks(states: list[list[dict[str, Any]]], folder: Path) -> Iterator[list[Mapping[str, Any]]]:
-    """Model chunks in layer order, each as one state dict per TP rank. With interleaved stages the first
-    chunk of every stage comes before the second of any."""
+    """Model chunks in layer order, each as one state dict per TP rank. With interleaved stages the
+    first chunk of every stage comes before the second of any."""
     keys = [key for key in ("model", *(f"model{i}" for i in range(64))) if key in states[0][0]]
     if not keys:
         raise CheckpointError(f"{folder}: no model in the rank files")

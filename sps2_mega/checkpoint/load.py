@@ -1,7 +1,7 @@
 """Streams a source's weights into the parameters of one TP rank: read one tensor, cut, copy, drop.
 
-Peak memory above the parameters is one canonical tensor. Names and shapes are compared first, so a wrong
-checkpoint fails before any data is read. Which slice a rank takes is decided in `sharding`.
+Peak memory above the parameters is one canonical tensor. Names and shapes are compared first, so a
+wrong checkpoint fails before any data is read. Which slice a rank takes is decided in `sharding`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def load_weights(
     `on_bytes(done, total)` is called after each tensor with bytes of the checkpoint read so far.
 
     Raises:
-        CheckpointError: the source or the parameters do not fit `config`; lists every name concerned.
+        CheckpointError: the source or the parameters do not fit `config`; lists every name
+            concerned.
         ConfigError: `config` cannot be cut into `tp` ranks.
     """
     check_complete(source, config)

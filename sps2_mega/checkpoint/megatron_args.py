@@ -1,8 +1,9 @@
 """The arguments that Megatron stores with its checkpoints <-> ModelConfig.
 
-Megatron describes an architecture by switches. Those that the runtime cannot reproduce are refused by name
-and value; a switch that is absent (older Megatron) has the value Megatron gave it then. Checkpoints that we
-write carry the whole ModelConfig beside the switches, since those cannot express all of it.
+Megatron describes an architecture by switches. Those that the runtime cannot reproduce are refused
+by name and value; a switch that is absent (older Megatron) has the value Megatron gave it then.
+Checkpoints that we write carry the whole ModelConfig beside the switches, since those cannot
+express all of it.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def saved_layout(args: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _family(fields: Mapping[str, Any]) -> str:
-    # The family only decides how weights are spelt for Hugging Face; the numbers follow from the fields.
+    # The family only decides how weights are spelt for Hugging Face; the numbers follow from the
+    # fields.
     if fields["rope"] is None:
         return "gpt2"
     if fields["qk_norm"]:

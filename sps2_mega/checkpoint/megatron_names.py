@@ -1,4 +1,5 @@
-"""How Megatron checkpoints spell the canonical weights: wrappers in front, fused layer norms, what is no weight."""
+"""How Megatron checkpoints spell the canonical weights: wrappers in front, fused layer norms, what
+is no weight."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def canonical_name(name: str) -> str | None:
 
 
 def stored_name(part: str) -> str:
-    """How megatron-core's distributed checkpoints spell `part`, a canonical name within one layer."""
+    """How megatron-core's distributed checkpoints spell `part`, a canonical name within one
+    layer."""
     for fused, plain in _FUSED_NORMS.items():
         if part.startswith(plain):
             return fused + part.removeprefix(plain)

@@ -1,7 +1,9 @@
-"""What a Megatron checkpoint says about the run that wrote it: architecture, iteration, parallel layout.
+"""What a Megatron checkpoint says about the run that wrote it: architecture, iteration, parallel
+layout.
 
-Megatron-LM keeps its arguments in common.pt; Megatron Bridge writes run_config.yaml, whose `model` section
-uses megatron-core's names. Both become the same mapping of arguments, which `megatron_args` reads.
+Megatron-LM keeps its arguments in common.pt; Megatron Bridge writes run_config.yaml, whose `model`
+section uses megatron-core's names. Both become the same mapping of arguments, which `megatron_args`
+reads.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def read_run(folder: Path, config: ModelConfig | None) -> Run:
     if config is None:
         if not args:
             raise ConfigError(
-                f"{folder}: no arguments in common.pt and no run_config.yaml, so the architecture is unknown: "
+                f"{folder}: no arguments in common.pt and no run_config.yaml, so the "
+                "architecture is unknown: "
                 "pass it (a name in model_configs/)"
             )
         config = model_config_from_args(args, where)
@@ -77,7 +80,8 @@ def bridge_args(content: Any, where: str) -> dict[str, Any]:
     gated = bool(model.get("gated_linear_unit", False))
     if gated != ("silu" in activation) or not any(x in activation for x in ("silu", "gelu")):
         raise ConfigError(
-            f"{where}: activation_func={model.get('activation_func')!r} with gated_linear_unit={gated} is "
+            f"{where}: activation_func={model.get('activation_func')!r} with "
+            f"gated_linear_unit={gated} is "
             "not supported (gated SiLU or plain GELU)"
         )
     return dict(model) | {

@@ -1,4 +1,5 @@
-"""The YAML files of model_configs/: an architecture by name, where its weights are, degrees that suit it.
+"""The YAML files of model_configs/: an architecture by name, where its weights are, degrees that
+suit it.
 
 architecture: {every field of ModelConfig}
 weights: sps2-tiny            # folder, relative to the file; null: not bundled

@@ -1,7 +1,9 @@
-"""Random weights in place of a checkpoint's: for measuring a machine with a model whose weights are not on it.
+"""Random weights in place of a checkpoint's: for measuring a machine with a model whose weights are
+not on it.
 
-Values are made where the parameters are, so a large model starts within seconds. What the model says with them is
-noise; its speed and memory are those of real weights (zeros would not do: matrix units run faster on them).
+Values are made where the parameters are, so a large model starts within seconds. What the model
+says with them is noise; its speed and memory are those of real weights (zeros would not do: matrix
+units run faster on them).
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ _SPREAD = (
 def fill_random(
     parameters: Mapping[str, Tensor], config: ModelConfig, *, tp_rank: int, tp: int
 ) -> None:
-    """Fills `parameters` (canonical names, this TP rank's shapes, any dtype and device): norms with 1, biases with 0,
-    the rest normally distributed. What all TP ranks hold whole is the same on all of them.
+    """Fills `parameters` (canonical names, this TP rank's shapes, any dtype and device): norms with
+    1, biases with 0, the rest normally distributed. What all TP ranks hold whole is the same on all
+    of them.
 
     Raises:
         ConfigError: `config` cannot be cut into `tp` ranks.

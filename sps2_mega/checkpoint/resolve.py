@@ -1,7 +1,7 @@
 """What the user calls a model -> its configuration, its weights and its tokenizer.
 
-A name is a folder (Hugging Face or Megatron) or, where no such folder exists, a file of model_configs/.
-Nothing is downloaded. What is inside the folder is decided by `source`.
+A name is a folder (Hugging Face or Megatron) or, where no such folder exists, a file of
+model_configs/. Nothing is downloaded. What is inside the folder is decided by `source`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
-    """`path` is the weights' folder; `tokenizer` is None where none was found (prompts are then token ids).
-    The suggested degrees of parallelism are 1, and `csa` is None, where nobody suggested any."""
+    """`path` is the weights' folder; `tokenizer` is None where none was found (prompts are then
+    token ids). The suggested degrees of parallelism are 1, and `csa` is None, where nobody
+    suggested any."""
 
     name: str
     config: ModelConfig
@@ -36,11 +37,13 @@ class ResolvedModel:
 def resolve_model(
     name_or_path: str | Path, *, tokenizer: str | Path | None = None, needs_weights: bool = True
 ) -> ResolvedModel:
-    """`tokenizer` is a folder that replaces the model's own. Without `needs_weights` a folder with a config.json alone
-    will do, or a name whose weights are elsewhere: `path` is then not to be read.
+    """`tokenizer` is a folder that replaces the model's own. Without `needs_weights` a folder with
+    a config.json alone will do, or a name whose weights are elsewhere: `path` is then not to be
+    read.
 
     Raises:
-        ConfigError: no such folder or name, the weights are not on this machine, or the model cannot be run.
+        ConfigError: no such folder or name, the weights are not on this machine, or the model
+            cannot be run.
         CheckpointError: the folder is no checkpoint that can be read.
     """
     given = Path(tokenizer) if tokenizer is not None else None
@@ -56,7 +59,8 @@ def resolve_model(
 
 
 def suggested_csa(name_or_path: str | Path) -> CSAConfig | None:
-    """What `resolve_model` says of sparse attention, without looking at weights; None for a name that it refuses."""
+    """What `resolve_model` says of sparse attention, without looking at weights; None for a name
+    that it refuses."""
     files = {} if Path(name_or_path).is_dir() else model_files()
     file = files.get(str(name_or_path))
     return None if file is None else read_model_file(file).csa
@@ -85,7 +89,8 @@ def _named_model(name: str, tokenizer: Path | None, needs_weights: bool) -> Reso
     if needs_weights and (file.weights is None or not file.weights.is_dir()):
         where = "are not bundled" if file.weights is None else f"are not in {file.weights}"
         raise ConfigError(
-            f"the weights of {name} {where}. They are published at {file.source}: download them and pass the "
+            f"the weights of {name} {where}. They are published at {file.source}: download them "
+            "and pass the "
             "folder as the model (a Hugging Face folder or a Megatron checkpoint)"
         )
     return ResolvedModel(

@@ -1,7 +1,8 @@
 """Reading pickled checkpoint files without giving them a way to run code.
 
-Two kinds of files, two doors, both with a list of allowed names and a refusal that says which name was asked
-for. Classes we do not need become an inert `Record` that only keeps what the file says about it.
+Two kinds of files, two doors, both with a list of allowed names and a refusal that says which name
+was asked for. Classes we do not need become an inert `Record` that only keeps what the file says
+about it.
 
     .metadata               a bare pickle: `read_records`, our own unpickler
     common.pt, mp_rank *.pt torch's zip format: `load_torch_file`, torch's weights-only unpickler
@@ -22,7 +23,8 @@ from sps2_mega.errors import CheckpointError
 
 
 class Record:
-    """What a pickle says about an object whose class is not loaded: constructor arguments and state."""
+    """What a pickle says about an object whose class is not loaded: constructor arguments and
+    state."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -43,7 +45,8 @@ def _size(dims: Any = ()) -> tuple[int, ...]:
 
 _DCP = "torch.distributed.checkpoint"
 _RECORDS = {
-    f"{_DCP}.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata StorageMeta "
+    f"{_DCP}.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
+    "StorageMeta "
     "TensorProperties ChunkStorageMetadata _MEM_FORMAT_ENCODING",
     f"{_DCP}.filesystem": "_StorageInfo",
     f"{_DCP}.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
@@ -75,7 +78,8 @@ _METADATA_NAMES: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
 }
 
-# What unpicklers raise on bytes that are no pickle; lengths read from garbage can be beyond all memory.
+# What unpicklers raise on bytes that are no pickle; lengths read from garbage can be beyond all
+# memory.
 _DAMAGE = (
     *(OSError, EOFError, MemoryError, OverflowError, pickle.UnpicklingError),
     *(ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError),
@@ -95,7 +99,8 @@ _INERT_NAMES = (
 
 
 def read_records(path: Path) -> Any:
-    """The content of a torch.distributed.checkpoint `.metadata` file, as `Record`s and plain values.
+    """The content of a torch.distributed.checkpoint `.metadata` file, as `Record`s and plain
+    values.
 
     Raises:
         CheckpointError: the file asks for any other name (nothing of it has run), or is damaged.
@@ -114,7 +119,8 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
     """A file written by torch.save, tensors on the CPU (mapped from the file with `mmap`).
 
     Raises:
-        CheckpointError: the file asks for a name that is not allowed (nothing of it has run), or is damaged.
+        CheckpointError: the file asks for a name that is not allowed (nothing of it has run), or is
+            damaged.
     """
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))

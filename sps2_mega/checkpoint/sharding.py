@@ -1,4 +1,5 @@
-"""Which part of a canonical tensor one tensor-parallel rank holds. Pure: ints and slices, no process group.
+"""Which part of a canonical tensor one tensor-parallel rank holds. Pure: ints and slices, no
+process group.
 
     linear_qkv            by query groups (a KV head with its query heads stays together)
     linear_fc1            gate rows and up rows are each cut, so a rank holds [its gate; its up]
@@ -6,8 +7,9 @@
     embeddings, output    by rows, after zero rows up to a multiple of 128 * tp
     norms, positions      on every rank
 
-With fewer KV heads than TP ranks each KV head is held by tp / num_kv_heads ranks: the model is then built with
-`num_query_groups(config, tp)` = tp groups, group g having kv head g * num_kv_heads // tp.
+With fewer KV heads than TP ranks each KV head is held by tp / num_kv_heads ranks: the model is then
+built with `num_query_groups(config, tp)` = tp groups, group g having kv head g * num_kv_heads //
+tp.
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ def local_shapes(config: ModelConfig, tp: int) -> dict[str, Shape]:
 
 
 def shard(name: str, tensor: Tensor, config: ModelConfig, *, tp_rank: int, tp: int) -> Tensor:
-    """The slice of canonical `tensor` that TP rank `tp_rank` holds; a view where that is possible."""
+    """The slice of canonical `tensor` that TP rank `tp_rank` holds; a view where that is
+    possible."""
     _, part = split_layer(name)
     if name in VOCAB_NAMES:
         return _vocab_rows(tensor, config.vocab_size, tp_rank, tp)

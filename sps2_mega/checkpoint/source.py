@@ -1,11 +1,12 @@
-"""Where weights come from, whatever the format: every reader offers the canonical form through `WeightSource`.
+"""Where weights come from, whatever the format: every reader offers the canonical form through
+`WeightSource`.
 
     Hugging Face folder      config.json + *.safetensors                     `hf`
     Megatron torch_dist      iter_*/{metadata.json,.metadata,*.distcp}       `torch_dist`
     Megatron legacy          iter_*/mp_rank_XX[_YYY]/model_optim_rng.pt      `legacy`
 
-Opening a source reads headers only. This file decides which reader a folder needs; what must be in it is
-decided in `inventory`.
+Opening a source reads headers only. This file decides which reader a folder needs; what must be in
+it is decided in `inventory`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class WeightSource(Protocol):
 
 
 def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> WeightSource:
-    """Opens a folder in any known format; `config` replaces the architecture that the folder states.
+    """Opens a folder in any known format; `config` replaces the architecture that the folder
+    states.
 
     Raises:
         CheckpointError: no known format, an unreadable file, or one that would run code.
@@ -75,7 +77,8 @@ def read_canonical(source: WeightSource, name: str, config: ModelConfig) -> Tens
 
 
 def iteration_folder(folder: Path) -> Path:
-    """The folder with the files: `folder` itself, or the one that a Megatron tracker file points to."""
+    """The folder with the files: `folder` itself, or the one that a Megatron tracker file points
+    to."""
     tracker = folder / TRACKER
     if not tracker.is_file():
         return folder
@@ -91,6 +94,7 @@ def iteration_folder(folder: Path) -> Path:
 def _found(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())[:8]
     return (
-        "expected config.json (Hugging Face), metadata.json or .metadata (Megatron torch_dist) or mp_rank_* "
+        "expected config.json (Hugging Face), metadata.json or .metadata (Megatron torch_dist) "
+        "or mp_rank_* "
         f"(Megatron legacy), found {', '.join(names) or 'an empty folder'}"
     )

@@ -1,8 +1,8 @@
 """Writes a `torch_dist` checkpoint that megatron-core loads, one tensor in memory at a time.
 
-torch's own `save` needs the whole state dict at once; the format itself does not: a `.distcp` file is the
-concatenation of stored tensors, and `.metadata` says which bytes are which piece. Layers become pieces of
-one stacked tensor, as Megatron writes them. Single process, no process group.
+torch's own `save` needs the whole state dict at once; the format itself does not: a `.distcp` file
+is the concatenation of stored tensors, and `.metadata` says which bytes are which piece. Layers
+become pieces of one stacked tensor, as Megatron writes them. Single process, no process group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _BACKENDS = {
 
 
 class TorchDistWriter:
-    """Every added tensor is in a `.distcp` file; `finish` makes the folder a checkpoint, `close` ends it early."""
+    """Every added tensor is in a `.distcp` file; `finish` makes the folder a checkpoint, `close`
+    ends it early."""
 
     def __init__(self, folder: Path, num_layers: int, *, file_bytes: int = FILE_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,8 @@ class TorchDistWriter:
         self._store(f"decoder.layers.{stored_name(part)}", tensor[None].contiguous(), size, offset)
 
     def finish(self, args: Namespace) -> None:
-        """Writes `.metadata`, common.pt and, last, metadata.json, by which readers know the format."""
+        """Writes `.metadata`, common.pt and, last, metadata.json, by which readers know the
+        format."""
         self.close()
         metadata = Metadata(
             state_dict_metadata=dict(self._tensors), planner_data=None, storage_data=self._storage
@@ -84,7 +86,8 @@ class TorchDistWriter:
         )
         if (entry.properties.dtype, entry.size) != (values.dtype, torch.Size(size)):
             raise CheckpointError(
-                f"{stored}: layers differ: {entry.properties.dtype} {list(entry.size)} and {values.dtype} "
+                f"{stored}: layers differ: {entry.properties.dtype} {list(entry.size)} and "
+                f"{values.dtype} "
                 f"{list(size)}; Megatron stacks them in one tensor"
             )
         if self._file.tell() >= self._file_bytes:

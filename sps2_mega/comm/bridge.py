@@ -1,7 +1,8 @@
-"""Between the two sides of a job: point to point between any two ranks, whatever groups they are in otherwise.
+"""Between the two sides of a job: point to point between any two ranks, whatever groups they are in
+otherwise.
 
-A gloo group over all ranks of the job beside torch's default group, which is each side's own. It carries CPU tensors;
-data of other devices is staged by those who send and receive.
+A gloo group over all ranks of the job beside torch's default group, which is each side's own. It
+carries CPU tensors; data of other devices is staged by those who send and receive.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import torch.distributed as dist
 from sps2_mega.comm.channel import Channel, OnMessage, PointToPoint
 from sps2_mega.errors import RankFailure
 
-# A rank waits for messages as long as it takes; a dead peer is the lifeline's business.
+# A rank waits for messages as long as it takes; a dead peer is the watchdog's business.
 _TIMEOUT = timedelta(days=30)
 _CLOSING_S = 30.0
 _POLL_S = 0.005
 
 
 class Bridge:
-    """All ranks open it together and close it together; channels are numbered alike on all of them."""
+    """All ranks open it together and close it together; channels are numbered alike on all of
+    them."""
 
     @classmethod
     def open(cls, store: dist.Store, rank: int, world_size: int) -> Bridge:
@@ -58,7 +60,8 @@ class Bridge:
         return channel
 
     def close(self) -> None:
-        """Leaves together with all other ranks, when nobody has anything to send any more. Safe to call twice.
+        """Leaves together with all other ranks, when nobody has anything to send any more. Safe to
+        call twice.
 
         Raises:
             RankFailure: not all ranks came in time.
@@ -71,7 +74,8 @@ class Bridge:
         self._meet("silent")
         for channel in self._channels:
             channel.finish((self.rank + 1) % self.world_size)
-        # The first to leave breaks connections, which those still waiting for their last message would notice.
+        # The first to leave breaks connections, which those still waiting for their last message
+        # would notice.
         self._meet("closed")
         self._group = None
 

@@ -1,7 +1,9 @@
-"""Messages between any two ranks, in order of sending, without the receiver having to know what comes.
+"""Messages between any two ranks, in order of sending, without the receiver having to know what
+comes.
 
-A message is a header of four integers and a payload of bytes. Each rank has two threads per channel: one receives
-from all ranks and hands messages on, one sends. So neither side of a conversation waits for the other's steps.
+A message is a header of four integers and a payload of bytes. Each rank has two threads per
+channel: one receives from all ranks and hands messages on, one sends. So neither side of a
+conversation waits for the other's steps.
 
     post([Message(dst, kind, detail, payload), ..])    one batch: its messages travel side by side
     on_message(src, kind, detail, payload)             in the receiving thread, one after another
@@ -23,7 +25,8 @@ EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
 class PointToPoint(Protocol):
-    """What a channel needs of torch's gloo group, whose stubs do not say that it has it. All return torch's Work."""
+    """What a channel needs of torch's gloo group, whose stubs do not say that it has it. All return
+    torch's Work."""
 
     def send(self, tensors: list[Tensor], rank: int, tag: int) -> Any: ...
 
@@ -34,8 +37,8 @@ class PointToPoint(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """To rank `dst`. `kind` (>= 0) and `detail` are the sender's and receiver's affair; `payload` is a contiguous CPU
-    tensor of bytes, not to be changed until it is sent."""
+    """To rank `dst`. `kind` (>= 0) and `detail` are the sender's and receiver's affair; `payload`
+    is a contiguous CPU tensor of bytes, not to be changed until it is sent."""
 
     dst: int
     kind: int
@@ -53,7 +56,8 @@ OnMessage = Callable[[int, int, int, Tensor], None]
 
 
 class Channel:
-    """Messages from one rank to another arrive complete and in order; `number` sets channels of a group apart."""
+    """Messages from one rank to another arrive complete and in order; `number` sets channels of a
+    group apart."""
 
     def __init__(
         self,
@@ -64,8 +68,9 @@ class Channel:
         on_error: Callable[[BaseException], None],
         max_batches: int = 0,
     ) -> None:
-        """`on_message` gets (sender, kind, detail, payload) and `on_error` what went wrong, both in threads of the
-        channel. With `max_batches` (0: any number) `post` waits while so many batches are not sent yet."""
+        """`on_message` gets (sender, kind, detail, payload) and `on_error` what went wrong, both in
+        threads of the channel. With `max_batches` (0: any number) `post` waits while so many
+        batches are not sent yet."""
         self._group, self._header_tag, self._payload_tag = group, 2 * number, 2 * number + 1
         self._on_message, self._on_error = on_message, on_error
         self._queue: queue.Queue[_Batch | None] = queue.Queue(max_batches)
@@ -77,7 +82,8 @@ class Channel:
             thread.start()
 
     def post(self, messages: Sequence[Message], *, ready: Callable[[], None] | None = None) -> None:
-        """Sends a batch after those before it. `ready` returns when the payloads hold what they should."""
+        """Sends a batch after those before it. `ready` returns when the payloads hold what they
+        should."""
         self._queue.put(_Batch(messages, ready))
 
     def flush(self) -> None:
@@ -85,8 +91,8 @@ class Channel:
         self._queue.join()
 
     def finish(self, neighbour: int) -> None:
-        """Ends both threads, on all ranks together and after the last message: each rank lets another one go, whose
-        numbers are a permutation."""
+        """Ends both threads, on all ranks together and after the last message: each rank lets
+        another one go, whose numbers are a permutation."""
         self.post([Message(neighbour, _CLOSE)])
         self._queue.put(None)
         for thread in self._threads:
@@ -127,5 +133,6 @@ class Channel:
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:
             loop()
-        except Exception as error:  # noqa: BLE001  a thread's edge: told to the job, never swallowed
+        # A thread's edge: told to the job, never swallowed.
+        except Exception as error:  # noqa: BLE001
             self._on_error(error)

@@ -1,8 +1,9 @@
-"""The collectives the runtime uses, on tensors whose row counts may differ between ranks (also zero).
+"""The collectives the runtime uses, on tensors whose row counts may differ between ranks (also
+zero).
 
-Groups are arguments; a group of one rank makes each of them a local no-op with the same return shape.
-Row counts of all ranks are always known from the plan, so no sizes are exchanged. What a rank sends of model
-data is counted on its group (`Group.traffic`).
+Groups are arguments; a group of one rank makes each of them a local no-op with the same return
+shape. Row counts of all ranks are always known from the plan, so no sizes are exchanged. What a
+rank sends of model data is counted on its group (`Group.traffic`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """Concatenate every rank's rows in rank order: x [counts[rank], ...] -> [sum(counts), ...].
 
-    Ragged counts travel padded to the largest: neither gloo nor NCCL gathers ragged tensors natively.
+    Ragged counts travel padded to the largest: neither gloo nor NCCL gathers ragged tensors
+    natively.
     """
     if group.size == 1:
         return x
@@ -43,7 +45,8 @@ def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
 def all_to_all_flat(
     x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group
 ) -> Tensor:
-    """Exchange pieces of a flat tensor: piece r of x goes to rank r; pieces received are in rank order."""
+    """Exchange pieces of a flat tensor: piece r of x goes to rank r; pieces received are in rank
+    order."""
     if group.size == 1:
         return x
     received = x.new_empty(sum(receive_sizes))

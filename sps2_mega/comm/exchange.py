@@ -4,11 +4,13 @@
     ... compute on `current` ...
     current = pending.wait()
 
-What is posted must not be written until `wait` returns. A pending exchange whose `wait` is called twice is a
-mistake of ours and asserts. On CUDA `wait` makes the current stream wait, not the program.
+What is posted must not be written until `wait` returns. A pending exchange whose `wait` is called
+twice is a mistake of ours and asserts. On CUDA `wait` makes the current stream wait, not the
+program.
 
-Between CPUs pieces travel as messages (`comm.messages`), and gathers among more than two ranks in parts: whoever sends
-and receives one large message in a gloo collective takes up to twice as long as the line needs.
+Between CPUs pieces travel as messages (`comm.messages`), and gathers among more than two ranks in
+parts: whoever sends and receives one large message in a gloo collective takes up to twice as long
+as the line needs.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ _CPU_PART_BYTES = 512 * 2**10
 
 
 class Pending:
-    """One exchange under way, of one or more works; `wait` is called exactly once. `posted_at` and, after `wait`,
-    `finished_at` are of `time.perf_counter()`; on CPU the latter is when the bytes were there, not when somebody
-    waited for them."""
+    """One exchange under way, of one or more works; `wait` is called exactly once. `posted_at` and,
+    after `wait`, `finished_at` are of `time.perf_counter()`; on CPU the latter is when the bytes
+    were there, not when somebody waited for them."""
 
     def __init__(self, works: Sequence[Any], received: Tensor, sent: Tensor) -> None:
         self.posted_at = time.perf_counter()
@@ -44,7 +46,8 @@ class Pending:
         self._lock = threading.Lock()
         self._under_way = len(works)
         if not received.is_cuda:
-            # Called by gloo's own threads, also while this one computes: torch's operators let others run.
+            # Called by gloo's own threads, also while this one computes: torch's operators let
+            # others run.
             for work in works:
                 work.get_future().add_done_callback(self._finish)
 
@@ -67,7 +70,8 @@ class Pending:
 def post_all_to_all(
     x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group
 ) -> Pending:
-    """Exchange pieces of a flat tensor: piece r of x goes to rank r; pieces received are in rank order."""
+    """Exchange pieces of a flat tensor: piece r of x goes to rank r; pieces received are in rank
+    order."""
     assert group.size > 1, "a group of one rank has nothing to exchange"
     received = x.new_empty(sum(receive_sizes))
     work = _post_pieces(x, received, list(send_sizes), list(receive_sizes), group)
@@ -75,7 +79,8 @@ def post_all_to_all(
 
 
 def post_all_gather(x: Tensor, longest: int, group: Group) -> Pending:
-    """Every rank's rows of x [.., ...], each padded to `longest` rows, in rank order: [size * longest, ...].
+    """Every rank's rows of x [.., ...], each padded to `longest` rows, in rank order: [size *
+    longest, ...].
 
     Ragged shards travel padded: neither gloo nor NCCL gathers ragged tensors natively.
     """
@@ -105,7 +110,8 @@ def post_all_gather(x: Tensor, longest: int, group: Group) -> Pending:
 
 
 def post_shift(x: Tensor, receive_rows: int, group: Group) -> Pending:
-    """Send x [T, ...] to the next rank of the ring and receive [receive_rows, ...] from the one before."""
+    """Send x [T, ...] to the next rank of the ring and receive [receive_rows, ...] from the one
+    before."""
     assert group.size > 1, "a ring of one rank has nothing to exchange"
     x = x.contiguous()
     received = x.new_empty(receive_rows, *x.shape[1:])
@@ -119,7 +125,8 @@ def post_shift(x: Tensor, receive_rows: int, group: Group) -> Pending:
 def _post_pieces(
     x: Tensor, received: Tensor, send_sizes: list[int], receive_sizes: list[int], group: Group
 ) -> Any:
-    """Piece r of the flat x goes to rank r, piece r of `received` comes from there; the work to wait for."""
+    """Piece r of the flat x goes to rank r, piece r of `received` comes from there; the work to
+    wait for."""
     group.traffic.bytes_sent += (sum(send_sizes) - send_sizes[group.rank]) * x.itemsize
     if x.is_cuda:
         return dist.all_to_all_single(
@@ -135,7 +142,8 @@ def _post_pieces(
 
 
 def _part_bounds(x: Tensor, longest: int) -> list[int]:
-    """Where to cut shards like x, of up to `longest` rows: the same number of parts on every rank."""
+    """Where to cut shards like x, of up to `longest` rows: the same number of parts on every
+    rank."""
     if x.is_cuda or longest == 0:
         return [0, longest]
     row_bytes = x.itemsize * math.prod(x.shape[1:])

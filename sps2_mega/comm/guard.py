@@ -1,11 +1,13 @@
-"""Around a main program on every rank: however it ends, the job ends, with a reason and without leftovers.
+"""Around a main program on every rank: however it ends, the job ends, with a reason and without
+leftovers.
 
     with guard(from_environment()):
         main()
 
-An uncaught exception or a non-zero exit ends all ranks, as do SIGTERM, SIGINT and the end of the launcher,
-also while the main thread is inside a collective. With a `Lifeline` (found by itself) the other ranks are
-told and one reason is given per node; before there is one, only this node's ranks agree on who speaks.
+An uncaught exception or a non-zero exit ends all ranks, as do SIGTERM, SIGINT and the end of the
+launcher, also while the main thread is inside a collective. With a `Watchdog` (found by itself) the
+other ranks are told and one reason is given per node; before there is one, only this node's ranks
+agree on who speaks.
 """
 
 from __future__ import annotations
@@ -21,16 +23,17 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from sps2_mega.comm import last_words
-from sps2_mega.comm.lifeline import active_lifelines
+from sps2_mega.comm import crash_report
 from sps2_mega.comm.parent_watch import LauncherChain
 from sps2_mega.comm.process_facts import own_member
-from sps2_mega.comm.verdict import FAILURE_EXIT_CODE, cause_of, traceback_of
+from sps2_mega.comm.root_cause import FAILURE_EXIT_CODE, cause_of, traceback_of
+from sps2_mega.comm.watchdog import active_watchdogs
 from sps2_mega.parallel.launcher import LaunchInfo
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.5  # between looks at the launcher; signals are seen at once
-# Launchers pass on a signal that the terminal or a cluster's agent has already sent to every process.
+# Launchers pass on a signal that the terminal or a cluster's agent has already sent to every
+# process.
 ECHO_S = 1.0
 # Told why the job shall end; answers how many seconds the program needs to end by itself.
 StopHandler = Callable[[str], float]
@@ -38,13 +41,14 @@ StopHandler = Callable[[str], float]
 
 @contextlib.contextmanager
 def guard(info: LaunchInfo, *, on_stop: StopHandler | None = None) -> Iterator[None]:
-    """Must be entered in the main thread. Leaving it normally closes the lifeline.
+    """Must be entered in the main thread. Leaving it normally closes the watchdog.
 
-    A signal, or the loss of the launcher, ends the job at once; with `on_stop`, which another thread calls, only after
-    as many seconds as it returns. A second signal does not wait for those.
+    A signal, or the loss of the launcher, ends the job at once; with `on_stop`, which another
+    thread calls, only after as many seconds as it returns. A second signal does not wait for those.
 
-    A failure does not leave it: the process ends by `os._exit`, since threads and destructors of a broken
-    job may wait for ever. Exit codes: 1 for an exception, 128 + n for signal n, else what `sys.exit` got.
+    A failure does not leave it: the process ends by `os._exit`, since threads and destructors of a
+    broken job may wait for ever. Exit codes: 1 for an exception, 128 + n for signal n, else what
+    `sys.exit` got.
     """
     with _ending_by_signal_or_orphaned(info, on_stop or _at_once):
         try:
@@ -52,16 +56,17 @@ def guard(info: LaunchInfo, *, on_stop: StopHandler | None = None) -> Iterator[N
         except SystemExit as error:
             if error.code not in (None, 0):
                 _end_for_exit(error)
-        except BaseException as error:  # noqa: BLE001  the edge of the process: nothing is swallowed
+        # The edge of the process: nothing is swallowed.
+        except BaseException as error:  # noqa: BLE001
             _end_for_exception(info, error)
-        for lifeline in active_lifelines():
-            lifeline.close()
+        for watchdog in active_watchdogs():
+            watchdog.close()
 
 
 def _end_for_exit(error: SystemExit) -> None:
-    """A program that has no lifeline yet (bad flags) exits as any other."""
-    for lifeline in active_lifelines():
-        lifeline.stop(f"exit with code {error.code}", _exit_code(error))
+    """A program that has no watchdog yet (bad flags) exits as any other."""
+    for watchdog in active_watchdogs():
+        watchdog.stop(f"exit with code {error.code}", _exit_code(error))
     raise error
 
 
@@ -70,20 +75,20 @@ def _exit_code(error: SystemExit) -> int:
 
 
 def _end_for_exception(info: LaunchInfo, error: BaseException) -> NoReturn:
-    for lifeline in active_lifelines():
-        lifeline.fail(error)
+    for watchdog in active_watchdogs():
+        watchdog.fail(error)
     stack = traceback_of(error)
     who = f"{own_member(info)} failed: {cause_of(error)}" if stack else f"{cause_of(error, None)}"
     text = f"{stack or ''}sps2_mega: {who}"
-    last_words.tell_listeners(who)
+    crash_report.tell_listeners(who)
     _speak_once_per_node_and_leave(info, text, FAILURE_EXIT_CODE)
 
 
 def _stop(info: LaunchInfo, cause: str, exit_code: int) -> NoReturn:
-    for lifeline in active_lifelines():
-        lifeline.stop(cause, exit_code)
+    for watchdog in active_watchdogs():
+        watchdog.stop(cause, exit_code)
     text = f"sps2_mega: {own_member(info)} was told to stop: {cause}"
-    last_words.tell_listeners(text)
+    crash_report.tell_listeners(text)
     _speak_once_per_node_and_leave(info, text, exit_code)
 
 
@@ -93,19 +98,20 @@ def _speak_once_per_node_and_leave(info: LaunchInfo, text: str, exit_code: int) 
     # The ranks of a node are children of one launcher process, or else not known to each other.
     name = f"{info.master_addr}:{info.master_port}-{os.getppid()}-{info.node_rank}"
     if info.world_size == 1:
-        last_words.write_error(text)
-        last_words.leave(exit_code)
+        crash_report.write_error(text)
+        crash_report.leave(exit_code)
     time.sleep(min(0.02 * info.local_rank, 0.3))
-    claim = last_words.SpeakerClaim(name)
+    claim = crash_report.SpeakerClaim(name)
     if claim.held:
-        last_words.write_error(text)
-    last_words.hold_claim_then_leave(since, exit_code)
+        crash_report.write_error(text)
+    crash_report.hold_claim_then_leave(since, exit_code)
 
 
 @contextlib.contextmanager
 def _ending_by_signal_or_orphaned(info: LaunchInfo, on_stop: StopHandler) -> Iterator[None]:
-    """A thread acts on signals: Python's handlers run in the main thread, which may be in a collective.
-    The C handler writes the signal's number to a socket at once, and the thread reads it there."""
+    """A thread acts on signals: Python's handlers run in the main thread, which may be in a
+    collective. The C handler writes the signal's number to a socket at once, and the thread reads
+    it there."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     chain = LauncherChain(info)

@@ -4,9 +4,10 @@
     ... compute ...
     messages.wait()
 
-Receives are announced before anything is sent. A gloo all-to-all does not do that: two ranks that send each other one
-large message over a slow line take up to twice as long with it as the line needs, and as long as the line needs here.
-Messages between two ranks of a group match in the order in which they were posted.
+Receives are announced before anything is sent. A gloo all-to-all does not do that: two ranks that
+send each other one large message over a slow line take up to twice as long with it as the line
+needs, and as long as the line needs here. Messages between two ranks of a group match in the order
+in which they were posted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ Addressed = Sequence[tuple[int, Tensor]]
 
 
 class Messages:
-    """Messages under way; what a process group calls a work. Tensors must stay referenced until `wait` returns."""
+    """Messages under way; what a process group calls a work. Tensors must stay referenced until
+    `wait` returns."""
 
     def __init__(self, receives: list[Any], sends: list[Any]) -> None:
         self._works = receives + sends
@@ -52,7 +54,8 @@ class Messages:
 
 
 def post_messages(sends: Addressed, receives: Addressed, group: Group) -> Messages:
-    """Posts contiguous CPU tensors to and from ranks of the group; empty ones are left out at both ends."""
+    """Posts contiguous CPU tensors to and from ranks of the group; empty ones are left out at both
+    ends."""
     coming = [
         dist.irecv(tensor, group=group.handle, group_src=rank)
         for rank, tensor in receives
@@ -69,7 +72,8 @@ def post_messages(sends: Addressed, receives: Addressed, group: Group) -> Messag
 
 
 def _follower(group: Group) -> Callable[[Callable[[], None]], None]:
-    """Hands calls to the group's thread, one after another. gloo moves bytes by itself but tells only those who wait."""
+    """Hands calls to the group's thread, one after another. gloo moves bytes by itself but tells
+    only those who wait."""
     queue = _queues.get(id(group.handle))
     if queue is None:
         # The thread of a group that is gone sleeps; a new one at the same address may have it.

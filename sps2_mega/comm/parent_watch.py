@@ -2,8 +2,9 @@
 
     deepspeed (runner) -> deepspeed.launcher.launch -> rank        torchrun (agent) -> rank
 
-The kernel signals a rank whose parent dies. A deepspeed runner that dies orphans `launch` and with it all
-ranks, so there the grandparent is watched too. Decides only whether the chain is broken; `guard` acts.
+The kernel signals a rank whose parent dies. A deepspeed runner that dies orphans `launch` and with
+it all ranks, so there the grandparent is watched too. Decides only whether the chain is broken;
+`guard` acts.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ PR_SET_PDEATHSIG = 1
 
 
 class LauncherChain:
-    """The processes above this rank as they were when it started. Without a launcher that starts ranks
-    as its children nothing is watched: a job in the background may outlive its shell."""
+    """The processes above this rank as they were when it started. Without a launcher that starts
+    ranks as its children nothing is watched: a job in the background may outlive its shell."""
 
     def __init__(self, info: LaunchInfo) -> None:
         self._parent: int | None = None
@@ -29,7 +30,8 @@ class LauncherChain:
             self._parent = os.getppid()
         if self._parent is not None and info.launcher == "deepspeed":
             grandparent = parent_of(self._parent)
-            # `launch` may also have been started by hand or over ssh; then its parent means nothing.
+            # `launch` may also have been started by hand or over ssh; then its parent means
+            # nothing.
             if grandparent is not None and _is_deepspeed_runner(grandparent):
                 self._runner = grandparent
 

@@ -1,7 +1,8 @@
 """Measures the links of each SP level: latency of a small exchange and bandwidth of a larger one.
 
-All groups of a level exchange at the same time, as they do in prefill, so that what ranks share is shared here
-too. Messages grow until one takes long enough to be timed, so a slow link is done after the first few.
+All groups of a level exchange at the same time, as they do in prefill, so that what ranks share is
+shared here too. Messages grow until one takes long enough to be timed, so a slow link is done after
+the first few.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ _FREE_LINK = Link(latency_s=0.0, bytes_per_s=float("inf"))
 def measure_links(
     levels: Sequence[Group], control: Group, device: torch.device
 ) -> tuple[Link, ...]:
-    """One link per level, the slowest that any rank saw; all ranks call it together and get the same.
+    """One link per level, the slowest that any rank saw; all ranks call it together and get the
+    same.
 
-    `control` is the CPU group of all ranks. A level of one rank has no link: no latency, endless bandwidth.
+    `control` is the CPU group of all ranks. A level of one rank has no link: no latency, endless
+    bandwidth.
     """
     return tuple(_measure(group, control, device) for group in levels)
 
 
 def measure_gather(sp: Group, control: Group, device: torch.device) -> float:
-    """Seconds of a small all-gather among the ranks of `sp`, on the slowest; 0 for one rank. All ranks call it."""
+    """Seconds of a small all-gather among the ranks of `sp`, on the slowest; 0 for one rank. All
+    ranks call it."""
     if sp.size == 1:
         return 0.0
     row = torch.zeros(1, 1, dtype=torch.uint8, device=device)
@@ -81,7 +85,8 @@ def _measure(group: Group, control: Group, device: torch.device) -> Link:
 
 
 def _exchange_s(group: Group, num_bytes: int, device: torch.device) -> float:
-    """Seconds until `num_bytes` have gone from each rank to its peers, in equal parts, and as many have come."""
+    """Seconds until `num_bytes` have gone from each rank to its peers, in equal parts, and as many
+    have come."""
     part = max(1, num_bytes // (group.size - 1))
     sizes = [part] * group.size
     sizes[group.rank] = 0

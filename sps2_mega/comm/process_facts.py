@@ -9,7 +9,7 @@ import os
 import socket
 from pathlib import Path
 
-from sps2_mega.comm.verdict import Member
+from sps2_mega.comm.root_cause import Member
 from sps2_mega.parallel.launcher import LaunchInfo
 
 
@@ -46,7 +46,8 @@ def command_line(pid: int) -> list[str] | None:
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the third (state) on; the second, the name, may contain anything."""
+    """Fields of /proc/PID/stat from the third (state) on; the second, the name, may contain
+    anything."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:

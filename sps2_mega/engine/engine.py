@@ -1,6 +1,7 @@
 """The engine as its users see it: requests in, finished requests out, one step at a time.
 
-Rank 0 drives: plan -> broadcast -> every rank executes -> commit. The other ranks follow in `run_worker`.
+Rank 0 drives: plan -> broadcast -> every rank executes -> commit. The other ranks follow in
+`run_worker`.
 
     add_request -> Scheduler.plan -> StepPlan -> broadcast -> Executor.execute (all ranks)
     RequestOutput <- OutputProcessor <- Scheduler.commit <- StepOutput
@@ -13,21 +14,19 @@ import time
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.config import EngineConfig, ModelConfig
-from sps2_mega.engine.executor import Launched
-from sps2_mega.engine.output_processor import OutputProcessor
-from sps2_mega.engine.plan_codec import decode, encode
-from sps2_mega.engine.run_ahead import RunAhead
-from sps2_mega.engine.samples import samples_of
-from sps2_mega.engine.scheduler_setup import make_scheduler
-from sps2_mega.engine.startup import StartedRank, failing, start_rank
+from sps2_mega.engine.fan_out import fan_out
+from sps2_mega.engine.startup.scheduler_setup import make_scheduler
+from sps2_mega.engine.startup.start_rank import StartedRank, failing, start_rank
 from sps2_mega.engine.stats import EngineStats, KVUse
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.mcore.init import finalize
 from sps2_mega.metrics import TokenWaits, waits_ended_at
 from sps2_mega.outputs import OutputDelta, RequestOutput
 from sps2_mega.parallel.launcher import from_environment
+from sps2_mega.scheduler.plan_codec import decode, encode
+from sps2_mega.text.output_processor import OutputProcessor
+from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import (
     FinishReason,
     ForwardMode,
@@ -36,6 +35,8 @@ from sps2_mega.types import (
     StepOutput,
     StepPlan,
 )
+from sps2_mega.worker.executor import Launched
+from sps2_mega.worker.overlap_scheduling import OverlapScheduler
 
 _SHUTDOWN = b""
 
@@ -71,7 +72,7 @@ class Engine:
         if rank.resolved.tokenizer is not None:
             self.tokenizer = Tokenizer.load(rank.resolved.tokenizer)
         self._scheduler = make_scheduler(rank)
-        self._ahead = RunAhead(rank.executor, self._plan)
+        self._ahead = OverlapScheduler(rank.executor, self._plan)
         self.max_model_len = self._scheduler.max_len
         self._outputs = OutputProcessor(self.tokenizer)
         self._samples: dict[str, list[Sequence]] = {}
@@ -89,15 +90,15 @@ class Engine:
         arrival_time: float | None = None,
         stream: bool = False,
     ) -> Refusal | None:
-        """Queue a request, or say why not. `arrival_time` is of time.monotonic(), default now. Of a streamed request
-        `take_deltas` tells what each step adds.
+        """Queue a request, or say why not. `arrival_time` is of time.monotonic(), default now. Of a
+        streamed request `take_deltas` tells what each step adds.
 
         Raises:
             RequestError: stop strings were given and there is no tokenizer.
         """
         if request_id in self._samples:
             return Refusal.DUPLICATE_ID
-        samples = samples_of(
+        samples = fan_out(
             request_id,
             prompt_token_ids,
             params,
@@ -120,7 +121,8 @@ class Engine:
         return None
 
     def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
-        """Why such a request could never run; for other threads too, since nothing it reads changes."""
+        """Why such a request could never run; for other threads too, since nothing it reads
+        changes."""
         return self._scheduler.refusal(
             Sequence(
                 seq_id=-1,
@@ -176,15 +178,15 @@ class Engine:
         )
 
     def step(self) -> list[RequestOutput]:
-        """Run one step on all ranks; returns the requests that finished in it (driver only). The next one may have begun
-        then (`run_ahead`)."""
-        with failing(self._rank.lifeline):
+        """Run one step on all ranks; returns the requests that finished in it (driver only). The
+        next one may have begun then (`overlap_scheduling`)."""
+        with failing(self._rank.watchdog):
             begun = self._ahead.take()
             plan = self._plan() if begun is None else begun.plan
             if plan is None:
                 return []
             # A rank that does not take the plan keeps rank 0 here: the step has begun.
-            self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
+            self._rank.watchdog.step_begin(plan.step, plan.mode.name.lower())
             if self._control.size > 1:
                 broadcast_bytes(encode(plan), self._control)
             output = self._execute(plan, None if begun is None else begun.launched)
@@ -199,7 +201,7 @@ class Engine:
 
     def run_worker(self) -> None:
         """Execute the driver's plans until it shuts down (all ranks but the driver)."""
-        with failing(self._rank.lifeline):
+        with failing(self._rank.watchdog):
             while payload := broadcast_bytes(None, self._control):
                 self._execute(decode(payload))
         self._leave()
@@ -209,7 +211,7 @@ class Engine:
         if self._closed:
             return
         if self.is_driver:
-            with failing(self._rank.lifeline):
+            with failing(self._rank.watchdog):
                 broadcast_bytes(_SHUTDOWN, self._control)
         self._leave()
 
@@ -217,7 +219,7 @@ class Engine:
         return self._scheduler.plan(time.monotonic())
 
     def _execute(self, plan: StepPlan, launched: Launched | None = None) -> StepOutput:
-        self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
+        self._rank.watchdog.step_begin(plan.step, plan.mode.name.lower())
         if launched is None:
             output = self._executor.execute(plan)
         else:
@@ -226,7 +228,7 @@ class Engine:
             self._prefill_comm += self._executor.prefill_comm
             if self._rank.trace is not None:
                 self._rank.trace.flush()
-        self._rank.lifeline.step_end()
+        self._rank.watchdog.step_end()
         return output
 
     def _count_prompt_tokens(self, plan: StepPlan) -> None:
@@ -238,7 +240,8 @@ class Engine:
                 self._cached_tokens += min(item.start, prompt)
 
     def _still_here(self, seq_ids: list[int]) -> list[Sequence]:
-        """A sequence that was aborted between slices of its group's prefill is sampled with the group all the same."""
+        """A sequence that was aborted between slices of its group's prefill is sampled with the
+        group all the same."""
         return [self._sequences[seq_id] for seq_id in seq_ids if seq_id in self._sequences]
 
     def _num_new_tokens(self, seq_ids: list[int]) -> int:
@@ -267,7 +270,7 @@ class Engine:
     def _leave(self) -> None:
         self._closed = True
         if self._rank.trace is not None:
-            with failing(self._rank.lifeline):
+            with failing(self._rank.watchdog):
                 self._rank.trace.finish()
-        self._rank.lifeline.close()
+        self._rank.watchdog.close()
         finalize()

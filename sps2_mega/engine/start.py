@@ -1,4 +1,5 @@
-"""The engine of this rank, whatever its part in the job: one that takes requests on rank 0, a worker elsewhere."""
+"""The engine of this rank, whatever its part in the job: one that takes requests on rank 0, a
+worker elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from sps2_mega.engine.disaggregated.decode_rank import DecodeRank
 from sps2_mega.engine.disaggregated.engine import DisaggregatedEngine
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
 from sps2_mega.engine.engine import Engine
-from sps2_mega.engine.startup import StartedRank, start_rank
+from sps2_mega.engine.startup.start_rank import StartedRank, start_rank
 from sps2_mega.parallel.launcher import LaunchInfo
 
 Driver = Engine | DisaggregatedEngine
@@ -25,7 +26,8 @@ def start_driver(
     show_progress: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Driver:
-    """To be called on rank 0 while all other ranks call `run_worker`; `on_stage` hears what the start is at.
+    """To be called on rank 0 while all other ranks call `run_worker`; `on_stage` hears what the
+    start is at.
 
     Raises:
         ConfigError, CheckpointError: the configuration or the checkpoint cannot work.
@@ -60,7 +62,8 @@ def run_worker(config: EngineConfig, info: LaunchInfo) -> None:
 def settle() -> None:
     """Takes what exists now out of garbage collection, in a process that only serves from here on.
 
-    There are some 300,000 objects, mostly of imported libraries, and looking through them stops a step for 0.1 s.
+    There are some 300,000 objects, mostly of imported libraries, and looking through them stops a
+    step for 0.1 s.
     """
     gc.collect()
     gc.freeze()

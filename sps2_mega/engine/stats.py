@@ -10,7 +10,8 @@ from sps2_mega.metrics import TokenWaits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVUse:
-    """KV cache blocks of each sp rank of a side of the job (`parallel.sides`), those that each has and those in use."""
+    """KV cache blocks of each sp rank of a side of the job (`parallel.sides`), those that each has
+    and those in use."""
 
     side: str
     blocks_per_rank: int
@@ -19,10 +20,11 @@ class KVUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0, 1]. Of prompts,
-    `prompt_tokens` were computed and `cached_tokens` found in the cache. `prefill_comm` is rank 0's communication in
-    all prefill steps. `kv_sides` are all ranks, or those that prefill and those that decode. `last_waits` are those that the last of
-    `num_steps` steps ended."""
+    """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0,
+    1]. Of prompts, `prompt_tokens` were computed and `cached_tokens` found in the cache.
+    `prefill_comm` is rank 0's communication in all prefill steps. `kv_sides` are all ranks, or
+    those that prefill and those that decode. `last_waits` are those that the last of `num_steps`
+    steps ended."""
 
     num_running: int
     num_waiting: int

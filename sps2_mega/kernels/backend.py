@@ -1,7 +1,7 @@
 """Which form of a kernel runs: Triton's, or the one made of torch's own operations.
 
-Each `kernels/*/dispatch.py` asks here once per call; what an operation gains from Triton, and so when it is
-asked for, is said there. Triton is optional: without it everything runs on torch.
+Each `kernels/*/dispatch.py` asks here once per call; what an operation gains from Triton, and so
+when it is asked for, is said there. Triton is optional: without it everything runs on torch.
 """
 
 from __future__ import annotations

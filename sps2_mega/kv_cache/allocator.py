@@ -1,8 +1,8 @@
 """Which KV cache blocks of one sp rank are free, and how many holders each used block has.
 
-Decides nothing about which rank or which sequence gets a block (see `placement` and `ledger`), nor which blocks are
-worth keeping (`prefix_cache`), and touches no tensor. Ids are handed out lowest first, so that long prompts tend
-to get neighbouring blocks.
+Decides nothing about which rank or which sequence gets a block (see `placement` and `ledger`), nor
+which blocks are worth keeping (`prefix_cache`), and touches no tensor. Ids are handed out lowest
+first, so that long prompts tend to get neighbouring blocks.
 
     empty --allocate--> held --free--> empty
                          | keep: later requests may find its content
@@ -19,10 +19,11 @@ _BULK = 64  # from here on one sort is cheaper than a heap operation per block
 
 
 class BlockAllocator:
-    """Every block is empty, held at least once, or evictable; the three together are always `num_blocks`.
+    """Every block is empty, held at least once, or evictable; the three together are always
+    `num_blocks`.
 
-    Callers ask first: running out is an expected outcome, allocating regardless is a bug and stops the program
-    with an AssertionError, as do double frees and ids that do not exist.
+    Callers ask first: running out is an expected outcome, allocating regardless is a bug and stops
+    the program with an AssertionError, as do double frees and ids that do not exist.
     """
 
     __slots__ = ("_empty", "_evictable", "_kept", "_ref_counts", "num_blocks")
@@ -33,7 +34,8 @@ class BlockAllocator:
         self._empty = list(range(num_blocks))  # a heap; an ascending list is one
         self._ref_counts = [0] * num_blocks
         self._kept: set[int] = set()
-        # Least recently used first. A plain dict would walk over its deleted entries to find the first one.
+        # Least recently used first. A plain dict would walk over its deleted entries to find the
+        # first one.
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -80,8 +82,9 @@ class BlockAllocator:
             self._ref_counts[block_id] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """One holder less for each; a block without holders can be allocated again, a kept one only after
-        `forget`. Kept ones that lose their last holder become evictable in the order given."""
+        """One holder less for each; a block without holders can be allocated again, a kept one
+        only after `forget`. Kept ones that lose their last holder become evictable in the order
+        given."""
         released = []
         for block_id in block_ids:
             self._assert_used(block_id, "free")
@@ -99,7 +102,8 @@ class BlockAllocator:
         self._kept.add(block_id)
 
     def forget(self, block_id: int) -> None:
-        """A kept block's content is no longer worth keeping: evictable, it becomes empty at once."""
+        """A kept block's content is no longer worth keeping: evictable, it becomes empty at
+        once."""
         assert block_id in self._kept, f"cannot forget block {block_id}: it is not kept"
         self._kept.remove(block_id)
         if block_id in self._evictable:
@@ -123,7 +127,8 @@ class BlockAllocator:
         return set(self._kept)
 
     def check_integrity(self) -> None:
-        """Recount everything, in O(num_blocks). Raises AssertionError when a block is lost or held twice over."""
+        """Recount everything, in O(num_blocks). Raises AssertionError when a block is lost or held
+        twice over."""
         empty, evictable = set(self._empty), set(self._evictable)
         assert len(empty) == len(self._empty), "a block is twice in the free list"
         assert all(0 <= block_id < self.num_blocks for block_id in empty | evictable), (

@@ -1,8 +1,8 @@
 """Where the tokens of one sequence are: an ordered list of (sp rank, block id), one per block.
 
-Decides nothing; `placement` chose the ranks and the allocators the ids. The scheduler and every rank keep
-the same table. Per-rank views are kept up to date as blocks come, so that nothing here costs a walk over
-the whole table in a decode step.
+Decides nothing; `placement` chose the ranks and the allocators the ids. The scheduler and every
+rank keep the same table. Per-rank views are kept up to date as blocks come, so that nothing here
+costs a walk over the whole table in a decode step.
 
     block_size 4, 10 tokens, blocks 0 and 1 on rank 0, block 2 on rank 1:
     position 9 -> rank 1, its block id, offset 1     local_runs(0) = [(0, 8)]   local_runs(1) = [(8, 10)]
@@ -77,13 +77,16 @@ class BlockTable:
         return self._ranks[index], self._block_ids[index], offset
 
     def local_blocks(self, rank: int) -> Sequence[tuple[int, int]]:
-        """(block index, block id) of the blocks on `rank`, in token order: to read only, it grows by append."""
+        """(block index, block id) of the blocks on `rank`, in token order: to read only, it grows
+        by append."""
         return self._local_blocks.get(rank, ())
 
     def local_runs(self, rank: int, num_tokens: int) -> list[tuple[int, int]]:
-        """Token positions [start, end) below `num_tokens` on `rank`, with neighbouring blocks merged."""
+        """Token positions [start, end) below `num_tokens` on `rank`, with neighbouring blocks
+        merged."""
         assert 0 <= num_tokens <= self.capacity, (
-            f"num_tokens ({num_tokens}) is not in [0, {self.capacity}], the tokens of this block table"
+            f"num_tokens ({num_tokens}) is not in [0, {self.capacity}], the tokens of this block "
+            "table"
         )
         runs = []
         for first, end in self._local_runs.get(rank, ()):
@@ -94,7 +97,8 @@ class BlockTable:
         return runs
 
     def num_local_tokens(self, rank: int, num_tokens: int) -> int:
-        """How many of the first `num_tokens` tokens are on `rank`; O(1) when they reach into the last block."""
+        """How many of the first `num_tokens` tokens are on `rank`; O(1) when they reach into the
+        last block."""
         if self._ranks and self.capacity - self.block_size < num_tokens <= self.capacity:
             unused = self.capacity - num_tokens if self._ranks[-1] == rank else 0
             return len(self.local_blocks(rank)) * self.block_size - unused

@@ -1,8 +1,9 @@
-"""Who holds which KV cache block on which sp rank: one allocator per rank, one block table per sequence.
+"""Who holds which KV cache block on which sp rank: one allocator per rank, one block table per
+sequence.
 
 Decides nothing about order or priority (that is the scheduler's) nor about who may share what
-(`engine.prefix_sharing`); asks `placement` where blocks go. Rank 0 keeps the only ledger; the other ranks learn the
-outcome from the step plan.
+(`engine.prefix_sharing`); asks `placement` where blocks go. Rank 0 keeps the only ledger; the other
+ranks learn the outcome from the step plan.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from sps2_mega.kv_cache.prefix_cache import CachedBlock, PrefixCache, Spans
 
 
 class BlockLedger:
-    """Every used block belongs to the tables of sequences that are in the ledger: to one, or as a findable
-    block of a common prefix to several."""
+    """Every used block belongs to the tables of sequences that are in the ledger: to one, or as a
+    findable block of a common prefix to several."""
 
     __slots__ = (
         "_allocators",
@@ -32,8 +33,8 @@ class BlockLedger:
     def __init__(
         self, *, num_blocks: int, sp_size: int, block_size: int, layout: Layout, stripe: int = 1
     ) -> None:
-        """`num_blocks` is per sp rank; `stripe` is how many blocks in a row layout `striped` puts on one. Prompts lie
-        so unless `admit` is told otherwise."""
+        """`num_blocks` is per sp rank; `stripe` is how many blocks in a row layout `striped` puts
+        on one. Prompts lie so unless `admit` is told otherwise."""
         self.block_size = block_size
         self._spread = Spread(layout, (stripe,))
         self._allocators = [BlockAllocator(num_blocks) for _ in range(sp_size)]
@@ -81,7 +82,8 @@ class BlockLedger:
     def find_prefix(
         self, chain: Sequence[bytes], accepts: Callable[[Spans], bool]
     ) -> list[CachedBlock]:
-        """The longest findable beginning of a chain of block digests, under spans that `accepts` allows."""
+        """The longest findable beginning of a chain of block digests, under spans that `accepts`
+        allows."""
         return self._prefixes.find(chain, accepts)
 
     def admit(
@@ -93,8 +95,8 @@ class BlockLedger:
         prefix: Sequence[CachedBlock] = (),
         spread: Spread | None = None,
     ) -> BlockTable | None:
-        """A table with room for `num_tokens` (>= 1) tokens that begins with the shared blocks of `prefix`, the others
-        spread as given; None if fewer than `spare_blocks` stayed free."""
+        """A table with room for `num_tokens` (>= 1) tokens that begins with the shared blocks of
+        `prefix`, the others spread as given; None if fewer than `spare_blocks` stayed free."""
         assert seq_id not in self._tables, f"sequence {seq_id} has blocks already"
         assert num_tokens >= 1, f"sequence {seq_id} has no tokens"
         num_blocks = self.blocks_for(num_tokens) - len(prefix)
@@ -118,7 +120,8 @@ class BlockLedger:
         return table
 
     def grow(self, seq_id: int) -> tuple[int, int] | None:
-        """One more block for a sequence, as (sp rank, block id); None when no rank has a free one."""
+        """One more block for a sequence, as (sp rank, block id); None when no rank has a free
+        one."""
         table = self._tables[seq_id]
         self._num_tails[table.last_rank] -= 1
         rank = next_block_rank(self._num_tails, self.free_per_rank)
@@ -131,8 +134,8 @@ class BlockLedger:
         return rank, block_id
 
     def publish(self, seq_id: int, chain: Sequence[bytes], spans: Spans) -> None:
-        """Make the first `len(chain)` blocks of a sequence findable, which must be full; where a prefix is
-        findable already, in whatever blocks, only what follows it."""
+        """Make the first `len(chain)` blocks of a sequence findable, which must be full; where a
+        prefix is findable already, in whatever blocks, only what follows it."""
         table = self._tables[seq_id]
         for index in range(self._prefixes.num_findable(chain, spans), len(chain)):
             place = table.ranks[index], table.block_ids[index]
@@ -148,7 +151,8 @@ class BlockLedger:
             allocator.free([block_id for _, block_id in reversed(table.local_blocks(rank))])
 
     def check_integrity(self) -> None:
-        """Recount all blocks from the tables. Raises AssertionError when one is lost or held without a table."""
+        """Recount all blocks from the tables. Raises AssertionError when one is lost or held
+        without a table."""
         self._prefixes.check_integrity()
         findable = self._prefixes.places()
         kept = {(r, b) for r, allocator in enumerate(self._allocators) for b in allocator.kept()}
@@ -157,11 +161,13 @@ class BlockLedger:
             allocator.check_integrity()
             held = Counter(b for t in self._tables.values() for _, b in t.local_blocks(rank))
             assert len(held) == allocator.num_used, (
-                f"sp rank {rank}: {allocator.num_used} blocks are used, block tables hold {len(held)}"
+                f"sp rank {rank}: {allocator.num_used} blocks are used, block tables hold "
+                f"{len(held)}"
             )
             for block_id, count in held.items():
                 assert allocator.ref_count(block_id) == count, (
-                    f"sp rank {rank}: block {block_id} has {allocator.ref_count(block_id)} holders, "
+                    f"sp rank {rank}: block {block_id} has {allocator.ref_count(block_id)} "
+                    "holders, "
                     f"it is in {count} block tables"
                 )
             tails = sum(table.last_rank == rank for table in self._tables.values())

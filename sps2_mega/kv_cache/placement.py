@@ -1,7 +1,8 @@
 """On which sp rank a new block goes: pure functions of block counts.
 
-Decides ranks only; ids come from each rank's allocator. Any placement gives the same result, so these
-rules are about balance: of memory, of causal attention work, and of the linear layers in decode.
+Decides ranks only; ids come from each rank's allocator. Any placement gives the same result, so
+these rules are about balance: of memory, of causal attention work, and of the linear layers in
+decode.
 
     6 blocks, 2 ranks   contiguous  0 0 0 1 1 1      zigzag  0 0 1 1 1 0      striped  0 1 0 1 0 1
 """
@@ -18,8 +19,9 @@ Layout = Literal["contiguous", "zigzag", "striped"]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Where the new blocks of a prompt go: over all ranks by `layout` (`stripes`: blocks in a row on one rank, where it
-    is striped, turn by turn; the last number stays), or all on `rank` if it has room for them."""
+    """Where the new blocks of a prompt go: over all ranks by `layout` (`stripes`: blocks in a row
+    on one rank, where it is striped, turn by turn; the last number stays), or all on `rank` if it
+    has room for them."""
 
     layout: Layout
     stripes: tuple[int, ...] = (1,)
@@ -27,7 +29,8 @@ class Spread:
 
 
 def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
-    """Blocks per sp rank, as equal as `free[rank]` allows; None when all free blocks together are too few.
+    """Blocks per sp rank, as equal as `free[rank]` allows; None when all free blocks together are
+    too few.
 
     What does not divide evenly goes to the ranks with most free blocks, then to the lowest ranks.
     """
@@ -57,10 +60,10 @@ def prompt_block_ranks(
 ) -> list[int] | None:
     """The sp rank of each block of a prompt, in block order; None when it does not fit.
 
-    `contiguous`: each rank has one run of blocks, in rank order. `zigzag`: rank r of P has runs r and
-    2P-1-r of 2P, an early and a late one, so that causal attention costs every rank about the same.
-    `striped`: ranks take turns, `stripes[t]` blocks each in turn t and `stripes[-1]` in all later ones, so that each
-    chunk of a prompt is on all ranks.
+    `contiguous`: each rank has one run of blocks, in rank order. `zigzag`: rank r of P has runs r
+    and 2P-1-r of 2P, an early and a late one, so that causal attention costs every rank about the
+    same. `striped`: ranks take turns, `stripes[t]` blocks each in turn t and `stripes[-1]` in all
+    later ones, so that each chunk of a prompt is on all ranks.
     """
     sizes = shard_sizes(num_blocks, free)
     if sizes is None:
@@ -85,8 +88,9 @@ def prompt_block_ranks(
 def next_block_rank(num_tails: Sequence[int], free: Sequence[int]) -> int | None:
     """The sp rank for the block that a decoding sequence opens; None when no rank has a free block.
 
-    `num_tails[rank]` counts the other running sequences whose last block is there. The fewest win, because
-    the rank of the last block runs that sequence's linear layers; ties go to most free, then lowest rank.
+    `num_tails[rank]` counts the other running sequences whose last block is there. The fewest win,
+    because the rank of the last block runs that sequence's linear layers; ties go to most free,
+    then lowest rank.
     """
     candidates = [rank for rank in range(len(free)) if free[rank] > 0]
     if not candidates:
@@ -95,7 +99,8 @@ def next_block_rank(num_tails: Sequence[int], free: Sequence[int]) -> int | None
 
 
 def _turns(stripes: Sequence[int], num_blocks: int) -> Iterator[tuple[int, int]]:
-    """(blocks before, blocks in it) of each turn until so many blocks are placed on every rank that has room."""
+    """(blocks before, blocks in it) of each turn until so many blocks are placed on every rank that
+    has room."""
     first = 0
     for stripe in itertools.chain(stripes, itertools.repeat(stripes[-1])):
         if first >= num_blocks:
@@ -105,7 +110,8 @@ def _turns(stripes: Sequence[int], num_blocks: int) -> Iterator[tuple[int, int]]
 
 
 def _fill_level(num_blocks: int, free: Sequence[int]) -> int:
-    """The largest level with sum(min(blocks, level)) <= num_blocks, given that num_blocks <= sum(free)."""
+    """The largest level with sum(min(blocks, level)) <= num_blocks, given that num_blocks <=
+    sum(free)."""
     left, level = num_blocks, 0
     ranks_left = len(free)
     for blocks in sorted(free):

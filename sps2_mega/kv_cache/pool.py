@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class KVPool:
-    """Keys and values of this rank's blocks: per layer [num_blocks, block_size, local KV heads, head_dim]."""
+    """Keys and values of this rank's blocks: per layer [num_blocks, block_size, local KV heads,
+    head_dim]."""
 
     def __init__(
         self,
@@ -22,8 +23,8 @@ class KVPool:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
-        # Slots that a row must not see are masked, but masked NaN garbage times zero is NaN: hence zeros,
-        # which cost no memory on CPU until a page is written.
+        # Slots that a row must not see are masked, but masked NaN garbage times zero is NaN: hence
+        # zeros, which cost no memory on CPU until a page is written.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size

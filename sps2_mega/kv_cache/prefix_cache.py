@@ -1,7 +1,8 @@
-"""Which full blocks hold which prefix: a forest of block digests, one per rank-dependent attention setting.
+"""Which full blocks hold which prefix: a forest of block digests, one per rank-dependent attention
+setting.
 
-Decides what is findable. Holders, eviction order and empty blocks are the allocators'; who may share what is
-`engine.prefix_sharing`'s.
+Decides what is findable. Holders, eviction order and empty blocks are the allocators'; who may
+share what is `engine.prefix_sharing`'s.
 
     spans (256,)    d0 -- d1 -- d2         request A: d0 d1 d2
                            `--- d2'        request B: d0 d1 d2'
@@ -13,7 +14,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-# CSA spans that were taken from the ranks for a prompt; None where spans are configured or nothing is sparse.
+# CSA spans that were taken from the ranks for a prompt; None where spans are configured or nothing
+# is sparse.
 Spans = tuple[int, ...] | None
 
 
@@ -30,7 +32,8 @@ class CachedBlock:
 
 
 class PrefixCache:
-    """Whenever a block is findable, so are all blocks before it; no block is findable under two names."""
+    """Whenever a block is findable, so are all blocks before it; no block is findable under two
+    names."""
 
     __slots__ = ("_by_place", "_trees")
 
@@ -54,7 +57,8 @@ class PrefixCache:
         return self._num_findable(self._trees.get(spans, {}), chain)
 
     def add(self, chain: Sequence[bytes], index: int, spans: Spans, place: tuple[int, int]) -> None:
-        """Make the block at `place` (sp rank, block id) findable as block `index` of `chain`, after those before."""
+        """Make the block at `place` (sp rank, block id) findable as block `index` of `chain`, after
+        those before."""
         tree = self._trees.setdefault(spans, {})
         digest = chain[index]
         assert digest not in tree and place not in self._by_place, f"{place} is findable already"
@@ -86,7 +90,8 @@ class PrefixCache:
         return set(self._by_place)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when the two views differ or a block is findable without those before it."""
+        """Raises AssertionError when the two views differ or a block is findable without those
+        before it."""
         blocks = [block for tree in self._trees.values() for block in tree.values()]
         assert len(blocks) == len(self._by_place), "a findable block has no place, or two"
         for block in blocks:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silence what Megatron and torch warn about on import and construction: missing optional packages
-    (`tools/doctor.py` tells about those) and names that newer torch deprecates. Users cannot act on it."""
+    """Silence what Megatron and torch warn about on import and construction: missing optional
+    packages (`tools/doctor.py` tells about those) and names that newer torch deprecates. Users
+    cannot act on it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -28,12 +29,14 @@ def without_warnings() -> Iterator[None]:
 def eager_import(device_type: str) -> Iterator[None]:
     """Import Megatron on CPU without pulling in the compiler stack (a third of the import time).
 
-    `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its small fused functions stay
-    eager for good, which is what CPU inference wants.
+    `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its small fused functions
+    stay eager for good, which is what CPU inference wants.
     """
     original = torch.compile
     if device_type == "cpu":
-        torch.compile = lambda model=None, **_: model if model is not None else (lambda fn: fn)  # type: ignore[assignment]
+        torch.compile = lambda model=None, **_: (  # type: ignore[assignment]
+            model if model is not None else (lambda fn: fn)
+        )
     try:
         with without_warnings():
             import megatron.core  # noqa: F401
@@ -47,8 +50,8 @@ def step_carrier_class() -> type:
     """The type that carries a step's attention through Megatron's layers to `core_attention`.
 
     Megatron hands `packed_seq_params` untouched from `TransformerBlock.forward` down to the core
-    attention, so a subclass of it is a way through without globals. Its format must not be 'thd', which
-    would make Megatron squeeze tensors and choose another rotary path.
+    attention, so a subclass of it is a way through without globals. Its format must not be 'thd',
+    which would make Megatron squeeze tensors and choose another rotary path.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -67,8 +70,8 @@ def run_layers(
 ) -> Tensor:
     """What `TransformerBlock.forward` does for some of its layers: [T, 1, hidden_size] in and out.
 
-    Its loop with the arguments that inference without Megatron's own caches gives; what it adds around the loop
-    is for training, FP8 and offloading.
+    Its loop with the arguments that inference without Megatron's own caches gives; what it adds
+    around the loop is for training, FP8 and offloading.
     """
     for index in layers:
         hidden_T1C, _ = decoder.layers[index](
@@ -81,6 +84,7 @@ def run_layers(
 
 
 def run_final_norm(decoder: Any, hidden_T1C: Tensor) -> Tensor:
-    """What `TransformerBlock.forward` does after its last layer, for a block that has a final norm."""
+    """What `TransformerBlock.forward` does after its last layer, for a block that has a final
+    norm."""
     normed: Tensor = decoder.final_layernorm(hidden_T1C)
     return normed

@@ -1,7 +1,8 @@
 """The one module that is swapped in Megatron's layers: it hands q, k, v to the step's attention.
 
-What the step's attention does (transport, cache, decode) is decided outside the model; this module only
-knows its layer and its score rule. Where Megatron was given no rotary angles, the step's attention gets them.
+What the step's attention does (transport, cache, decode) is decided outside the model; this module
+only knows its layer and its score rule. Where Megatron was given no rotary angles, the step's
+attention gets them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from sps2_mega.attention.new_keys import Rotation
-from sps2_mega.attention.rule import ScoreRule
+from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.step import Rotation
 
 
 class StepAttention(Protocol):
@@ -21,18 +22,19 @@ class StepAttention(Protocol):
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        rule: ScoreRule,
+        rule: SoftmaxParams,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        """Attention of this rank's tokens [T, N, H]; also keeps the new keys and values. With `rotation` q and k are
-        not rotated yet, and may be changed."""
+        """Attention of this rank's tokens [T, N, H]; also keeps the new keys and values. With
+        `rotation` q and k are not rotated yet, and may be changed."""
         ...
 
 
 class SPCoreAttention(nn.Module):
-    """Megatron's `core_attention`: q [T, 1, N/tp, H], k and v [T, 1, K/tp, H] -> [T, 1, N/tp * H]."""
+    """Megatron's `core_attention`: q [T, 1, N/tp, H], k and v [T, 1, K/tp, H] -> [T, 1, N/tp *
+    H]."""
 
-    def __init__(self, *, layer_number: int, rule: ScoreRule, **_megatron: Any) -> None:
+    def __init__(self, *, layer_number: int, rule: SoftmaxParams, **_megatron: Any) -> None:
         super().__init__()
         self._layer = layer_number - 1
         self._rule = rule

@@ -1,8 +1,9 @@
 """Megatron's GPTModel with our core attention, driven one step at a time.
 
 The model is built on the meta device and then given real memory, so no rank ever holds an unsharded
-parameter. Embedding, layers and output head are called one after the other, so that logits exist only for
-the rows that are sampled, rotary angles follow each token's own position, and other steps may come between two layers.
+parameter. Embedding, layers and output head are called one after the other, so that logits exist
+only for the rows that are sampled, rotary angles follow each token's own position, and other steps
+may come between two layers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sps2_mega.attention.rule import ScoreRule
+from sps2_mega.attention.softmax_params import SoftmaxParams
 from sps2_mega.checkpoint.sharding import padded_vocab_size
 from sps2_mega.comm.collectives import all_gather_last_dim
 from sps2_mega.config import ModelConfig
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 def build_gpt_model(
     model: ModelConfig, *, tp: int, sp: int, dtype: torch.dtype, device_type: str = "cpu"
 ) -> GPTModel:
-    """GPTModel of this TP rank on the meta device; needs Megatron's parallel state to be initialised."""
+    """GPTModel of this TP rank on the meta device; needs Megatron's parallel state to be
+    initialised."""
     with eager_import(device_type):
         from megatron.core.models.gpt import GPTModel
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -51,7 +53,7 @@ def build_gpt_model(
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=SPCoreAttention,
         params={
-            "rule": ScoreRule(
+            "rule": SoftmaxParams(
                 scale=attention_factor(model.rope) ** 2 * model.head_dim**-0.5,
                 window=model.sliding_window,
             ),
@@ -68,14 +70,15 @@ def build_gpt_model(
             position_embedding_type="learned_absolute" if model.rope is None else "none",
             parallel_output=True,
         )
-    # Norms are created in float32 whatever params_dtype says. Frozen weights take Megatron's plain linear
-    # path, without what it prepares (and warns about) for gradients.
+    # Norms are created in float32 whatever params_dtype says. Frozen weights take Megatron's plain
+    # linear path, without what it prepares (and warns about) for gradients.
     return gpt.to(dtype).requires_grad_(False).eval()
 
 
 @dataclass(slots=True)
 class ForwardPass:
-    """Local tokens on their way through the model: what comes out of the layers before `next_layer`."""
+    """Local tokens on their way through the model: what comes out of the layers before
+    `next_layer`."""
 
     hidden_T1C: Tensor
     rope: Tensor | None
@@ -95,8 +98,8 @@ class GPT(nn.Module):
         device: torch.device,
         fused_rotary: bool | None = None,
     ) -> None:
-        """With `fused_rotary` the step's attention rotates q and k as it writes the cache, else Megatron's layers do, in
-        some twenty launches each; None: where our own kernels run."""
+        """With `fused_rotary` the step's attention rotates q and k as it writes the cache, else
+        Megatron's layers do, in some twenty launches each; None: where our own kernels run."""
         super().__init__()
         self._config, self._tp, self._dtype = model, groups.tp, dtype
         if fused_rotary is None:
@@ -122,7 +125,8 @@ class GPT(nn.Module):
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, rows_R: Tensor, attention: StepAttention
     ) -> Tensor:
-        """Logits [R, vocab] float32 of local rows `rows_R`; every rank of the TP group gets all columns.
+        """Logits [R, vocab] float32 of local rows `rows_R`; every rank of the TP group gets all
+        columns.
 
         T and R may be 0: the rank still takes part in every collective.
         """
@@ -131,7 +135,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: StepAttention) -> Tensor:
-        """What the last norm gives for each local token, [T, 1, hidden_size]; see `begin` for T = 0."""
+        """What the last norm gives for each local token, [T, 1, hidden_size]; see `begin` for T =
+        0."""
         run = self.begin(tokens_T, positions_T, attention)
         self.advance(run, self.num_layers)
         return self.finish(run)
@@ -144,8 +149,8 @@ class GPT(nn.Module):
     def begin(self, tokens_T: Tensor, positions_T: Tensor, attention: StepAttention) -> ForwardPass:
         """Embeds this rank's tokens; no layer runs yet.
 
-        Megatron's layers cannot take 0 tokens, so without any a placeholder goes through them and stops at
-        the core attention; its one row is what `finish` returns.
+        Megatron's layers cannot take 0 tokens, so without any a placeholder goes through them and
+        stops at the core attention; its one row is what `finish` returns.
         """
         num_tokens = tokens_T.shape[0]
         if num_tokens == 0:
@@ -176,8 +181,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def advance_rows(self, run: ForwardPass, rows: slice) -> None:
-        """Runs layer `next_layer` on some of the local tokens (maybe none), whose place the results take; `next_layer` is
-        the caller's to move on."""
+        """Runs layer `next_layer` on some of the local tokens (maybe none), whose place the results
+        take; `next_layer` is the caller's to move on."""
         num_tokens = rows.stop - rows.start
         taken = rows if num_tokens else slice(0, 1)  # a placeholder, as in `begin`
         hidden_T1C = run_layers(
@@ -202,7 +207,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden_R1C: Tensor) -> Tensor:
-        """Logits [R, vocab] float32 of rows of `hidden`; the ranks of a TP group call it with the same rows."""
+        """Logits [R, vocab] float32 of rows of `hidden`; the ranks of a TP group call it with the
+        same rows."""
         logits = all_gather_last_dim(self._output_layer(hidden_R1C), self._tp)
         return logits[:, : self._config.vocab_size].float()
 
@@ -217,8 +223,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def shard_logits(self, hidden_R1C: Tensor) -> tuple[Tensor, int]:
-        """Logits [R, v] float32 of this TP rank's part of the vocabulary, which may be empty (v = 0), and its first
-        token id. Sends nothing."""
+        """Logits [R, v] float32 of this TP rank's part of the vocabulary, which may be empty (v =
+        0), and its first token id. Sends nothing."""
         first_id = self._tp.rank * self.vocab_shard
         num_here = min(max(self._config.vocab_size - first_id, 0), self.vocab_shard)
         return self._output_layer(hidden_R1C)[:, :num_here].float(), first_id

@@ -1,7 +1,8 @@
-"""Join the job: rendezvous, check the layout, initialise Megatron's parallel state, hand out groups.
+"""Join the job: rendezvous, check the layout, initialise Megatron's parallel state, hand out
+groups.
 
-Everything that can be refused is refused between the rendezvous and the first collective, where all ranks
-can still see the same facts through the store.
+Everything that can be refused is refused between the rendezvous and the first collective, where all
+ranks can still see the same facts through the store.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.mcore._compat import eager_import, without_warnings
 from sps2_mega.parallel.groups import Group, ParallelGroups
 from sps2_mega.parallel.launcher import LaunchInfo
-from sps2_mega.parallel.sides import Side, side_of, split_sides
+from sps2_mega.parallel.rank_pools import RankPool, rank_pool_of, split_rank_pools
 from sps2_mega.parallel.topology import Topology, build_topology
 
-# Ranks wait for the next plan as long as it takes; a dead peer is the lifeline's business.
+# Ranks wait for the next plan as long as it takes; a dead peer is the watchdog's business.
 _CONTROL_TIMEOUT = timedelta(days=30)
 _RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
 
@@ -59,10 +60,12 @@ def open_store(info: LaunchInfo) -> dist.Store:
 def agree_topology(
     store: dist.Store, info: LaunchInfo, parallel: ParallelConfig, *, problem: str | None = None
 ) -> Topology:
-    """Exchange node names and degrees, and check the layout on every rank alike. Returns that of this rank's side.
+    """Exchange node names and degrees, and check the layout on every rank alike. Returns that of
+    this rank's side.
 
-    `problem` is a reason found on this rank alone (a missing folder, a missing GPU) for which the job cannot
-    run; it then ends on all ranks with that reason, instead of leaving the others waiting.
+    `problem` is a reason found on this rank alone (a missing folder, a missing GPU) for which the
+    job cannot run; it then ends on all ranks with that reason, instead of leaving the others
+    waiting.
 
     Raises:
         ConfigError: the same error on every rank.
@@ -79,17 +82,17 @@ def agree_topology(
     ranks = [json.loads(store.get(f"sps2/rank/{rank}")) for rank in range(info.world_size)]
     try:
         _check_agreement(ranks)
-        sides = split_sides(parallel, info.world_size)
+        sides = split_rank_pools(parallel, info.world_size)
         nodes = [rank["node"] for rank in ranks]
         # Those of all sides, so that a problem of one is an error on every rank.
         topologies = {side.name: _topology(side, parallel, nodes) for side in sides}
     except ConfigError:
         _leave_store(store, info)
         raise
-    return topologies[side_of(sides, info.rank).name]
+    return topologies[rank_pool_of(sides, info.rank).name]
 
 
-def _topology(side: Side, parallel: ParallelConfig, nodes: list[str]) -> Topology:
+def _topology(side: RankPool, parallel: ParallelConfig, nodes: list[str]) -> Topology:
     try:
         return build_topology(
             tp=side.tp,
@@ -121,7 +124,8 @@ def _check_agreement(ranks: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(ranks):
         if rank["degrees"] != ranks[0]["degrees"]:
             raise ConfigError(
-                f"ranks disagree: rank 0 has {ranks[0]['degrees']}, rank {number} has {rank['degrees']}"
+                f"ranks disagree: rank 0 has {ranks[0]['degrees']}, rank {number} has "
+                f"{rank['degrees']}"
             )
 
 
@@ -141,12 +145,13 @@ def initialize(
     *,
     device: torch.device,
     timeout_s: float,
-    side: Side | None = None,
+    side: RankPool | None = None,
 ) -> ParallelGroups:
-    """Create all groups through Megatron's parallel state (its context-parallel axis is our SP). Their world, and
-    torch's default group, are the ranks of `side`, whose layout `topology` is; None: all ranks of the job."""
+    """Create all groups through Megatron's parallel state (its context-parallel axis is our SP).
+    Their world, and torch's default group, are the ranks of `side`, whose layout `topology` is;
+    None: all ranks of the job."""
     if side is None:
-        side = Side(name="all", first=0, tp=topology.tp, sp=topology.sp)
+        side = RankPool(name="all", first=0, tp=topology.tp, sp=topology.sp)
     with eager_import(device.type):
         from megatron.core import parallel_state
 
@@ -198,7 +203,8 @@ def finalize() -> None:
 
 
 def _way_back(sp: Group, topology: Topology, timeout: timedelta) -> Group:
-    """A second communicator over the ranks of `sp`. Every rank makes those of all SP groups, in the same order."""
+    """A second communicator over the ranks of `sp`. Every rank makes those of all SP groups, in the
+    same order."""
     if topology.sp == 1:
         return sp
     handle, _ = dist.new_subgroups_by_enumeration(topology.sp_groups(), timeout=timeout)
@@ -219,8 +225,8 @@ class Compute:
 
 
 def choose_compute(device: str, dtype: str, checkpoint_dtype: str, local_rank: int) -> Compute:
-    """Resolve `auto`: the checkpoint's type on CUDA, float32 on CPU, where 16 bits are not faster and
-    rounding would let text depend on the layout.
+    """Resolve `auto`: the checkpoint's type on CUDA, float32 on CPU, where 16 bits are not faster
+    and rounding would let text depend on the layout.
 
     Raises:
         ConfigError: CUDA is asked for and is not there, or a node has fewer devices than ranks.

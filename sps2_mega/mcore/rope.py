@@ -1,4 +1,5 @@
-"""Rotary frequencies: inverse frequencies per scaling rule, and the angles that Megatron's layers or ours take."""
+"""Rotary frequencies: inverse frequencies per scaling rule, and the angles that Megatron's layers
+or ours take."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.new_keys import Rotation
+from sps2_mega.attention.step import Rotation
 from sps2_mega.config import RopeConfig
 from sps2_mega.errors import ConfigError
 
@@ -43,7 +44,8 @@ def angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def rotation(positions_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> Rotation:
-    """The same angles for who rotates outside of Megatron's layers; rounded to the type of the heads as it does."""
+    """The same angles for who rotates outside of Megatron's layers; rounded to the type of the
+    heads as it does."""
     angles_TR = positions_T.float()[:, None] * inv_freq
     return Rotation(angles_TR.cos().to(dtype), angles_TR.sin().to(dtype))
 
@@ -64,8 +66,9 @@ def _llama3(rope: RopeConfig, base: Tensor) -> Tensor:
 
 
 def _yarn(rope: RopeConfig, base: Tensor, head_dim: int, max_positions: int) -> Tensor:
-    """YaRN, "NTK-by-parts" (arXiv 2309.00071, section 3.2): dimensions that turn fewer than `beta_slow`
-    times over the original context are interpolated, those above `beta_fast` kept, a ramp between."""
+    """YaRN, "NTK-by-parts" (arXiv 2309.00071, section 3.2): dimensions that turn fewer than
+    `beta_slow` times over the original context are interpolated, those above `beta_fast` kept, a
+    ramp between."""
     context = rope.original_max_position_embeddings or max_positions
 
     def dimension(rotations: float) -> float:

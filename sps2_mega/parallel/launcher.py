@@ -1,4 +1,5 @@
-"""What the launcher and the user's session told this process: the only reader of environment variables.
+"""What the launcher and the user's session told this process: the only reader of environment
+variables.
 
     launcher    node size         node rank    recognised by
     torchrun    LOCAL_WORLD_SIZE  GROUP_RANK   TORCHELASTIC_RUN_ID or GROUP_RANK
@@ -30,7 +31,8 @@ _NODE_VARIABLES: dict[Launcher, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchInfo:
-    """Place of this process in the job. `master_port` is 0 (any free one) only where there is no launcher.
+    """Place of this process in the job. `master_port` is 0 (any free one) only where there is no
+    launcher.
 
     Raises:
         ConfigError: the numbers contradict each other.

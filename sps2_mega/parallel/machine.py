@@ -1,4 +1,5 @@
-"""What was measured of the machine: the links of each SP level and the speed of attention on one rank.
+"""What was measured of the machine: the links of each SP level and the speed of attention on one
+rank.
 
 Plain numbers that all ranks agree on; measuring is `comm.probe` and `engine.machine_probe`.
 """
@@ -15,8 +16,9 @@ _FASTEST_CPU_FLOPS_PER_S = 1e13
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One SP level: seconds of a small message, and what a rank sends per second while all ranks do. Between CPUs each byte
-    that a rank sends while it receives another one takes `core_s_per_byte` of its cores; 0 where that was not measured."""
+    """One SP level: seconds of a small message, and what a rank sends per second while all ranks
+    do. Between CPUs each byte that a rank sends while it receives another one takes
+    `core_s_per_byte` of its cores; 0 where that was not measured."""
 
     latency_s: float
     bytes_per_s: float
@@ -25,17 +27,17 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """`links[l]` joins the groups of `sp_levels[l]` ranks; attention does `flops_per_s` on each rank (a
-    multiply and an add are two). Beside that, each call of it takes `call_s`, merging two partials `merge_s` for
-    each number of the output, and gathering rows `copy_s` for each number. A small all-gather among all SP ranks takes
-    `gather_s`; None: a latency for each of them.
+    """`links[l]` joins the groups of `sp_levels[l]` ranks; attention does `flops_per_s` on each
+    rank (a multiply and an add are two). Beside that, each call of it takes `call_s`, merging two
+    partials `merge_s` for each number of the output, and gathering rows `copy_s` for each number. A
+    small all-gather among all SP ranks takes `gather_s`; None: a latency for each of them.
 
-    `ranks_per_core` ranks have to share a core while all compute, which the speeds are of; one that computes alone is as
-    many times faster.
+    `ranks_per_core` ranks have to share a core while all compute, which the speeds are of; one that
+    computes alone is as many times faster.
 
-    Where it was measured, between CPUs, `layer_s` has what a layer of each of `PROBED_TOKENS` per rank takes beside its bytes
-    and FLOPs, by exact transport, and `work_s` what each SP level of a sparse one with next to nothing to do takes; they
-    stand for latencies and calls then."""
+    Where it was measured, between CPUs, `layer_s` has what a layer of each of `PROBED_TOKENS` per
+    rank takes beside its bytes and FLOPs, by exact transport, and `work_s` what each SP level of a
+    sparse one with next to nothing to do takes; they stand for latencies and calls then."""
 
     sp_levels: tuple[int, ...]
     links: tuple[Link, ...]

@@ -5,7 +5,8 @@ TP is the fastest axis, SP the next one; SP is cut into levels, innermost first:
     world rank = tp_rank + tp * sp_rank          sp_rank = l0 + levels[0] * (l1 + levels[1] * ..)
 
     tp=2 sp=4 levels=(2, 2):   node 0: ranks 0 1 | 2 3      node 1: ranks 4 5 | 6 7
-    TP groups [0 1] [2 3] [4 5] [6 7]; SP groups [0 2 4 6] [1 3 5 7]; level 0 of rank 0: [0 2], level 1: [0 4]
+    TP groups [0 1] [2 3] [4 5] [6 7]; SP groups [0 2 4 6] [1 3 5 7]; level 0 of rank 0: [0 2],
+    level 1: [0 4]
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def build_topology(
     intra = max(1, ranks_per_node // tp)
     if len(levels) > 1 and intra > 1 and len(set(nodes)) > 1 and levels[0] != intra:
         raise ConfigError(
-            f"sp_levels[0]={levels[0]} does not match the nodes: tp={tp} * sp_levels[0]={levels[0]} = "
+            f"sp_levels[0]={levels[0]} does not match the nodes: tp={tp} * "
+            f"sp_levels[0]={levels[0]} = "
             f"{tp * levels[0]}, but a node has {ranks_per_node} ranks (needs sp_levels[0]={intra})"
         )
     return Topology(world_size=world_size, tp=tp, sp=sp, sp_levels=levels)

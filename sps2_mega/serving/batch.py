@@ -1,4 +1,5 @@
-"""Answers a file of requests: check everything cheap, load the model, run, write each answer as it finishes.
+"""Answers a file of requests: check everything cheap, load the model, run, write each answer as it
+finishes.
 
     prepare (no model)  ->  engine start  ->  run  ->  exit code
     input, output, resume                     tokenise -> drive -> record
@@ -18,8 +19,6 @@ from typing import Any
 
 from sps2_mega.checkpoint.resolve import suggested_csa
 from sps2_mega.config import EngineConfig
-from sps2_mega.engine.seeds import derive_seed_from_text
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import ConfigError, RequestError
 from sps2_mega.outputs import RequestOutput
 from sps2_mega.serving.batch_input import BadLine, GoodLine, Scan, read_lines, scan
@@ -28,6 +27,8 @@ from sps2_mega.serving.batch_records import answer_record, error_record
 from sps2_mega.serving.drive import Submission, drive, failed
 from sps2_mega.serving.progress import Progress, RunTotals
 from sps2_mega.serving.prompts import prompt_tokens
+from sps2_mega.text.tokenizer import Tokenizer
+from sps2_mega.worker.sampling.seeds import derive_seed_from_text
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ EXIT_OK, EXIT_SOME_FAILED, EXIT_COULD_NOT_RUN = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions:
-    """What to answer and where to. `sampling` holds SamplingParams fields for lines that leave them out.
+    """What to answer and where to. `sampling` holds SamplingParams fields for lines that leave them
+    out.
 
     `show` answers are also written to stdout, the first ones that finish.
     """
@@ -51,7 +53,8 @@ class BatchOptions:
 
 
 class BatchJob:
-    """A checked input and an open output; `run` writes exactly one record for each line not yet answered."""
+    """A checked input and an open output; `run` writes exactly one record for each line not yet
+    answered."""
 
     def __init__(
         self, options: BatchOptions, config: EngineConfig, found: Scan, output: BatchOutput
@@ -68,7 +71,8 @@ class BatchJob:
         """Everything that can be checked without a model.
 
         Raises:
-            ConfigError: the input cannot be read, the output cannot be written, or they do not belong together.
+            ConfigError: the input cannot be read, the output cannot be written, or they do not
+                belong together.
         """
         if options.limit is not None and options.limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {options.limit}")
@@ -97,7 +101,8 @@ class BatchJob:
         return job
 
     def run(self, engine: Any) -> int:
-        """Answers what is left with a started engine (`engine.engine.Engine`); returns the exit code."""
+        """Answers what is left with a started engine (`engine.engine.Engine`); returns the exit
+        code."""
         self.totals = RunTotals()
         progress = Progress(self.num_left, self.totals)
         lines: dict[str, GoodLine | BadLine] = {}
@@ -171,8 +176,8 @@ class BatchJob:
 def fingerprint(
     config: EngineConfig, sampling: Mapping[str, Any], input_sha256: str
 ) -> dict[str, Any]:
-    """What two runs must share so that their answers are the same. The number of ranks is part of it only
-    where the spans of sparse attention follow the ranks."""
+    """What two runs must share so that their answers are the same. The number of ranks is part of
+    it only where the spans of sparse attention follow the ranks."""
     asked = config.csa.over(suggested_csa(config.model))
     csa = None
     if not asked.exact:

@@ -1,7 +1,9 @@
-"""Lines of a batch file: simple ones, OpenAI batch lines, both mixed, and what is wrong with the bad ones.
+"""Lines of a batch file: simple ones, OpenAI batch lines, both mixed, and what is wrong with the
+bad ones.
 
-The file is read twice and never held: `scan` checks every line before a model is loaded, `read_lines` gives
-them out afterwards. Needs no tokenizer, so lengths in tokens are not checked here.
+The file is read twice and never held: `scan` checks every line before a model is loaded,
+`read_lines` gives them out afterwards. Needs no tokenizer, so lengths in tokens are not checked
+here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The output file of a batch: one complete line per finished request, whatever happens in between.
 
     out.jsonl             records in the order in which requests finished
-    out.jsonl.state.json  hash of the input and the settings that change text, to refuse a wrong --resume
+    out.jsonl.state.json  hash of the input and the settings that change text, to refuse a wrong
+    --resume
 
 Each record is one flushed write, so a crash tears at most the last line, which `--resume` cuts off.
 What the records hold is `batch_records`'.
@@ -35,7 +36,8 @@ class OutputMode(enum.Enum):
 
 
 class BatchOutput:
-    """Holds one record per answered line: of every id, or of a line number where the line was bad."""
+    """Holds one record per answered line: of every id, or of a line number where the line was
+    bad."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path = path
@@ -55,8 +57,8 @@ class BatchOutput:
         """Opens `path` for this run only; `fingerprint` is what a resumed run must have in common.
 
         Raises:
-            ConfigError: the file cannot be written, exists without a mode that says what to do with it, is
-                being written by another run, or belongs to another input or other settings.
+            ConfigError: the file cannot be written, exists without a mode that says what to do with
+                it, is being written by another run, or belongs to another input or other settings.
         """
         exists = path.exists()
         if exists and not path.is_file():

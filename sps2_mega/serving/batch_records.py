@@ -1,6 +1,7 @@
 """What a line of the output file holds: for simple lines our own record, for OpenAI lines theirs.
 
-Error records carry the input's line number besides the id, because a duplicate has its id from another line.
+Error records carry the input's line number besides the id, because a duplicate has its id from
+another line.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import time
 import uuid
 from typing import Any
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.outputs import Completion, RequestOutput
 from sps2_mega.serving.batch_input import BadLine, GoodLine
@@ -20,6 +20,7 @@ from sps2_mega.serving.responses import (
     token_text,
     usage,
 )
+from sps2_mega.text.tokenizer import Tokenizer
 
 
 def answer_record(

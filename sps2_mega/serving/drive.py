@@ -1,6 +1,7 @@
 """Keeps an engine busy with a bounded number of requests from a source of any length.
 
-Decides when to pull the next request; where requests come from and where answers go is the caller's.
+Decides when to pull the next request; where requests come from and where answers go is the
+caller's.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def drive(
 ) -> Iterator[RequestOutput]:
     """Yields outputs as requests finish, in no particular order.
 
-    A RequestOutput from `source` (an error found on the way) passes through. At most `max_in_flight` samples are
-    in the engine at a time. `on_step` is called after every step with its seconds.
+    A RequestOutput from `source` (an error found on the way) passes through. At most
+    `max_in_flight` samples are in the engine at a time. `on_step` is called after every step with
+    its seconds.
     """
     filler = _Filler(engine, source, max_in_flight)
     try:

@@ -1,7 +1,9 @@
-"""The prompt in front of its completions: its text and, where they were asked for, its tokens' log-probabilities.
+"""The prompt in front of its completions: its text and, where they were asked for, its tokens'
+log-probabilities.
 
-The shapes are those of OpenAI's completions: lists over all tokens, prompt and output together, in which the first
-token has no log-probability and `text_offset` counts characters of the text with the echo.
+The shapes are those of OpenAI's completions: lists over all tokens, prompt and output together, in
+which the first token has no log-probability and `text_offset` counts characters of the text with
+the echo.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import codecs
 from dataclasses import dataclass
 from typing import Any
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import RequestError
 from sps2_mega.logprobs import PromptLogprobs
 from sps2_mega.serving.responses import TextOffsets, logprob_lists, token_text
+from sps2_mega.text.tokenizer import Tokenizer
 
 _MAX_NUMBERS = 2**21  # in one answer: some 100 MB of JSON, and several times that while it is made
 
@@ -44,8 +46,9 @@ class Echo:
         return TextOffsets(self.tokenizer, start=len(self.text))
 
     def _offsets(self) -> list[int]:
-        """Where each token begins in `text`. A token is as long as its text, or nothing where it is not in the text at
-        all, as the BOS that is put before every prompt; some decoders drop the space of a first word."""
+        """Where each token begins in `text`. A token is as long as its text, or nothing where it is
+        not in the text at all, as the BOS that is put before every prompt; some decoders drop the
+        space of a first word."""
         if self.tokenizer is None:
             return [0] * len(self.token_ids)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -93,6 +96,7 @@ def check_size(prompts: list[list[int]], *, num_samples: int, num_top: int) -> N
     numbers = sum(map(len, prompts)) * num_samples * (1 + num_top)
     if numbers > _MAX_NUMBERS:
         raise RequestError(
-            f"echo with logprobs {num_top} asks for {numbers:,} log-probabilities of prompt tokens; one request "
+            f"echo with logprobs {num_top} asks for {numbers:,} log-probabilities of prompt "
+            "tokens; one request "
             f"may ask for {_MAX_NUMBERS:,}: lower logprobs or n, or send fewer tokens in a request"
         )

@@ -1,7 +1,7 @@
 """The `generate` command on one rank: rank 0 reads, drives and writes, the others follow its steps.
 
-Decides the order of things and the exit code; flags are `cli`'s, the work is `batch`'s. Exit codes: 0 all
-answered, 1 some lines failed, 2 could not run.
+Decides the order of things and the exit code; flags are `cli`'s, the work is `batch`'s. Exit codes:
+0 all answered, 1 some lines failed, 2 could not run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def run_generate(config: EngineConfig, options: BatchOptions, info: LaunchInfo) 
         try:
             return _follow(config, info) if info.rank else _lead(config, options, info)
         except (ConfigError, CheckpointError) as error:
-            # Raised on all ranks alike, or on this one, which then tells the others before it raises.
+            # Raised on all ranks alike, or on this one, which then tells the others before it
+            # raises.
             return _could_not_run(error, info)
 
 

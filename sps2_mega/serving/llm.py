@@ -31,10 +31,11 @@ class LLM:
     """A loaded model. Use it as a context manager or call `close`: ranks live until then."""
 
     def __init__(self, model: str, *, tp: int = 1, sp: int = 1, **options: Any) -> None:
-        """Loads `model` (a folder or a name in model_configs/) on tp * sp ranks, and `decode_ranks` more if given.
+        """Loads `model` (a folder or a name in model_configs/) on tp * sp ranks, and `decode_ranks`
+        more if given.
 
-        `options` are fields of EngineConfig and of its parts: dtype, seed, max_model_len, num_blocks, ...;
-        a part can also be given whole, as csa=CSAConfig(...).
+        `options` are fields of EngineConfig and of its parts: dtype, seed, max_model_len,
+        num_blocks, ...; a part can also be given whole, as csa=CSAConfig(...).
 
         Raises:
             ConfigError, CheckpointError: it cannot work; the message says why.
@@ -65,7 +66,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """One output per prompt (text, or a list of token ids), in order; refused ones have `error` set.
+        """One output per prompt (text, or a list of token ids), in order; refused ones have `error`
+        set.
 
         Raises:
             RequestError: prompts and params do not match, or text came without a tokenizer.

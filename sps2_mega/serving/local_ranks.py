@@ -1,7 +1,9 @@
-"""Starts and ends the other ranks of a job on this machine, for a Python program that has no launcher.
+"""Starts and ends the other ranks of a job on this machine, for a Python program that has no
+launcher.
 
-This process is rank 0. The others are children that read their configuration from a pipe and end when it closes,
-so that none outlives the parent however that ends. They are ended by process id only.
+This process is rank 0. The others are children that read their configuration from a pipe and end
+when it closes, so that none outlives the parent however that ends. They are ended by process id
+only.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ import threading
 import time
 from typing import IO
 
-from sps2_mega.comm.lifeline import active_lifelines
+from sps2_mega.comm.watchdog import active_watchdogs
 from sps2_mega.config import EngineConfig
 from sps2_mega.parallel.launcher import LaunchInfo
-from sps2_mega.parallel.sides import split_sides
+from sps2_mega.parallel.rank_pools import split_rank_pools
 
 _LOOPBACK = "127.0.0.1"
 _TAIL_LINES = 30
 _LEAVE_SECONDS = 10.0
-# A dead child before the ranks have met leaves this process waiting in native code, where no exception reaches it.
+# A dead child before the ranks have met leaves this process waiting in native code, where no
+# exception reaches it.
 _GRACE_SECONDS = 5.0
 DEATH_EXIT_CODE = 1
 
@@ -41,7 +44,7 @@ class LocalRanks:
             ConfigError: there can be no such job.
         """
         world_size = config.parallel.world_size
-        split_sides(config.parallel, world_size)
+        split_rank_pools(config.parallel, world_size)
         self.info = _launch_info(0, world_size, _free_port())
         self._closing = threading.Event()
         self._children = [
@@ -56,7 +59,8 @@ class LocalRanks:
         return [child.process.pid for child in self._children]
 
     def close(self, *, told: bool = True) -> None:
-        """Ends the ranks; those that were `told` to leave (by the engine's shutdown) get time to do so."""
+        """Ends the ranks; those that were `told` to leave (by the engine's shutdown) get time to do
+        so."""
         self._closing.set()
         deadline = time.monotonic() + (_LEAVE_SECONDS if told else 0.0)
         for child in self._children:
@@ -68,8 +72,8 @@ class LocalRanks:
             dead = next((c for c in self._children if c.process.poll() is not None), None)
             if dead is None:
                 continue
-            # The lifeline, once there is one, says why and ends this process before this does.
-            if not active_lifelines():
+            # The watchdog, once there is one, says why and ends this process before this does.
+            if not active_watchdogs():
                 sys.stderr.write(dead.report())
                 sys.stderr.flush()
             if not self._closing.wait(_GRACE_SECONDS):

@@ -1,7 +1,7 @@
 """What a batch run shows while it works and when it is done.
 
-On a terminal one bar that moves; elsewhere (a log file, a launcher that interleaves ranks) one plain line every
-few seconds. Decides nothing about the run.
+On a terminal one bar that moves; elsewhere (a log file, a launcher that interleaves ranks) one
+plain line every few seconds. Decides nothing about the run.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ class Progress:
             percent = 100 * done / self._total if self._total else 100.0
             elapsed = time.monotonic() - self._totals.began
             self._stream.write(
-                f"{done}/{self._total} requests ({percent:.0f} %) in {elapsed:.0f} s, {self._state()}\n"
+                f"{done}/{self._total} requests ({percent:.0f} %) in {elapsed:.0f} s, "
+                f"{self._state()}\n"
             )
             self._stream.flush()
 

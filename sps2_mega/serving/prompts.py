@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import RequestError
 from sps2_mega.serving.protocol import ParsedRequest
+from sps2_mega.text.tokenizer import Tokenizer
 
 
 def prompt_tokens(request: ParsedRequest, tokenizer: Tokenizer | None) -> list[int]:
     """Token ids of a request's prompt or messages.
 
     Raises:
-        RequestError: text without a tokenizer, text that is not Unicode, or messages that the template refuses.
+        RequestError: text without a tokenizer, text that is not Unicode, or messages that the
+            template refuses.
     """
     if isinstance(request.prompt, list):
         return request.prompt

@@ -89,10 +89,11 @@ def parse_request(
 ) -> ParsedRequest:
     """Checks a request body.
 
-    `kind=None` tells completions from chat by `prompt` or `messages` and takes either spelling of logprobs.
-    `defaults` are SamplingParams fields for what the body leaves out. Where neither says so, a
-    completion has at most 16 new tokens and a chat answer the rest of the context, as with OpenAI.
-    With `echo` log-probabilities are those of the prompt as well, and `max_tokens` may be 0.
+    `kind=None` tells completions from chat by `prompt` or `messages` and takes either spelling of
+    logprobs. `defaults` are SamplingParams fields for what the body leaves out. Where neither says
+    so, a completion has at most 16 new tokens and a chat answer the rest of the context, as with
+    OpenAI. With `echo` log-probabilities are those of the prompt as well, and `max_tokens` may be
+    0.
 
     Raises:
         RequestError: a field is wrong, missing or not supported; the message names it.
@@ -223,7 +224,8 @@ def _one_prompt(prompt: str | list[int] | list[str] | list[list[int]]) -> str | 
         return prompt  # type: ignore[return-value]
     if len(prompt) > 1:
         raise RequestError(
-            f"prompt holds {len(prompt)} prompts; one request takes one, so write one request for each"
+            f"prompt holds {len(prompt)} prompts; one request takes one, so write one request "
+            "for each"
         )
     return prompt[0]
 

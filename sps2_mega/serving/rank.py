@@ -1,7 +1,8 @@
-"""A rank that a Python program started (`local_ranks`): configuration from stdin, then the driver's steps.
+"""A rank that a Python program started (`local_ranks`): configuration from stdin, then the driver's
+steps.
 
-`python -m sps2_mega.serving.rank [SECONDS]`; not for people. After a signal the job has so many seconds to end in
-good order, as its driver decides.
+`python -m sps2_mega.serving.rank [SECONDS]`; not for people. After a signal the job has so many
+seconds to end in good order, as its driver decides.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import threading
 
 from sps2_mega.comm.guard import guard
-from sps2_mega.comm.lifeline import active_lifelines
+from sps2_mega.comm.watchdog import active_watchdogs
 from sps2_mega.config import EngineConfig
 from sps2_mega.config_mapping import engine_config_from_mapping
 from sps2_mega.parallel.launcher import from_environment
@@ -31,8 +32,9 @@ def main() -> int:
 
 
 def patience(grace_s: float) -> float:
-    """Seconds to wait, after a signal, for the driver to end the job; none before the ranks have met."""
-    return grace_s if active_lifelines() else 0.0
+    """Seconds to wait, after a signal, for the driver to end the job; none before the ranks have
+    met."""
+    return grace_s if active_watchdogs() else 0.0
 
 
 def config_from_json(line: bytes) -> EngineConfig:

@@ -1,4 +1,5 @@
-"""OpenAI response bodies from finished requests: text_completion, chat.completion, usage and logprobs.
+"""OpenAI response bodies from finished requests: text_completion, chat.completion, usage and
+logprobs.
 
 Decides the shapes only; what a request may ask is `protocol`'s.
 """
@@ -9,9 +10,9 @@ import codecs
 import math
 from typing import Any
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.outputs import Completion, RequestOutput, Timings
+from sps2_mega.text.tokenizer import Tokenizer
 
 # JSON has no infinity; impossible tokens get this instead.
 _LOWEST_LOGPROB = -9999.0
@@ -62,8 +63,8 @@ def chat_body(
 
 
 def usage(output: RequestOutput) -> dict[str, Any]:
-    """Token counts; the prompt counts once, however many samples it has. `cached_tokens` of it were in the KV
-    cache when the first sample began."""
+    """Token counts; the prompt counts once, however many samples it has. `cached_tokens` of it were
+    in the KV cache when the first sample began."""
     prompt = len(output.prompt_token_ids)
     new = sum(len(completion.token_ids) for completion in output.completions)
     return {
@@ -109,7 +110,8 @@ def logprob_lists(
 
 
 def chat_logprobs(completion: Completion, tokenizer: Tokenizer | None) -> dict[str, Any] | None:
-    """One entry per token, each with its bytes, so that characters across tokens can be put together."""
+    """One entry per token, each with its bytes, so that characters across tokens can be put
+    together."""
     if completion.logprobs is None:
         return None
     return logprob_entries(completion.logprobs, tokenizer)
@@ -134,7 +136,8 @@ def logprob_entries(logprobs: list[TokenLogprob], tokenizer: Tokenizer | None) -
 
 
 def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
-    """A token by itself; one that is part of a character reads `bytes:\\xe4`, without tokenizer `token_id:7`."""
+    """A token by itself; one that is part of a character reads `bytes:\\xe4`, without tokenizer
+    `token_id:7`."""
     if tokenizer is None:
         return f"token_id:{token_id}"
     raw = tokenizer.token_bytes(token_id)

@@ -2,8 +2,8 @@
 
     bind the port -> answer 503 -> other ranks, weights, cache -> ready -> serve -> drain -> end
 
-Decides the order of things and the exit code: 0 after a drain, 2 could not start, else as the guard says. Flags are
-`cli`'s, requests are `http`'s.
+Decides the order of things and the exit code: 0 after a drain, 2 could not start, else as the guard
+says. Flags are `cli`'s, requests are `http`'s.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import socket
 
     from sps2_mega.engine.start import Driver
-    from sps2_mega.engine.startup import StartedRank
-    from sps2_mega.serving.http.front import Front, ServedModel
+    from sps2_mega.engine.startup.start_rank import StartedRank
+    from sps2_mega.serving.http.async_engine import AsyncEngine, ServedModel
 
 EXIT_COULD_NOT_START = 2
 # Beyond the drain: the step under way, and telling all ranks.
@@ -36,15 +36,15 @@ def run_serve(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> i
 
 
 def _lead(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int:
+    from sps2_mega.comm.crash_report import on_end
     from sps2_mega.comm.guard import guard
-    from sps2_mega.comm.last_words import on_end
-    from sps2_mega.serving.http.front import Front
+    from sps2_mega.serving.http.async_engine import AsyncEngine
     from sps2_mega.serving.http.prometheus import ServerMetrics
     from sps2_mega.serving.http.server import bind
 
     began = time.monotonic()
     max_queue = config.scheduler.max_waiting
-    front = Front(
+    async_engine = AsyncEngine(
         max_samples=config.scheduler.max_running
         + (DEFAULT_MAX_QUEUE if max_queue is None else max_queue),
         request_timeout=server.request_timeout,
@@ -52,7 +52,7 @@ def _lead(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int:
     )
 
     def on_stop(cause: str) -> float:
-        if not front.drain_soon(server.drain_timeout):
+        if not async_engine.drain_soon(server.drain_timeout):
             return 0.0
         sys.stderr.write(f"sps2_mega is shutting down: {cause}; a second signal ends it at once\n")
         sys.stderr.flush()
@@ -68,8 +68,8 @@ def _lead(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int:
 
                     refuse(info, str(error))
                 raise
-            on_end(front.fail_soon)
-            _serve(config, server, info, front, listener, began=began)
+            on_end(async_engine.fail_soon)
+            _serve(config, server, info, async_engine, listener, began=began)
         except (ConfigError, CheckpointError) as error:
             return _could_not_start(error, info)
     return 0
@@ -95,13 +95,13 @@ def _serve(
     config: EngineConfig,
     server: ServerConfig,
     info: LaunchInfo,
-    front: Front,
+    async_engine: AsyncEngine,
     listener: socket.socket,
     *,
     began: float,
 ) -> None:
     from sps2_mega.engine.start import driver_of, settle
-    from sps2_mega.engine.startup import start_rank
+    from sps2_mega.engine.startup.start_rank import start_rank
     from sps2_mega.serving.http.app import build_app
     from sps2_mega.serving.http.engine_loop import run_engine
     from sps2_mega.serving.http.server import HttpServer, url_of
@@ -109,9 +109,10 @@ def _serve(
 
     names = tuple(dict.fromkeys([model_name(server, config.model), config.model]))
     url = url_of(listener)
-    http = HttpServer(build_app(front, server, names), front, listener)
+    http = HttpServer(build_app(async_engine, server, names), async_engine, listener)
     http.start()
-    # The front bounds the queue, before a request is tokenised; the scheduler takes what it lets in.
+    # The async_engine bounds the queue, before a request is tokenised; the scheduler takes what it
+    # lets in.
     config = config.replace(scheduler=dataclasses.replace(config.scheduler, max_waiting=None))
     ranks = None
     if info.launcher == "none" and config.parallel.world_size > 1:
@@ -122,7 +123,7 @@ def _serve(
             config,
             info,
             show_progress=True,
-            on_stage=lambda stage: http.call_soon(front.loading, stage),
+            on_stage=lambda stage: http.call_soon(async_engine.loading, stage),
         )
         engine = driver_of(started)
     except BaseException:
@@ -130,11 +131,13 @@ def _serve(
             ranks.close(told=False)
         raise
     settle()
-    http.call_soon(front.ready, _served_model(engine, started))
+    http.call_soon(async_engine.ready, _served_model(engine, started))
     sys.stdout.write(_memory_text(started))
     sys.stdout.write(_ready_line(url, names[0], engine, started, time.monotonic() - began))
     sys.stdout.flush()
-    run_engine(engine, front.commands, lambda result: http.call_soon(front.deliver, result))
+    run_engine(
+        engine, async_engine.commands, lambda result: http.call_soon(async_engine.deliver, result)
+    )
     http.stop()
     engine.shutdown()
     if ranks is not None:
@@ -144,7 +147,7 @@ def _serve(
 
 
 def _served_model(engine: Driver, started: StartedRank) -> ServedModel:
-    from sps2_mega.serving.http.front import ServedFacts, ServedModel
+    from sps2_mega.serving.http.async_engine import ServedFacts, ServedModel
 
     return ServedModel(
         tokenizer=engine.tokenizer,
@@ -166,7 +169,7 @@ def _served_model(engine: Driver, started: StartedRank) -> ServedModel:
 
 
 def _memory_text(started: StartedRank) -> str:
-    from sps2_mega.engine.memory_table import memory_table, shortage
+    from sps2_mega.engine.startup.memory_table import memory_table, shortage
 
     tokens = started.num_blocks * started.config.cache.block_size
     side = None if len(started.sides) == 1 else started.side.name
@@ -182,7 +185,8 @@ def _ready_line(url: str, name: str, engine: Driver, started: StartedRank, secon
     )
     return (
         f"sps2_mega is ready: {name} at {url}/v1, {sides} on "
-        f"{started.compute.device.type} in {_dtype_name(started)}, context {engine.max_model_len} tokens, "
+        f"{started.compute.device.type} in {_dtype_name(started)}, context "
+        f"{engine.max_model_len} tokens, "
         f"page at {url}/, after {seconds:.1f} s\n"
     )
 

@@ -1,14 +1,16 @@
-"""Seconds of one chunk's attention in a prefill that goes through every layer chunk by chunk (`attention.chunked`).
+"""Seconds of one chunk's attention in a prefill that goes through every layer chunk by chunk
+(`attention.chunked`).
 
-A layer's keys come once: with a chunk its own, with the first one those that were cached too. While they come, the chunk
-attends to the keys that are here already. Under CSA all keys come, and the visible ones are computed. Decides nothing.
+A layer's keys come once: with a chunk its own, with the first one those that were cached too. While
+they come, the chunk attends to the keys that are here already. Under CSA all keys come, and the
+visible ones are computed. Decides nothing.
 """
 
 from __future__ import annotations
 
+from sps2_mega.attention.planner.overlap import works_s
 from sps2_mega.simulator.compute import attention_s, causal_pairs
 from sps2_mega.simulator.hardware import Hardware
-from sps2_mega.simulator.overlap import works_s
 from sps2_mega.simulator.sparse_cost import Prompt, SparseCost
 from sps2_mega.simulator.transport_cost import AttentionSeconds, TransportCost
 
@@ -22,8 +24,8 @@ def chunk_seconds(
     *,
     pipelined: bool,
 ) -> AttentionSeconds:
-    """One layer of a chunk, of whose `chunk.end` keys the last `coming` are not here yet; `gather` is that transport's
-    cost."""
+    """One layer of a chunk, of whose `chunk.end` keys the last `coming` are not here yet; `gather`
+    is that transport's cost."""
     assert 0 < chunk.end - chunk.start <= coming <= chunk.end, f"{coming} keys come with {chunk}"
     new, here = chunk.end - chunk.start, chunk.end - coming
     pairs = causal_pairs(chunk.start, chunk.end)

@@ -1,11 +1,13 @@
-"""Seconds of collectives outside attention: all-reduces of tensor parallelism, small exchanges of decode.
+"""Seconds of collectives outside attention: all-reduces of tensor parallelism, small exchanges of
+decode.
 
     all-reduce, one node     reduce-scatter and gather: 2 exchanges, 2 (t-1)/t of the bytes
     over n nodes             the same inside each node, and between the nodes a ring of the t/n-th part:
                              n - 1 exchanges of both directions at once, 2 (n-1)/n of its bytes
     all-to-all               1 exchange over the slowest link, all peers at once
 
-Attention's own transports are priced from the bytes that `attention.traffic` counts (`transport_cost`).
+Attention's own transports are priced from the bytes that `attention.traffic` counts
+(`transport_cost`).
 """
 
 from __future__ import annotations

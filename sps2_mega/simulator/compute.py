@@ -1,7 +1,9 @@
-"""Seconds of work inside one GPU: matrix products, attention, memory traffic. One small function per term.
+"""Seconds of work inside one GPU: matrix products, attention, memory traffic. One small function
+per term.
 
-A product takes what its arithmetic takes, or what reading its weights takes, whichever is longer (roofline); attention
-likewise with its keys and values. Ranks, links and overlap are decided elsewhere.
+A product takes what its arithmetic takes, or what reading its weights takes, whichever is longer
+(roofline); attention likewise with its keys and values. Ranks, links and overlap are decided
+elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ def gemm_s(tokens: float, params: float, weight_bytes: float, hardware: Hardware
 
 
 def attention_s(pairs: float, head_dim: int, kv_bytes: float, hardware: Hardware) -> float:
-    """Attention over `pairs` (query, key, query head) triples, for which `kv_bytes` are read at least once."""
+    """Attention over `pairs` (query, key, query head) triples, for which `kv_bytes` are read at
+    least once."""
     arithmetic = 4.0 * head_dim * pairs / hardware.attention_flops_per_s
     return max(arithmetic, kv_bytes / hardware.read_bytes_per_s)
 
@@ -35,5 +38,6 @@ def memory_s(num_bytes: float, hardware: Hardware) -> float:
 
 
 def causal_pairs(start: int, end: int) -> float:
-    """(query, key) pairs of queries [start, end) of one sequence, each with itself and all before."""
+    """(query, key) pairs of queries [start, end) of one sequence, each with itself and all
+    before."""
     return (end * (end + 1) - start * (start + 1)) / 2

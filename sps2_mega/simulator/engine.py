@@ -1,19 +1,21 @@
-"""One simulated engine: the project's scheduler, and a clock that a step cost moves instead of a model.
+"""One simulated engine: the project's scheduler, and a clock that a step cost moves instead of a
+model.
 
-Decides nothing: the scheduler plans, the cost says how long it takes, and every planned sequence gets a token.
+Decides nothing: the scheduler plans, the cost says how long it takes, and every planned sequence
+gets a token.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from sps2_mega.attention.spans import SparsePrefill
+from sps2_mega.attention.csa.spans import SparsePrefill
+from sps2_mega.attention.planner.attention_choice import prompt_layout
 from sps2_mega.config import SchedulerConfig
-from sps2_mega.engine.prefill_choice import prompt_layout
-from sps2_mega.engine.scheduler import Scheduler
 from sps2_mega.errors import ConfigError, Refusal
 from sps2_mega.kv_cache.block_chain import chain_root
 from sps2_mega.metrics import StepMeter
+from sps2_mega.scheduler.scheduler import Scheduler
 from sps2_mega.simulator.arrivals import VOCAB_SIZE
 from sps2_mega.simulator.sparse_cost import Prompt
 from sps2_mega.simulator.step_cost import StepCost, Terms
@@ -63,7 +65,7 @@ class SimulatedEngine:
             layout=prompt_layout("auto", csa),
             prefix_root=chain_root(csa) if prefix_caching else None,
             topology_spans=None if spans is None else lambda length: spans(length).spans,
-            work=cost.size.layer_work,
+            work=cost.size.layer_flops_of,
         )
         self.meter = StepMeter()
         self.terms: dict[str, float] = {}
@@ -116,7 +118,8 @@ class SimulatedEngine:
         return finished
 
     def _terms(self, plan: StepPlan) -> Terms:
-        """What the step costs; of a pass in slices each layer costs the same, and the last slice has the head."""
+        """What the step costs; of a pass in slices each layer costs the same, and the last slice
+        has the head."""
         for pass_id in plan.dropped:
             del self._passes[pass_id]
         if plan.layers is None:
@@ -151,8 +154,8 @@ class SimulatedEngine:
         return done(plan.layers.end, plan.layers.end_token) - first
 
     def _computed(self, plan: StepPlan) -> StepPlan:
-        """The plan as the model sees it: a prompt that comes with its keys and values is one more decode. After a
-        preemption they are gone, and the prompt is computed here."""
+        """The plan as the model sees it: a prompt that comes with its keys and values is one more
+        decode. After a preemption they are gone, and the prompt is computed here."""
         if not self._receives:
             return plan
         there = [i for i in plan.prefills if len(i.token_ids) == i.num_prompt_tokens]
@@ -173,7 +176,8 @@ def kv_blocks(cost: StepCost) -> int:
     blocks = int(free / (token * BLOCK_SIZE))
     if blocks < 1:
         raise ConfigError(
-            f"{weights / 1e9:.1f} GB of weights per GPU (tp={cost.tp}) leave no room for a KV cache in "
+            f"{weights / 1e9:.1f} GB of weights per GPU (tp={cost.tp}) leave no room for a KV "
+            "cache in "
             f"{cost.hardware.memory_bytes / 1e9:.0f} GB"
         )
     return blocks

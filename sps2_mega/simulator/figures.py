@@ -1,7 +1,8 @@
 """Numbers of a simulated run: what users wait for, what the cluster yields, where the time went.
 
-TTFT, TBT and TPOT of a request are `metrics.timings_of`'s; rates of prefill and of decode are `metrics.StepMeter`'s, engines
-added up. A request is good when its TTFT and the 99th percentile of its gaps keep their limits.
+TTFT, TBT and TPOT of a request are `metrics.timings_of`'s; rates of prefill and of decode are
+`metrics.StepMeter`'s, engines added up. A request is good when its TTFT and the 99th percentile of
+its gaps keep their limits.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Facts of the hardware that the simulator prices: one GPU, its node, its links; each figure with its source.
+"""Facts of the hardware that the simulator prices: one GPU, its node, its links; each figure with
+its source.
 
     hardware/<name>.yaml   the GPU, and the names of its two links
-    hardware/links.yaml    the links; a file may have some of its own, as those that `tools/bench/calibrate.py` writes
+    hardware/links.yaml    the links; a file may have some of its own, as those that `benchmarks/calibrate.py` writes
 
-Decides what figures there are and that none comes without a source; what is computed from them is the cost terms'.
+Decides what figures there are and that none comes without a source; what is computed from them is
+the cost terms'.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ _MEASURED = ("step_overhead_s", "call_s", "merge_s", "copy_s", "kv_bytes_per_s",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Nodes of equal GPUs. `*_per_s` are peak figures, of which the efficiencies are reached; FLOPs count a multiply
-    and an add as two. `layer_overhead_s` are gaps between the small kernels of one layer. Links are per GPU and one
-    direction, as reached. The last nine are neutral where nobody measured them: the host's share of a
-    step, attention's small costs as in `Machine`, what decode attention reads of keys and values per second (0: as memory gives),
-    how much longer than the link's rate says all-to-alls take between nodes, one at a time or several under way, and sums, and a
-    small sum among nodes (0: a latency for each other node).
+    """Nodes of equal GPUs. `*_per_s` are peak figures, of which the efficiencies are reached; FLOPs
+    count a multiply and an add as two. `layer_overhead_s` are gaps between the small kernels of one
+    layer. Links are per GPU and one direction, as reached. The last nine are neutral where nobody
+    measured them: the host's share of a step, attention's small costs as in `Machine`, what decode
+    attention reads of keys and values per second (0: as memory gives), how much longer than the
+    link's rate says all-to-alls take between nodes, one at a time or several under way, and sums,
+    and a small sum among nodes (0: a latency for each other node).
 
     Raises:
         ConfigError: a figure is not positive (the last nine: negative), or an efficiency above 1.
@@ -90,7 +93,8 @@ class Hardware:
         return dataclasses.replace(self, **changes)
 
     def sp_machine(self, tp: int, sp: int) -> Machine:
-        """SP levels and their links, as the planner wants them, where the ranks of a TP group are neighbours.
+        """SP levels and their links, as the planner wants them, where the ranks of a TP group are
+        neighbours.
 
         Raises:
             ConfigError: TP groups or SP levels do not fill whole nodes.
@@ -118,7 +122,8 @@ def load_hardware(name: str, *, inter_node: str | None = None) -> Hardware:
     """A file of hardware/ by name, or by path; `inter_node` names another link between nodes.
 
     Raises:
-        ConfigError: no such file or link, or a figure that is missing, unknown, or without a source.
+        ConfigError: no such file or link, or a figure that is missing, unknown, or without a
+            source.
     """
     path = Path(name) if name.endswith(".yaml") else _files().get(name)
     if path is None:

@@ -1,4 +1,5 @@
-"""Which systems are compared on a number of GPUs, and which settings of each are tried before the comparison.
+"""Which systems are compared on a number of GPUs, and which settings of each are tried before the
+comparison.
 
     sarathi       tensor parallel, chunked prompts in hybrid batches (Sarathi-Serve, arXiv 2403.02310)
     sarathi-large the same with the largest chunks: sooner first tokens, later others
@@ -12,8 +13,8 @@
     sps2-csa      sps2 with sparse attention
     sps2-split    sps2-csa with engines of their own for decode
 
-Every family gets all its layouts, and those with chunks several sizes, so that none is compared at a bad setting;
-`tuned` takes the one with the least mean response time on a part of the workload.
+Every family gets all its layouts, and those with chunks several sizes, so that none is compared at
+a bad setting; `tuned` takes the one with the least mean response time on a part of the workload.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def candidates(family: str, place: Place) -> list[System]:
 
 
 def tuned(systems: Sequence[System], place: Place, part: Sequence[Arrival]) -> System:
-    """The system that serves a part of the workload with the least mean response time, refusals last.
+    """The system that serves a part of the workload with the least mean response time, refusals
+    last.
 
     Raises:
         ConfigError: there is nothing to choose from.

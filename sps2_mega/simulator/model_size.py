@@ -1,4 +1,5 @@
-"""What a model weighs: parameters of one layer, bytes of weights and of cached tokens. Pure counts from ModelConfig.
+"""What a model weighs: parameters of one layer, bytes of weights and of cached tokens. Pure counts
+from ModelConfig.
 
 Norms and biases are left out: they are below a thousandth of a layer. Decides no time.
 """
@@ -8,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sps2_mega.config import ModelConfig
-from sps2_mega.engine.layer_work import LayerWork
+from sps2_mega.scheduler.layer_flops import LayerFlops
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """One layer's parameters, and bytes of a number: `itemsize` of activations, cache and attention weights,
-    `ffn_itemsize` of feed-forward weights (1 where they are kept in FP8)."""
+    """One layer's parameters, and bytes of a number: `itemsize` of activations, cache and attention
+    weights, `ffn_itemsize` of feed-forward weights (1 where they are kept in FP8)."""
 
     num_layers: int
     hidden_size: int
@@ -30,9 +31,9 @@ class ModelSize:
     ffn_itemsize: int
 
     @property
-    def layer_work(self) -> LayerWork:
+    def layer_flops_of(self) -> LayerFlops:
         """What the scheduler counts with."""
-        return LayerWork(
+        return LayerFlops(
             num_layers=self.num_layers,
             token_flops=2 * self.layer_params,
             pair_flops=4 * self.num_heads * self.head_dim,
@@ -53,11 +54,13 @@ class ModelSize:
 
     @property
     def weight_bytes(self) -> int:
-        """All layers, and the tables of input and output (which some models share; small either way)."""
+        """All layers, and the tables of input and output (which some models share; small either
+        way)."""
         return self.num_layers * self.layer_bytes + 2 * self.head_params * self.itemsize
 
     def kv_bytes(self, tp: int) -> int:
-        """One token's keys and values in one layer on one of `tp` ranks: at least one whole KV head."""
+        """One token's keys and values in one layer on one of `tp` ranks: at least one whole KV
+        head."""
         return 2 * max(1, self.num_kv_heads // tp) * self.head_dim * self.itemsize
 
 

@@ -1,4 +1,5 @@
-"""Synthetic arrivals: a Poisson process at a given rate, with fixed lengths or with those of a trace, shuffled."""
+"""Synthetic arrivals: a Poisson process at a given rate, with fixed lengths or with those of a
+trace, shuffled."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from sps2_mega.simulator.arrivals import Arrival
 def poisson(
     lengths: Sequence[tuple[int, int]], *, rate: float, count: int, seed: int
 ) -> list[Arrival]:
-    """`count` requests at `rate` per second; each takes (prompt, output) tokens at random from `lengths`.
+    """`count` requests at `rate` per second; each takes (prompt, output) tokens at random from
+    `lengths`.
 
     Raises:
         ConfigError: no lengths, or a rate that is not positive.

@@ -1,4 +1,5 @@
-"""Drawing requests from ServeGen's statistics of one client: arrivals by window, lengths by longer windows.
+"""Drawing requests from ServeGen's statistics of one client: arrivals by window, lengths by longer
+windows.
 
 *-trace.csv     start, requests per second, CV, distribution of gaps (Gamma, Weibull or none), shape, scale
 *-dataset.json  {start: {"input_tokens": "{length: probability, ..}", "output_tokens": ..}}
@@ -31,7 +32,8 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """From `start_s` to `end_s` gaps between requests follow one distribution; None: no requests come."""
+    """From `start_s` to `end_s` gaps between requests follow one distribution; None: no requests
+    come."""
 
     start_s: float
     end_s: float

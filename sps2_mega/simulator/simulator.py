@@ -1,8 +1,8 @@
 """Discrete events: arrivals, ends of steps, handovers; every engine runs its own scheduler.
 
-Decides which engine a request goes to (the one with the fewest tokens to do), nothing else. Disaggregated systems hand
-a sequence over after its first token: keys and values travel layer by layer while prefill runs, so only what does not
-fit into that time, and the last layer, delays it.
+Decides which engine a request goes to (the one with the fewest tokens to do), nothing else.
+Disaggregated systems hand a sequence over after its first token: keys and values travel layer by
+layer while prefill runs, so only what does not fit into that time, and the last layer, delays it.
 
     arrival -> engine: plan, cost, commit, plan, ... -> first token -> (decode engine) -> last token
 """
@@ -29,8 +29,9 @@ _PARAMS = SamplingParams(temperature=0.0, ignore_eos=True)  # lengths are the tr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRun:
-    """What happened: `timings` of finished requests in order of arrival, `refused` ones counted, `duration_s` to the
-    last token, seconds of all steps by term, and per engine what the meter and the cache saw."""
+    """What happened: `timings` of finished requests in order of arrival, `refused` ones counted,
+    `duration_s` to the last token, seconds of all steps by term, and per engine what the meter and
+    the cache saw."""
 
     system: System
     timings: tuple[Timings, ...]
@@ -77,7 +78,8 @@ class _Run:
         on_finished: Callable[[], None] | None,
     ) -> None:
         self._arrivals, self._system, self._on_finished = arrivals, system, on_finished
-        # Traces may be longer than a model's own limit: what counts here is cost, and refusals are the cache's.
+        # Traces may be longer than a model's own limit: what counts here is cost, and refusals are
+        # the cache's.
         longest = max((a.prompt_len + a.output_len for a in arrivals), default=1) + 1
         cost = step_cost(
             system, model, hardware, tp=system.tp, sp=system.sp, ffn_itemsize=ffn_itemsize
@@ -96,7 +98,8 @@ class _Run:
                 sp=system.decode_sp,
                 ffn_itemsize=ffn_itemsize,
             )
-            # Every step decodes all and lets newcomers in, whole: what they bring has been computed already.
+            # Every step decodes all and lets newcomers in, whole: what they bring has been computed
+            # already.
             config = SchedulerConfig(
                 policy="sarathi", chunk_tokens=2**30, max_running=system.max_running
             )

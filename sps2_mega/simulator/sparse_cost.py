@@ -1,10 +1,13 @@
-"""Seconds of CSA attention over SP ranks: rows and pairs of the real pattern, scaled to each prompt.
+"""Seconds of CSA attention over SP ranks: rows and pairs of the real pattern, scaled to each
+prompt.
 
-With spans from the topology a longer prompt has the same picture at a larger scale: far pairs grow with the square of
-its length and far rows with the length. So the level planner is asked once, about one long prompt; sinks, halo and the
-exact tail, which do not grow so, are added by count. Given spans do not scale: then it is asked about the one length that
-is to be priced. What a rank computes on its own keys comes first and hides what comes in then; exchanges are cut as
-`attention.leveled` cuts them, and each part pays its own latencies. Decides which transport each level takes: the fastest.
+With spans from the topology a longer prompt has the same picture at a larger scale: far pairs grow
+with the square of its length and far rows with the length. So the level planner is asked once,
+about one long prompt; sinks, halo and the exact tail, which do not grow so, are added by count.
+Given spans do not scale: then it is asked about the one length that is to be priced. What a rank
+computes on its own keys comes first and hides what comes in then; exchanges are cut as
+`attention.leveled` cuts them, and each part pays its own latencies. Decides which transport each
+level takes: the fastest.
 """
 
 from __future__ import annotations
@@ -12,22 +15,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from sps2_mega.attention.layout import build_layout
-from sps2_mega.attention.level_planner import Pair, choose_levels, visible_between
-from sps2_mega.attention.pattern import CSAPattern, topology_spans
+from sps2_mega.attention.csa.pattern import CSAPattern, topology_spans
+from sps2_mega.attention.layout.token_layout import build_layout
+from sps2_mega.attention.levels.exchanges import group_sizes_of
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,
     PipelineSettings,
     num_micro_batches,
 )
-from sps2_mega.attention.works import group_sizes_of
+from sps2_mega.attention.planner.by_level import Pair, choose_levels, visible_between
+from sps2_mega.attention.planner.overlap import works_s
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Machine
 from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.hardware import Hardware
-from sps2_mega.simulator.overlap import works_s
 from sps2_mega.simulator.transport_cost import AttentionSeconds
 
 _SHARD = 4096  # tokens per rank of the prompt that is looked at
@@ -43,8 +46,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Combination:
-    """Transports by level; `link_s` and `copy_s` (merges too) per token of the prompt, `compute_s` per squared token, `latency_s` as
-    it is."""
+    """Transports by level; `link_s` and `copy_s` (merges too) per token of the prompt, `compute_s`
+    per squared token, `latency_s` as it is."""
 
     transports: tuple[str, ...]
     link_s: float
@@ -55,8 +58,8 @@ class _Combination:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseCost:
-    """CSA on one machine; heads are those of one TP rank. `own_s` is what a rank computes on its own keys, per squared
-    token."""
+    """CSA on one machine; heads are those of one TP rank. `own_s` is what a rank computes on its
+    own keys, per squared token."""
 
     csa: CSAConfig
     size: int
@@ -73,8 +76,8 @@ class SparseCost:
     def seconds(
         self, prompts: list[Prompt], hardware: Hardware, *, pipelined: bool
     ) -> AttentionSeconds:
-        """The whole prompts of one step; of one with a cached prefix the far keys travel as for a fresh one, since the
-        new queries see cached keys of all ranks."""
+        """The whole prompts of one step; of one with a cached prefix the far keys travel as for a
+        fresh one, since the new queries see cached keys of all ranks."""
         tokens = sum(prompt.end for prompt in prompts)
         squared = sum(float(p.end) ** 2 - float(p.start) ** 2 for p in prompts)
         near_s = self._near_s(prompts, hardware)
@@ -107,8 +110,8 @@ class SparseCost:
         return min(found, key=lambda seconds: seconds.total_s)
 
     def visible_share(self, chunk: Prompt, hardware: Hardware) -> float:
-        """Arithmetic of a chunk's queries over that of exact attention. Chunks lie in stripes, so that ranks have about the
-        same to do: as much as where the work is dealt out best."""
+        """Arithmetic of a chunk's queries over that of exact attention. Chunks lie in stripes, so
+        that ranks have about the same to do: as much as where the work is dealt out best."""
         least_s = min(way.compute_s for way in self.combinations)
         squared = float(chunk.end) ** 2 - float(chunk.start) ** 2
         seconds = least_s * squared + self._near_s([chunk], hardware)
@@ -134,7 +137,8 @@ class SparseCost:
         return flops / hardware.attention_flops_per_s
 
     def _tail_s(self, num_prompts: int) -> tuple[float, float]:
-        """Queries of the tail go to all ranks; partials come back, and sinks and halo come once: (out, in)."""
+        """Queries of the tail go to all ranks; partials come back, and sinks and halo come once:
+        (out, in)."""
         row = self.head_dim * self.itemsize
         each_s = num_prompts / self.exchange_bytes_per_s
         queries = self.csa.tail * self.num_heads * row
@@ -143,7 +147,8 @@ class SparseCost:
         return queries * each_s, (partials + keys) * each_s
 
     def _num_parts(self, prompts: list[Prompt]) -> int:
-        """As `attention.leveled.num_kv_parts` counts; the formula is repeated here because that module needs torch."""
+        """As `attention.leveled.num_kv_parts` counts; the formula is repeated here because that
+        module needs torch."""
         row = self.head_dim * self.itemsize
         shares = self.size * self.csa.level_degrees[-1]
         keys = sum(p.end for p in prompts)
@@ -170,7 +175,8 @@ def sparse_cost(
     """`length`: the only prompt length that will be priced, needed where spans are given.
 
     Raises:
-        ConfigError: spans without a length (only those from the topology scale), or degrees do not fit the levels.
+        ConfigError: spans without a length (only those from the topology scale), or degrees do not
+            fit the levels.
     """
     if csa.spans is not None and length is None:
         raise ConfigError(f"the simulator prices CSA spans from the topology, got {csa.spans}")

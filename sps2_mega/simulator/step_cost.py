@@ -6,8 +6,9 @@
     kv_write        new keys and values into the cache             overhead      gaps between small kernels
     head            logits of the tokens that are sampled          host        planning, telling ranks, sampling
 
-Decides how a step's tokens are dealt to the ranks of an engine: evenly, or, where that is faster and the system allows
-it, short prompts whole on one SP rank each. What is in a step is the scheduler's choice.
+Decides how a step's tokens are dealt to the ranks of an engine: evenly, or, where that is faster
+and the system allows it, short prompts whole on one SP rank each. What is in a step is the
+scheduler's choice.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from sps2_mega.simulator.collectives import all_reduce_s
 from sps2_mega.simulator.compute import causal_pairs, gemm_s, kv_read_s, memory_s
 from sps2_mega.simulator.decode_cost import DecodeExchange
 from sps2_mega.simulator.hardware import Hardware
+from sps2_mega.simulator.local_prefill import dealt
 from sps2_mega.simulator.model_size import ModelSize, model_size
-from sps2_mega.simulator.side_by_side import dealt
 from sps2_mega.simulator.sparse_cost import Prompt, SparseCost, sparse_cost
 from sps2_mega.simulator.system import System
 from sps2_mega.simulator.transport_cost import (
@@ -65,12 +66,14 @@ class StepCost:
     def of_tokens(
         self, prompts: Sequence[Prompt], *, num_decodes: int, context: int, num_sampled: int
     ) -> Terms:
-        """`prompts` are prefilled; `num_decodes` sequences, with `context` tokens together, get one more token."""
+        """`prompts` are prefilled; `num_decodes` sequences, with `context` tokens together, get one
+        more token."""
         terms = self._of_layers(prompts, num_decodes, context)
         return self._of_step(terms, num_sampled)
 
     def of_slice(self, prompts: Sequence[Prompt], *, num_layers: int, num_sampled: int) -> Terms:
-        """`prompts` go through some of the layers; with the last ones there are tokens to sample."""
+        """`prompts` go through some of the layers; with the last ones there are tokens to
+        sample."""
         share = num_layers / self.size.num_layers
         terms = {name: share * seconds for name, seconds in self._of_layers(prompts, 0, 0).items()}
         return self._of_step(terms, num_sampled)
@@ -78,8 +81,8 @@ class StepCost:
     def of_chunks(
         self, chunks: Sequence[tuple[int, int]], *, first: int, num_sampled: int
     ) -> Terms:
-        """Chunks (start, end) of one prompt, each through one layer; in every layer the one from `first` on comes first
-        and brings cached keys too."""
+        """Chunks (start, end) of one prompt, each through one layer; in every layer the one from
+        `first` on comes first and brings cached keys too."""
         terms: dict[str, float] = {}
         for start, end in chunks:
             found = chunk_seconds(
@@ -110,7 +113,8 @@ class StepCost:
         return terms
 
     def _of_step(self, terms: dict[str, float], num_sampled: int) -> Terms:
-        """`terms` of layers, and what comes once in a step; the host's share only where it was measured."""
+        """`terms` of layers, and what comes once in a step; the host's share only where it was
+        measured."""
         terms["head"] = gemm_s(
             num_sampled / self.sp,
             self.size.head_params / self.tp,
@@ -131,7 +135,8 @@ class StepCost:
         """All layers; `new` prompt tokens are on the busiest rank."""
         if not prompts:
             return self._decode(num_decodes, context)
-        # A sequence's linear layers run on one rank, so the busiest has at least one whole sequence.
+        # A sequence's linear layers run on one rank, so the busiest has at least one whole
+        # sequence.
         terms = self._per_token(new + -(-num_decodes // self.sp))
         self._add_prefill_attention(terms, prompts)
         if num_decodes:
@@ -139,8 +144,8 @@ class StepCost:
         return terms
 
     def _decode(self, num_decodes: int, context: int) -> dict[str, float]:
-        """A step without prompts. Most steps are such, and but for reading the cache they differ by their number of
-        sequences alone, so that is remembered."""
+        """A step without prompts. Most steps are such, and but for reading the cache they differ by
+        their number of sequences alone, so that is remembered."""
         terms = self._decodes.get(num_decodes)
         if terms is None:
             terms = self._decodes[num_decodes] = self._per_token(-(-num_decodes // self.sp))
@@ -218,7 +223,8 @@ def step_cost(
     """
     if model.sliding_window is not None:
         raise ConfigError(
-            f"the simulator prices full attention, the model has a window of {model.sliding_window} tokens"
+            "the simulator prices full attention, the model has a window of "
+            f"{model.sliding_window} tokens"
         )
     size = model_size(model, ffn_itemsize=ffn_itemsize)
     machine = hardware.sp_machine(tp, sp)

@@ -1,13 +1,14 @@
 """Reading published request traces: which format a file has, and one `Arrival` per row.
 
     Mooncake     JSON lines: timestamp (ms), input_length, output_length, hash_ids (blocks of 512 tokens)
-    Qwen-Bailian JSON lines: chat_id, timestamp (s), input_length, output_length, hash_ids (blocks of 16 tokens)
+    Qwen-Bailian JSON lines: chat_id, timestamp (s), input_length, output_length, hash_ids (blocks
+    of 16 tokens)
     Azure        CSV: TIMESTAMP, ContextTokens, GeneratedTokens
     BurstGPT     CSV: Timestamp (s), Request tokens, Response tokens, ..
     ServeGen     CSV without a header: statistics, from which `servegen` draws
 
-Files may be gzipped. Times begin at 0 and rows are put in their order. Decides nothing about rates and lengths
-(`arrivals.scaled`).
+Files may be gzipped. Times begin at 0 and rows are put in their order. Decides nothing about rates
+and lengths (`arrivals.scaled`).
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ def trace_path(name: str) -> Path:
 
 
 def read_trace(name: str, *, limit: int | None = None, seed: int = 0) -> list[Arrival]:
-    """The first `limit` requests of a bundled trace or a file. `seed` matters where requests are drawn (ServeGen).
+    """The first `limit` requests of a bundled trace or a file. `seed` matters where requests are
+    drawn (ServeGen).
 
-    Rows without tokens in or out are left out: they were refused or failed where the trace was taken.
+    Rows without tokens in or out are left out: they were refused or failed where the trace was
+    taken.
 
     Raises:
         ConfigError: no such file, no known format, or a row that cannot be read.
@@ -74,7 +77,8 @@ def read_trace(name: str, *, limit: int | None = None, seed: int = 0) -> list[Ar
         return list(itertools.islice(draw_arrivals(windows, seed=seed), limit))
     else:
         raise ConfigError(
-            f"{path} begins with {head[:60]!r}: not a trace of Mooncake, Qwen-Bailian, Azure, BurstGPT or ServeGen"
+            f"{path} begins with {head[:60]!r}: not a trace of Mooncake, Qwen-Bailian, Azure, "
+            "BurstGPT or ServeGen"
         )
     kept = [row for row in rows if row[1] >= 1 and row[2] >= 1]
     return _arrivals(kept)[:limit]
@@ -125,7 +129,8 @@ def _csv_rows(lines: Iterable[str], path: Path) -> Iterator[_Row]:
 
 
 def _azure(row: Mapping[str, str]) -> _Row:
-    # Seven digits of a second are one more than datetime takes; a zone may follow, or no fraction be there.
+    # Seven digits of a second are one more than datetime takes; a zone may follow, or no fraction
+    # be there.
     moment, _, fraction = row["TIMESTAMP"].partition(".")
     digits = "".join(itertools.takewhile(str.isdigit, fraction))
     zone = fraction[len(digits) :]
@@ -135,7 +140,8 @@ def _azure(row: Mapping[str, str]) -> _Row:
 
 
 def _arrivals(rows: list[_Row]) -> list[Arrival]:
-    """In order of time from 0 on; names are numbered anew, since some traces have very large ones."""
+    """In order of time from 0 on; names are numbered anew, since some traces have very large
+    ones."""
     rows.sort(key=lambda row: row[0])
     start = rows[0][0] if rows else 0.0
     numbers: dict[int, int] = {}
@@ -153,7 +159,8 @@ def _arrivals(rows: list[_Row]) -> list[Arrival]:
 
 
 def _spread(arrivals: list[Arrival]) -> list[Arrival]:
-    """Requests of one tick of a coarse clock, evenly until the next tick: a burst every 3 s would be an artefact."""
+    """Requests of one tick of a coarse clock, evenly until the next tick: a burst every 3 s would
+    be an artefact."""
     spread: list[Arrival] = []
     ticks = [list(group) for _, group in itertools.groupby(arrivals, key=lambda a: a.time_s)]
     for number, group in enumerate(ticks):

@@ -1,10 +1,12 @@
-"""Seconds of exact attention over SP ranks by each transport: the planner's bytes, the pipeline's order.
+"""Seconds of exact attention over SP ranks by each transport: the planner's bytes, the pipeline's
+order.
 
-Bytes of a step with equal shares are linear in its new and its cached tokens, so `attention.traffic` is asked twice,
-when a cost is made, and never again: a step then costs a few multiplications, on any number of ranks. Layers are cut and
-windows are as wide as in the transports themselves; every part of a cut layer pays its own latencies and calls. Calls,
-merges and copies cost what was measured of the hardware, nothing where nobody measured. Decides which transport a step
-of `auto` takes, as the engine does: the fastest.
+Bytes of a step with equal shares are linear in its new and its cached tokens, so
+`attention.traffic` is asked twice, when a cost is made, and never again: a step then costs a few
+multiplications, on any number of ranks. Layers are cut and windows are as wide as in the transports
+themselves; every part of a cut layer pays its own latencies and calls. Calls, merges and copies
+cost what was measured of the hardware, nothing where nobody measured. Decides which transport a
+step of `auto` takes, as the engine does: the fastest.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sps2_mega.attention.heads import split_heads
+from sps2_mega.attention.layout.heads import split_heads
 from sps2_mega.attention.pipeline.parts import most_kv_heads
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
@@ -24,13 +26,13 @@ from sps2_mega.attention.pipeline.settings import (
     cut_by_heads_and_queries,
     num_micro_batches,
 )
-from sps2_mega.attention.planner import estimate, link_seconds
-from sps2_mega.attention.step_shape import StepShape
-from sps2_mega.attention.traffic import bytes_moved, num_messages
+from sps2_mega.attention.planner.exact import estimate, link_seconds
+from sps2_mega.attention.planner.overlap import cut_s, ring_s
+from sps2_mega.attention.planner.step_shape import StepShape
+from sps2_mega.attention.planner.traffic import bytes_moved, num_messages
 from sps2_mega.parallel.machine import Link, Machine
 from sps2_mega.simulator.compute import attention_s, memory_s
 from sps2_mega.simulator.hardware import Hardware
-from sps2_mega.simulator.overlap import cut_s, ring_s
 
 _UNIT = (
     1024  # tokens per rank of the steps that are asked for; large enough that no integer is rounded
@@ -39,7 +41,8 @@ _UNIT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSeconds:
-    """One layer: what attention computes, what communication takes in all, and how much of that is not hidden."""
+    """One layer: what attention computes, what communication takes in all, and how much of that is
+    not hidden."""
 
     transport: str
     compute_s: float
@@ -54,8 +57,9 @@ class AttentionSeconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCost:
-    """One transport on one machine. `query_s[l]` and `key_s[l]` are link seconds per token of level l, for one token
-    per rank; `sent` is bytes per rank and `copy_s` seconds of copying likewise. `most_kv_heads`: where heads are dealt."""
+    """One transport on one machine. `query_s[l]` and `key_s[l]` are link seconds per token of level
+    l, for one token per rank; `sent` is bytes per rank and `copy_s` seconds of copying likewise.
+    `most_kv_heads`: where heads are dealt."""
 
     transport: str
     size: int
@@ -77,7 +81,8 @@ class TransportCost:
     def seconds(
         self, pairs: float, new: float, keys: float, hardware: Hardware, *, pipelined: bool
     ) -> AttentionSeconds:
-        """A step of `new` tokens that looks at `keys` tokens (those included), `pairs` of them for each head."""
+        """A step of `new` tokens that looks at `keys` tokens (those included), `pairs` of them for
+        each head."""
         queries, held = new / self.size, keys / self.size
         kv_bytes = 2 * held * self.num_kv_heads * self.head_dim * self.itemsize
         own = pairs * self.num_heads * self.busiest_share
@@ -101,7 +106,8 @@ class TransportCost:
         back_s = query_s / 2 if self.transport in ("ulysses", "pass_q") else 0.0
         for_keys, for_queries, for_results = self._messages()
         messages = cut.head_groups * for_keys + parts * (for_queries + for_results)
-        # Between CPUs the latency of a message is time of a core, which no pipeline hides (`attention.planner`).
+        # Between CPUs the latency of a message is time of a core, which no pipeline hides
+        # (`attention.planner`).
         latency_s, core_s = (
             (0.0, messages * self.latency_s) if self.on_cpu else (self.latency_s, 0.0)
         )
@@ -139,7 +145,8 @@ class TransportCost:
         return (1, count - 2, 1) if self.transport == "ulysses" else (count, 0, 0)
 
     def _cut(self, pairs: float, queries: float, held: float) -> Cut:
-        """As `attention.ulysses` and `attention.pipeline.parts.kv_head_groups` cut, by means over ranks."""
+        """As `attention.ulysses` and `attention.pipeline.parts.kv_head_groups` cut, by means over
+        ranks."""
         wanted = num_micro_batches(
             PipelineSettings(),
             num_bytes=int(queries * self.query_sent + held * self.key_sent),
@@ -153,13 +160,15 @@ class TransportCost:
         )
 
     def _merge_s(self, queries: float, hardware: Hardware) -> float:
-        """Each query meets the keys of every rank; in zigzag two runs of half as many meet one or two runs of keys."""
+        """Each query meets the keys of every rank; in zigzag two runs of half as many meet one or
+        two runs of keys."""
         if self.transport not in ("ring", "pass_q"):
             return 0.0
         return self.merging_s(queries, self.size, hardware)
 
     def merging_s(self, queries: float, times: int, hardware: Hardware) -> float:
-        """So many partials of each query are read and merged into a float32 sum, which is read and written."""
+        """So many partials of each query are read and merged into a float32 sum, which is read and
+        written."""
         return times * queries * self.num_heads * self.head_dim * merge_s(self.itemsize, hardware)
 
 

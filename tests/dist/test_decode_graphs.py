@@ -1,5 +1,5 @@
-"""Decode steps through graphs give the tokens of steps without: on the CPU "graphs" that just call again, so that
-buffers, padding and buckets are real, and captured ones on a GPU."""
+"""Decode steps through graphs give the tokens of steps without: on the CPU "graphs" that just call
+again, so that buffers, padding and buckets are real, and captured ones on a GPU."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def with_and_without(
 
     import torch
 
+    from sps2_mega.attention.build import PrefillSetup
     from sps2_mega.checkpoint.load import load_weights
     from sps2_mega.checkpoint.source import open_checkpoint
     from sps2_mega.config import EngineConfig, ParallelConfig
-    from sps2_mega.engine.decode_graphs import CudaRecorder, DecodeGraphs, make_decode_graphs
-    from sps2_mega.engine.executor import Executor
-    from sps2_mega.engine.prefill_setup import PrefillSetup
     from sps2_mega.kernels.paged_kv import triton as paged_kv
     from sps2_mega.kernels.rotary_append import triton as rotary_append
     from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
+    from sps2_mega.worker.decode_graphs import CudaRecorder, DecodeGraphs, make_decode_graphs
+    from sps2_mega.worker.executor import Executor
 
     os.environ["MASTER_PORT"] = str(port)
     info, device = from_environment(), torch.device(device_type)
@@ -102,10 +102,8 @@ def with_and_without(
         )
         # On the CPU the cache is written by torch, which knows no padding.
         with (
-            patch("sps2_mega.attention.new_keys.append", paged_kv.append),
-            patch(
-                "sps2_mega.attention.new_keys.rotate_and_append", rotary_append.rotate_and_append
-            ),
+            patch("sps2_mega.attention.step.append", paged_kv.append),
+            patch("sps2_mega.attention.step.rotate_and_append", rotary_append.rotate_and_append),
         ):
             found[kind], used = generated(executor, prompts)
         if graphs is not None:

@@ -73,7 +73,8 @@ def test_one_short_prompt_leaves_ranks_without_tokens(oracle, transport):
 
 
 def generate_on_rank(rank, folder: str, tp, sp, transport, port, num_prompts=None):
-    """Greedy tokens of the prompts (rank 0), through the engine, with a cache so small that it preempts."""
+    """Greedy tokens of the prompts (rank 0), through the engine, with a cache so small that it
+    preempts."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
     from sps2_mega.engine.engine import Engine
     from sps2_mega.types import SamplingParams

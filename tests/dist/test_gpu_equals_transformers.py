@@ -1,4 +1,5 @@
-"""Every family on a GPU in 16 bits is as near to float32 as transformers in the same type on the same GPU is."""
+"""Every family on a GPU in 16 bits is as near to float32 as transformers in the same type on the
+same GPU is."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def test_first_and_second_token(name, dtype, tmp_path):
 
 @torch.inference_mode()
 def last_two(model, tokens: list[int]) -> torch.Tensor:
-    """Log-probabilities [2, vocab] after all tokens but the last, and after all: what the engine's prefill and its first
-    decode step give."""
+    """Log-probabilities [2, vocab] after all tokens but the last, and after all: what the engine's
+    prefill and its first decode step give."""
     device = next(model.parameters()).device
     logits = model(torch.tensor([tokens], device=device)).logits[0, -2:]
     return logits.float().log_softmax(-1).cpu()

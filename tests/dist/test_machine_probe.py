@@ -13,8 +13,8 @@ from harness import free_port, run_ranks
 
 def facts_on_rank(rank, port, folder, levels, networks, num_heads=4):
     from sps2_mega.config import ParallelConfig
-    from sps2_mega.engine.machine_probe import machine_facts
-    from sps2_mega.engine.transport_probe import LayerHeads
+    from sps2_mega.engine.startup.machine_probe import machine_facts
+    from sps2_mega.engine.startup.transport_probe import LayerHeads
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
 

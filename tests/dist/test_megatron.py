@@ -92,7 +92,8 @@ def test_every_model_configuration_builds_with_its_shapes(tp):
 
 
 def test_built_parameter_counts_are_the_published_ones():
-    """The unpadded count of the pure formula equals what Megatron builds, less the vocabulary's padding."""
+    """The unpadded count of the pure formula equals what Megatron builds, less the vocabulary's
+    padding."""
     configs = shipped_configs()
     (shapes,) = run_ranks(meta_shapes_on_rank, 1, free_port(), configs, 1, timeout=200)
     for name, config in configs.items():

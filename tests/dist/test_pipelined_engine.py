@@ -1,4 +1,5 @@
-"""The engine with a pipelined prefill gives the tokens of one rank, and traces what its ranks did."""
+"""The engine with a pipelined prefill gives the tokens of one rank, and traces what its ranks
+did."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def check_trace(events, *, num_ranks):
     ]
     assert len({len(own) for own in steps}) == 1 and steps[0]
     for together in zip(*steps, strict=True):
-        # The ranks of a step meet in exchanges, so on one clock their steps have a moment in common.
+        # The ranks of a step meet in exchanges, so on one clock their steps have a moment in
+        # common.
         assert max(start for start, _ in together) < min(end for _, end in together)
     first, last = steps[0][0][0], steps[0][-1][1]
     assert all(first - 1e6 < event["ts"] < last + 1e6 for event in spans)

@@ -1,4 +1,5 @@
-"""Prefills that give way to decodes, between layers and between chunks, give the tokens of whole ones."""
+"""Prefills that give way to decodes, between layers and between chunks, give the tokens of whole
+ones."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from engine_run import run_engine
 
 from sps2_mega.config import CSAConfig
 
-# Under a target of 1 ms a slice has half the time of a decode step: one layer, or some blocks of a prompt in one.
+# Under a target of 1 ms a slice has half the time of a decode step: one layer, or some blocks of a
+# prompt in one.
 LAYOUTS = [
     (1, 1, "ulysses", 1.0),
     (1, 2, "auto", 1.0),
@@ -102,7 +104,8 @@ def test_a_sliced_prompt_without_finite_logits_fails_alone(model, requests, expe
 
 
 def test_an_abort_between_slices_leaves_the_rest_of_its_group(model, requests, expected):
-    """Without others that decode, prompts that come together are one group, which goes on without the one that left."""
+    """Without others that decode, prompts that come together are one group, which goes on without
+    the one that left."""
     options = model | dict(scheduler=dict(tbt_target_ms=1.0, overtake=0.0))
     together = [1, 3, 4]
     for step in (1, 2):

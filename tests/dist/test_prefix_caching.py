@@ -1,4 +1,5 @@
-"""Sharing the blocks of common prefixes changes what is computed, and nothing else: against one rank without it."""
+"""Sharing the blocks of common prefixes changes what is computed, and nothing else: against one
+rank without it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_turns():
-    """Three prompts with 50 tokens in common, one with three samples, and others, which share nothing."""
+    """Three prompts with 50 tokens in common, one with three samples, and others, which share
+    nothing."""
     common, *texts = families.prompts((50, 1, 20, 33, 75, 200, 16), seed=8)
     greedy = dict(max_tokens=21, temperature=0.0, logprobs=1, ignore_eos=True)
     return [

@@ -1,5 +1,5 @@
-"""Log-probabilities of prompts that requests ask for: transformers', whatever chunks, caches and others do. Layouts are
-`test_scoring`'s: both go through the same function."""
+"""Log-probabilities of prompts that requests ask for: transformers', whatever chunks, caches and
+others do. Layouts are `test_scoring`'s: both go through the same function."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_scores_are_those_of_transformers_in_any_chunks(oracle, tp, sp, options)
 
 
 def test_samples_and_cached_prefixes_and_preemption(oracle):
-    """A scored prompt takes nothing from the cache but leaves everything there; its samples share what the first one
-    computed; and one that loses its blocks has its scores once."""
+    """A scored prompt takes nothing from the cache but leaves everything there; its samples share
+    what the first one computed; and one that loses its blocks has its scores once."""
     folder, prompts, rows = oracle
     long = dict(max_tokens=60, temperature=0.0, seed=1)
     requests = [

@@ -1,4 +1,5 @@
-"""Chunks of prompts that ride along with decodes give the tokens of whole prompts, on every layout."""
+"""Chunks of prompts that ride along with decodes give the tokens of whole prompts, on every
+layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Decode under CSA: the same tokens on every layout, other ones than dense decode, and dense where all is near."""
+"""Decode under CSA: the same tokens on every layout, other ones than dense decode, and dense where
+all is near."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Two SP ranks on one device, exchanging through gloo: streams, events and separate communicators at work.
+"""Two SP ranks on one device, exchanging through gloo: streams, events and separate communicators
+at work.
 
-NCCL refuses two ranks on one GPU, so its own paths are not covered here. The same runs on the CPU, against which the
-test itself is checked.
+NCCL refuses two ranks on one GPU, so its own paths are not covered here. The same runs on the CPU,
+against which the test itself is checked.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ def tokens_on_rank(
     """Variant -> tokens of the prefill and of each decode step."""
     import torch
 
+    from sps2_mega.attention.build import PrefillSetup
+    from sps2_mega.attention.planner.attention_choice import sparse_prefill
     from sps2_mega.checkpoint.load import load_weights
     from sps2_mega.checkpoint.source import open_checkpoint
     from sps2_mega.config import CSAConfig, EngineConfig, ParallelConfig
-    from sps2_mega.engine.executor import Executor
-    from sps2_mega.engine.prefill_choice import sparse_prefill
-    from sps2_mega.engine.prefill_pipeline import make_pipeline
-    from sps2_mega.engine.prefill_setup import PrefillSetup
+    from sps2_mega.engine.startup.prefill_pipeline import make_pipeline
     from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
+    from sps2_mega.worker.executor import Executor
 
     os.environ["MASTER_PORT"] = str(port)
     info, device = from_environment(), torch.device(device_type)

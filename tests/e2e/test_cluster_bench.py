@@ -1,4 +1,5 @@
-"""The emulated cluster bench at a tiny size: it measures, compares answers, and leaves nothing behind."""
+"""The emulated cluster bench at a tiny size: it measures, compares answers, and leaves nothing
+behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A rank that dies in mid-generation costs nothing but time: the job ends fast, and --resume completes it."""
+"""A rank that dies in mid-generation costs nothing but time: the job ends fast, and --resume
+completes it."""
 
 from __future__ import annotations
 

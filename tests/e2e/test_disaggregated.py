@@ -1,4 +1,5 @@
-"""launch/serve.py with a decode rank of its own: the openai client, clients that leave, and the loss of that rank."""
+"""launch/serve.py with a decode rank of its own: the openai client, clients that leave, and the
+loss of that rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The Python interface with the bundled model: one process, ranks of its own, and ranks of a launcher."""
+"""The Python interface with the bundled model: one process, ranks of its own, and ranks of a
+launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""launch/serve.py as a user starts it: real model, real ranks, the openai client, signals and lost ranks."""
+"""launch/serve.py as a user starts it: real model, real ranks, the openai client, signals and lost
+ranks."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ import pytest
 from generation_job import generate_command, texts_of, write_requests
 from launched import ROOT, LaunchedJob, launch_command, launched
 
-from tools.soak import with_ids
-from tools.soak_cases import Answer, CaseMix
-from tools.soak_client import soak
-from tools.soak_state import state_faults
+from benchmarks.soak import with_ids
+from benchmarks.soaking.cases import Answer, CaseMix
+from benchmarks.soaking.client import soak
+from benchmarks.soaking.state import state_faults
 
 NUM_CLIENTS = 32
 LIMIT_S = 15.0
@@ -117,7 +118,8 @@ def leave_a_stream(url: str) -> None:
 
 
 def soak_a_little(url: str, lines: list[dict], offline: dict) -> None:
-    """Mixed shapes, clients that leave and invalid requests; tools/soak.py does the same with thousands."""
+    """Mixed shapes, clients that leave and invalid requests; benchmarks/soak.py does the same with
+    thousands."""
     answers = [
         Answer(
             fields={name: value for name, value in line.items() if name != "id"},

@@ -1,4 +1,5 @@
-"""How a served job ends: after a rank that stands still, and at the second signal. Nothing stays."""
+"""How a served job ends: after a rank that stands still, and at the second signal. Nothing
+stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""launch/slurm.sbatch with stand-ins for `srun` and `scontrol`: a real job on two "nodes" of the loopback."""
+"""launch/slurm.sbatch with stand-ins for `srun` and `scontrol`: a real job on two "nodes" of the
+loopback."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import pytest
 from generation_job import generate_command, texts_of, write_requests
 from launched import ROOT, launched
 
-# One task per node, as `srun` without options makes them; ends the others when one fails, and passes SIGTERM on.
+# One task per node, as `srun` without options makes them; ends the others when one fails, and
+# passes SIGTERM on.
 SRUN = r"""#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 pids=()

@@ -1,4 +1,5 @@
-"""Two ranks on two nodes, each under its own launcher: the same text as one rank, and one end for both."""
+"""Two ranks on two nodes, each under its own launcher: the same text as one rank, and one end for
+both."""
 
 from __future__ import annotations
 

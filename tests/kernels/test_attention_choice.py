@@ -1,4 +1,5 @@
-"""Which library is taken, from made-up times; on a GPU every library gives the reference's numbers."""
+"""Which library is taken, from made-up times; on a GPU every library gives the reference's
+numbers."""
 
 import re
 

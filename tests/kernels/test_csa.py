@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import DEVICES, assert_partial_close
 
-from sps2_mega.attention.pattern import CSAPattern
-from sps2_mega.attention.pieces import csa_pieces
-from sps2_mega.attention.volume import visible_keys
+from sps2_mega.attention.csa.pattern import CSAPattern
+from sps2_mega.attention.csa.pieces import csa_pieces
+from sps2_mega.attention.planner.sparse_volume import visible_keys
 from sps2_mega.kernels.attention.reference import attend_run
 from sps2_mega.kernels.csa import reference, sdpa
 from sps2_mega.kernels.csa.batches import batch_pieces, split_triangles
@@ -156,7 +156,8 @@ def test_views_of_a_packed_projection_are_read_in_place():
 
 
 def test_only_the_keys_that_travel_are_read():
-    """Rows that no query sees may hold anything, as in a buffer that only received what was sent."""
+    """Rows that no query sees may hold anything, as in a buffer that only received what was
+    sent."""
     length, q_start, layer = 300, 128, 1
     pattern = csa((1, 3), (64,), sinks=5, halo=10, tail=0)
     q, k, v = random_qkv(length - q_start, length, 8, 4, 16, torch.float32)

@@ -3,15 +3,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sps2_mega.attention.pattern import CSAPattern
-from sps2_mega.attention.pieces import csa_pieces
+from sps2_mega.attention.csa.pattern import CSAPattern
+from sps2_mega.attention.csa.pieces import csa_pieces
 from sps2_mega.kernels.csa.piece import Piece
 from sps2_mega.kernels.csa.tile_shape import fits, num_parts, padded_width, tile_shape
 from sps2_mega.kernels.csa.tiles import plan_tiles
 
 
 def seen_by_plan(plan, num_q, num_k, num_heads, q_minus_k):
-    """How often each (head, query row, key row) is computed, and how often each query row is written."""
+    """How often each (head, query row, key row) is computed, and how often each query row is
+    written."""
     seen = np.zeros((num_heads, num_q, num_k), dtype=int)
     written = np.zeros((plan.num_parts, num_heads, num_q), dtype=int)
     for head, first, step, count, begin, end, part in plan.tiles.tolist():

@@ -3,8 +3,8 @@ import torch
 from tolerances import assert_partial_close
 from triton_device import DEVICES, DEVICES_AND_TYPES
 
-from sps2_mega.attention.pattern import CSAPattern
-from sps2_mega.attention.pieces import csa_pieces
+from sps2_mega.attention.csa.pattern import CSAPattern
+from sps2_mega.attention.csa.pieces import csa_pieces
 from sps2_mega.kernels.csa import reference
 from sps2_mega.kernels.csa.piece import Piece
 

@@ -1,4 +1,5 @@
-"""Fused rotary embedding and cache append: the reference against Megatron's own, Triton against the reference."""
+"""Fused rotary embedding and cache append: the reference against Megatron's own, Triton against the
+reference."""
 
 import pytest
 import torch

@@ -1,8 +1,10 @@
-"""Compiles every kernel for CUDA devices that need not be there, as a program of its own (no interpreter).
+"""Compiles every kernel for CUDA devices that need not be there, as a program of its own (no
+interpreter).
 
     python triton_compiler.py 90     compute capability 9.0: prints one JSON line per kernel and form
 
-The interpreter accepts what the compiler does not (types, shapes of tiles), and knows nothing of shared memory.
+The interpreter accepts what the compiler does not (types, shapes of tiles), and knows nothing of
+shared memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The doctor: version bounds, the two packages called apex, exit status, both forms of the report."""
+"""The doctor: version bounds, the two packages called apex, exit status, both forms of the
+report."""
 
 import importlib.util
 import json

@@ -1,4 +1,5 @@
-"""The harness itself: results in order, and every way in which a rank can fail is seen and named."""
+"""The harness itself: results in order, and every way in which a rank can fail is seen and
+named."""
 
 from __future__ import annotations
 

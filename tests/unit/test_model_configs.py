@@ -1,4 +1,5 @@
-"""Every file of model_configs/ describes the published model: exact parameter counts, degrees that work."""
+"""Every file of model_configs/ describes the published model: exact parameter counts, degrees that
+work."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from sps2_mega.engine.admission import Limits, refusal
-from sps2_mega.engine.plan_codec import decode, encode
 from sps2_mega.errors import Refusal, RequestError
+from sps2_mega.scheduler.admission import Limits, refusal
+from sps2_mega.scheduler.plan_codec import decode, encode
 from sps2_mega.types import ForwardMode, PrefillItem, SamplingParams, Sequence, StepPlan
 
 

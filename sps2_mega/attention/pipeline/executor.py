@@ -1,11 +1,12 @@
-"""Runs the stages of one attention layer: posts, waits, computes, and notes when each exchange was under way.
+"""Runs the stages of one attention layer: posts, waits, computes, and notes when each exchange was
+under way.
 
-    pipeline = Pipeline(make_lanes(device), back=groups.sp_back, settings=...)     once per engine
+    pipeline = Pipeline(make_comm_streams(device), back=groups.sp_back, settings=...)     once per engine
     pipeline.run(stage_order(...), work, layer)             per layer; `work` knows the tensors
     pipeline.end_step("prefill 7", began)                   per step
 
-The order is `order`'s, what travels and is computed is the transport's (a `PipelineWork`), streams and clocks are
-`comm.lanes`'.
+The order is `order`'s, what travels and is computed is the transport's (a `PipelineWork`), streams
+and clocks are `comm.streams`'.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds, Interval, covered
-from sps2_mega.attention.pipeline.order import Action, Phase, Stage
+from sps2_mega.attention.pipeline.schedule import Action, Phase, Stage
 from sps2_mega.attention.pipeline.settings import PIPELINE_OFF, PipelineSettings
 from sps2_mega.attention.pipeline.trace import TraceRecorder
+from sps2_mega.comm.comm_streams import CommStreams, InFlight, make_comm_streams
 from sps2_mega.comm.exchange import Pending
-from sps2_mega.comm.lanes import Flight, Lanes, make_lanes
 from sps2_mega.parallel.groups import Group
 
 
 class PipelineWork(Protocol):
     """One layer's tensors. It must keep what it posted and received until `run` returns.
 
-    Posts happen in the same order on every rank. One with nothing to exchange on any rank (a group of one) returns
-    None, has then done what `arrived` or `returned` would do, and is not waited for. On CUDA posts, `arrived` and
-    `returned` run on side streams, right after each other.
+    Posts happen in the same order on every rank. One with nothing to exchange on any rank (a group
+    of one) returns None, has then done what `arrived` or `returned` would do, and is not waited
+    for. On CUDA posts, `arrived` and `returned` run on side streams, right after each other.
     """
 
     def post_gather(self, micro_batch: int, part: str) -> Pending | None:
@@ -56,46 +57,47 @@ class PipelineWork(Protocol):
 
 
 class Pipeline:
-    """Runs layers and adds up their communication until `take_seconds`. `back` is the group for the way back; None:
-    transports use the one they have for both ways, which is right but overlaps less."""
+    """Runs layers and adds up their communication until `take_seconds`. `back` is the group for the
+    way back; None: transports use the one they have for both ways, which is right but overlaps
+    less."""
 
     def __init__(
         self,
-        lanes: Lanes,
+        streams: CommStreams,
         back: Group | None = None,
         *,
         settings: PipelineSettings = PIPELINE_OFF,
         trace: TraceRecorder | None = None,
     ) -> None:
         self.back, self.settings = back, settings
-        self._clock = lanes.clock
-        self._lanes = {Phase.GATHER: lanes.gather, Phase.SCATTER: lanes.scatter}
+        self._clock = streams.clock
+        self._streams = {Phase.GATHER: streams.gather, Phase.SCATTER: streams.scatter}
         self._trace = trace
-        self._flown: list[tuple[int, Stage, Flight]] = []
+        self._flown: list[tuple[int, Stage, InFlight]] = []
         self._computed: list[tuple[int, Stage, Any, Any]] = []  # only while tracing
 
     def run(self, stages: Sequence[Stage], work: PipelineWork, layer: int) -> None:
         """All of `stages` in order; afterwards nothing is under way."""
-        self._lanes[Phase.GATHER].depend()
-        flights: dict[tuple[Phase, int, str], Flight | None] = {}
+        self._streams[Phase.GATHER].depend()
+        in_flight: dict[tuple[Phase, int, str], InFlight | None] = {}
         for stage in stages:
             key = (stage.phase, stage.micro_batch, stage.part)
             if stage.action is Action.POST:
-                flights[key] = self._launch(stage, work)
+                in_flight[key] = self._launch(stage, work)
             elif stage.action is Action.WAIT:
-                flight = flights[key]
+                flight = in_flight[key]
                 if flight is not None:
-                    self._lanes[stage.phase].land(flight)
+                    self._streams[stage.phase].land(flight)
                     self._flown.append((layer, stage, flight))
             else:
                 self._compute(stage, work, layer)
-        for flight in flights.values():
+        for flight in in_flight.values():
             if flight is not None:
                 flight.forget()
 
     def end_step(self, name: str, began: float, **facts: int) -> CommSeconds:
-        """Communication of the step that began at `began` (of `time.perf_counter()`) and ends now. On CUDA it waits
-        for the last exchange. `facts` are shown with the step in the trace."""
+        """Communication of the step that began at `began` (of `time.perf_counter()`) and ends now.
+        On CUDA it waits for the last exchange. `facts` are shown with the step in the trace."""
         seconds = self.take_seconds()
         if self._trace is not None:
             self._trace.step(name, (began, time.perf_counter()), overlap=seconds.overlap, **facts)
@@ -121,14 +123,14 @@ class Pipeline:
         self._clock.restart()
         return CommSeconds(exposed_comm_s=exposed, total_comm_s=covered(in_flight))
 
-    def _launch(self, stage: Stage, work: PipelineWork) -> Flight | None:
-        m, part, lane = stage.micro_batch, stage.part, self._lanes[stage.phase]
+    def _launch(self, stage: Stage, work: PipelineWork) -> InFlight | None:
+        m, part, stream = stage.micro_batch, stage.part, self._streams[stage.phase]
         if stage.phase is Phase.GATHER:
-            return lane.launch(
+            return stream.launch(
                 lambda: work.post_gather(m, part), lambda received: work.arrived(m, part, received)
             )
-        lane.depend()
-        return lane.launch(
+        stream.depend()
+        return stream.launch(
             lambda: work.post_scatter(m), lambda received: work.returned(m, received)
         )
 
@@ -143,4 +145,4 @@ class Pipeline:
 
 def plain_pipeline(device: torch.device) -> Pipeline:
     """Without overlap: one micro-batch at a time."""
-    return Pipeline(make_lanes(device))
+    return Pipeline(make_comm_streams(device))

@@ -1,4 +1,5 @@
-"""How much of a prefill step's communication was hidden behind computation: the only place where it is defined.
+"""How much of a prefill step's communication was hidden behind computation: the only place where it
+is defined.
 
 in flight    [--- k ---][-- q --]   [--- q ---]        total    = length of the union
 blocked      [--- wait ---]               [ w ]        exposed  = sum of waits
@@ -14,9 +15,9 @@ Interval = tuple[float, float]  # seconds, start <= end
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommSeconds:
-    """Communication of one or several prefill steps on this rank. `total_comm_s`: time in which at least one
-    exchange was under way, from its post to its completion; `exposed_comm_s`: the part of it in which the rank
-    waited instead of computing."""
+    """Communication of one or several prefill steps on this rank. `total_comm_s`: time in which at
+    least one exchange was under way, from its post to its completion; `exposed_comm_s`: the part of
+    it in which the rank waited instead of computing."""
 
     exposed_comm_s: float = 0.0
     total_comm_s: float = 0.0

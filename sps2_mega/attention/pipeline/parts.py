@@ -1,4 +1,5 @@
-"""Cutting the queries of a step, and the heads of a rank, into parts of about equal work: pure ints.
+"""Cutting the queries of a step, and the heads of a rank, into parts of about equal work: pure
+ints.
 
     rank 0   [ a | b  | c  |  d  ]        part 0 = every rank's tokens a, part 1 = every rank's tokens b, ..
     rank 1   [ a | b  | c  |  d  ]        so each part moves the same share of each rank's bytes
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sps2_mega.attention.heads import group_heads, split_heads
-from sps2_mega.attention.layout import TokenLayout
+from sps2_mega.attention.layout.heads import group_heads, split_heads
+from sps2_mega.attention.layout.token_layout import TokenLayout
 from sps2_mega.attention.pipeline.settings import (
     PipelineSettings,
     SmallestPart,
@@ -38,8 +39,8 @@ class PartRun:
 
 @dataclass(frozen=True, slots=True)
 class QueryPart:
-    """`local[r]` are rank r's tokens of the part. `index` brings them from rank-major into sequence order, in which
-    `runs` counts rows; None when the orders agree."""
+    """`local[r]` are rank r's tokens of the part. `index` brings them from rank-major into sequence
+    order, in which `runs` counts rows; None when the orders agree."""
 
     local: tuple[slice, ...]
     index: np.ndarray | None
@@ -54,7 +55,8 @@ class QueryPart:
 def cut_queries(
     queries: TokenLayout, num_parts: int, *, window: int | None = None
 ) -> list[QueryPart]:
-    """All queries in `num_parts` parts that cost about the same, at the same fraction of each rank's local tokens."""
+    """All queries in `num_parts` parts that cost about the same, at the same fraction of each
+    rank's local tokens."""
     bounds = _bounds(queries, num_parts, window)
     return [
         _part(queries, tuple(slice(cuts[p], cuts[p + 1]) for cuts in bounds))
@@ -82,9 +84,9 @@ def kv_head_groups(
     window: int | None,
     smallest: SmallestPart,
 ) -> list[range]:
-    """KV heads in groups of which each is a micro-batch, for transports that are cut by KV heads alone. From what all
-    ranks know alike, the mean over ranks; `moved_rows` are rows of one head that all ranks together give to others,
-    `row_bytes` what one of them takes."""
+    """KV heads in groups of which each is a micro-batch, for transports that are cut by KV heads
+    alone. From what all ranks know alike, the mean over ranks; `moved_rows` are rows of one head
+    that all ranks together give to others, `row_bytes` what one of them takes."""
     size = len(queries.counts)
     wanted = num_micro_batches(
         settings,
@@ -101,8 +103,8 @@ def kv_head_groups(
 def head_groups(
     num_heads: int, num_kv_heads: int, num_ranks: int, num_groups: int
 ) -> list[list[tuple[range, range]]]:
-    """[group][rank] -> (query heads, KV heads). Each rank's heads are cut where its KV head changes; a rank with
-    fewer KV heads than groups has nothing in some of them."""
+    """[group][rank] -> (query heads, KV heads). Each rank's heads are cut where its KV head
+    changes; a rank with fewer KV heads than groups has nothing in some of them."""
     repeats = num_heads // num_kv_heads
     groups: list[list[tuple[range, range]]] = [[] for _ in range(num_groups)]
     for heads, _ in split_heads(num_heads, num_kv_heads, num_ranks):

@@ -1,10 +1,12 @@
-"""How many micro-batches a layer's attention is cut into, from how much there is to send and to compute.
+"""How many micro-batches a layer's attention is cut into, from how much there is to send and to
+compute.
 
-Both ends of a pipeline are bare: the first micro-batch has nothing to hide behind, nor has the way back of the last.
-With M micro-batches about 1/M of the communication stays visible, so more are better, until each exchange costs more
-in latency, and each computation more in launching and small tiles, than hiding still gains. Past 8 the visible part
-shrinks by less than a tenth of the communication, so that is the most; below it, an exchange should carry enough
-bytes and a computation enough work to be worth its fixed costs.
+Both ends of a pipeline are bare: the first micro-batch has nothing to hide behind, nor has the way
+back of the last. With M micro-batches about 1/M of the communication stays visible, so more are
+better, until each exchange costs more in latency, and each computation more in launching and small
+tiles, than hiding still gains. Past 8 the visible part shrinks by less than a tenth of the
+communication, so that is the most; below it, an exchange should carry enough bytes and a
+computation enough work to be worth its fixed costs.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from sps2_mega.errors import ConfigError
 
 MAX_AUTO = 8
 
-# Micro-batches that may be under way in each direction. With 1, keys and values of the next heads, several times the
-# bytes of a part of queries, would have only one part's computation to hide behind.
+# Micro-batches that may be under way in each direction. With 1, keys and values of the next heads,
+# several times the bytes of a part of queries, would have only one part's computation to hide
+# behind.
 WINDOW = 4
 
 
@@ -42,14 +45,16 @@ PIPELINE_OFF = PipelineSettings(mode="off")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallestPart:
-    """Below this a micro-batch is not worth its fixed costs: bytes sent by a rank, and FLOPs computed by it."""
+    """Below this a micro-batch is not worth its fixed costs: bytes sent by a rank, and FLOPs
+    computed by it."""
 
     num_bytes: int
     flops: int
 
 
-# About ten times the fixed cost: gloo over Ethernet takes 0.1-0.2 ms per exchange, a core 30-100 GFLOP/s. On CUDA an
-# exchange of two communicators takes 30 us at 50 GB/s, a few kernels 20 us at some 400 TFLOP/s.
+# About ten times the fixed cost: gloo over Ethernet takes 0.1-0.2 ms per exchange, a core 30-100
+# GFLOP/s. On CUDA an exchange of two communicators takes 30 us at 50 GB/s, a few kernels 20 us at
+# some 400 TFLOP/s.
 CPU_PART = SmallestPart(num_bytes=128 * 1024, flops=100_000_000)
 CUDA_PART = SmallestPart(num_bytes=4 * 1024 * 1024, flops=50_000_000_000)
 
@@ -57,8 +62,8 @@ CUDA_PART = SmallestPart(num_bytes=4 * 1024 * 1024, flops=50_000_000_000)
 def num_micro_batches(
     settings: PipelineSettings, *, num_bytes: int, flops: int, smallest: SmallestPart
 ) -> int:
-    """Micro-batches of a layer in which a rank sends `num_bytes` and computes `flops`. 1 is no overlap. `on` cuts in
-    two even where it does not pay; where nothing travels nothing is cut."""
+    """Micro-batches of a layer in which a rank sends `num_bytes` and computes `flops`. 1 is no
+    overlap. `on` cuts in two even where it does not pay; where nothing travels nothing is cut."""
     if settings.micro_batches is not None:
         return settings.micro_batches
     if settings.mode == "off" or num_bytes == 0:
@@ -76,9 +81,10 @@ class Cut:
 
 
 def cut_by_heads_and_queries(wanted: int, *, kv_heads: int, query_tokens: int) -> Cut:
-    """About `wanted` micro-batches, of at most `kv_heads` KV heads (of the rank that has most) and `query_tokens`
-    (of the rank that has most). Heads are cut first: it divides K and V too, which queries of all parts need, and
-    costs attention nothing; cutting queries tears their causal triangle into pieces."""
+    """About `wanted` micro-batches, of at most `kv_heads` KV heads (of the rank that has most) and
+    `query_tokens` (of the rank that has most). Heads are cut first: it divides K and V too, which
+    queries of all parts need, and costs attention nothing; cutting queries tears their causal
+    triangle into pieces."""
     head_groups = max(1, min(wanted, kv_heads))
     query_parts = max(1, min(-(-wanted // head_groups), query_tokens))
     return Cut(head_groups=head_groups, query_parts=query_parts)

@@ -1,8 +1,9 @@
 """What a rank did in prefill steps, as events of the Chrome trace format, which Perfetto reads.
 
-One process row per rank. Thread rows: steps, `gather` and `scatter` (exchanges under way, several rows where they
-overlap, since events of one row must nest), and `compute` with the computations and the waits between them. Times are
-microseconds of one clock for all ranks; how clocks are compared and files written is `engine.tracing`'s.
+One process row per rank. Thread rows: steps, `gather` and `scatter` (exchanges under way, several
+rows where they overlap, since events of one row must nest), and `compute` with the computations and
+the waits between them. Times are microseconds of one clock for all ranks; how clocks are compared
+and files written is `engine.tracing`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sps2_mega.attention.pipeline.metrics import Interval
-from sps2_mega.attention.pipeline.order import Phase, Stage
+from sps2_mega.attention.pipeline.schedule import Phase, Stage
 
 _STEP_ROW, _COMPUTE_ROW = 0, 1
 # Rows of exchanges that overlap each other: gather 10, 11, ..; scatter 30, 31, ..
@@ -34,7 +35,8 @@ class TraceRecorder:
         self._add(name, "step", _STEP_ROW, span, **facts)
 
     def exchange(self, layer: int, stage: Stage, flown: Interval, blocked: Interval) -> None:
-        """An exchange that was under way during `flown` and waited for during `blocked`, in seconds."""
+        """An exchange that was under way during `flown` and waited for during `blocked`, in
+        seconds."""
         first = _FIRST_ROW[stage.phase]
         rows = range(first, first + _MAX_ROWS)
         free = (row for row in rows if self._row_ends.get(row, flown[0]) <= flown[0])

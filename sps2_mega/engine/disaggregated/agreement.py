@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sps2_mega.engine.admission import Limits
 from sps2_mega.engine.disaggregated.control import Control
 from sps2_mega.engine.disaggregated.messages import Hello
-from sps2_mega.engine.startup import StartedRank
+from sps2_mega.engine.startup.start_rank import StartedRank
+from sps2_mega.scheduler.admission import Limits
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """`limits` of every sequence: it must fit either side, since a preempted one is prefilled again. `shares_prefixes`:
-    both sides may use the blocks of common prefixes again. `num_blocks_there` are those of the other side."""
+    """`limits` of every sequence: it must fit either side, since a preempted one is prefilled
+    again. `shares_prefixes`: both sides may use the blocks of common prefixes again.
+    `num_blocks_there` are those of the other side."""
 
     limits: Limits
     shares_prefixes: bool
@@ -21,7 +22,8 @@ class Agreement:
 
 
 def agree(rank: StartedRank, control: Control, other_driver: int, *, prefixes: bool) -> Agreement:
-    """Both drivers call it with nothing else sent before. `prefixes`: whether this side can share them."""
+    """Both drivers call it with nothing else sent before. `prefixes`: whether this side can share
+    them."""
     num_blocks = rank.num_blocks * rank.groups.sp.size
     prefixes = prefixes and not rank.config.cache.no_prefix_caching
     own = Hello(num_blocks * rank.config.cache.block_size, num_blocks, prefixes)

@@ -1,21 +1,23 @@
-"""What clients are owed and get: requests in flight, their tokens as they come from either side, and counts of all that."""
+"""What clients are owed and get: requests in state, their tokens as they come from either side, and
+counts of all that."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Listed
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
-from sps2_mega.engine.output_processor import OutputProcessor
 from sps2_mega.engine.stats import EngineStats, KVUse
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.metrics import TokenWaits, waits_ended_at
 from sps2_mega.outputs import OutputDelta, RequestOutput
+from sps2_mega.text.output_processor import OutputProcessor
+from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import FinishReason, PrefillItem, SamplingParams, Sequence
 
 
 class Clients:
-    """Every request added is answered once, with its last sample, or dropped. Counts are since the start of the job."""
+    """Every request added is answered once, with its last sample, or dropped. Counts are since the
+    start of the job."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._outputs = OutputProcessor(tokenizer)
@@ -44,7 +46,7 @@ class Clients:
         self._samples[request_id] = samples
 
     def drop(self, request_id: str) -> list[Sequence]:
-        """Forget a request; returns its samples, none if it is not in flight."""
+        """Forget a request; returns its samples, none if it is not in state."""
         self._outputs.drop(request_id)
         return self._samples.pop(request_id, [])
 
@@ -59,8 +61,8 @@ class Clients:
         reason: FinishReason | None,
         now: float,
     ) -> bool:
-        """True when it was the sequence's last one, for `reason`, or because it completes a stop string, or because
-        there is none."""
+        """True when it was the sequence's last one, for `reason`, or because it completes a stop
+        string, or because there is none."""
         if token_id is None:
             sequence.finish_reason = FinishReason.ERROR
             return True
@@ -82,14 +84,16 @@ class Clients:
         return [output]
 
     def count_prompt(self, item: PrefillItem) -> None:
-        """Of a pass that has begun. Outputs that a preempted sequence computes again do not count."""
+        """Of a pass that has begun. Outputs that a preempted sequence computes again do not
+        count."""
         prompt = item.num_prompt_tokens
         self._prompt_tokens += min(item.end, prompt) - min(item.start, prompt)
         if item.start == item.num_shared_tokens:
             self._cached_tokens += min(item.start, prompt)
 
     def begin_turn(self) -> None:
-        """Steps that are counted from now on count as one: those who look at waits do so once per turn."""
+        """Steps that are counted from now on count as one: those who look at waits do so once per
+        turn."""
         self._is_turn_counted = False
 
     def count_step(self, now: float, sequences: Listed[Sequence]) -> None:

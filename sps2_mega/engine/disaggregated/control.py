@@ -1,4 +1,5 @@
-"""The drivers' conversation, and the queue in which all that one rank hears or does in other threads comes together."""
+"""The drivers' conversation, and the queue in which all that one rank hears or does in other
+threads comes together."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sps2_mega.comm.channel import Message
 from sps2_mega.engine.disaggregated.messages import ControlMessage, decode, encode, kind_of
-from sps2_mega.engine.startup import StartedRank
+from sps2_mega.engine.startup.start_rank import StartedRank
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,13 @@ class Heard:
 
 
 class Control:
-    """Control messages to any rank of the job; those to this rank wait in `events`, with what other threads put there."""
+    """Control messages to any rank of the job; those to this rank wait in `events`, with what other
+    threads put there."""
 
     def __init__(self, rank: StartedRank) -> None:
         assert rank.bridge is not None, "a job without sides has no bridge"
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._channel = rank.bridge.channel(on_message=self._receive, on_error=rank.lifeline.fail)
+        self._channel = rank.bridge.channel(on_message=self._receive, on_error=rank.watchdog.fail)
 
     def send(self, dst: int, message: ControlMessage) -> None:
         payload = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)

@@ -1,7 +1,8 @@
-"""The first decode rank: makes room for sequences, starts them when their keys and values are there, decodes them.
+"""The first decode rank: makes room for sequences, starts them when their keys and values are
+there, decodes them.
 
-Everything it knows of clients comes from the prefill driver (`messages`). It waits for messages only where there is
-nothing to decode.
+Everything it knows of clients comes from the prefill driver (`messages`). It waits for messages
+only where there is nothing to decode.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from dataclasses import dataclass, field
 from sps2_mega.engine.disaggregated.agreement import agree
 from sps2_mega.engine.disaggregated.control import Heard
 from sps2_mega.engine.disaggregated.decode_rank import DecodeRank
-from sps2_mega.engine.disaggregated.decode_scheduler import DecodeScheduler, Reservation
-from sps2_mega.engine.disaggregated.kv_route import Placement
+from sps2_mega.engine.disaggregated.kv_transfer import (
+    Destination,
+    original,
+    receiving_ranks,
+    repeated,
+)
+from sps2_mega.engine.disaggregated.kv_transfer_plan import Placement
 from sps2_mega.engine.disaggregated.messages import (
     Arrived,
     ControlMessage,
@@ -27,14 +33,9 @@ from sps2_mega.engine.disaggregated.messages import (
     Start,
     Tokens,
 )
-from sps2_mega.engine.disaggregated.shipment import (
-    Destination,
-    original,
-    receiving_ranks,
-    repeated,
-)
-from sps2_mega.engine.startup import StartedRank, failing
+from sps2_mega.engine.startup.start_rank import StartedRank, failing
 from sps2_mega.kv_cache.block_chain import chain_root
+from sps2_mega.scheduler.decode_scheduler import DecodeScheduler, Reservation
 from sps2_mega.types import Sequence, StepOutput, StepPlan
 
 _PREFILL_DRIVER = 0
@@ -42,8 +43,8 @@ _PREFILL_DRIVER = 0
 
 @dataclass(slots=True)
 class _Transfer:
-    """A sequence that is received. `expected` and `arrived` are (transfer, rank) of messages Arrived; `dropped`: its
-    blocks are free when all that is expected has come."""
+    """A sequence that is received. `expected` and `arrived` are (transfer, rank) of messages
+    Arrived; `dropped`: its blocks are free when all that is expected has come."""
 
     number: int
     seq_id: int
@@ -68,7 +69,7 @@ class DecodeDriver:
 
     def run_worker(self) -> None:
         """Serves the prefill driver until it leaves."""
-        with failing(self._started.lifeline):
+        with failing(self._started.watchdog):
             self._scheduler = self._make_scheduler()
             while not (self._leaving and not self._transfers):
                 self._work()
@@ -104,7 +105,8 @@ class DecodeDriver:
         self._hear(wait=plan is None)
 
     def _hear(self, *, wait: bool) -> None:
-        """Handles all messages that are there, and waits for one where there is nothing else to do."""
+        """Handles all messages that are there, and waits for one where there is nothing else to
+        do."""
         while True:
             try:
                 heard: Heard = self._events.get(block=wait)

@@ -1,4 +1,5 @@
-"""One decode rank's part of a step: let sequences enter and leave, decode; meanwhile keys and values of others arrive."""
+"""One decode rank's part of a step: let sequences enter and leave, decode; meanwhile keys and
+values of others arrive."""
 
 from __future__ import annotations
 
@@ -6,19 +7,20 @@ from collections.abc import Sequence
 
 from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.engine.disaggregated.control import Control, Heard
-from sps2_mega.engine.disaggregated.decode_scheduler import Change
 from sps2_mega.engine.disaggregated.frames import decode_decode, encode_decode
 from sps2_mega.engine.disaggregated.kv_receiver import KVReceiver
 from sps2_mega.engine.disaggregated.messages import Arrived
-from sps2_mega.engine.startup import StartedRank, failing
+from sps2_mega.engine.startup.start_rank import StartedRank, failing
 from sps2_mega.mcore.init import finalize
+from sps2_mega.scheduler.decode_scheduler import Change
 from sps2_mega.types import StepOutput, StepPlan
 
 _SHUTDOWN = b""
 
 
 class DecodeRank:
-    """Any rank of the decode side. The driver (the first one) calls `lead`, the others `run_worker`, for the same steps."""
+    """Any rank of the decode side. The driver (the first one) calls `lead`, the others
+    `run_worker`, for the same steps."""
 
     def __init__(self, rank: StartedRank) -> None:
         assert rank.bridge is not None and len(rank.sides) == 2
@@ -31,7 +33,7 @@ class DecodeRank:
             num_senders=rank.sides[0].size,
             on_arrival=self._tell_driver,
         )
-        rank.bridge.channel(on_message=receiver.receive, on_error=rank.lifeline.fail)
+        rank.bridge.channel(on_message=receiver.receive, on_error=rank.watchdog.fail)
 
     def lead(self, plan: StepPlan, changes: Sequence[Change]) -> StepOutput:
         """Runs a step on all decode ranks, after `changes`."""
@@ -41,7 +43,7 @@ class DecodeRank:
 
     def run_worker(self) -> None:
         """Executes the driver's steps until it leaves."""
-        with failing(self._rank.lifeline):
+        with failing(self._rank.watchdog):
             while payload := broadcast_bytes(None, self._rank.groups.control):
                 self._execute(*decode_decode(payload))
         self.leave()
@@ -52,21 +54,21 @@ class DecodeRank:
 
     def leave(self) -> None:
         """The end of this rank; all ranks of the job come here together."""
-        with failing(self._rank.lifeline):
+        with failing(self._rank.watchdog):
             assert self._rank.bridge is not None
             self._rank.bridge.close()
-        self._rank.lifeline.close()
+        self._rank.watchdog.close()
         finalize()
 
     def _execute(self, plan: StepPlan, changes: Sequence[Change]) -> StepOutput:
-        self._rank.lifeline.step_begin(plan.step, "decode")
+        self._rank.watchdog.step_begin(plan.step, "decode")
         for change in changes:
             if isinstance(change, int):
                 self._executor.forget([change])
             else:
                 self._executor.enter(change)
         output = self._executor.execute(plan)
-        self._rank.lifeline.step_end()
+        self._rank.watchdog.step_end()
         return output
 
     def _tell_driver(self, transfer: int) -> None:

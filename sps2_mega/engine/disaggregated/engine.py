@@ -1,7 +1,8 @@
-"""The engine of a job with separate decode ranks, as its users see it: what `engine.engine.Engine` offers, on rank 0.
+"""The engine of a job with separate decode ranks, as its users see it: what `engine.engine.Engine`
+offers, on rank 0.
 
-Rank 0 drives the prefill side and owns the requests. Three things happen at once, and meet in one queue of events that
-`step` handles:
+Rank 0 drives the prefill side and owns the requests. Three things happen at once, and meet in one
+queue of events that `step` handles:
 
     a thread      prefill steps on the prefill ranks, one after another         -> StepDone
     decode side   room, and the tokens of its steps (`decode_driver`)           -> Heard
@@ -13,11 +14,9 @@ from __future__ import annotations
 import queue
 import time
 
-from sps2_mega.engine.admission import refusal
 from sps2_mega.engine.disaggregated.agreement import agree
 from sps2_mega.engine.disaggregated.clients import Clients
 from sps2_mega.engine.disaggregated.control import Heard
-from sps2_mega.engine.disaggregated.flights import Flight
 from sps2_mega.engine.disaggregated.messages import (
     ControlMessage,
     Drop,
@@ -30,14 +29,16 @@ from sps2_mega.engine.disaggregated.messages import (
 )
 from sps2_mega.engine.disaggregated.prefill_driver import PrefillDriver
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
+from sps2_mega.engine.disaggregated.request_states import RequestState
 from sps2_mega.engine.disaggregated.step_thread import StepDone
-from sps2_mega.engine.samples import samples_of
-from sps2_mega.engine.startup import StartedRank, failing
+from sps2_mega.engine.fan_out import fan_out
+from sps2_mega.engine.startup.start_rank import StartedRank, failing
 from sps2_mega.engine.stats import EngineStats, KVUse
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import Refusal
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.outputs import OutputDelta, RequestOutput
+from sps2_mega.scheduler.admission import refusal
+from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import SamplingParams, Sequence
 
 # New requests and aborts are looked at between calls of `step`, which must not wait for long.
@@ -45,8 +46,8 @@ _WAIT_S = 0.005
 
 
 class DisaggregatedEngine:
-    """Every sequence in `_flights` is owed an output; the decode side knows exactly those, and such that it was told
-    to drop."""
+    """Every sequence in `_states` is owed an output; the decode side knows exactly those, and such
+    that it was told to drop."""
 
     def __init__(self, rank: StartedRank) -> None:
         self._started, self.config = rank, rank.config
@@ -57,7 +58,7 @@ class DisaggregatedEngine:
         self._rank = PrefillRank(rank)
         self._control, self._events = self._rank.control, self._rank.control.events
         self._decode_driver = rank.sides[1].first
-        with failing(rank.lifeline):
+        with failing(rank.watchdog):
             # Under CSA keys depend on the prompt that a prefix is in.
             agreement = agree(
                 rank, self._control, self._decode_driver, prefixes=self.config.csa.exact
@@ -67,9 +68,9 @@ class DisaggregatedEngine:
         self._blocks_per_rank = rank.num_blocks, agreement.num_blocks_there // decode_sp
         self._decode_blocks_used = (0,) * decode_sp
         self.max_model_len = self._limits.max_len
-        self._flights: dict[int, Flight] = {}
+        self._states: dict[int, RequestState] = {}
         self._prefill = PrefillDriver(
-            rank, self._rank, self._flights, max_len=self.max_model_len, send_drop=self._send
+            rank, self._rank, self._states, max_len=self.max_model_len, send_drop=self._send
         )
         self._clients = Clients(self.tokenizer)
         self._next_seq_id = 0
@@ -93,7 +94,7 @@ class DisaggregatedEngine:
         max_waiting = self.config.scheduler.max_waiting
         if max_waiting is not None and self._num_waiting + params.n > max_waiting:
             return Refusal.QUEUE_FULL
-        samples = samples_of(
+        samples = fan_out(
             request_id,
             prompt_token_ids,
             params,
@@ -105,7 +106,7 @@ class DisaggregatedEngine:
         self._clients.add(request_id, prompt_token_ids, params, samples, stream=stream)
         self._next_seq_id += params.n
         for sample in samples:
-            self._flights[sample.seq_id] = Flight(sample)
+            self._states[sample.seq_id] = RequestState(sample)
             self._send(
                 Expect(
                     sample.seq_id,
@@ -119,7 +120,8 @@ class DisaggregatedEngine:
         return None
 
     def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
-        """Why such a request could never run; for other threads too, since nothing it reads changes."""
+        """Why such a request could never run; for other threads too, since nothing it reads
+        changes."""
         asked = Sequence(
             seq_id=-1,
             prompt_token_ids=prompt_token_ids,
@@ -135,12 +137,12 @@ class DisaggregatedEngine:
         return self._clients.take_deltas()
 
     def abort(self, request_id: str) -> bool:
-        """Drop a request in any state, without an output; False when it is not in flight."""
+        """Drop a request in any state, without an output; False when it is not in state."""
         samples = self._clients.drop(request_id)
         for sample in samples:
-            flight = self._flights.pop(sample.seq_id, None)
-            if flight is not None:  # else this sample has ended
-                self._prefill.drop(flight)
+            state = self._states.pop(sample.seq_id, None)
+            if state is not None:  # else this sample has ended
+                self._prefill.drop(state)
         self._prefill.dropped_all()
         return bool(samples)
 
@@ -151,7 +153,7 @@ class DisaggregatedEngine:
 
     def has_work(self) -> bool:
         """Also while nobody waits for an output, until all blocks are free on both sides."""
-        return bool(self._flights) or self._prefill.is_busy or any(self._decode_blocks_used)
+        return bool(self._states) or self._prefill.is_busy or any(self._decode_blocks_used)
 
     def stats(self) -> EngineStats:
         """The use of the KV cache is also told of both sides together."""
@@ -167,7 +169,7 @@ class DisaggregatedEngine:
         used_blocks = sum(sum(side.used_per_rank) for side in sides)
         all_blocks = sum(side.blocks_per_rank * len(side.used_per_rank) for side in sides)
         return self._clients.stats(
-            num_running=len(self._flights) - self._num_waiting,
+            num_running=len(self._states) - self._num_waiting,
             num_waiting=self._num_waiting,
             kv_usage=used_blocks / all_blocks,
             kv_sides=sides,
@@ -175,21 +177,21 @@ class DisaggregatedEngine:
         )
 
     def step(self) -> list[RequestOutput]:
-        """Wait a moment for news of either side, unless there is nothing to wait for; returns the requests that
-        finished."""
+        """Wait a moment for news of either side, unless there is nothing to wait for; returns the
+        requests that finished."""
         self._clients.begin_turn()
-        with failing(self._started.lifeline):
+        with failing(self._started.watchdog):
             self._prefill.begin_step()
             finished = self._handle_events(_WAIT_S if self.has_work() else 0.0)
             self._prefill.begin_step()
             return finished
 
     def shutdown(self) -> None:
-        """End the job on all ranks; requests in flight are dropped. Safe to call twice."""
+        """End the job on all ranks; requests in state are dropped. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
-        with failing(self._started.lifeline):
+        with failing(self._started.watchdog):
             for request_id in self._clients.open_requests():
                 self.abort(request_id)
             while self._prefill.is_busy:
@@ -205,7 +207,7 @@ class DisaggregatedEngine:
 
     @property
     def _num_waiting(self) -> int:
-        return sum(not f.is_decoding and not f.is_computed for f in self._flights.values())
+        return sum(not f.is_decoding and not f.is_computed for f in self._states.values())
 
     def _handle_events(self, wait_s: float) -> list[RequestOutput]:
         """All that are there; waits for the first one."""
@@ -223,9 +225,9 @@ class DisaggregatedEngine:
 
     def _hear(self, message: ControlMessage) -> list[RequestOutput]:
         if isinstance(message, Room):
-            flight = self._flights.get(message.seq_id)
-            if flight is not None:
-                self._prefill.offer(flight, message)
+            state = self._states.get(message.seq_id)
+            if state is not None:
+                self._prefill.offer(state, message)
             return []
         assert isinstance(message, Tokens), f"the prefill side does not expect {message}"
         now = time.monotonic()
@@ -233,17 +235,17 @@ class DisaggregatedEngine:
         got: list[Sequence] = []
         finished: list[RequestOutput] = []
         for token in message.tokens:
-            flight = self._flights.get(token.seq_id)
-            if flight is None:
+            state = self._states.get(token.seq_id)
+            if state is None:
                 continue  # dropped here before the other side knew
-            got.append(flight.sequence)
+            got.append(state.sequence)
             ended = self._clients.take_token(
-                flight.sequence, token.token_id, token.logprob, token.reason, now
+                state.sequence, token.token_id, token.logprob, token.reason, now
             )
             if ended and token.reason is None:
-                self._send(Drop(token.seq_id, flight.shipped))
+                self._send(Drop(token.seq_id, state.shipped))
             if ended:
-                finished += self._end(flight)
+                finished += self._end(state)
         self._clients.count_step(now, got)
         return finished
 
@@ -255,23 +257,23 @@ class DisaggregatedEngine:
         finished: list[RequestOutput] = []
         got: list[Sequence] = []
         for first in self._prefill.end_step(done, now):
-            flight, sequence = first.flight, first.flight.sequence
-            assert flight.shipped is not None
+            state, sequence = first.state, first.state.sequence
+            assert state.shipped is not None
             got.append(sequence)
             if self._clients.take_token(sequence, first.token_id, first.logprob, first.reason, now):
                 damaged = first.token_id is None
-                self._send(Drop(sequence.seq_id, flight.shipped, damaged=damaged))
-                finished += self._end(flight)
+                self._send(Drop(sequence.seq_id, state.shipped, damaged=damaged))
+                finished += self._end(state)
             else:
                 assert first.token_id is not None
-                flight.is_decoding = True
-                self._send(Start(sequence.seq_id, flight.shipped, first.token_id))
+                state.is_decoding = True
+                self._send(Start(sequence.seq_id, state.shipped, first.token_id))
         self._clients.count_step(now, got)
         return finished
 
-    def _end(self, flight: Flight) -> list[RequestOutput]:
-        del self._flights[flight.sequence.seq_id]
-        return self._clients.end(flight.sequence)
+    def _end(self, state: RequestState) -> list[RequestOutput]:
+        del self._states[state.sequence.seq_id]
+        return self._clients.end(state.sequence)
 
     def _send(self, message: ControlMessage) -> None:
         self._control.send(self._decode_driver, message)

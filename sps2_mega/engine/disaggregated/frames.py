@@ -1,4 +1,5 @@
-"""What the driver of a side broadcasts to its ranks before each step <-> bytes: plans, and what goes with them.
+"""What the driver of a side broadcasts to its ranks before each step <-> bytes: plans, and what
+goes with them.
 
 prefill   plan, and for each sequence whose pass begins where its keys and values go
 decode    changes in order (sequences that enter, ids that leave), then the plan
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 
 import msgpack
 
-from sps2_mega.engine.disaggregated.decode_scheduler import Change
-from sps2_mega.engine.disaggregated.kv_route import Placement
-from sps2_mega.engine.disaggregated.shipment import Destination
-from sps2_mega.engine.plan_codec import decode, encode
+from sps2_mega.engine.disaggregated.kv_transfer import Destination
+from sps2_mega.engine.disaggregated.kv_transfer_plan import Placement
+from sps2_mega.scheduler.decode_scheduler import Change
+from sps2_mega.scheduler.plan_codec import decode, encode
 from sps2_mega.types import ForwardMode, StepPlan
 
 Destinations = Mapping[int, Destination]
@@ -22,8 +23,8 @@ Destinations = Mapping[int, Destination]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A sequence is over before all of it was computed: of `transfer`, which reaches `ranks` of the job, nothing more
-    comes."""
+    """A sequence is over before all of it was computed: of `transfer`, which reaches `ranks` of the
+    job, nothing more comes."""
 
     seq_id: int
     transfer: int

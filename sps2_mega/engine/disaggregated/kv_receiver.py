@@ -1,7 +1,9 @@
-"""A decode rank's end of the way of keys and values: writes what arrives into blocks that nobody reads yet.
+"""A decode rank's end of the way of keys and values: writes what arrives into blocks that nobody
+reads yet.
 
-Runs in the channel's receiving thread, while the rank decodes other sequences in other blocks. Knows nothing of plans:
-manifests say where rows go. On CUDA it works on a stream of its own, and reports a transfer when that stream is done.
+Runs in the channel's receiving thread, while the rank decodes other sequences in other blocks.
+Knows nothing of plans: manifests say where rows go. On CUDA it works on a stream of its own, and
+reports a transfer when that stream is done.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sps2_mega.engine.disaggregated.kv_sender import CUT, LAYER, MANIFEST
-from sps2_mega.engine.disaggregated.shipment import Manifest
+from sps2_mega.engine.disaggregated.kv_transfer import Manifest
 from sps2_mega.kv_cache.pool import KVPool
 
 
@@ -27,9 +29,10 @@ class _Incoming:
 
 
 class KVReceiver:
-    """Calls `on_arrival(transfer)` once all of a transfer is in this rank's cache, or once no more of it comes.
+    """Calls `on_arrival(transfer)` once all of a transfer is in this rank's cache, or once no more
+    of it comes.
 
-    Of each sender's shipments any number may be under way.
+    Of each sender's transfers any number may be under way.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class KVReceiver:
         keys, _ = pool.layer(0)
         self._device, self._dtype, self._head_dim = keys.device, keys.dtype, keys.shape[-1]
         self._stream: torch.cuda.Stream | None = None
-        self._incoming: dict[tuple[int, int], _Incoming] = {}  # by sender and shipment
+        self._incoming: dict[tuple[int, int], _Incoming] = {}  # by sender and transfer
         self._num_cells: dict[int, int] = {}  # that have come, by transfer
         self._num_cuts: dict[int, int] = {}  # by transfer
 
@@ -59,10 +62,10 @@ class KVReceiver:
             self._cut(source, detail)
         else:
             assert kind == LAYER, f"message of unknown kind {kind} from rank {source}"
-            shipment, layer = divmod(detail, self._num_layers)
-            self._take(self._incoming[source, shipment], layer, payload)
+            transfer, layer = divmod(detail, self._num_layers)
+            self._take(self._incoming[source, transfer], layer, payload)
             if layer == self._num_layers - 1:
-                self._complete(self._incoming.pop((source, shipment)))
+                self._complete(self._incoming.pop((source, transfer)))
 
     def _take(self, incoming: _Incoming, layer: int, payload: Tensor) -> None:
         assert layer == incoming.next_layer, f"layer {layer} instead of {incoming.next_layer}"

@@ -1,8 +1,10 @@
-"""A prefill rank's end of the way of keys and values to the decode ranks: one batch of messages per layer.
+"""A prefill rank's end of the way of keys and values to the decode ranks: one batch of messages per
+layer.
 
-Rows are copied out of the cache, so blocks may be reused at once; a thread of the channel sends the copies while the
-next layer computes. At most `MAX_BATCHES` layers wait to be sent: a slow network then slows prefill down instead of filling
-memory. From CUDA, rows are gathered on the device and staged through pinned memory.
+Rows are copied out of the cache, so blocks may be reused at once; a thread of the channel sends the
+copies while the next layer computes. At most `MAX_BATCHES` layers wait to be sent: a slow network
+then slows prefill down instead of filling memory. From CUDA, rows are gathered on the device and
+staged through pinned memory.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sps2_mega.comm.channel import Channel, Message
-from sps2_mega.engine.disaggregated.shipment import Shipment
+from sps2_mega.engine.disaggregated.kv_transfer import KVTransfer
 from sps2_mega.kv_cache.pool import KVPool
 
-# Kinds of messages. Their detail: of MANIFEST the shipment, of LAYER shipment * number of layers + layer, of CUT the
-# transfer. Each rank numbers its shipments by the pass.
+# Kinds of messages. Their detail: of MANIFEST the transfer, of LAYER transfer * number of layers +
+# layer, of CUT the transfer. Each rank numbers its transfers by the pass.
 MANIFEST, LAYER, CUT = 0, 1, 2
 MAX_BATCHES = 4
 
@@ -31,34 +33,35 @@ class _Load:
 
 
 class KVSender:
-    """Sends what a pass's shipments say, each layer once, in layer order; passes may be under way side by side."""
+    """Sends what a pass's transfers say, each layer once, in layer order; passes may be under way
+    side by side."""
 
     def __init__(self, channel: Channel, pool: KVPool, *, num_layers: int) -> None:
         self._channel, self._pool, self._num_layers = channel, pool, num_layers
         self._num_passes = 0
 
-    def begin(self, shipments: Sequence[Shipment]) -> ShipmentsUnderWay:
+    def begin(self, transfers: Sequence[KVTransfer]) -> KVTransfersInFlight:
         """Tells receivers what comes; `layer_done` of the result then sends layers."""
         number = self._num_passes
         self._num_passes += 1
-        if shipments:
-            manifests = [(s.dst, _as_tensor(s.manifest.encode())) for s in shipments]
+        if transfers:
+            manifests = [(s.dst, _as_tensor(s.manifest.encode())) for s in transfers]
             self._channel.post([Message(dst, MANIFEST, number, m) for dst, m in manifests])
-        return ShipmentsUnderWay(
-            self._channel, self._pool, shipments, first_detail=number * self._num_layers
+        return KVTransfersInFlight(
+            self._channel, self._pool, transfers, first_detail=number * self._num_layers
         )
 
     def cut(self, transfer: int, ranks: Sequence[int]) -> None:
-        """Tells those ranks of the job that a transfer reaches that no more of it comes from here, nor of any pass with
-        it that is under way."""
+        """Tells those ranks of the job that a transfer reaches that no more of it comes from here,
+        nor of any pass with it that is under way."""
         self._channel.post([Message(rank, CUT, transfer) for rank in ranks])
 
 
-class ShipmentsUnderWay:
-    """The shipments of one pass; a rank with nothing to send has one without any."""
+class KVTransfersInFlight:
+    """The transfers of one pass; a rank with nothing to send has one without any."""
 
     def __init__(
-        self, channel: Channel, pool: KVPool, shipments: Sequence[Shipment], *, first_detail: int
+        self, channel: Channel, pool: KVPool, transfers: Sequence[KVTransfer], *, first_detail: int
     ) -> None:
         self._channel, self._pool, self._first_detail = channel, pool, first_detail
         device = pool.layer(0)[0].device
@@ -68,7 +71,7 @@ class ShipmentsUnderWay:
                 torch.from_numpy(s.slots).to(device),
                 slice(s.first_head, s.first_head + s.manifest.num_heads),
             )
-            for s in shipments
+            for s in transfers
         ]
 
     def layer_done(self, layer: int) -> None:

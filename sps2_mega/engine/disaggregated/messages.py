@@ -9,7 +9,8 @@
       Drop: nobody wants it any more     ->        free its blocks, once nothing is on the way to them
       Leave                              ->        Left
 
-The order of messages between two ranks is kept, so that a Room says what the prefill driver knows from Tokens before.
+The order of messages between two ranks is kept, so that a Room says what the prefill driver knows
+from Tokens before.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from sps2_mega.types import FinishReason, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message of both drivers: what their side can hold. `shares_prefixes`: equal tokens have equal keys and
-    values, whatever prompt they are in."""
+    """The first message of both drivers: what their side can hold. `shares_prefixes`: equal tokens
+    have equal keys and values, whatever prompt they are in."""
 
     cache_tokens: int
     num_blocks: int
@@ -37,8 +38,8 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """A sequence to decode, as `Sequence` has it; its first token comes with Start. `prefill_s`: the seconds that its
-    prefill is expected to take, 0 where nothing is known."""
+    """A sequence to decode, as `Sequence` has it; its first token comes with Start. `prefill_s`:
+    the seconds that its prefill is expected to take, 0 where nothing is known."""
 
     seq_id: int
     prompt_token_ids: list[int]
@@ -50,8 +51,8 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Blocks for a sequence's first `num_tokens` tokens: of those `first` are there already. `transfer` names this
-    reservation in all that follows."""
+    """Blocks for a sequence's first `num_tokens` tokens: of those `first` are there already.
+    `transfer` names this reservation in all that follows."""
 
     seq_id: int
     transfer: int
@@ -72,8 +73,8 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The prefill side has forgotten a sequence. `shipped`: the last transfer of it whose rows were or will be sent.
-    `damaged`: those are not finite."""
+    """The prefill side has forgotten a sequence. `shipped`: the last transfer of it whose rows were
+    or will be sent. `damaged`: those are not finite."""
 
     seq_id: int
     shipped: int | None
@@ -82,7 +83,8 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """One step's token of one sequence, None where the model gave no finite logits. With a `reason` it was the last."""
+    """One step's token of one sequence, None where the model gave no finite logits. With a `reason`
+    it was the last."""
 
     seq_id: int
     token_id: int | None
@@ -107,7 +109,7 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """The job ends: whatever is in flight is dropped."""
+    """The job ends: whatever is in state is dropped."""
 
 
 @dataclass(frozen=True, slots=True)

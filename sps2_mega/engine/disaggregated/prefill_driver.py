@@ -1,6 +1,8 @@
-"""The prefill side as rank 0 drives it: which sequences it computes, step by step, and what it leaves of those dropped.
+"""The prefill side as rank 0 drives it: which sequences it computes, step by step, and what it
+leaves of those dropped.
 
-Plans are the scheduler's and are made here, in the caller's thread; a thread of its own runs them on all prefill ranks.
+Plans are the scheduler's and are made here, in the caller's thread; a thread of its own runs them
+on all prefill ranks.
 """
 
 from __future__ import annotations
@@ -11,46 +13,47 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
-from sps2_mega.engine.disaggregated.flights import Flight
 from sps2_mega.engine.disaggregated.frames import Cut
+from sps2_mega.engine.disaggregated.kv_transfer import receiving_ranks
 from sps2_mega.engine.disaggregated.messages import Drop, Room
-from sps2_mega.engine.disaggregated.open_passes import OpenPasses
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
-from sps2_mega.engine.disaggregated.shipment import receiving_ranks
+from sps2_mega.engine.disaggregated.request_states import RequestState
 from sps2_mega.engine.disaggregated.step_thread import StepDone, StepThread
-from sps2_mega.engine.scheduler_setup import make_scheduler
-from sps2_mega.engine.startup import StartedRank
+from sps2_mega.engine.startup.scheduler_setup import make_scheduler
+from sps2_mega.engine.startup.start_rank import StartedRank
 from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.scheduler.open_passes import OpenPasses
 from sps2_mega.types import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """What a prefill gave a sequence in flight. `reason`: why it was also its last token."""
+    """What a prefill gave a sequence in state. `reason`: why it was also its last token."""
 
-    flight: Flight
+    state: RequestState
     token_id: int | None
     logprob: TokenLogprob | None
     reason: FinishReason | None
 
 
 class PrefillDriver:
-    """One step at a time. The decode side hears of every dropped sequence what comes of it, by `send_drop`."""
+    """One step at a time. The decode side hears of every dropped sequence what comes of it, by
+    `send_drop`."""
 
     def __init__(
         self,
         started: StartedRank,
         rank: PrefillRank,
-        flights: Mapping[int, Flight],
+        states: Mapping[int, RequestState],
         *,
         max_len: int,
         send_drop: Callable[[Drop], None],
     ) -> None:
-        """`flights` are all sequences that somebody wants, by id, kept by the caller; `max_len` is the longest prompt plus
-        output that both sides can hold, in tokens."""
-        self._started, self._flights, self._send_drop = started, flights, send_drop
-        # What waits has been admitted before. With a target for the time between tokens prompts run in slices here
-        # too, where nobody decodes: so that short ones and aborts get in.
+        """`states` are all sequences that somebody wants, by id, kept by the caller; `max_len` is
+        the longest prompt plus output that both sides can hold, in tokens."""
+        self._started, self._states, self._send_drop = started, states, send_drop
+        # What waits has been admitted before. With a target for the time between tokens prompts run
+        # in slices here too, where nobody decodes: so that short ones and aborts get in.
         unlimited = dataclasses.replace(started.config.scheduler, max_waiting=None)
         self._scheduler = make_scheduler(
             dataclasses.replace(
@@ -60,10 +63,10 @@ class PrefillDriver:
             )
         )
         self._thread = StepThread(
-            rank, started.lifeline, started.executor.device, rank.control.events
+            rank, started.watchdog, started.executor.device, rank.control.events
         )
         self._passes = OpenPasses(started.resolved.config.num_layers)
-        self._dropped: dict[int, Flight] = {}  # while passes with them are under way
+        self._dropped: dict[int, RequestState] = {}  # while passes with them are under way
         self.is_busy = False  # a step is under way
         self.comm = CommSeconds()  # rank 0's, in all steps
 
@@ -73,12 +76,13 @@ class PrefillDriver:
         return self._scheduler.kv_used_per_rank
 
     def expected_s(self, num_tokens: int) -> float:
-        """Seconds that the prefill of a prompt is expected to take; 0 before anything was measured."""
+        """Seconds that the prefill of a prompt is expected to take; 0 before anything was
+        measured."""
         return self._scheduler.expected_prefill_s(num_tokens)
 
-    def offer(self, flight: Flight, room: Room) -> None:
+    def offer(self, state: RequestState, room: Room) -> None:
         """The decode side has room for a sequence: it is computed when its turn comes."""
-        refused = self._scheduler.add(flight.offer(room))
+        refused = self._scheduler.add(state.offer(room))
         assert refused is None, f"sequence {room.seq_id} was refused late: {refused}"
 
     def begin_step(self) -> None:
@@ -92,7 +96,7 @@ class PrefillDriver:
         self._passes.planned(plan)
         self._thread.begin(
             plan,
-            {item.seq_id: self._flights[item.seq_id].begin_pass() for item in plan.prefills},
+            {item.seq_id: self._states[item.seq_id].begin_pass() for item in plan.prefills},
         )
 
     def end_step(self, done: StepDone, now: float) -> list[FirstToken]:
@@ -109,23 +113,23 @@ class PrefillDriver:
             if dropped is not None:
                 self._send_drop(Drop(seq_id, dropped.shipped, damaged=token_id is None))
                 continue
-            flight = self._flights[seq_id]
-            attempt = flight.end_attempt()
-            tokens.append(FirstToken(flight, token_id, logprob, attempt.finish_reason))
+            state = self._states[seq_id]
+            attempt = state.end_attempt()
+            tokens.append(FirstToken(state, token_id, logprob, attempt.finish_reason))
             # Its blocks are copied by now; what may be found again stays findable.
             self._scheduler.finish(seq_id, FinishReason.LENGTH)
         self._cut_dropped()
         return tokens
 
-    def drop(self, flight: Flight) -> None:
-        """Nobody wants this sequence any more, which the caller no longer has in its flights."""
-        seq_id = flight.sequence.seq_id
-        if flight.attempt is not None:
+    def drop(self, state: RequestState) -> None:
+        """Nobody wants this sequence any more, which the caller no longer has in its states."""
+        seq_id = state.sequence.seq_id
+        if state.attempt is not None:
             self._scheduler.abort(seq_id)
-        if flight.is_computed:
-            self._dropped[seq_id] = flight  # what is sent of it is known between steps
+        if state.is_computed:
+            self._dropped[seq_id] = state  # what is sent of it is known between steps
         else:
-            self._send_drop(Drop(seq_id, flight.shipped))
+            self._send_drop(Drop(seq_id, state.shipped))
 
     def dropped_all(self) -> None:
         """Call after some sequences were dropped, when those that were dropped together all are."""
@@ -137,21 +141,21 @@ class PrefillDriver:
         self._thread.close()
 
     def _cut_dropped(self) -> None:
-        """Of sequences that were dropped while they were computed, and will not be completed for the sake of others,
-        nothing more is sent."""
+        """Of sequences that were dropped while they were computed, and will not be completed for
+        the sake of others, nothing more is sent."""
         if self.is_busy:
             return
         cuts = []
-        for seq_id, flight in list(self._dropped.items()):
-            if not self._passes.goes_on(seq_id, self._flights):
+        for seq_id, state in list(self._dropped.items()):
+            if not self._passes.goes_on(seq_id, self._states):
                 del self._dropped[seq_id]
-                self._send_drop(Drop(seq_id, flight.shipped))
-                cuts.append(self._cut_of(flight))
+                self._send_drop(Drop(seq_id, state.shipped))
+                cuts.append(self._cut_of(state))
         if cuts:
             self._thread.cut(cuts)
 
-    def _cut_of(self, flight: Flight) -> Cut:
-        destination, sequence = flight.destination, flight.sequence
+    def _cut_of(self, state: RequestState) -> Cut:
+        destination, sequence = state.destination, state.sequence
         ranks = receiving_ranks(
             destination,
             sequence.num_tokens,

@@ -1,4 +1,5 @@
-"""One prefill rank's part of a step: run the plan, and send keys and values to the decode ranks as layers complete."""
+"""One prefill rank's part of a step: run the plan, and send keys and values to the decode ranks as
+layers complete."""
 
 from __future__ import annotations
 
@@ -9,8 +10,13 @@ from sps2_mega.comm.collectives import broadcast_bytes
 from sps2_mega.engine.disaggregated.control import Control
 from sps2_mega.engine.disaggregated.frames import Cut, Destinations, decode_prefill, encode_prefill
 from sps2_mega.engine.disaggregated.kv_sender import MAX_BATCHES, KVSender
-from sps2_mega.engine.disaggregated.shipment import Destination, Shipment, plan_shipments, repeated
-from sps2_mega.engine.startup import StartedRank, failing
+from sps2_mega.engine.disaggregated.kv_transfer import (
+    Destination,
+    KVTransfer,
+    plan_kv_transfers,
+    repeated,
+)
+from sps2_mega.engine.startup.start_rank import StartedRank, failing
 from sps2_mega.mcore.init import finalize
 from sps2_mega.types import PrefillItem, StepOutput, StepPlan
 
@@ -18,7 +24,8 @@ _SHUTDOWN = b""
 
 
 class PrefillRank:
-    """Any rank of the prefill side. The driver calls `lead`, the others `run_worker`, for the same steps."""
+    """Any rank of the prefill side. The driver calls `lead`, the others `run_worker`, for the same
+    steps."""
 
     def __init__(self, rank: StartedRank) -> None:
         assert rank.bridge is not None and len(rank.sides) == 2
@@ -26,7 +33,7 @@ class PrefillRank:
         self._prefill_side, self._decode_side = rank.sides
         self.control = Control(rank)
         channel = rank.bridge.channel(
-            on_message=_nobody_sends_here, on_error=rank.lifeline.fail, max_batches=MAX_BATCHES
+            on_message=_nobody_sends_here, on_error=rank.watchdog.fail, max_batches=MAX_BATCHES
         )
         self._sender = KVSender(
             channel, rank.executor.pool, num_layers=rank.executor.config.num_layers
@@ -35,7 +42,8 @@ class PrefillRank:
         self._passes: dict[int, tuple[PrefillItem, Destination]] = {}
 
     def lead(self, plan: StepPlan, destinations: Destinations) -> StepOutput:
-        """Runs a step on all prefill ranks. `destinations` are those of sequences in passes that begin with it."""
+        """Runs a step on all prefill ranks. `destinations` are those of sequences in passes that
+        begin with it."""
         self._tell(encode_prefill(plan, destinations))
         return self._execute(plan, destinations)
 
@@ -46,7 +54,7 @@ class PrefillRank:
 
     def run_worker(self) -> None:
         """Executes the driver's steps until it leaves."""
-        with failing(self._rank.lifeline):
+        with failing(self._rank.watchdog):
             while payload := broadcast_bytes(None, self._rank.groups.control):
                 plan, destinations, cuts = decode_prefill(payload)
                 if plan is not None:
@@ -61,12 +69,12 @@ class PrefillRank:
     def leave(self) -> None:
         """The end of this rank; all ranks of the job come here together."""
         rank = self._rank
-        with failing(rank.lifeline):
+        with failing(rank.watchdog):
             if rank.trace is not None:
                 rank.trace.finish()
             assert rank.bridge is not None
             rank.bridge.close()
-        rank.lifeline.close()
+        rank.watchdog.close()
         finalize()
 
     def _tell(self, frame: bytes) -> None:
@@ -74,12 +82,12 @@ class PrefillRank:
             broadcast_bytes(frame, self._rank.groups.control)
 
     def _execute(self, plan: StepPlan, destinations: Destinations) -> StepOutput:
-        self._rank.lifeline.step_begin(plan.step, plan.mode.name.lower())
+        self._rank.watchdog.step_begin(plan.step, plan.mode.name.lower())
         on_layer = None
         if plan.prefills:
             entering = {item.seq_id: (item, destinations[item.seq_id]) for item in plan.prefills}
             self._passes |= entering
-            on_layer = self._sender.begin(self._shipments(list(entering.values()))).layer_done
+            on_layer = self._sender.begin(self._transfers(list(entering.values()))).layer_done
         output = self._executor.execute(plan, on_layer=on_layer)
         sampled = [self._passes.pop(seq_id) for seq_id in plan.sampled]
         self._overwrite(
@@ -91,12 +99,12 @@ class PrefillRank:
         )
         if self._rank.trace is not None:
             self._rank.trace.flush()
-        self._rank.lifeline.step_end()
+        self._rank.watchdog.step_end()
         return output
 
     def _overwrite(self, failed: list[tuple[PrefillItem, Destination]]) -> None:
-        """Numbers that are not finite must not stay in blocks of the decode side: what the executor has cleared here
-        is sent once more, all chunks at once."""
+        """Numbers that are not finite must not stay in blocks of the decode side: what the executor
+        has cleared here is sent once more, all chunks at once."""
         if not failed:
             return
         again = [
@@ -106,7 +114,7 @@ class PrefillRank:
             )
             for item, destination in failed
         ]
-        under_way = self._sender.begin(self._shipments(again))
+        under_way = self._sender.begin(self._transfers(again))
         for layer in range(self._executor.config.num_layers):
             under_way.layer_done(layer)
 
@@ -115,9 +123,9 @@ class PrefillRank:
             self._passes.pop(cut.seq_id, None)
             self._sender.cut(cut.transfer, cut.ranks)
 
-    def _shipments(self, items: list[tuple[PrefillItem, Destination]]) -> list[Shipment]:
+    def _transfers(self, items: list[tuple[PrefillItem, Destination]]) -> list[KVTransfer]:
         groups = self._rank.groups
-        return plan_shipments(
+        return plan_kv_transfers(
             items,
             prefill=self._prefill_side,
             decode=self._decode_side,

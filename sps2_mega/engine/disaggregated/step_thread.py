@@ -1,4 +1,5 @@
-"""Prefill steps in a thread of their own, so that tokens of the decode side are passed on while a long prompt runs."""
+"""Prefill steps in a thread of their own, so that tokens of the decode side are passed on while a
+long prompt runs."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from typing import Any
 
 import torch
 
-from sps2_mega.comm.lifeline import Lifeline
+from sps2_mega.comm.watchdog import Watchdog
 from sps2_mega.engine.disaggregated.frames import Cut, Destinations
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
-from sps2_mega.engine.startup import failing
+from sps2_mega.engine.startup.start_rank import failing
 from sps2_mega.types import StepOutput, StepPlan
 
 
@@ -37,11 +38,11 @@ class StepThread:
     def __init__(
         self,
         rank: PrefillRank,
-        lifeline: Lifeline,
+        watchdog: Watchdog,
         device: torch.device,
         events: queue.SimpleQueue[Any],
     ) -> None:
-        self._rank, self._lifeline, self._device, self._events = rank, lifeline, device, events
+        self._rank, self._watchdog, self._device, self._events = rank, watchdog, device, events
         self._steps: queue.SimpleQueue[_Step | Sequence[Cut] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="sps2-prefill", daemon=True)
         self._thread.start()
@@ -60,7 +61,7 @@ class StepThread:
         self._thread.join()
 
     def _run(self) -> None:
-        with failing(self._lifeline):
+        with failing(self._watchdog):
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a thread has a current device of its own
             while (work := self._steps.get()) is not None:

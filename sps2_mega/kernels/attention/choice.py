@@ -1,8 +1,10 @@
-"""Which library computes dense attention on a CUDA device: measured there once for each kind of heads, then by size.
+"""Which library computes dense attention on a CUDA device: measured there once for each kind of
+heads, then by size.
 
-A library is timed on one long causal run. What it takes for the first run of a new shape (cuDNN makes a plan then) is
-paid once per prompt and spread over its layers, so short runs keep the library that needs none. One that fails, or does
-not agree with the default, is left out: nothing is believed that was not tried on this device.
+A library is timed on one long causal run. What it takes for the first run of a new shape (cuDNN
+makes a plan then) is paid once per prompt and spread over its layers, so short runs keep the
+library that needs none. One that fails, or does not agree with the default, is left out: nothing is
+believed that was not tried on this device.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def num_pairs(num_queries: int, num_keys: int, causal: bool) -> int:
 
 
 def fastest(speeds: Mapping[str, Speed], pairs: int) -> str:
-    """The library with the least expected seconds for a run of so many pairs; the default where none was measured."""
+    """The library with the least expected seconds for a run of so many pairs; the default where
+    none was measured."""
 
     def seconds(name: str) -> float:
         return speeds[name].pair_s * pairs + speeds[name].new_shape_s / _CALLS_PER_SHAPE
@@ -115,7 +118,8 @@ def _speeds(kind: Kind) -> dict[str, Speed]:
     with torch.inference_mode():
         speeds = measure(kind, LIBRARIES, _seconds)
     shown = ", ".join(
-        f"{name} {1e12 * speed.pair_s:.3g} ps a pair and {1e3 * speed.new_shape_s:.3g} ms a new shape"
+        f"{name} {1e12 * speed.pair_s:.3g} ps a pair and {1e3 * speed.new_shape_s:.3g} ms a new "
+        "shape"
         for name, speed in speeds.items()
     )
     log.info("dense attention, %s: %s", kind, shown)

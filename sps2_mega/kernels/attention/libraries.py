@@ -1,7 +1,9 @@
-"""Dense attention by the libraries that torch brings for CUDA, all with one contract: which is taken is `choice`'s.
+"""Dense attention by the libraries that torch brings for CUDA, all with one contract: which is
+taken is `choice`'s.
 
-q [1, N, T, H], k and v [1, K, S, H], any strides with neighbouring elements of a head, 16-bit types; causal only where
-T == S. Each returns out [1, N, T, H] and lse [1, N, T], float32 and natural logarithm.
+q [1, N, T, H], k and v [1, K, S, H], any strides with neighbouring elements of a head, 16-bit
+types; causal only where T == S. Each returns out [1, N, T, H] and lse [1, N, T], float32 and
+natural logarithm.
 """
 
 from __future__ import annotations

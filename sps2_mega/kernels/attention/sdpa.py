@@ -1,7 +1,8 @@
-"""Causal attention of a run of queries over a run of keys, on torch's fused kernels that return the LSE.
+"""Causal attention of a run of queries over a run of keys, on torch's fused kernels that return the
+LSE.
 
-A run never needs a T x S mask: keys before the first query are a full rectangle, keys from there on a
-causal square, and the two partials merge by LSE. Only a sliding window masks, tile by tile:
+A run never needs a T x S mask: keys before the first query are a full rectangle, keys from there on
+a causal square, and the two partials merge by LSE. Only a sliding window masks, tile by tile:
 
     keys ->  k_start      q_start      q_end
     queries  [ rectangle  ][ triangle  ]          no window
@@ -29,7 +30,8 @@ def attend_run(
     k_start: int = 0,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.attend_run`; keys must begin at or before the first query's window."""
+    """Same contract as `reference.attend_run`; keys must begin at or before the first query's
+    window."""
     num_q, num_k = q_TNH.shape[0], k_SKH.shape[0]
     visible_end = min(num_k, q_start + num_q - k_start)
     if num_q == 0 or visible_end <= 0:
@@ -45,7 +47,8 @@ def attend_run(
         return attend(q_TNH, k_SKH[:before], v_SKH[:before], scale=scale, causal=False)
     if visible_end - before != num_q:
         raise ValueError(
-            f"keys end inside the query run: {num_k} keys from {k_start}, {num_q} queries from {q_start}"
+            f"keys end inside the query run: {num_k} keys from {k_start}, {num_q} queries from "
+            f"{q_start}"
         )
     square = slice(before, visible_end)
     triangle = attend(q_TNH, k_SKH[square], v_SKH[square], scale=scale, causal=True)
@@ -124,7 +127,8 @@ def _fused(
 def _fused_cuda(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, bias_TS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The device's fastest library where they apply (16-bit types, no bias), memory-efficient attention elsewhere."""
+    """The device's fastest library where they apply (16-bit types, no bias), memory-efficient
+    attention elsewhere."""
     if bias_TS is None and q.dtype in (torch.float16, torch.bfloat16):
         return choice.attend(q, k, v, scale=scale, causal=causal)
     repeats = q.shape[1] // k.shape[1]

@@ -1,9 +1,10 @@
-"""Which pieces of sparse attention one fused call can do together: those of one shape at even distances.
+"""Which pieces of sparse attention one fused call can do together: those of one shape at even
+distances.
 
-A long prompt is many cells of one span, so triangles, and halos, differ only by where they begin; and the KV
-heads of one residue do the same far rectangle a constant number of heads apart. A fused kernel has one batch
-axis, so a batch moves along the sequence or along the heads. Pure Python; how a batch becomes views of
-tensors is the kernel's affair.
+A long prompt is many cells of one span, so triangles, and halos, differ only by where they begin;
+and the KV heads of one residue do the same far rectangle a constant number of heads apart. A fused
+kernel has one batch axis, so a batch moves along the sequence or along the heads. Pure Python; how
+a batch becomes views of tensors is the kernel's affair.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from sps2_mega.kernels.csa.piece import Piece
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`count` pieces: `first`, and each next one so many positions or heads further. The KV heads of
-    `first` are neighbours. `fresh`: no earlier batch has touched any of its queries and heads."""
+    """`count` pieces: `first`, and each next one so many positions or heads further. The KV
+    heads of `first` are neighbours. `fresh`: no earlier batch has touched any of its queries and
+    heads."""
 
     first: Piece
     count: int = 1
@@ -51,8 +53,8 @@ def batch_pieces(pieces: Sequence[Piece]) -> list[Batch]:
 
 
 def split_triangles(pieces: Sequence[Piece], longest: int) -> list[Piece]:
-    """The same work with triangles of at most `longest` queries: a longer one becomes two triangles and the
-    rectangle between them, cut so that all small triangles but the last are of one size."""
+    """The same work with triangles of at most `longest` queries: a longer one becomes two triangles
+    and the rectangle between them, cut so that all small triangles but the last are of one size."""
     split: list[Piece] = []
     for piece in pieces:
         rows = len(piece.queries)

@@ -1,8 +1,9 @@
 """Sparse attention on the form that suits the device and the pieces.
 
-On CUDA one launch of our own does many pieces at once, without partial results in memory. A dense run, which is
-a rectangle and a triangle of neighbouring rows, is what the libraries' attention kernels are made for: those
-are faster there, and one merge costs little. On CPU torch's kernel does all.
+On CUDA one launch of our own does many pieces at once, without partial results in memory. A dense
+run, which is a rectangle and a triangle of neighbouring rows, is what the libraries' attention
+kernels are made for: those are faster there, and one merge costs little. On CPU torch's kernel does
+all.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def attend_pieces(
 
 
 def is_dense_run(pieces: Sequence[Piece]) -> bool:
-    """Whether the pieces are at most a rectangle and a triangle, of neighbouring queries, keys and heads."""
+    """Whether the pieces are at most a rectangle and a triangle, of neighbouring queries, keys and
+    heads."""
     return len(pieces) <= 2 and all(
         max(piece.queries.step, piece.keys.step, piece.kv_heads.step) == 1 for piece in pieces
     )

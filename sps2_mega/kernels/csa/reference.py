@@ -1,7 +1,8 @@
-"""Communication-efficient sparse attention: the slow, obviously right forms, float32 with a full mask.
+"""Communication-efficient sparse attention: the slow, obviously right forms, float32 with a full
+mask.
 
-`attend_csa` follows the definition, `attend_pieces` a list of pieces; the fast forms of the latter must equal
-both. Shapes: T queries, S keys, N query heads, K KV heads, H head width.
+`attend_csa` follows the definition, `attend_pieces` a list of pieces; the fast forms of the latter
+must equal both. Shapes: T queries, S keys, N query heads, K KV heads, H head width.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def attend_csa(
     q_start: int = 0,
     k_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Queries at positions q_start.. over keys at k_start.. under the pattern; from position `exact_from`
-    on queries see all keys. `first_kv_head` is the number of KV head 0 over all ranks.
+    """Queries at positions q_start.. over keys at k_start.. under the pattern; from position
+    `exact_from` on queries see all keys. `first_kv_head` is the number of KV head 0 over all ranks.
 
     Returns:
         out [T, N, H] in q's type and lse [T, N] float32 (natural log); no visible key: 0 and -inf.
@@ -71,8 +72,9 @@ def attend_pieces(
     q_start: int = 0,
     k_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint pieces. The ranges of the pieces are positions; row 0 of q is
-    position q_start, row 0 of k and v is position k_start. Pieces count KV heads from those of k.
+    """Attention over the union of disjoint pieces. The ranges of the pieces are positions; row 0 of
+    q is position q_start, row 0 of k and v is position k_start. Pieces count KV heads from those of
+    k.
 
     Returns:
         out [T, N, H] in q's type and lse [T, N] float32 (natural log); no visible key: 0 and -inf.

@@ -1,10 +1,12 @@
-"""Communication-efficient sparse attention on torch's fused kernels: strided views, no masks, no gathers.
+"""Communication-efficient sparse attention on torch's fused kernels: strided views, no masks, no
+gathers.
 
-Every piece is full or plainly causal attention between two strided ranges, so it is a view of q, k and v and
-one call of a kernel that returns the LSE. Partials are merged into a float32 accumulator: with
-w = sigmoid(lse_new - lse_old), out += w * (out_new - out).
+Every piece is full or plainly causal attention between two strided ranges, so it is a view of q, k
+and v and one call of a kernel that returns the LSE. Partials are merged into a float32 accumulator:
+with w = sigmoid(lse_new - lse_old), out += w * (out_new - out).
 
-Shapes: T queries, S keys, N query heads, K KV heads, H head width; b batch, n heads and t rows of one call.
+Shapes: T queries, S keys, N query heads, K KV heads, H head width; b batch, n heads and t rows of
+one call.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from sps2_mega.kernels.attention.sdpa import attend
 from sps2_mega.kernels.csa.batches import Batch, batch_pieces, split_triangles
 from sps2_mega.kernels.csa.piece import Piece
 
-# Along the diagonal torch's CPU kernel computes whole blocks of 512 keys: 256 per row for nothing, a fifth of
-# a triangle of 2048. Small triangles and the rectangles between them do with a quarter of that.
+# Along the diagonal torch's CPU kernel computes whole blocks of 512 keys: 256 per row for nothing,
+# a fifth of a triangle of 2048. Small triangles and the rectangles between them do with a quarter
+# of that.
 _LONGEST_TRIANGLE_CPU = 128
 
 
@@ -85,7 +88,8 @@ def _check_bounds(batch: Batch, q_TNH: Tensor, k_SKH: Tensor, q_start: int, k_st
 def _view(
     batch: Batch, rows: range, row_step: int, x: Tensor, *, row_0: int, per_head: int
 ) -> Tensor:
-    """The rows and heads of a batch in x [rows, heads, width] as [b, n, t, width], sharing memory."""
+    """The rows and heads of a batch in x [rows, heads, width] as [b, n, t, width], sharing
+    memory."""
     row_stride, head_stride, unit = x.stride()
     heads = batch.first.kv_heads
     return x.as_strided(
@@ -124,7 +128,8 @@ def _merge_into(
         out_view.copy_(out_bntH)
         lse_view.copy_(lse_bnt)
         return
-    # Each row of a piece has a key, so the new LSE is finite and no difference of two infinities occurs.
+    # Each row of a piece has a key, so the new LSE is finite and no difference of two infinities
+    # occurs.
     weight_bnt = torch.sigmoid(lse_bnt - lse_view)
     out_view.lerp_(out_bntH.float(), weight_bnt.unsqueeze(3))
     lse_view.copy_(torch.logaddexp(lse_view, lse_bnt))

@@ -1,8 +1,9 @@
-"""How large a tile of the strided attention kernel is, by head width and type: constants, no tuning at run time.
+"""How large a tile of the strided attention kernel is, by head width and type: constants, no tuning
+at run time.
 
-A tile of queries holds the query heads of one KV head as extra rows, so `rows` counts (query, head) pairs.
-The numbers keep the query tile, the output in float32 and the keys and values in flight within
-registers and shared memory of one multiprocessor.
+A tile of queries holds the query heads of one KV head as extra rows, so `rows` counts (query, head)
+pairs. The numbers keep the query tile, the output in float32 and the keys and values in flight
+within registers and shared memory of one multiprocessor.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ def tile_shape(width: int, itemsize: int) -> TileShape:
 
 
 def fits(width: int, itemsize: int, heads_per_group: int) -> bool:
-    """Whether the kernel has a tile for heads of this width with so many query heads per KV head."""
+    """Whether the kernel has a tile for heads of this width with so many query heads per KV
+    head."""
     return 1 <= width <= 256 and heads_per_group <= tile_shape(width, itemsize).rows
 
 
 def num_parts(num_tiles: int, num_keys: int, num_processors: int) -> int:
-    """Into how many parts the keys of every tile are divided so that few tiles still fill the device.
+    """Into how many parts the keys of every tile are divided so that few tiles still fill the
+    device.
 
     A part has at least 1024 keys, which keeps the partial results small beside what is read.
     """

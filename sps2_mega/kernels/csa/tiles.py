@@ -1,14 +1,16 @@
-"""Pieces as tables for one launch: which program computes which queries, and which keys it walks over.
+"""Pieces as tables for one launch: which program computes which queries, and which keys it walks
+over.
 
-Per KV head, queries are cut into runs that see the same pieces, and runs into tiles. A run whose pieces
-stride over queries is taken apart by residue, so that every row of a tile sees every key segment of it:
+Per KV head, queries are cut into runs that see the same pieces, and runs into tiles. A run whose
+pieces stride over queries is taken apart by residue, so that every row of a tile sees every key
+segment of it:
 
     tiles     kv_head, first query row, query step, queries, first segment, end of segments, part
     segments  first key row, key step, keys, causal
 
-Rows count from the first row of q and of k. A causal segment shows a query at position p its keys at positions
-<= p. With several parts, the keys of each run are divided among that many tiles, whose results are
-merged by LSE afterwards. Pure ints and numpy: no kernel, no device.
+Rows count from the first row of q and of k. A causal segment shows a query at position p its keys
+at positions <= p. With several parts, the keys of each run are divided among that many tiles, whose
+results are merged by LSE afterwards. Pure ints and numpy: no kernel, no device.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ _PART_ALIGNMENT = 128
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """`tiles` int32 [number, 7], most work first; `segments` int32 [number, 4]. Every query row of every KV
-    head is in exactly one tile of each part."""
+    """`tiles` int32 [number, 7], most work first; `segments` int32 [number, 4]. Every query row of
+    every KV head is in exactly one tile of each part."""
 
     tiles: np.ndarray
     segments: np.ndarray
@@ -147,7 +149,8 @@ def _segment(piece: Piece, k_start: int) -> _Segment:
 
 
 def _divide(segments: Sequence[_Segment], num_parts: int) -> list[list[_Segment]]:
-    """The segments in `num_parts` lists of about as many keys; causal ones stay whole, in the last."""
+    """The segments in `num_parts` lists of about as many keys; causal ones stay whole, in the
+    last."""
     if num_parts == 1:
         return [list(segments)]
     total = sum(s.count for s in segments if not s.causal)
@@ -170,7 +173,8 @@ def _divide(segments: Sequence[_Segment], num_parts: int) -> list[list[_Segment]
 
 
 def _visible(segments: Sequence[_Segment], last_key_row: np.ndarray) -> np.ndarray:
-    """Keys that the last query of each tile sees, where `last_key_row` is its own position's row in k."""
+    """Keys that the last query of each tile sees, where `last_key_row` is its own position's row in
+    k."""
     seen = np.zeros(len(last_key_row), dtype=np.int64)
     for s in segments:
         if s.causal:

@@ -1,11 +1,14 @@
-"""Communication-efficient sparse attention in one launch: each program walks over all key segments of its tile.
+"""Communication-efficient sparse attention in one launch: each program walks over all key segments
+of its tile.
 
-A program owns some queries of one KV head, with the query heads of that head as extra rows, so keys and values
-are read once per tile. It keeps a running softmax over its segments and writes out and lse once: no
-partial result leaves the chip. Masks are at the ends of segments and along diagonals only.
+A program owns some queries of one KV head, with the query heads of that head as extra rows, so keys
+and values are read once per tile. It keeps a running softmax over its segments and writes out and
+lse once: no partial result leaves the chip. Masks are at the ends of segments and along diagonals
+only.
 
-Shapes: T queries, S keys, N query heads, K KV heads, H head width; in the kernel M rows of a tile, J keys.
-Row r of a tile is query r // G and query head r % G of its G heads. Scores are in base 2 inside.
+Shapes: T queries, S keys, N query heads, K KV heads, H head width; in the kernel M rows of a tile,
+J keys. Row r of a tile is query r // G and query head r % G of its G heads. Scores are in base 2
+inside.
 """
 
 from __future__ import annotations
@@ -38,11 +41,12 @@ def attend_pieces(
     q_start: int = 0,
     k_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.attend_pieces`. Tables of the last lists of pieces are kept on the device.
+    """Same contract as `reference.attend_pieces`. Tables of the last lists of pieces are kept on
+    the device.
 
     Raises:
-        ValueError: a piece reaches outside the given queries, keys or KV heads; types, widths or a scale
-            that the kernel has no form for.
+        ValueError: a piece reaches outside the given queries, keys or KV heads; types, widths or a
+            scale that the kernel has no form for.
     """
     _check(q_TNH, k_SKH, v_SKH, scale)
     q_TNH, k_SKH, v_SKH = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNH, k_SKH, v_SKH))
@@ -108,7 +112,8 @@ def _tables(
     tile_queries: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, int]:
-    """Tiles and segments on the device, and the number of parts: made once per plan, used by every layer."""
+    """Tiles and segments on the device, and the number of parts: made once per plan, used by every
+    layer."""
     plan_in = partial(
         plan_tiles,
         pieces,
@@ -141,7 +146,8 @@ def _check(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, scale: float) -> None:
         raise ValueError(f"scale {scale}: the kernel needs a positive one")
 
 
-# Numbers that change from step to step are not compiled in, or each new one would compile the kernel again.
+# Numbers that change from step to step are not compiled in, or each new one would compile the
+# kernel again.
 @triton.jit(do_not_specialize=["q_minus_k", "num_q"])
 def _attend_kernel(
     q,
@@ -250,7 +256,8 @@ def _walk(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The running softmax over keys [begin, end) of one segment; masked, row m sees the first seen[m] keys."""
+    """The running softmax over keys [begin, end) of one segment; masked, row m sees the first
+    seen[m] keys."""
     j_J = tl.arange(0, KEYS)
     h_H = tl.arange(0, PADDED_WIDTH)
     k_at_JH = j_J.to(tl.int64)[:, None] * k_step_s + h_H[None, :]

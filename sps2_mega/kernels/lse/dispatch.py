@@ -1,4 +1,5 @@
-"""Merging partials by LSE, on the form that suits the device: one launch on CUDA, torch's operations elsewhere."""
+"""Merging partials by LSE, on the form that suits the device: one launch on CUDA, torch's
+operations elsewhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Merging partial attention results by their log-sum-exp.
 
-A partial is `(out, lse)` of softmax attention over part of the keys. With `m = max lse_p`:
-out = sum_p exp(lse_p - m) out_p / sum_p exp(lse_p - m). A partial without keys has lse = -inf, out = 0.
+A partial is `(out, lse)` of softmax attention over part of the keys. With `m = max lse_p`: out =
+sum_p exp(lse_p - m) out_p / sum_p exp(lse_p - m). A partial without keys has lse = -inf, out = 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def merge(out_PTNH: Tensor, lse_PTN: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge P partials: out [P, T, N, H] any float type, lse [P, T, N] float32 -> ([T, N, H], [T, N]).
+    """Merge P partials: out [P, T, N, H] any float type, lse [P, T, N] float32 -> ([T, N, H], [T,
+    N]).
 
     The weights and the sum are float32; the result has the type of `out`.
     """

@@ -1,7 +1,7 @@
 """Merging partial attention results by their log-sum-exp, in one pass over the partials.
 
-A program merges a few (query, head) rows: the LSEs first, for their maximum, then each partial's output once.
-`merge_rows` is the same work for kernels that merge what they wrote in another layout.
+A program merges a few (query, head) rows: the LSEs first, for their maximum, then each partial's
+output once. `merge_rows` is the same work for kernels that merge what they wrote in another layout.
 
 Shapes: P partials, T queries, N heads, H head width; in the kernel R rows of (query, head).
 """
@@ -47,7 +47,8 @@ def merge(out_PTNH: Tensor, lse_PTN: Tensor) -> tuple[Tensor, Tensor]:
 def merge_two(
     out_a_TNH: Tensor, lse_a_TN: Tensor, out_b_TNH: Tensor, lse_b_TN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.merge_two`; rows [R, H] with lse [R] count as heads of one token."""
+    """Same contract as `reference.merge_two`; rows [R, H] with lse [R] count as heads of one
+    token."""
     if out_a_TNH.dim() == 2:
         one_token = (x.unsqueeze(0) for x in (out_a_TNH, lse_a_TN, out_b_TNH, lse_b_TN))
         merged_1RH, lse_1R = merge_two(*one_token)
@@ -133,7 +134,8 @@ def _finish(acc_RH, sum_R, shift_R):
     return acc_RH / safe_R[:, None], lse_R
 
 
-# Numbers that change from step to step are not compiled in, or each new one would compile the kernel again.
+# Numbers that change from step to step are not compiled in, or each new one would compile the
+# kernel again.
 @triton.jit(do_not_specialize=["num_partials", "num_rows", "lse_stride_p"])
 def _merge_kernel(
     out,

@@ -1,8 +1,8 @@
 """One-token attention over a block table, on the form that suits the device.
 
-Our own kernel on CUDA reads the cache in place, whatever the lengths, from the block table as it is; torch's
-operations need rows gathered into buckets of similar length. Either is laid out once per step, from numpy, and
-used by every layer.
+Our own kernel on CUDA reads the cache in place, whatever the lengths, from the block table as it
+is; torch's operations need rows gathered into buckets of similar length. Either is laid out once
+per step, from numpy, and used by every layer.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def paged_decode(
 
 
 def range_stride(rows: int) -> int:
-    """Entries of the starts, and of the ends, in a packed table: padded to whole 16 bytes, since the kernel is compiled
-    once more for each alignment that it meets."""
+    """Entries of the starts, and of the ends, in a packed table: padded to whole 16 bytes, since
+    the kernel is compiled once more for each alignment that it meets."""
     return -(-rows // 4) * 4
 
 

@@ -1,4 +1,5 @@
-"""What the paged decode kernel is compiled for, by head width and type: constants, no tuning at run time."""
+"""What the paged decode kernel is compiled for, by head width and type: constants, no tuning at run
+time."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """`heads` query heads (padded) of `width` elements (padded) against `tokens` at a time; pipeline `stages`.
-    `precision` is how float32 is multiplied; other types have one way only."""
+    """`heads` query heads (padded) of `width` elements (padded) against `tokens` at a time;
+    pipeline `stages`. `precision` is how float32 is multiplied; other types have one way only."""
 
     heads: int
     width: int
@@ -21,8 +22,8 @@ class TileShape:
 
 
 def tile_shape(width: int, heads_per_group: int, dtype: torch.dtype) -> TileShape:
-    """So many tokens that a few programs together keep a multiprocessor's reads in flight, and, in exact
-    float32, no more than registers hold."""
+    """So many tokens that a few programs together keep a multiprocessor's reads in flight, and, in
+    exact float32, no more than registers hold."""
     exact = dtype == torch.float32
     padded = _power_of_two(width)
     return TileShape(

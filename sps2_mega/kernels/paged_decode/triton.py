@@ -1,12 +1,14 @@
-"""One-token attention over a block table: keys and values are read in place, once, by many programs per row.
+"""One-token attention over a block table: keys and values are read in place, once, by many programs
+per row.
 
-A program reads one chunk of one row's cached tokens for one KV head; that head's query heads are the rows of its
-tile. Where a row has several chunks their partials are merged in a second launch:
+A program reads one chunk of one row's cached tokens for one KV head; that head's query heads are
+the rows of its tile. Where a row has several chunks their partials are merged in a second launch:
 
     row b, KV head   [start ... chunk 0 ...][... chunk 1 ...][... chunk 2, end) -> partials -> merged
 
-Lengths stay on the device: the grid covers the longest possible row, and programs past a row's end stop at
-once. Shapes: B rows, N query heads, K KV heads, H head width; C chunks; in the kernel G query heads, J tokens.
+Lengths stay on the device: the grid covers the longest possible row, and programs past a row's end
+stop at once. Shapes: B rows, N query heads, K KV heads, H head width; C chunks; in the kernel G
+query heads, J tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def paged_decode(
     """Same contract as `reference.paged_decode`; no value is copied to the host.
 
     Raises:
-        ValueError: types or widths that the kernel has no form for, or tables of another number of rows.
+        ValueError: types or widths that the kernel has no form for, or tables of another number of
+            rows.
     """
     _check(q_BNH, k_cache, v_cache, block_table_BM, starts_B, ends_B, scale)
     num_rows, num_heads, width = q_BNH.shape
@@ -141,7 +144,8 @@ def _check(
         raise ValueError(f"scale {scale}: the kernel needs a positive one")
 
 
-# Numbers that change from step to step are not compiled in, or each new one would compile the kernel again.
+# Numbers that change from step to step are not compiled in, or each new one would compile the
+# kernel again.
 @triton.jit(do_not_specialize=["num_rows", "chunk_tokens", "table_stride_b"])
 def _decode_kernel(
     q,

@@ -1,4 +1,5 @@
-"""Rotary embedding and the write to the KV cache, on the form that suits the device: one launch on CUDA."""
+"""Rotary embedding and the write to the KV cache, on the form that suits the device: one launch on
+CUDA."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Rotary position embedding of new queries and keys, and writing the keys and values into the paged KV cache.
+"""Rotary position embedding of new queries and keys, and writing the keys and values into the paged
+KV cache.
 
-The order of operations, and so of roundings, is that of Megatron's unfused rotary embedding: cos and sin in the type
-of the heads, each product rounded to it, then their sum.
+The order of operations, and so of roundings, is that of Megatron's unfused rotary embedding: cos
+and sin in the type of the heads, each product rounded to it, then their sum.
 
-Shapes: T tokens, N query heads, K KV heads, H head width, R rotated pairs (2R <= H; elements from 2R on stay).
+Shapes: T tokens, N query heads, K KV heads, H head width, R rotated pairs (2R <= H; elements from
+2R on stay).
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ def rotate_and_append(
     sin_TR: Tensor,
     interleaved: bool = False,
 ) -> None:
-    """Rotates q and k in place by each token's angles, then writes k and v to slot slots[t] of the caches
-    [blocks, block_size, K, H].
+    """Rotates q and k in place by each token's angles, then writes k and v to slot slots[t] of the
+    caches [blocks, block_size, K, H].
 
-    cos and sin have the type of q. Pair r are the elements r and R + r, or with `interleaved` 2r and 2r + 1.
+    cos and sin have the type of q. Pair r are the elements r and R + r, or with `interleaved` 2r
+    and 2r + 1.
     """
     for heads in (q_TNH, k_TKH):
         rotate(heads, cos_TR, sin_TR, interleaved=interleaved)

@@ -1,11 +1,14 @@
-"""Rotary embedding of new queries and keys and the write of keys and values to the paged cache, all in one launch.
+"""Rotary embedding of new queries and keys and the write of keys and values to the paged cache, all
+in one launch.
 
-A program takes one token and a few of its heads: of the queries, or of the keys together with their values:
+A program takes one token and a few of its heads: of the queries, or of the keys together with their
+values:
 
     program_id(1)   0 .. query tiles - 1: query heads    from there on: KV heads, of k, v and both caches
 
-Queries and keys change in place: what a program writes only it has read, and the new value comes after the old.
-Shapes: T tokens, N query heads, K KV heads, H head width, R rotated pairs; in the kernel G heads of a tile.
+Queries and keys change in place: what a program writes only it has read, and the new value comes
+after the old. Shapes: T tokens, N query heads, K KV heads, H head width, R rotated pairs; in the
+kernel G heads of a tile.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ def rotate_and_append(
     sin_TR: Tensor,
     interleaved: bool = False,
 ) -> None:
-    """Same contract as `reference.rotate_and_append`; a token with a negative slot is rotated and written nowhere.
+    """Same contract as `reference.rotate_and_append`; a token with a negative slot is rotated and
+    written nowhere.
 
     Raises:
         ValueError: types, widths or numbers of tokens that do not belong together.
@@ -118,7 +122,8 @@ def _check(
 
 @triton.jit
 def _rotated(first, second, cos, sin):
-    """Both elements of a pair, rounded to the type of the heads after every operation as eager torch does."""
+    """Both elements of a pair, rounded to the type of the heads after every operation as eager
+    torch does."""
     dtype = first.dtype
     first32, second32 = first.to(tl.float32), second.to(tl.float32)
     cos32, sin32 = cos.to(tl.float32), sin.to(tl.float32)

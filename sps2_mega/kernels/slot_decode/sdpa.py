@@ -1,7 +1,8 @@
 """One-token attention over listed cache slots, per KV head: only those rows of the cache are read.
 
-Rows of similar counts are gathered side by side and share one fused call, as in `paged_decode.sdpa`. The heads of a
-row see about equally many slots, so what is padded among them is little.
+Rows of similar counts are gathered side by side and share one fused call, as in
+`paged_decode.sdpa`. The heads of a row see about equally many slots, so what is padded among them
+is little.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from sps2_mega.kernels.paged_decode.sdpa import bucket_rows
 
 @dataclass(frozen=True, slots=True)
 class SlotBatch:
-    """Rows computed together. `index` [b * K * S] counts (slot, KV head) pairs of the cache; `hidden_bKS` is
-    True where an entry is padding, or None without any. `rows_B` is None when the batch is all rows in order.
+    """Rows computed together. `index` [b * K * S] counts (slot, KV head) pairs of the cache;
+    `hidden_bKS` is True where an entry is padding, or None without any. `rows_B` is None when the
+    batch is all rows in order.
     """
 
     rows_B: Tensor | None
@@ -40,7 +42,8 @@ def prepare(
         index = np.empty((len(rows), num_kv_heads, longest), dtype=np.int64)
         counts = np.empty((len(rows), num_kv_heads), dtype=np.int64)
         for place, row in enumerate(rows):
-            # Padding is hidden, but multiplied by zero: it must be the row's own, which is finite or fails anyway.
+            # Padding is hidden, but multiplied by zero: it must be the row's own, which is finite
+            # or fails anyway.
             own = next(chosen[0] for chosen in slots[row] if len(chosen))
             for head, chosen in enumerate(slots[row]):
                 counts[place, head] = len(chosen)

@@ -1,6 +1,6 @@
 """The OpenAI-compatible HTTP server: one engine behind it, driven by rank 0.
 
-main thread (engine_loop)            event loop thread (front, app, routes)
+main thread (engine_loop)            event loop thread (async_engine, app, routes)
 take commands, step, take deltas <-- open, abort ---  requests
                                  --- StepResult --->  open calls -> JSON or SSE
 """

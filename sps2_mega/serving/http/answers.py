@@ -1,9 +1,10 @@
-"""From a call's outputs and deltas to OpenAI bodies: one JSON object, or a stream of server-sent events.
+"""From a call's outputs and deltas to OpenAI bodies: one JSON object, or a stream of server-sent
+events.
 
     data: {chunk}\\n\\n   ...   data: {usage chunk}\\n\\n   data: [DONE]\\n\\n        and ": keep-alive" in silence
 
-A failure after the headers went out is an event with an `error`, then the end of the stream. What single outputs
-look like is `responses`'.
+A failure after the headers went out is an event with an `error`, then the end of the stream. What
+single outputs look like is `responses`'.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.logprobs import PromptLogprobs
 from sps2_mega.outputs import OutputDelta, RequestOutput
 from sps2_mega.serving.echo import Echo, joined
@@ -29,6 +29,7 @@ from sps2_mega.serving.responses import (
     logprob_lists,
     usage,
 )
+from sps2_mega.text.tokenizer import Tokenizer
 
 KEEP_ALIVE = ": keep-alive\n\n"
 DONE = "data: [DONE]\n\n"
@@ -39,7 +40,8 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """What all bodies of one answer share. `echoes` are what to put before each prompt's outputs."""
+    """What all bodies of one answer share. `echoes` are what to put before each prompt's
+    outputs."""
 
     kind: Kind
     body_id: str
@@ -127,8 +129,9 @@ class Answer:
         return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}]
 
     async def _released(self, deltas: list[Delta]) -> tuple[list[Delta], str]:
-        """Those of `deltas`, and of what was held back, whose prompts are scored, and the events that open their choices.
-        The scores come with the first sample's first token, which need not be the first of all."""
+        """Those of `deltas`, and of what was held back, whose prompts are scored, and the events
+        that open their choices. The scores come with the first sample's first token, which need not
+        be the first of all."""
         openings = ""
         released: list[Delta] = []
         for delta in deltas:
@@ -155,7 +158,8 @@ class Answer:
         return "".join(events)
 
     def _choices(self, deltas: list[Delta]) -> str:
-        """An event for each delta that says something, in one piece: each piece is written by itself."""
+        """An event for each delta that says something, in one piece: each piece is written by
+        itself."""
         before, after = self._frame
         return "".join(
             before + _encode(choice) + after
@@ -167,7 +171,8 @@ class Answer:
     def _frame(self) -> tuple[str, str]:
         """What stands around a choice in an event, the same for all of an answer."""
         if self._around is None:
-            # Quotes inside of strings are escaped, so this occurs once, whatever the model is called.
+            # Quotes inside of strings are escaped, so this occurs once, whatever the model is
+            # called.
             before, opening, after = self._event([{}]).partition('"choices":[')
             self._around = before + opening, after.removeprefix("{}")
         return self._around

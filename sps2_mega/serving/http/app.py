@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from sps2_mega import __version__
 from sps2_mega.serving.http import generation_routes, page_routes, status_routes, token_routes
 from sps2_mega.serving.http.api_errors import ApiError
-from sps2_mega.serving.http.front import Front
+from sps2_mega.serving.http.async_engine import AsyncEngine
 from sps2_mega.serving.http.gate import Gate, response_of
 from sps2_mega.serving.http.settings import ServerConfig
 from sps2_mega.serving.http.state import ServerState
@@ -22,8 +22,10 @@ from sps2_mega.serving.protocol import validation_text
 logger = logging.getLogger(__name__)
 
 
-def build_app(front: Front, config: ServerConfig, model_names: tuple[str, ...]) -> FastAPI:
-    """The server's application; it answers 503 until `front` is ready."""
+def build_app(
+    async_engine: AsyncEngine, config: ServerConfig, model_names: tuple[str, ...]
+) -> FastAPI:
+    """The server's application; it answers 503 until `async_engine` is ready."""
     app = FastAPI(
         title="sps2_mega",
         version=__version__,
@@ -33,7 +35,7 @@ def build_app(front: Front, config: ServerConfig, model_names: tuple[str, ...]) 
         redoc_url=None,
     )
     app.state.server = ServerState(
-        front=front, config=config, model_names=model_names, started=int(time.time())
+        async_engine=async_engine, config=config, model_names=model_names, started=int(time.time())
     )
     for routes in (generation_routes, token_routes, status_routes, page_routes):
         app.include_router(routes.router)
@@ -42,7 +44,7 @@ def build_app(front: Front, config: ServerConfig, model_names: tuple[str, ...]) 
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(Exception, _unexpected)
     app.add_middleware(
-        Gate, config=config, metrics=front.metrics, paths=frozenset(app.openapi()["paths"])
+        Gate, config=config, metrics=async_engine.metrics, paths=frozenset(app.openapi()["paths"])
     )
     return app
 

@@ -1,7 +1,7 @@
 """One call of a client: its prompts in the engine, and what has come back of them so far.
 
-Lives in the event loop's thread. Opening, ending and routing of calls is `front`'s; how a call's events become
-bytes is `answers`'.
+Lives in the event loop's thread. Opening, ending and routing of calls is `async_engine`'s; how a
+call's events become bytes is `answers`'.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Delta:
 
 @dataclass(slots=True, kw_only=True)
 class Call:
-    """Ends when all prompts are answered (`outputs` has one entry each) or with the first failure."""
+    """Ends when all prompts are answered (`outputs` has one entry each) or with the first
+    failure."""
 
     call_id: str
     prompts: list[list[int]]
@@ -69,8 +70,8 @@ class Call:
         return self._news.set()
 
     async def deltas(self, *, silence: float) -> AsyncIterator[list[Delta]]:
-        """What steps add, all that has come at a time, until everything is answered; nothing after each `silence`
-        seconds without.
+        """What steps add, all that has come at a time, until everything is answered; nothing after
+        each `silence` seconds without.
 
         Raises:
             ApiError: the call failed, or took too long.

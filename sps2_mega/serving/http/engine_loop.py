@@ -1,7 +1,8 @@
-"""The engine's side of the server: takes commands between steps, runs steps, hands results to the event loop.
+"""The engine's side of the server: takes commands between steps, runs steps, hands results to the
+event loop.
 
-Runs in rank 0's main thread until it is told to stop. Decides nothing about clients: who may open a call, and
-what happens to results, is `front`'s.
+Runs in rank 0's main thread until it is told to stop. Decides nothing about clients: who may open a
+call, and what happens to results, is `async_engine`'s.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def run_engine(
     commands: queue.SimpleQueue[Command],
     deliver: Callable[[StepResult], None],
 ) -> None:
-    """Serves until `Stop`; an idle engine costs nothing. An abort takes effect before the next step."""
+    """Serves until `Stop`; an idle engine costs nothing. An abort takes effect before the next
+    step."""
     while True:
         refused, stopped = _take_commands(engine, commands)
         if stopped:

@@ -1,4 +1,5 @@
-"""What every HTTP request passes first: a request id, the API key, the size of its body, a line in the log.
+"""What every HTTP request passes first: a request id, the API key, the size of its body, a line in
+the log.
 
 Plain ASGI, because middleware that wraps responses would hide that a client has left.
 """
@@ -25,7 +26,8 @@ from sps2_mega.serving.http.settings import ServerConfig
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
-# Without a key, so that load balancers, Prometheus and browsers need none; they tell nothing of requests.
+# Without a key, so that load balancers, Prometheus and browsers need none; they tell nothing of
+# requests.
 OPEN_PATHS = frozenset(["/health", "/ready", "/metrics", "/version", "/openapi.json", *PAGE_PATHS])
 _QUIET_PATHS = frozenset(["/health", "/ready", "/metrics", "/status", *PAGE_PATHS])
 _VALID_ID = re.compile(r"[!-~]{1,128}")

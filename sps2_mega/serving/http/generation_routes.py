@@ -1,4 +1,5 @@
-"""`/v1/completions` and `/v1/chat/completions`: from a body to a call, from the call to an answer."""
+"""`/v1/completions` and `/v1/chat/completions`: from a body to a call, from the call to an
+answer."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ async def _fields(request: Request) -> dict[str, Any]:
 def _parsed(
     fields: dict[str, Any], kind: Kind, state: ServerState, *, echo: bool = False
 ) -> ParsedRequest:
-    state.front.model  # noqa: B018  503 goes before anything else
+    state.async_engine.model  # noqa: B018  503 goes before anything else
     try:
         parsed = parse_request(fields, kind=kind, echo=echo)
     except RequestError as error:
@@ -94,7 +95,7 @@ def _with_prompt(parsed: ParsedRequest, prompt: str | list[int]) -> ParsedReques
 def _echoes(
     each: list[ParsedRequest], tokens: list[list[int]], params: SamplingParams, state: ServerState
 ) -> list[Echo]:
-    tokenizer = state.front.model.tokenizer
+    tokenizer = state.async_engine.model.tokenizer
     try:
         if params.prompt_logprobs is not None:
             check_size(tokens, num_samples=params.n, num_top=params.prompt_logprobs)
@@ -117,14 +118,14 @@ async def _generate(
     kind, params = each[0].kind, each[0].params
     tokens = [await _tokens(parsed, state) for parsed in each]
     echoes = _echoes(each, tokens, params, state) if echo else None
-    call = state.front.open(tokens, params, stream=bool(stream.stream))
+    call = state.async_engine.open(tokens, params, stream=bool(stream.stream))
     answer = Answer(
         kind=kind,
         body_id=f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{call.call_id}",
         model=state.model_names[0],
         created=int(time.time()),
         num_samples=params.n,
-        tokenizer=state.front.model.tokenizer,
+        tokenizer=state.async_engine.model.tokenizer,
         request_id=request_id_of(request.scope),
         echoes=echoes,
         scores_prompts=params.prompt_logprobs is not None,
@@ -140,7 +141,7 @@ async def _generate(
 
 
 async def _tokens(parsed: ParsedRequest, state: ServerState) -> list[int]:
-    tokenizer = state.front.model.tokenizer
+    tokenizer = state.async_engine.model.tokenizer
     size = len(parsed.prompt or ()) + sum(len(m["content"]) for m in parsed.messages or ())
     try:
         if size <= _LONG_TEXT:
@@ -176,7 +177,8 @@ async def _disconnected(request: Request) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; headers go out at once, and the call is closed however the stream ends."""
+    """Server-sent events; headers go out at once, and the call is closed however the stream
+    ends."""
 
     def __init__(self, call: Call, answer: Answer, *, keep_alive: float) -> None:
         super().__init__(

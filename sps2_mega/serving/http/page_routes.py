@@ -1,6 +1,8 @@
-"""The page at `/`: files of the folder `page`, as they are. They ask `/status` and `/v1`, and nothing elsewhere.
+"""The page at `/`: files of the folder `page`, as they are. They ask `/status` and `/v1`, and
+nothing elsewhere.
 
-Served without an API key, since they tell nothing; the page asks its reader for the key where one is needed.
+Served without an API key, since they tell nothing; the page asks its reader for the key where one
+is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _HEADERS = {
     # A browser with an older page would ask in ways that a newer server may not know.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "
+        "data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",

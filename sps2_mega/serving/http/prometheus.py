@@ -1,7 +1,7 @@
 """Metrics for Prometheus: the names that dashboards of LLM servers know, under our prefix.
 
-What the durations mean is defined in `sps2_mega.metrics`. A renamed metric breaks dashboards, so a test freezes
-the names.
+What the durations mean is defined in `sps2_mega.metrics`. A renamed metric breaks dashboards, so a
+test freezes the names.
 """
 
 from __future__ import annotations

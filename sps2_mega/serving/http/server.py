@@ -16,9 +16,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from sps2_mega.errors import ConfigError
-from sps2_mega.serving.http.front import Front
+from sps2_mega.serving.http.async_engine import AsyncEngine
 
-# Python's own, 5 ms, is how long the engine's thread may wait after each operator while this one is computing.
+# Python's own, 5 ms, is how long the engine's thread may wait after each operator while this one is
+# computing.
 _SWITCH_S = 1e-4
 _LINGER_S = 3  # for the last responses, once the engine has stopped
 _BACKLOG = 1024
@@ -56,8 +57,8 @@ def url_of(listener: socket.socket) -> str:
 class HttpServer:
     """Runs from `start` to `stop`; both are the main thread's."""
 
-    def __init__(self, app: FastAPI, front: Front, listener: socket.socket) -> None:
-        self._front, self._listener = front, listener
+    def __init__(self, app: FastAPI, async_engine: AsyncEngine, listener: socket.socket) -> None:
+        self._async_engine, self._listener = async_engine, listener
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -72,7 +73,8 @@ class HttpServer:
         self._thread = threading.Thread(target=self._run, name="sps2-http", daemon=True)
 
     def start(self) -> None:
-        """Returns once requests are taken. Threads of this process change places more often from now on."""
+        """Returns once requests are taken. Threads of this process change places more often from
+        now on."""
         sys.setswitchinterval(_SWITCH_S)
         self._thread.start()
         self._running.wait()
@@ -80,7 +82,7 @@ class HttpServer:
     def call_soon(self, function: Callable[..., object], *arguments: object) -> None:
         """Calls in the event loop's thread; after its end nobody is left to be told."""
         with contextlib.suppress(RuntimeError):
-            self._front.loop.call_soon_threadsafe(function, *arguments)
+            self._async_engine.loop.call_soon_threadsafe(function, *arguments)
 
     def stop(self) -> None:
         """Closes the port and waits a little for responses under way."""
@@ -91,6 +93,6 @@ class HttpServer:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
-        self._front.attach(asyncio.get_running_loop())
+        self._async_engine.attach(asyncio.get_running_loop())
         self._running.set()
         await self._server.serve(sockets=[self._listener])

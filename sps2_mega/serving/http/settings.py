@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from sps2_mega.config import EngineConfig, flag
 from sps2_mega.errors import ConfigError
 
-# Where EngineConfig sets no limit; a server without one would collect requests that nobody waits for any more.
+# Where EngineConfig sets no limit; a server without one would collect requests that nobody waits
+# for any more.
 DEFAULT_MAX_QUEUE = 256
 # Offline nobody reads along, so that EngineConfig never interrupts a prefill.
 DEFAULT_TBT_TARGET_MS = 100.0
@@ -26,7 +27,8 @@ class ServerConfig:
     port: int = flag(8000, "TCP port to listen on; 0 takes a free one")
     api_key: str | None = flag(
         None,
-        "what clients must send as bearer token; SPS2_API_KEY does the same, unseen by ps (default: no key)",
+        "what clients must send as bearer token; SPS2_API_KEY does the same, unseen by ps "
+        "(default: no key)",
     )
     served_model_name: str | None = flag(
         None, "the model's name for clients (default: the last part of --model)"
@@ -64,8 +66,8 @@ def model_name(server: ServerConfig, model: str) -> str:
 
 
 def for_serving(config: EngineConfig) -> EngineConfig:
-    """The engine's configuration in a server: with a target for the time between tokens, where its scheduler takes
-    one and none was given."""
+    """The engine's configuration in a server: with a target for the time between tokens, where its
+    scheduler takes one and none was given."""
     scheduler = config.scheduler
     if scheduler.policy == "sarathi" or scheduler.tbt_target_ms is not None:
         return config

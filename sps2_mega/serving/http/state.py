@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from sps2_mega.serving.http.front import Front
+from sps2_mega.serving.http.async_engine import AsyncEngine
 from sps2_mega.serving.http.settings import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ _MAX_WARNINGS = 100  # a client can invent any number of field names
 class ServerState:
     """`model_names` are what clients may call the model; the first one is shown to them."""
 
-    front: Front
+    async_engine: AsyncEngine
     config: ServerConfig
     model_names: tuple[str, ...]
     started: int  # Unix seconds

@@ -1,11 +1,12 @@
-"""The body of `/status`: what the page at `/` shows, in one JSON object. Numbers only, no texts of requests."""
+"""The body of `/status`: what the page at `/` shows, in one JSON object. Numbers only, no texts of
+requests."""
 
 from __future__ import annotations
 
 import pydantic
 
 from sps2_mega.metrics import DurationHistogram
-from sps2_mega.serving.http.front import Front, ServedFacts
+from sps2_mega.serving.http.async_engine import AsyncEngine, ServedFacts
 from sps2_mega.serving.http.recent_waits import WINDOW_S
 
 _MAX_REQUESTS = 50  # rows of a page
@@ -20,7 +21,7 @@ class Memory(pydantic.BaseModel):
     free: int
 
 
-class SideLayout(pydantic.BaseModel):
+class PoolLayout(pydantic.BaseModel):
     """Ranks that do the same: `all`, or those of `prefill` and of `decode`."""
 
     name: str
@@ -29,11 +30,12 @@ class SideLayout(pydantic.BaseModel):
 
 
 class Layout(pydantic.BaseModel):
-    """What runs, once it is loaded. Levels and transport are those of the first side; `sp_levels` are sizes of the SP
-    levels, innermost first. `memory` is of each rank, those of the first side first."""
+    """What runs, once it is loaded. Levels and transport are those of the first side; `sp_levels`
+    are sizes of the SP levels, innermost first. `memory` is of each rank, those of the first side
+    first."""
 
     world_size: int
-    sides: list[SideLayout]
+    sides: list[PoolLayout]
     sp_levels: list[int]
     device: str
     dtype: str
@@ -42,7 +44,7 @@ class Layout(pydantic.BaseModel):
     memory: list[Memory]
 
 
-class SideKVCache(pydantic.BaseModel):
+class PoolKVCache(pydantic.BaseModel):
     """Blocks of a side's SP ranks: how many each has, and has in use."""
 
     name: str
@@ -54,7 +56,7 @@ class KVCache(pydantic.BaseModel):
     """In blocks of `block_size` tokens, side by side as in the layout."""
 
     block_size: int
-    sides: list[SideKVCache]
+    sides: list[PoolKVCache]
 
 
 class Load(pydantic.BaseModel):
@@ -94,8 +96,8 @@ class OpenRequest(pydantic.BaseModel):
 
 
 class StatusBody(pydantic.BaseModel):
-    """`stage` says what a loading server is at, `reason` why one has failed. `requests` are the oldest ones of
-    `open_requests`."""
+    """`stage` says what a loading server is at, `reason` why one has failed. `requests` are the
+    oldest ones of `open_requests`."""
 
     state: str
     stage: str | None
@@ -111,22 +113,24 @@ class StatusBody(pydantic.BaseModel):
     requests: list[OpenRequest]
 
 
-def status_of(front: Front, *, model: str, version: str, uptime_s: float) -> StatusBody:
+def status_of(
+    async_engine: AsyncEngine, *, model: str, version: str, uptime_s: float
+) -> StatusBody:
     """The state of a server in all its states; to be called in the event loop's thread."""
-    facts = None if front.served is None else front.served.facts
-    ttft, tbt = front.recent_waits.histograms()
+    facts = None if async_engine.served is None else async_engine.served.facts
+    ttft, tbt = async_engine.recent_waits.histograms()
     return StatusBody(
-        state=front.state.value,
-        stage=front.stage,
-        reason=front.reason,
+        state=async_engine.state.value,
+        stage=async_engine.stage,
+        reason=async_engine.reason,
         model=model,
         version=version,
         uptime_s=uptime_s,
         layout=None if facts is None else _layout(facts),
-        kv_cache=None if facts is None else _kv_cache(front, facts),
-        load=_load(front),
+        kv_cache=None if facts is None else _kv_cache(async_engine, facts),
+        load=_load(async_engine),
         latency=Latency(window_s=WINDOW_S, ttft=_waits(ttft), tbt=_waits(tbt)),
-        open_requests=front.num_open,
+        open_requests=async_engine.num_open,
         requests=[
             OpenRequest(
                 age_s=call.age_s,
@@ -135,7 +139,7 @@ def status_of(front: Front, *, model: str, version: str, uptime_s: float) -> Sta
                 stream=call.stream,
                 output_tokens=call.streamed_tokens if call.stream else None,
             )
-            for call in front.oldest_calls(_MAX_REQUESTS)
+            for call in async_engine.oldest_calls(_MAX_REQUESTS)
         ],
     )
 
@@ -143,7 +147,7 @@ def status_of(front: Front, *, model: str, version: str, uptime_s: float) -> Sta
 def _layout(facts: ServedFacts) -> Layout:
     return Layout(
         world_size=facts.world_size,
-        sides=[SideLayout(name=side.name, tp=side.tp, sp=side.sp) for side in facts.sides],
+        sides=[PoolLayout(name=side.name, tp=side.tp, sp=side.sp) for side in facts.sides],
         sp_levels=list(facts.sp_levels),
         device=facts.device,
         dtype=facts.dtype,
@@ -161,12 +165,12 @@ def _layout(facts: ServedFacts) -> Layout:
     )
 
 
-def _kv_cache(front: Front, facts: ServedFacts) -> KVCache:
-    sides = facts.kv_sides if front.stats is None else front.stats.kv_sides
+def _kv_cache(async_engine: AsyncEngine, facts: ServedFacts) -> KVCache:
+    sides = facts.kv_sides if async_engine.stats is None else async_engine.stats.kv_sides
     return KVCache(
         block_size=facts.block_size,
         sides=[
-            SideKVCache(
+            PoolKVCache(
                 name=side.side,
                 blocks_per_rank=side.blocks_per_rank,
                 used_per_rank=list(side.used_per_rank),
@@ -176,8 +180,8 @@ def _kv_cache(front: Front, facts: ServedFacts) -> KVCache:
     )
 
 
-def _load(front: Front) -> Load:
-    stats = front.stats
+def _load(async_engine: AsyncEngine) -> Load:
+    stats = async_engine.stats
     if stats is None:
         return Load()
     return Load(

@@ -10,8 +10,8 @@ from fastapi.responses import Response
 
 from sps2_mega import __version__
 from sps2_mega.serving.http.api_errors import ApiError
+from sps2_mega.serving.http.async_engine import State
 from sps2_mega.serving.http.documented import responses
-from sps2_mega.serving.http.front import State
 from sps2_mega.serving.http.state import ServerState, server_state
 from sps2_mega.serving.http.status_body import StatusBody, status_of
 
@@ -20,27 +20,34 @@ router = APIRouter(tags=["status"])
 
 @router.get("/health", responses=responses(503))
 async def health(request: Request) -> dict[str, Any]:
-    """Live: 200 from the first moment, also while loading and draining; 503 once the engine has failed."""
-    front = server_state(request).front
-    if front.state is State.FAILED:
-        front.model  # noqa: B018  raises with the reason
-    return {"status": "ok", "state": front.state.value}
+    """Live: 200 from the first moment, also while loading and draining; 503 once the engine has
+    failed."""
+    async_engine = server_state(request).async_engine
+    if async_engine.state is State.FAILED:
+        async_engine.model  # noqa: B018  raises with the reason
+    return {"status": "ok", "state": async_engine.state.value}
 
 
 @router.get("/ready", responses=responses(503))
 async def ready(request: Request) -> dict[str, Any]:
-    """Whether requests are taken: weights are loaded, all ranks alive, and nobody asked the server to stop."""
+    """Whether requests are taken: weights are loaded, all ranks alive, and nobody asked the server
+    to stop."""
     state = server_state(request)
-    state.front.model  # noqa: B018  503 unless ready
-    return {"status": "ready", "model": state.model_names[0], "open_requests": state.front.num_open}
+    state.async_engine.model  # noqa: B018  503 unless ready
+    return {
+        "status": "ready",
+        "model": state.model_names[0],
+        "open_requests": state.async_engine.num_open,
+    }
 
 
 @router.get("/status", responses=responses(401))
 async def status(request: Request) -> StatusBody:
-    """What the page at / shows: model, ranks, memory, queue, KV cache and recent latency; 200 in every state."""
+    """What the page at / shows: model, ranks, memory, queue, KV cache and recent latency; 200 in
+    every state."""
     state = server_state(request)
     return status_of(
-        state.front,
+        state.async_engine,
         model=state.model_names[0],
         version=__version__,
         uptime_s=time.time() - state.started,
@@ -50,7 +57,7 @@ async def status(request: Request) -> StatusBody:
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
-    text = server_state(request).front.metrics.text()
+    text = server_state(request).async_engine.metrics.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -80,5 +87,5 @@ def _model(state: ServerState) -> dict[str, Any]:
         "object": "model",
         "created": state.started,
         "owned_by": "sps2_mega",
-        "max_model_len": state.front.model.max_len,
+        "max_model_len": state.async_engine.model.max_len,
     }

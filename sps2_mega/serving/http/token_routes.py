@@ -7,21 +7,22 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import RequestError
 from sps2_mega.serving.http.api_errors import ApiError
 from sps2_mega.serving.http.bodies import DetokenizeBody, TokenizeBody
 from sps2_mega.serving.http.documented import TOKEN_RESPONSES
 from sps2_mega.serving.http.state import server_state
 from sps2_mega.serving.prompts import message_tokens, text_tokens
+from sps2_mega.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["tokens"], responses=TOKEN_RESPONSES)
 
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
-    """Token ids of a text, with the special tokens of a prompt unless told otherwise, or of messages."""
-    model = server_state(request).front.model
+    """Token ids of a text, with the special tokens of a prompt unless told otherwise, or of
+    messages."""
+    model = server_state(request).async_engine.model
     try:
         tokens = await asyncio.to_thread(_tokens, body, model.tokenizer)
     except RequestError as error:
@@ -32,7 +33,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
     """The text of token ids, special tokens included; ids that no token has give no text."""
-    tokenizer = server_state(request).front.model.tokenizer
+    tokenizer = server_state(request).async_engine.model.tokenizer
     if tokenizer is None:
         raise ApiError(400, "the model was loaded without a tokenizer")
     text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)

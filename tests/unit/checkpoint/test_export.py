@@ -1,4 +1,5 @@
-"""HF -> Megatron -> HF is the identity on every bit; nothing is overwritten, nothing half-written is read."""
+"""HF -> Megatron -> HF is the identity on every bit; nothing is overwritten, nothing half-written
+is read."""
 
 from __future__ import annotations
 

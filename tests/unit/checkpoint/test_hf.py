@@ -1,4 +1,5 @@
-"""Hugging Face folders: what transformers saved is read, what does not fit is listed in one error."""
+"""Hugging Face folders: what transformers saved is read, what does not fit is listed in one
+error."""
 
 from __future__ import annotations
 

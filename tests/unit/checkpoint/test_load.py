@@ -1,4 +1,5 @@
-"""Streaming into parameters: slices, casts, padding, progress, and refusal before the first byte."""
+"""Streaming into parameters: slices, casts, padding, progress, and refusal before the first
+byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Made-up weights: every parameter gets values, the same on all TP ranks where all hold it whole."""
+"""Made-up weights: every parameter gets values, the same on all TP ranks where all hold it
+whole."""
 
 from __future__ import annotations
 

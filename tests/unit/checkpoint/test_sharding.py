@@ -1,4 +1,5 @@
-"""TP slices against a model written out by heads: every row of every weight is where Megatron expects it."""
+"""TP slices against a model written out by heads: every row of every weight is where Megatron
+expects it."""
 
 from __future__ import annotations
 

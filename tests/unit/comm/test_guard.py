@@ -1,4 +1,5 @@
-"""A program that asks for time after a signal gets it once; what it does with it is its own business."""
+"""A program that asks for time after a signal gets it once; what it does with it is its own
+business."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import sys, time
 from sps2_mega.comm.guard import guard
-from sps2_mega.comm.last_words import on_end
+from sps2_mega.comm.crash_report import on_end
 from sps2_mega.parallel.launcher import from_environment
 
 asked = []

@@ -1,4 +1,5 @@
-"""Block ids of one rank: normal use, exhaustion, double frees, unknown ids, and a long mix of all."""
+"""Block ids of one rank: normal use, exhaustion, double frees, unknown ids, and a long mix of
+all."""
 
 import random
 

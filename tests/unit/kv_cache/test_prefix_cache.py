@@ -1,4 +1,5 @@
-"""Findable blocks: random histories of the ledger against a model, and what an allocator does with kept blocks."""
+"""Findable blocks: random histories of the ledger against a model, and what an allocator does with
+kept blocks."""
 
 import pytest
 from hypothesis import HealthCheck, event, settings
@@ -22,7 +23,8 @@ def any_spans(spans):
 
 
 class LedgerHistories(RuleBasedStateMachine):
-    """Sequences of few different tokens, so that many share a beginning. `contents` is what each place holds."""
+    """Sequences of few different tokens, so that many share a beginning. `contents` is what each
+    place holds."""
 
     sequences = Bundle("sequences")
 
@@ -106,7 +108,8 @@ class LedgerHistories(RuleBasedStateMachine):
                 assert held == (spans, tuple(text[: (index + 1) * self.block_size]))
         for spans, text in list(self.contents.values()):
             chain = chain_of(text, self.block_size)
-            for index, block in enumerate(self.ledger.find_prefix(chain, lambda s: s == spans)):  # noqa: B023
+            found = self.ledger.find_prefix(chain, lambda s: s == spans)  # noqa: B023
+            for index, block in enumerate(found):
                 held = self.contents[block.sp_rank, block.block_id]
                 assert held == (spans, text[: (index + 1) * self.block_size])
 

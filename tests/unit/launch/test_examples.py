@@ -1,4 +1,5 @@
-"""The examples of launch/ as far as they can be tried without a cluster: read by those who will read them."""
+"""The examples of launch/ as far as they can be tried without a cluster: read by those who will
+read them."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from fake_engine import FakeEngine
 from fake_server import serving
 
 from sps2_mega import cli
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.serving.http.settings import ServerConfig
+from sps2_mega.text.tokenizer import Tokenizer
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 DRAIN_S = ServerConfig().drain_timeout
@@ -156,5 +157,5 @@ def test_probes_ask_what_the_server_answers(tmp_path):
 
         assert (probe("liveness", 0), probe("readiness", 0)) == (True, False), "while loading"
         assert (probe("liveness", 1), probe("readiness", 1)) == (True, True)
-        server.front.fail_soon("rank 1 died")
+        server.async_engine.fail_soon("rank 1 died")
         assert (probe("liveness", 0), probe("readiness", 0)) == (False, False)

@@ -1,4 +1,5 @@
-"""Launch environments as torchrun and deepspeed really set them, and every way in which they can be broken."""
+"""Launch environments as torchrun and deepspeed really set them, and every way in which they can be
+broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A server over an engine without a model, and a client of it; tests that need others define their own."""
+"""A server over an engine without a model, and a client of it; tests that need others define their
+own."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import tokenizer_samples as samples
 from fake_engine import FakeEngine
 from fake_server import FakeServer, serving
 
-from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

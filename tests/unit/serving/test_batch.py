@@ -10,10 +10,10 @@ import pytest
 from fake_engine import FakeEngine
 
 from sps2_mega.config import EngineConfig, SchedulerConfig
-from sps2_mega.engine.seeds import derive_seed_from_text
 from sps2_mega.errors import ConfigError
 from sps2_mega.serving.batch import BatchJob, BatchOptions
 from sps2_mega.serving.batch_output import BatchOutput, OutputMode, state_path
+from sps2_mega.worker.sampling.seeds import derive_seed_from_text
 
 CONFIG = EngineConfig(scheduler=SchedulerConfig(max_running=2))
 

@@ -190,7 +190,7 @@ def test_whoever_leaves_frees_the_engine(tokenizer) -> None:
 
         def wait_idle() -> None:
             deadline = time.monotonic() + 10
-            while engine.has_work() or running.front.num_open:
+            while engine.has_work() or running.async_engine.num_open:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
 
@@ -236,4 +236,4 @@ def test_many_clients_get_their_own_answers(server) -> None:
     for thread in threads:
         thread.join(30)
     assert not wrong
-    assert server.front.num_open == 0
+    assert server.async_engine.num_open == 0

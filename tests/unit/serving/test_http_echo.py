@@ -1,4 +1,5 @@
-"""Prompts that come back with the log-probabilities of their tokens, as clients that score texts ask for them."""
+"""Prompts that come back with the log-probabilities of their tokens, as clients that score texts
+ask for them."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import pytest
 import tokenizer_samples as samples
 from fake_server import MODEL
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.serving.echo import echo_of
+from sps2_mega.text.tokenizer import Tokenizer
 
 
 def test_lists_go_over_prompt_and_output(client) -> None:
@@ -87,8 +88,8 @@ def test_a_large_answer_is_made_beside_the_others(client) -> None:
 
 
 def test_scoring_as_evaluation_harnesses_ask_for_it(client) -> None:
-    """Batches of context and continuation as ids, one new token that is thrown away, and a comparison of a token's
-    log-probability with the largest of its position."""
+    """Batches of context and continuation as ids, one new token that is thrown away, and a
+    comparison of a token's log-probability with the largest of its position."""
     answer = client.completions.create(
         model=MODEL,
         prompt=[[120, 121, 122], [120, 7]],

@@ -15,10 +15,10 @@ import pytest
 from fake_engine import FakeEngine
 from fake_server import MODEL, FakeServer, served_model, serving
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.errors import ConfigError
 from sps2_mega.serving.http.server import bind, url_of
 from sps2_mega.serving.http.settings import ServerConfig, model_name
+from sps2_mega.text.tokenizer import Tokenizer
 
 LONG = {"model": MODEL, "prompt": "a", "max_tokens": 90_000, "stream": True}
 
@@ -62,7 +62,7 @@ def test_loading_then_ready(tokenizer) -> None:
         ):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
             assert answer.json()["error"]["type"] == "service_unavailable"
-        server.http.call_soon(server.front.ready, served_model(server.engine))
+        server.http.call_soon(server.async_engine.ready, served_model(server.engine))
         wait_until(lambda: server.get("/ready").status_code == 200)
         assert server.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
@@ -72,7 +72,7 @@ def test_drain_finishes_what_runs_and_takes_nothing_new(tokenizer) -> None:
     with serving(engine) as server:
         thread, got = in_background(lambda: stream(server, max_tokens=60))
         wait_until(engine.has_work)
-        assert server.front.drain_soon(20.0)
+        assert server.async_engine.drain_soon(20.0)
         wait_until(lambda: server.get("/ready").status_code == 503)
         refused = server.post("/v1/completions", json={"prompt": "a"})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
@@ -87,7 +87,7 @@ def test_drain_finishes_what_runs_and_takes_nothing_new(tokenizer) -> None:
 def test_an_idle_server_drains_at_once(tokenizer) -> None:
     with serving(FakeEngine(tokenizer)) as server:
         wait_until(lambda: server.get("/ready").status_code == 200)
-        assert server.front.drain_soon(20.0)
+        assert server.async_engine.drain_soon(20.0)
         server.engine_thread.join(5)
         assert not server.engine_thread.is_alive()
 
@@ -97,7 +97,7 @@ def test_a_drain_ends_after_its_time(tokenizer) -> None:
         thread, got = in_background(lambda: stream(server))
         wait_until(server.engine.has_work)
         began = time.monotonic()
-        server.front.drain_soon(0.3)
+        server.async_engine.drain_soon(0.3)
         server.engine_thread.join(10)
         thread.join(10)
         assert time.monotonic() - began < 5
@@ -111,9 +111,9 @@ def test_failure_reaches_streams_and_waiting_clients(tokenizer) -> None:
         plain, answers = in_background(
             lambda: server.post("/v1/completions", json=LONG | {"stream": False})
         )
-        wait_until(lambda: server.front.num_open == 2)
+        wait_until(lambda: server.async_engine.num_open == 2)
         began = time.monotonic()
-        server.front.fail_soon("rank 1 (node a, pid 7) died in step 3 (decode)")
+        server.async_engine.fail_soon("rank 1 (node a, pid 7) died in step 3 (decode)")
         assert time.monotonic() - began < 2
         for one in (thread, plain):
             one.join(10)

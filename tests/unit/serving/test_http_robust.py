@@ -1,4 +1,5 @@
-"""Bad input: the server's own schema, fuzzed bodies, oversized bodies. Nothing is a 5xx, nothing stays behind."""
+"""Bad input: the server's own schema, fuzzed bodies, oversized bodies. Nothing is a 5xx, nothing
+stays behind."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import tokenizer_samples as samples
 from fake_engine import FakeEngine
 from fake_server import MODEL, FakeServer, serving
 
-from sps2_mega.engine.tokenizer import Tokenizer
+from sps2_mega.text.tokenizer import Tokenizer
 
 MAX_BODY = 20_000
 
@@ -108,7 +109,7 @@ def test_a_thousand_malformed_bodies_leave_no_trace(server) -> None:
                 assert error["request_id"] == response.headers["x-request-id"]
         answer = client.post("/v1/completions", json=GOOD["/v1/completions"]).json()
     assert answer["choices"][0]["text"] == "cc"
-    assert server.front.num_open == 0
+    assert server.async_engine.num_open == 0
     assert not server.engine.has_work()
 
 

@@ -1,4 +1,5 @@
-"""The page at `/` without a browser: it is there, needs nothing from elsewhere, and its scripts are sound."""
+"""The page at `/` without a browser: it is there, needs nothing from elsewhere, and its scripts are
+sound."""
 
 from __future__ import annotations
 
@@ -130,12 +131,14 @@ def test_the_stream_reader_takes_any_cut_of_any_stream(server: FakeServer, tmp_p
 def test_status_in_every_state(tokenizer) -> None:
     engine = FakeEngine(tokenizer, max_model_len=100_000, step_s=0.01)
     with serving(engine, ready=False) as server:
-        server.http.call_soon(server.front.loading, "reading the weights of fake: 40 % of 1.00 GB")
+        server.http.call_soon(
+            server.async_engine.loading, "reading the weights of fake: 40 % of 1.00 GB"
+        )
         status = _status(server, lambda s: s["stage"] is not None)
         assert (status["state"], status["layout"], status["kv_cache"]) == ("loading", None, None)
         assert status["latency"]["ttft"] == {"count": 0, "p50_s": None, "p99_s": None}
 
-        server.http.call_soon(server.front.ready, served_model(engine))
+        server.http.call_soon(server.async_engine.ready, served_model(engine))
         status = _status(server, lambda s: s["state"] == "ready")
         assert status["stage"] is None
         [cache] = status["kv_cache"]["sides"]
@@ -159,7 +162,7 @@ def test_status_in_every_state(tokenizer) -> None:
             assert 0.009 < status["latency"]["tbt"]["p50_s"] < 5
         _status(server, lambda s: s["open_requests"] == 0 and s["requests"] == [])
 
-        server.front.fail_soon("rank 1 died")
+        server.async_engine.fail_soon("rank 1 died")
         status = _status(server, lambda s: s["state"] == "failed")
         assert status["reason"] == "rank 1 died"
 

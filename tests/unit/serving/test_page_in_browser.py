@@ -1,4 +1,5 @@
-"""The page at `/` as a reader meets it, in headless Chromium, with an engine without a model behind it."""
+"""The page at `/` as a reader meets it, in headless Chromium, with an engine without a model behind
+it."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def test_both_sides_of_a_job(browser, server) -> None:
         ask(browser, "abz", max_tokens=2)
         browser.wait_text("#kv li:nth-child(3)", "7 of 7 blocks")
         labels = browser.run(
-            "return [...document.querySelectorAll('#kv label')].map((l) => l.firstChild.textContent)"
+            "return [...document.querySelectorAll('#kv label')].map((l) => "
+            "l.firstChild.textContent)"
         )
         assert labels == ["prefill SP rank 0", "decode SP rank 0", "decode SP rank 1"]
     finally:
@@ -116,7 +118,7 @@ def test_errors_are_shown_as_the_server_says_them(browser, server) -> None:
     assert browser.run("return document.querySelector('#max-tokens').validity.rangeUnderflow")
     ask(browser, "a", max_tokens=4000)
     browser.wait_text("#answer-note", "generating")
-    server.front.fail_soon("rank 1 (node a, pid 7) died in step 3 (decode)")
+    server.async_engine.fail_soon("rank 1 (node a, pid 7) died in step 3 (decode)")
     browser.wait_text("#try-error", "rank 1 (node a, pid 7) died")
     browser.wait_text("#state", "failed")
     assert "rank 1 (node a, pid 7) died" in browser.text("#status-error")
@@ -124,7 +126,7 @@ def test_errors_are_shown_as_the_server_says_them(browser, server) -> None:
 
 def test_a_server_that_ends_is_told_from_one_that_answers(browser, tokenizer) -> None:
     with serving(FakeEngine(tokenizer), ready=False) as server:
-        server.http.call_soon(server.front.loading, "reading the weights of fake")
+        server.http.call_soon(server.async_engine.loading, "reading the weights of fake")
         browser.open(server.url)
         browser.wait_text("#summary", "reading the weights of fake")
         assert browser.text("#state") == "loading"

@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 import math
 
-from sps2_mega.engine.tokenizer import Tokenizer
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.outputs import Completion, RequestOutput, Timings
 from sps2_mega.serving.responses import chat_body, completion_body, timings_record, token_text
+from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import FinishReason
 
 

@@ -14,7 +14,8 @@ def test_no_simulator_module_loads_torch():
     names = ", ".join(f"sps2_mega.simulator.{name}" for name in MODULES)
     code = (
         f"import sys, {names}, tools.simulate, tools.plan\n"
-        "heavy = [n for n in ('torch', 'megatron', 'transformers', 'matplotlib') if n in sys.modules]\n"
+        "heavy = [n for n in ('torch', 'megatron', 'transformers', 'matplotlib') if n in "
+        "sys.modules]\n"
         "sys.exit('loaded: ' + ', '.join(heavy) if heavy else 0)"
     )
     result = subprocess.run(

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from benchmarks.simulation.report import CLAIMS, gains
 from tools import simulate
-from tools.simulation.report import CLAIMS, gains
 
 
 @pytest.fixture

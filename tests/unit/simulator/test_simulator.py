@@ -1,4 +1,5 @@
-"""Whole simulations: hand-computed traces, conservation, replicas, disaggregation, prefixes, determinism."""
+"""Whole simulations: hand-computed traces, conservation, replicas, disaggregation, prefixes,
+determinism."""
 
 from __future__ import annotations
 
@@ -192,7 +193,8 @@ def test_chunks_attend_as_the_whole_prompt_and_bring_its_keys_once(csa, sp):
     whole, cut = layers
     assert cut["attention"] == pytest.approx(whole["attention"], rel=0.02)
     assert cut["linear"] == pytest.approx(whole["linear"])
-    # What came with the chunks before is not sent again, and hides behind them but for the first one.
+    # What came with the chunks before is not sent again, and hides behind them but for the first
+    # one.
     assert cut["transport"] <= whole["transport"]
     assert (whole["transport"] > 0) == (sp > 1)
     prompt = cost.of_slice([Prompt(start=0, end=60_001)], num_layers=1, num_sampled=0)

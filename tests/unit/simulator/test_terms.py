@@ -8,10 +8,10 @@ import math
 import pytest
 
 from sps2_mega.attention.pipeline.settings import Cut
+from sps2_mega.attention.planner.overlap import cut_s, ring_s, works_s
 from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
 from sps2_mega.simulator.compute import attention_s, causal_pairs, gemm_s, kv_read_s
 from sps2_mega.simulator.model_size import model_size
-from sps2_mega.simulator.overlap import cut_s, ring_s, works_s
 from tests.unit.simulator.small_model import MODEL, ROUND
 
 
@@ -88,7 +88,8 @@ def test_micro_batches_hide_all_but_the_ends():
 def test_keys_come_with_the_first_queries_of_their_heads():
     # All of them before anything is computed, then 4 x 1.
     assert layer_s(Cut(head_groups=1, query_parts=4), keys_s=4.0, compute_s=4.0) == 8.0
-    # The keys of the second half need 2, and one micro-batch computes only 1: looking further ahead hides them.
+    # The keys of the second half need 2, and one micro-batch computes only 1: looking further ahead
+    # hides them.
     halves = Cut(head_groups=2, query_parts=2)
     assert layer_s(halves, 1, keys_s=4.0, compute_s=4.0) == 2.0 + 2.0 + 1.0 + 2.0
     assert layer_s(halves, 4, keys_s=4.0, compute_s=4.0) == 2.0 + 4.0

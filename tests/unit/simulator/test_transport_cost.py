@@ -1,14 +1,15 @@
-"""Transport costs equal the planner's on steps with equal shares; CSA costs follow the pattern's own counts."""
+"""Transport costs equal the planner's on steps with equal shares; CSA costs follow the pattern's
+own counts."""
 
 from __future__ import annotations
 
 import pytest
 
-from sps2_mega.attention.layout import build_layout
-from sps2_mega.attention.pattern import CSAPattern, topology_spans
-from sps2_mega.attention.planner import TRANSPORTS, estimate
-from sps2_mega.attention.step_shape import StepShape, step_shape
-from sps2_mega.attention.volume import flops_ratio, long_flops_ratio
+from sps2_mega.attention.csa.pattern import CSAPattern, topology_spans
+from sps2_mega.attention.layout.token_layout import build_layout
+from sps2_mega.attention.planner.exact import TRANSPORTS, estimate
+from sps2_mega.attention.planner.sparse_volume import flops_ratio, long_flops_ratio
+from sps2_mega.attention.planner.step_shape import StepShape, step_shape
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.kv_cache.placement import Spread, spread_block_ranks
@@ -182,7 +183,8 @@ def test_given_spans_are_priced_at_the_one_length_that_is_asked_for():
     prompt = [Prompt(start=0, end=length)]
     one = alone.seconds(prompt, ROUND, pipelined=False)
     both = two.seconds(prompt, ROUND, pipelined=False)
-    # The second rank has more far keys to look at than the first: half of the work is the least it has.
+    # The second rank has more far keys to look at than the first: half of the work is the least it
+    # has.
     assert 0.5 < both.compute_s / one.compute_s < 0.8
     dense_s = 4.0 * 128 * 8 * causal_pairs(0, length) / ROUND.attention_flops_per_s
     assert 0.3 < one.compute_s / dense_s < 0.5

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds, covered
-from sps2_mega.attention.pipeline.order import Action, Phase, Stage
+from sps2_mega.attention.pipeline.schedule import Action, Phase, Stage
 from sps2_mega.attention.pipeline.trace import TraceRecorder
 from sps2_mega.comm.collectives import gather_bytes
-from sps2_mega.engine.tracing import TraceFile, part_path
+from sps2_mega.engine.startup.tracing import TraceFile, part_path
 from sps2_mega.parallel.groups import SINGLE
 
 

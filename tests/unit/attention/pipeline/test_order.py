@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sps2_mega.attention.pipeline.order import (
+from sps2_mega.attention.pipeline.schedule import (
     Action,
     Phase,
     inputs_by_heads_and_queries,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sps2_mega.engine.disaggregated import frames, messages
-from sps2_mega.engine.disaggregated.kv_route import Placement
-from sps2_mega.engine.disaggregated.shipment import Destination
+from sps2_mega.engine.disaggregated.kv_transfer import Destination
+from sps2_mega.engine.disaggregated.kv_transfer_plan import Placement
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.types import (
     DecodeItem,

@@ -1,0 +1,189 @@
+"""Nodes of an emulated cluster: network namespaces around a switch, with links of a given rate and
+latency.
+
+    node 0 [uplink] ---- [port0]             tbf at both ends of every link: what a node sends and what it
+    node 1 [uplink] ---- [port1] switch      receives are limited alike
+    node 2 [uplink] ---- [port2]
+
+Only the network is apart: processes of all nodes share the machine's cores, memory and files.
+Namespaces are named after this process and removed at the end; no other one is touched. Needs root
+and iproute2.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# A window of packets that a kernel passes down as one must fit into the bucket.
+_LEAST_BURST = 64 * 1024
+_BURST_S = 0.001
+_QUEUE_S = 0.2
+# What machines set differently. Reno is in every kernel, and the only one that a namespace may
+# always take; on links that lose nothing it fills them. An idle job must not begin its next prompt
+# with a slow start.
+_SETTINGS = ("net.ipv4.tcp_congestion_control=reno", "net.ipv4.tcp_slow_start_after_idle=0")
+
+
+class ClusterError(Exception):
+    """This machine cannot emulate the cluster; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Of every node, in each direction. `bits_per_s` None: as fast as the machine copies."""
+
+    bits_per_s: float | None = None
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """`prefix` goes before a command that shall run there; `environment` directs gloo to the
+    link."""
+
+    namespace: str
+    address: str
+
+    @property
+    def prefix(self) -> list[str]:
+        return ["ip", "netns", "exec", self.namespace]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"GLOO_SOCKET_IFNAME": "uplink", "TP_SOCKET_IFNAME": "uplink"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    nodes: tuple[Node, ...]
+    switch: str
+
+    def set_link(self, link: Link) -> None:
+        """Of all nodes at once, also while jobs run."""
+        for number, node in enumerate(self.nodes):
+            _shape(node.namespace, "uplink", link)
+            _shape(self.switch, f"port{number}", link)
+
+
+def require_means() -> None:
+    """Raises ClusterError where namespaces cannot be made."""
+    missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
+    if missing:
+        raise ClusterError(f"{' and '.join(missing)} not found: iproute2 is needed")
+    if os.geteuid() != 0:
+        raise ClusterError(
+            f"network namespaces need root, this is user id {os.geteuid()}: run it with sudo"
+        )
+
+
+@contextmanager
+def emulated_cluster(num_nodes: int) -> Iterator[Cluster]:
+    """`num_nodes` nodes with free links; they are removed at the end, whatever ends it.
+
+    Raises:
+        ClusterError: the machine does not let us; the failing command is named.
+    """
+    require_means()
+    tag = f"sps2-bench-{os.getpid()}-{uuid.uuid4().hex[:4]}"
+    switch = f"{tag}-switch"
+    nodes = tuple(Node(f"{tag}-{i}", f"10.78.0.{i + 1}") for i in range(num_nodes))
+    made: list[str] = []
+    try:
+        for namespace in (switch, *(node.namespace for node in nodes)):
+            made.append(namespace)
+            _run("ip", "netns", "add", namespace)
+        _inside(switch, "ip", "link", "add", "switch", "type", "bridge")
+        _inside(switch, "ip", "link", "set", "switch", "up")
+        for number, node in enumerate(nodes):
+            _connect(node, switch, f"port{number}")
+        yield Cluster(nodes, switch)
+    finally:
+        for namespace in made:  # their links go with them
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
+
+
+def shaping_commands(device: str, link: Link) -> list[list[str]]:
+    """tc's arguments that give `device` the link's rate and latency, instead of what it had."""
+    commands, parent = [], ["root", "handle", "1:"]
+    if link.latency_s:
+        delay = ["netem", "delay", f"{round(link.latency_s * 1e6)}us", "limit", "100000"]
+        commands.append(["qdisc", "replace", "dev", device, *parent, *delay])
+        parent = ["parent", "1:1", "handle", "2:"]
+    if link.bits_per_s is not None:
+        burst = max(_LEAST_BURST, round(link.bits_per_s / 8 * _BURST_S))
+        rate = ["tbf", "rate", f"{round(link.bits_per_s)}bit", "burst", str(burst)]
+        queue = ["latency", f"{round(_QUEUE_S * 1e3)}ms"]
+        commands.append(["qdisc", "replace", "dev", device, *parent, *rate, *queue])
+    return commands
+
+
+def _shape(namespace: str, device: str, link: Link) -> None:
+    remove = [*_within(namespace), "tc", "qdisc", "del", "dev", device, "root"]
+    subprocess.run(remove, capture_output=True, check=False)  # there may be none
+    for command in shaping_commands(device, link):
+        try:
+            _inside(namespace, "tc", *command)
+        except ClusterError as error:
+            kind = "latency (netem)" if "netem" in command else "rate (tbf)"
+            raise ClusterError(f"{error}; this kernel may not know how to limit a {kind}") from None
+
+
+def _connect(node: Node, switch: str, port: str) -> None:
+    inside = _within(node.namespace)
+    peer = ["peer", "name", port, "netns", switch]
+    _run(*inside, "ip", "link", "add", "uplink", "type", "veth", *peer)
+    _run(*inside, "ip", "address", "add", f"{node.address}/24", "dev", "uplink")
+    _run(*inside, "ip", "link", "set", "lo", "up")
+    _run(*inside, "ip", "link", "set", "uplink", "up")
+    _run(*inside, "sysctl", "-q", "-w", *_SETTINGS)
+    _inside(switch, "ip", "link", "set", port, "master", "switch", "up")
+
+
+def _within(namespace: str) -> list[str]:
+    return ["ip", "netns", "exec", namespace]
+
+
+def _inside(namespace: str, *command: str) -> None:
+    _run(*_within(namespace), *command)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ClusterError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+
+
+def parse_rate(text: str) -> float | None:
+    """Bits per second of `10gbit`, `62.5mbit`, `800kbit`; None for `free`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text == "free":
+        return None
+    for unit, factor in (("kbit", 1e3), ("mbit", 1e6), ("gbit", 1e9)):
+        if text.lower().endswith(unit):
+            rate = float(text[: -len(unit)]) * factor
+            if rate > 0:
+                return rate
+    raise ValueError(f"a link rate is e.g. 10gbit, 62.5mbit or free, got {text!r}")
+
+
+def rate_name(bits_per_s: float | None) -> str:
+    """The inverse of `parse_rate`, to three digits."""
+    if bits_per_s is None:
+        return "free"
+    unit, factor = ("gbit", 1e9) if bits_per_s >= 1e9 else ("mbit", 1e6)
+    return f"{bits_per_s / factor:.3g}{unit}"
+
+
+def parse_rates(texts: Sequence[str]) -> list[float | None]:
+    """Fastest first, without repetition; the free link before all."""
+    rates = {parse_rate(text) for text in texts}
+    return sorted(rates, key=lambda rate: float("inf") if rate is None else rate, reverse=True)

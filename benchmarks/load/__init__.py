@@ -1,0 +1,2 @@
+"""Requests to a server and what became of them; `serving.py` and `serving_tbt.py` are the
+commands."""

@@ -1,0 +1,68 @@
+"""Which CSA pattern a request gets: the configured one, with spans from the ranks where none are
+given.
+
+Decides nothing about visibility (`pattern`) or work (`pieces`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sps2_mega.attention.csa.pattern import CSAPattern, topology_spans
+from sps2_mega.attention.levels.exchanges import group_sizes_of, prefill_exchanges
+from sps2_mega.config import CSAConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparsePrefill:
+    """What the ranks of a job need to lay out sparse prefill steps.
+
+    `sp_levels` are ring sizes, innermost first. `kv_heads` are the KV heads of this TP rank,
+    numbered over all TP ranks, so that a pattern does not change with TP.
+    """
+
+    csa: CSAConfig
+    sp_levels: tuple[int, ...]
+    kv_heads: range
+    block_size: int
+    transports: tuple[str, ...] = ("gather",)
+
+    def check(self) -> None:
+        """Raises ConfigError where degrees or transports, spans and SP levels do not fit."""
+        self.pattern(1)  # a pattern of any length shows whether the numbers fit
+        if self.transports != ("auto",):
+            prefill_exchanges(self.transports, self.sp_levels, num_heads=1, num_kv_heads=1)
+
+    def pattern(self, prompt_len: int) -> CSAPattern:
+        """The pattern of a prompt; topology spans are whole blocks, as equal as blocks allow.
+
+        Raises:
+            ConfigError: the numbers of degrees and of spans, or of SP levels, do not fit.
+        """
+        spans = self.csa.spans
+        if self.csa.exact:
+            spans = ()
+        if spans is None:
+            group_sizes = group_sizes_of(self.sp_levels)
+            blocks = -(-prompt_len // self.block_size)
+            shard_len = max(1, -(-blocks // group_sizes[-1])) * self.block_size
+            spans = topology_spans(shard_len, group_sizes)
+        return CSAPattern(
+            degrees=(1,) if self.csa.exact else self.csa.level_degrees,
+            spans=spans,
+            sinks=self.csa.sinks,
+            halo=self.csa.halo,
+            tail=self.csa.tail,
+            sample_queries=self.csa.sample_queries,
+            block=self.csa.block,
+        )
+
+
+def local_kv_heads(num_kv_heads: int, *, tp_rank: int, tp: int) -> range:
+    """The KV heads whose queries this TP rank computes; one shared head where there are fewer heads
+    than ranks."""
+    if num_kv_heads < tp:
+        head = tp_rank * num_kv_heads // tp
+        return range(head, head + 1)
+    share = num_kv_heads // tp
+    return range(tp_rank * share, (tp_rank + 1) * share)

@@ -1,0 +1,262 @@
+"""Prefill as a list of works: each SP level by its own transport, CSA or exact, and the exact tail
+by pass-Q.
+
+    for each work   rows in -> attention over a compact buffer -> partials back      (`work_plan`)
+    then            partials of all works are merged by LSE in float32
+
+Works are the micro-batches of the pipeline: what needs nothing from others is computed first, while
+the rest comes in; works whose results travel come early, those that only take keys last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
+from sps2_mega.attention.layout.token_layout import PrefillLayout
+from sps2_mega.attention.levels.exchanges import Work, prefill_exchanges
+from sps2_mega.attention.levels.plan import ExchangePlan, ExchangePlanner, RowPlan
+from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
+from sps2_mega.attention.pipeline.schedule import stage_order
+from sps2_mega.attention.pipeline.settings import (
+    CPU_PART,
+    CUDA_PART,
+    PipelineSettings,
+    SmallestPart,
+    num_micro_batches,
+)
+from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.transports.partial_sum import PartialSum
+from sps2_mega.comm.exchange import Pending, post_all_to_all
+from sps2_mega.kernels.csa.dispatch import attend_pieces
+from sps2_mega.parallel.groups import Group
+
+
+class HierarchicalTransport:
+    """One step's prefill over sequences with one pattern each.
+
+    `prompt_lens[s]` may be less than the sequence's length: what follows are its own earlier
+    outputs, which see all keys as generated tokens do. `transports` name one for each SP level of
+    `sp_levels`, or one for all. `kv_heads` are this TP rank's, numbered over all ranks.
+    """
+
+    def __init__(
+        self,
+        layout: PrefillLayout,
+        patterns: Sequence[CSAPattern],
+        prompt_lens: Sequence[int],
+        transports: Sequence[str],
+        sp_levels: Sequence[int],
+        *,
+        kv_heads: range,
+        group: Group,
+        device: torch.device,
+        pipeline: Pipeline | None = None,
+    ) -> None:
+        self._group, self._layout, self._patterns = group, layout, patterns
+        self._transports, self._sp_levels = transports, sp_levels
+        self._kv_heads, self._device = kv_heads, device
+        self._pipeline = pipeline or plain_pipeline(device)
+        self._tail_starts = tail_starts(patterns, prompt_lens)
+        self._period = math.lcm(*(d for pattern in patterns for d in pattern.degrees))
+        self._plans: dict[tuple[Work, int], ExchangePlan] = {}
+        self._planner: ExchangePlanner | None = None
+        self._works: list[Work] = []
+
+    def attend(
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: SoftmaxParams
+    ) -> Tensor:
+        assert rule.window is None, "works know no sliding window; it is refused at start-up"
+        if self._planner is None:
+            self._prepare(q_TNH)
+        run = _LayerRun(
+            self._works,
+            [self._plan(work, layer) for work in self._works],
+            (q_TNH, k_CKH, v_CKH),
+            rule.scale,
+            self._group,
+            self._pipeline.back or self._group,
+        )
+        # All exchanges at once: those of the outer levels are needed last and take longest. Memory
+        # is planned for the keys of all tokens, of which they hold a d-th.
+        window = len(self._works) if self._pipeline.settings.mode != "off" else 0
+        stages = stage_order([work.inputs for work in self._works], ahead=window, behind=window)
+        self._pipeline.run(stages, run, layer)
+        return run.total.result()
+
+    def _prepare(self, q_TNH: Tensor) -> None:
+        """What depends on the number and width of heads, which the first layer tells."""
+        num_heads, width = q_TNH.shape[1:]
+        self._planner = ExchangePlanner(
+            self._layout,
+            self._patterns,
+            self._tail_starts,
+            kv_heads=self._kv_heads,
+            num_heads=num_heads,
+            rank=self._group.rank,
+            device=self._device,
+        )
+        parts = num_kv_parts(
+            self._layout,
+            self._patterns,
+            self._pipeline.settings,
+            num_heads=num_heads,
+            num_kv_heads=len(self._kv_heads),
+            row_bytes=width * q_TNH.itemsize,
+            head_dim=width,
+            smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
+        )
+        works = prefill_exchanges(
+            self._transports,
+            self._sp_levels,
+            num_heads=num_heads,
+            num_kv_heads=len(self._kv_heads),
+            kv_parts=parts,
+        )
+        self._works = [work for work in works if self._planner.needs(work)]
+
+    def _plan(self, work: Work, layer: int) -> ExchangePlan:
+        """The plan of a work in a layer; layers with the same remainder for each degree share
+        it."""
+        assert self._planner is not None
+        key = work, 0 if work.queries == "tail" else layer % self._period
+        if key not in self._plans:
+            self._plans[key] = self._planner.plan(*key)
+        return self._plans[key]
+
+
+def num_kv_parts(
+    layout: PrefillLayout,
+    patterns: Sequence[CSAPattern],
+    settings: PipelineSettings,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    row_bytes: int,
+    head_dim: int,
+    smallest: SmallestPart,
+) -> int:
+    """Into how many parts, by KV heads, the exchanges of a step are cut. From all ranks together,
+    so that all cut alike; `row_bytes` are those of one head of one token."""
+    queries, keys = layout.queries, layout.keys
+    pairs = sum(
+        (last - first) * (last + first) // 2
+        for first, last in zip(queries.first, queries.last, strict=True)
+    )
+    size = len(keys.counts)
+    shares = size * min(pattern.degrees[-1] for pattern in patterns)
+    wanted = num_micro_batches(
+        settings,
+        num_bytes=2 * sum(keys.counts) * num_kv_heads * row_bytes * (size - 1) // shares,
+        flops=4 * pairs * num_heads * head_dim // shares,
+        smallest=smallest,
+    )
+    return min(wanted, num_kv_heads)
+
+
+class _LayerRun:
+    """The tensors of one layer: a micro-batch of the pipeline is a work."""
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        plans: Sequence[ExchangePlan],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        group: Group,
+        back: Group,
+    ) -> None:
+        self._works, self._plans, self._scale = works, plans, scale
+        self._q_TNH, self._k_CKH, self._v_CKH = qkv
+        self._group, self._back = group, back
+        self._kv_CKW: Tensor | None = None
+        self._queries: dict[int, Tensor] = {}
+        self._keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._partials: dict[int, tuple[Tensor, Tensor]] = {}
+        self.total = PartialSum(self._q_TNH)
+
+    def post_gather(self, micro_batch: int, part: str) -> Pending | None:
+        x_TnW, plan = self._moved(micro_batch, part)
+        width = x_TnW.shape[-1]
+        return post_all_to_all(
+            x_TnW.flatten(0, 1).index_select(0, plan.send).flatten(),
+            [count * width for count in plan.send_counts],
+            [count * width for count in plan.receive_counts],
+            self._group,
+        )
+
+    def arrived(self, micro_batch: int, part: str, received: Tensor) -> None:
+        x_TnW, plan = self._moved(micro_batch, part)
+        width = x_TnW.shape[-1]
+        rows = x_TnW.flatten(0, 1)
+        if len(received):
+            rows = torch.cat([rows, received.view(-1, width)])
+        buffer = rows.index_select(0, plan.gather).view(*plan.shape, width)
+        if part == "q":
+            self._queries[micro_batch] = buffer
+        else:
+            k_RkH, v_RkH = buffer.chunk(2, -1)
+            self._keys[micro_batch] = k_RkH, v_RkH
+
+    def compute(self, micro_batch: int) -> None:
+        plan = self._plans[micro_batch]
+        if plan.keys is not None and micro_batch not in self._keys:
+            self.arrived(micro_batch, "kv", self._k_CKH.new_empty(0))
+        q_BnH = self._queries.pop(micro_batch, self._q_TNH)
+        k_RkH, v_RkH = self._keys.pop(micro_batch, (self._k_CKH, self._v_CKH))
+        out_BnH = torch.zeros(q_BnH.shape, dtype=q_BnH.dtype, device=q_BnH.device)
+        lse_Bn = torch.full(q_BnH.shape[:2], -torch.inf, device=q_BnH.device)
+        for block in plan.blocks:
+            out_BnH[:, block.heads], lse_Bn[:, block.heads] = attend_pieces(
+                q_BnH[:, block.heads],
+                k_RkH[:, block.kv_heads],
+                v_RkH[:, block.kv_heads],
+                block.pieces,
+                scale=self._scale,
+            )
+        if plan.back is not None:
+            self._partials[micro_batch] = out_BnH, lse_Bn
+        else:
+            for block in plan.blocks:
+                self.total.add(block.heads, out_BnH[:, block.heads], lse_Bn[:, block.heads])
+
+    def post_scatter(self, micro_batch: int) -> Pending | None:
+        """Partials travel as bytes in one exchange: out in its own type and lse in float32."""
+        plan = self._plans[micro_batch].back
+        if plan is None:
+            return None
+        out_BnH, lse_Bn = self._partials.pop(micro_batch)
+        out_RH = out_BnH.flatten(0, 1).index_select(0, plan.pick)
+        lse_R1 = lse_Bn.flatten().index_select(0, plan.pick).unsqueeze(-1)
+        packed = torch.cat([out_RH.view(torch.uint8), lse_R1.view(torch.uint8)], -1)
+        width = packed.shape[-1]
+        return post_all_to_all(
+            packed.flatten(),
+            [count * width for count in plan.counts],
+            [len(rows) * width for rows in plan.home],
+            self._back,
+        )
+
+    def returned(self, micro_batch: int, received: Tensor) -> None:
+        plan = self._plans[micro_batch].back
+        assert plan is not None
+        width = self._q_TNH.shape[-1] * self._q_TNH.itemsize + 4
+        packed = received.view(-1, width)
+        out_RH = packed[:, :-4].contiguous().view(self._q_TNH.dtype)
+        lse_R = packed[:, -4:].contiguous().view(torch.float32).squeeze(-1)
+        self.total.add_rows(plan.home, out_RH, lse_R)
+
+    def _moved(self, micro_batch: int, part: str) -> tuple[Tensor, RowPlan]:
+        """The local rows that a part takes from, and its plan."""
+        plan = self._plans[micro_batch]
+        if part == "q":
+            assert plan.queries is not None
+            return self._q_TNH, plan.queries
+        assert plan.keys is not None
+        if self._kv_CKW is None:
+            self._kv_CKW = torch.cat([self._k_CKH, self._v_CKH], -1)
+        return self._kv_CKW, plan.keys

@@ -1,0 +1,83 @@
+"""Where the memory of each rank went once the model is loaded, as data and as a table for people.
+Pure.
+
+                 least        most
+weights       3.75 GiB    3.75 GiB
+KV cache     52.10 GiB   52.10 GiB     = 65,536 tokens on each SP rank
+activations   1.20 GiB    1.20 GiB
+free          8.90 GiB    9.70 GiB     least on rank 3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_LABELS = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+    "free": "free",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes on one rank. `activations` is an upper estimate of what the largest step needs; `free`
+    is what then remains, less than zero where a configured KV cache leaves too little."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    free: int
+
+    def encode(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> RankMemory:
+        return cls(**json.loads(text))
+
+
+def memory_table(
+    ranks: Sequence[RankMemory], *, cache_tokens_per_rank: int, side: str | None = None
+) -> str:
+    """Several lines, one per use: the least and the most that any of `ranks` has for it. Where
+    ranks do different things, `side` names those whose cache holds so many tokens each."""
+    rows = [("", "least", "most", "")]
+    for name, label in _LABELS.items():
+        values = [getattr(rank, name) for rank in ranks]
+        note = ""
+        if name == "kv_cache":
+            note = f"= {cache_tokens_per_rank:,} tokens on each {f'{side} ' if side else ''}SP rank"
+        elif name == "free" and len(set(values)) > 1:
+            note = f"least on rank {values.index(min(values))}"
+        rows.append((label, _size(min(values)), _size(max(values)), note))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        f"{label:<{widths[0]}}  {least:>{widths[1]}}  {most:>{widths[2]}}  {note}".rstrip()
+        for label, least, most, note in rows
+    ]
+    where = "1 rank" if len(ranks) == 1 else f"{len(ranks)} ranks"
+    return "\n".join([f"memory of {where}:", *("  " + line for line in lines)])
+
+
+def shortage(ranks: Sequence[RankMemory]) -> str | None:
+    """A warning, where the largest step may not find its memory on some rank."""
+    worst = min(range(len(ranks)), key=lambda rank: ranks[rank].free)
+    if ranks[worst].free >= 0:
+        return None
+    return (
+        f"rank {worst} may run out of memory: the KV cache and the largest step need up to "
+        f"{_size(-ranks[worst].free)} more than is free; lower num_kv_blocks or max_model_len, "
+        "or use more ranks"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    """In GiB from a tenth of one up, else in MiB."""
+    if abs(num_bytes) >= 2**30 / 10:
+        return f"{num_bytes / 2**30:,.2f} GiB"
+    return f"{num_bytes / 2**20:,.2f} MiB"

@@ -1,0 +1,42 @@
+"""Making this rank's part of the model: memory of its parameters, then weights from the checkpoint
+or made up."""
+
+from __future__ import annotations
+
+from sps2_mega.checkpoint.load import load_weights
+from sps2_mega.checkpoint.random_weights import fill_random
+from sps2_mega.checkpoint.resolve import ResolvedModel
+from sps2_mega.checkpoint.source import open_checkpoint
+from sps2_mega.engine.startup.load_progress import LoadProgress
+from sps2_mega.mcore.gpt import GPT
+from sps2_mega.mcore.init import Compute
+from sps2_mega.parallel.groups import ParallelGroups
+
+
+def load_model(
+    load_format: str,
+    resolved: ResolvedModel,
+    groups: ParallelGroups,
+    compute: Compute,
+    progress: LoadProgress,
+) -> GPT:
+    """With `load_format` dummy nothing of the model's folder is read.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold exactly this model.
+    """
+    gpt = GPT(resolved.config, groups, dtype=compute.dtype, device=compute.device)
+    if load_format == "dummy":
+        fill_random(gpt.weights(), resolved.config, tp_rank=groups.tp.rank, tp=groups.tp.size)
+        return gpt
+    source = open_checkpoint(resolved.path, resolved.config)
+    with progress.reading(resolved.path.name) as on_bytes:
+        load_weights(
+            gpt.weights(),
+            source,
+            resolved.config,
+            tp_rank=groups.tp.rank,
+            tp=groups.tp.size,
+            on_bytes=on_bytes,
+        )
+    return gpt

@@ -1,0 +1,49 @@
+"""The configuration of one side of a job: what its ranks do differently from those of a job without
+sides.
+
+Refuses what cannot be had with separate decode ranks; which ranks there are is `parallel.sides`'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sps2_mega.config import CSAConfig, EngineConfig, ParallelConfig
+from sps2_mega.errors import ConfigError
+from sps2_mega.parallel.rank_pools import RankPool
+
+
+def pool_config(config: EngineConfig, side: RankPool) -> EngineConfig:
+    """The job's configuration as a rank of `side` uses it.
+
+    The decode side never prefills: it needs no sparse pattern, plans no transports and traces
+    nothing.
+
+    Raises:
+        ConfigError: a policy that needs both kinds of work on the same ranks; the same error on all
+            ranks.
+    """
+    if side.name == "all":
+        return config
+    asked = f"decode_ranks={config.parallel.decode_ranks}"
+    if config.scheduler.policy != "sps2":
+        raise ConfigError(
+            f"scheduler {config.scheduler.policy} mixes prefill and decode in one step, which "
+            f"{asked} separates"
+        )
+    if config.decode_attention != "dense":
+        raise ConfigError(
+            f"decode_attention {config.decode_attention} cannot be combined with {asked}: "
+            "its pattern follows the ranks that prefilled"
+        )
+    if side.name == "prefill":
+        return config
+    return dataclasses.replace(
+        config,
+        parallel=ParallelConfig(tp=side.tp, sp=side.sp),
+        csa=CSAConfig(degrees=(1,)),
+        transport="ulysses",
+        pipeline="off",
+        micro_batches=None,
+        trace=None,
+    )

@@ -1,0 +1,64 @@
+"""`--sp-threshold` where it is not given: below which length a prompt is done sooner on one SP rank
+than on all.
+
+A pure function of the model and of what was measured of the machine. It compares one prompt, alone
+in its step. With one for each rank nothing travels and all are busy, so then longer ones too are
+better off whole, until unequal lengths cost more than communication: by rule of thumb `CROWD` times
+as long.
+"""
+
+from __future__ import annotations
+
+from sps2_mega.attention.layout.token_layout import build_layout
+from sps2_mega.attention.planner.exact import choose
+from sps2_mega.attention.planner.step_planner import PrefillPlanner
+from sps2_mega.attention.planner.step_shape import step_shape
+from sps2_mega.kv_cache.placement import prompt_block_ranks
+from sps2_mega.scheduler.layer_flops import LayerFlops
+
+CROWD = 8
+_LONGEST = 2**15  # tokens: a longer prompt is spread, whatever the links
+
+
+def auto_threshold(
+    planner: PrefillPlanner, work: LayerFlops, *, block_size: int, sp_size: int, tp_size: int
+) -> int:
+    """Tokens: the least power of two of blocks for which all ranks together are faster than one."""
+    num_blocks = sp_size
+    while num_blocks * block_size < _LONGEST:
+        if _all_ranks_s(planner, work, num_blocks, block_size, sp_size, tp_size) < _one_rank_s(
+            planner, work, num_blocks * block_size, tp_size
+        ):
+            break
+        num_blocks *= 2
+    return num_blocks * block_size
+
+
+def _one_rank_s(planner: PrefillPlanner, work: LayerFlops, num_tokens: int, tp_size: int) -> float:
+    """One layer, at the speed that was measured of attention."""
+    return work.flops(0, num_tokens) / tp_size / planner.machine.flops_per_s
+
+
+def _all_ranks_s(
+    planner: PrefillPlanner,
+    work: LayerFlops,
+    num_blocks: int,
+    block_size: int,
+    sp_size: int,
+    tp_size: int,
+) -> float:
+    """One layer: attention by the planner's transport, everything else by equal shares."""
+    ranks = prompt_block_ranks(num_blocks, [num_blocks] * sp_size, "zigzag")
+    assert ranks is not None, "every rank has room for the whole prompt"
+    num_tokens = num_blocks * block_size
+    shape = step_shape(
+        build_layout([ranks], [num_tokens], block_size=block_size, sp_size=sp_size),
+        num_heads=planner.num_heads,
+        num_kv_heads=planner.num_kv_heads,
+        head_dim=planner.head_dim,
+        itemsize=planner.itemsize,
+        window=planner.window,
+    )
+    attention = choose(shape, planner.machine, planner.candidates, overlap=planner.overlap)
+    linear = num_tokens * work.token_flops / tp_size / sp_size / planner.machine.flops_per_s
+    return attention.estimates[0].seconds + linear

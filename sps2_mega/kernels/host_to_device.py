@@ -1,0 +1,29 @@
+"""Small lists of numbers on their way to the device, without waiting for what it is doing.
+
+A plain copy from pageable memory to a CUDA device waits until all launched work is over: after a
+forward pass that is the whole step. From pinned memory the copy takes its place in the stream;
+torch keeps the memory until it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_device(
+    values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def array_to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """The same for an array, which on CUDA may be changed at once."""
+    host = torch.from_numpy(values)
+    if device.type == "cuda" and host.numel():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

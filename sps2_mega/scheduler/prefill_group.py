@@ -1,0 +1,70 @@
+"""Prompts that go through the model together, layer by layer; a long one alone, and through each
+layer in chunks.
+
+Decides nothing; which group goes on and how far is `prefill_queue`'s.
+
+    group of short prompts    pass 7: layers 0-5 | decode | layers 5-12
+    group of one long prompt  pass 8: layer 0, tokens 0-800 | decode | its tokens 800-1200, layer 1,
+        tokens 0-400 | ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sps2_mega import types
+from sps2_mega.scheduler.layer_flops import LayerFlops
+from sps2_mega.types import LayerSlice, PrefillItem
+
+
+@dataclass(slots=True, kw_only=True)
+class PrefillGroup:
+    """`members` were admitted together; some may have ended since. `cuts`: positions, the last one
+    the end, where the layers of its only prompt may be cut; None: nowhere. Before its pass begins
+    `items` is empty.
+
+    `pass_id` is what ranks call the pass. It stands in `next_layer`, before token `next_token` (0:
+    at its beginning); `layer_s` are the seconds that one of its layers took last.
+    """
+
+    members: list[types.Sequence]
+    cuts: Sequence[int] | None = None
+    items: list[PrefillItem] = field(default_factory=list)
+    pass_id: int = 0
+    next_layer: int = 0
+    next_token: int = 0
+    layer_s: float | None = None
+
+    @property
+    def arrival_time(self) -> float:
+        """The oldest member's."""
+        return min(sequence.arrival_time for sequence in self.members)
+
+    @property
+    def seq_ids(self) -> list[int]:
+        return [sequence.seq_id for sequence in self.members]
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a slice of the pass has been planned."""
+        return self.next_layer > 0 or self.next_token > 0
+
+    def begin_pass(self, pass_id: int, items: list[PrefillItem]) -> None:
+        assert not self.items, f"pass {self.pass_id} is under way"
+        self.items, self.pass_id = items, pass_id
+
+    def slice_to(self, layer: int, token: int = 0) -> LayerSlice:
+        """From where the pass stands on, without tokens to sample."""
+        return LayerSlice(
+            self.pass_id,
+            self.next_layer,
+            layer,
+            chunked=self.cuts is not None,
+            first_token=self.next_token,
+            end_token=token,
+        )
+
+    def layer_flops(self, work: LayerFlops) -> int:
+        """FLOPs of one layer of the pass."""
+        return sum(work.flops(item.start, item.end) for item in self.items)

@@ -1,0 +1,299 @@
+"""Which prompts are prefilled next, together with which others, and how far in this step: groups in
+flight.
+
+Decides order, grouping, and where layers of a long prompt are cut. Whose turn it is, prefill or
+decode, is the scheduler's; seconds are `pace`'s. Without a pace every group goes through the model
+in one step, first come first served.
+
+The key of a prompt or group is arrival time + `overtake` * expected seconds of prefill left; the
+least goes first. Keys do not grow with waiting, so who came later than a prompt's key does not go
+before it: nobody starves.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate, islice
+
+from sps2_mega import types
+from sps2_mega.config import SchedulerConfig
+from sps2_mega.scheduler.chunk_bounds import chunk_lengths
+from sps2_mega.scheduler.prefill_group import PrefillGroup
+from sps2_mega.scheduler.prompt_placement import PromptPlacement
+from sps2_mega.scheduler.sequence_states import SequenceStates
+from sps2_mega.scheduler.step_times import StepTimeModel
+from sps2_mega.types import LayerSlice, PrefillItem
+
+# Groups on their way at a time: a long one, one that overtakes it, one that overtakes both. Each
+# keeps hidden states.
+MAX_GROUPS = 3
+# Computing again costs everybody, waiting one request: and equal prompts must not be told apart by
+# a measurement.
+_PATIENCE = 2.0
+_SCRAP = 0.25  # of a slice's room
+
+
+class PrefillQueue:
+    """Every prefilling sequence is in exactly one group, and so is every id that `SequenceStates`
+    holds."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        states: SequenceStates,
+        placement: PromptPlacement,
+        pace: StepTimeModel | None,
+    ) -> None:
+        self._config, self._states, self._placement, self._pace = config, states, placement, pace
+        self._groups: list[PrefillGroup] = []
+        self._finished: list[int] = []  # held ids whose last slice is in the plan being made
+        self._dropped: list[int] = []
+        self._num_passes = 0
+        self._running: tuple[PrefillGroup, LayerSlice] | None = None  # what is planned
+
+    def next_slice(
+        self, now: float, room_s: float, layer_room_s: float
+    ) -> tuple[list[PrefillItem], LayerSlice | None] | None:
+        """The items that enter the model and the layers of the next step, as in StepPlan; None when
+        there is nothing to prefill. The step should take `room_s` seconds at most, a layer
+        `layer_room_s`."""
+        group = self._choose(now, layer_room_s)
+        if group is None:
+            return None
+        if not group.items:
+            self._num_passes += 1
+            group.begin_pass(self._num_passes, self._items(group))
+        items, entering = group.items, not group.is_under_way
+        if self._pace is None:
+            self._end_pass(group)
+            return items, None
+        planned = self._slice_within(group, self._pace, room_s)
+        self._running = group, planned
+        if planned.end < self._pace.work.num_layers:
+            group.next_layer, group.next_token = planned.end, planned.end_token
+            self._states.hold(item.seq_id for item in items)
+            return items if entering else [], planned
+        self._end_pass(group)
+        if entering:
+            return items, None
+        sampled = tuple(item.seq_id for item in items)
+        return [], replace(planned, sampled=sampled)
+
+    def planned(self) -> list[int]:
+        """Call when the plan is made, its released sequences included; returns the passes that
+        ranks forget."""
+        self._states.let_go(self._finished)
+        self._finished = []
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def executed(self, seconds: float) -> None:
+        """The step with the last slice took so long."""
+        if self._running is None or self._pace is None:
+            return
+        group, planned = self._running
+        self._running = None
+        if planned.chunked:
+            (item,) = group.items
+            self._pace.computed_chunks(planned.chunks(item.start, item.end), seconds)
+            return
+        group.layer_s = seconds / (planned.end - planned.first)
+        self._pace.computed(group.layer_flops(self._pace.work), group.layer_s)
+
+    def ended(self, seq_id: int) -> None:
+        """A sequence is over. With its last member a group goes, too."""
+        group = self._group_of(seq_id)
+        if group is not None and not any(map(self._states.is_prefilling, group.seq_ids)):
+            self._drop(group)
+
+    def preempt(self, seq_id: int) -> bool:
+        """Send the group of a prefilling sequence back to the waiting; False where it has none."""
+        group = self._group_of(seq_id)
+        if group is None:
+            return False
+        self._drop(group)
+        for member in reversed(group.seq_ids):
+            if self._states.is_prefilling(member):
+                self._states.preempt(member)
+        return True
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a sequence is lost or in two groups."""
+        members = [member for group in self._groups for member in group.seq_ids]
+        assert len(members) == len(set(members)), "a sequence is in two prefill groups"
+        prefilling = {sequence.seq_id for sequence in self._states.prefilling}
+        assert prefilling <= set(members), "a prefilling sequence is in no group"
+        for group in self._groups:
+            assert prefilling & set(group.seq_ids), "a prefill group without sequences"
+
+    def _choose(self, now: float, layer_room_s: float) -> PrefillGroup | None:
+        first = min(self._groups, key=self._key, default=None)
+        if len(self._groups) < MAX_GROUPS and self._states.has_room(self._config.max_running):
+            key = math.inf if first is None else self._key(first)
+            formed = self._form(now, layer_room_s, key)
+            if formed is not None:
+                self._groups.append(formed)
+                return formed
+        return first
+
+    def _form(self, now: float, layer_room_s: float, before: float) -> PrefillGroup | None:
+        """A group of waiting prompts whose key, and all of theirs, is less than `before`: as many
+        as one step may take, or one of any length."""
+        members: list[types.Sequence] = []
+        budget, num_new = float(self._config.max_prefill_tokens), 0
+        load = [0] * self._placement.sp_size
+        left_s = 0.0
+        order = list(islice(self._order(), self._config.max_running))
+        longest_whole = self._placement.longest_whole(
+            (sequence.num_tokens for sequence in order), self._config.max_prefill_tokens
+        )
+        for sequence, prefix in self._states.newcomers(
+            order, self._config.max_running, self._worth_waiting
+        ):
+            start = self._placement.num_shared(prefix)
+            missing = sequence.num_tokens - start
+            seconds = self._prompt_s(start, sequence.num_tokens)
+            oldest = min([sequence.arrival_time, *(other.arrival_time for other in members)])
+            late = self._weighted(oldest, left_s + seconds) >= before
+            if late or self._weighted(sequence.arrival_time, seconds) >= before:
+                break
+            cells = self._cells(start, sequence.num_tokens, layer_room_s)
+            if members and (cells is not None or num_new + missing > budget):
+                break
+            spread = self._placement.spread(
+                sequence, prefix, load, cells=cells, longest_whole=longest_whole
+            )
+            if not self._states.admit(sequence, prefix, now, spread):
+                break
+            members.append(sequence)
+            num_new, left_s = num_new + missing, left_s + seconds
+            if cells is not None:
+                return PrefillGroup(
+                    members=members, cuts=list(accumulate(cells, initial=start))[1:]
+                )
+            if spread.rank is not None:
+                load[spread.rank] += missing
+            budget = min(budget, self._tokens_within(layer_room_s))
+            if num_new >= budget:
+                break
+        return PrefillGroup(members=members) if members else None
+
+    def _order(self) -> Iterable[types.Sequence]:
+        waiting = list(self._states.waiting.values())
+        if self._pace is None or not self._config.overtake:
+            return waiting
+        return sorted(
+            waiting, key=lambda s: self._weighted(s.arrival_time, self._prompt_s(0, s.num_tokens))
+        )
+
+    def _key(self, group: PrefillGroup) -> float:
+        return self._weighted(group.arrival_time, self._left_s(group))
+
+    def _worth_waiting(self, filler: types.Sequence, start: int, end: int) -> bool:
+        """Not for a long prompt that is interrupted, if it takes far longer than to compute the
+        shared tokens again."""
+        group = self._group_of(filler.seq_id)
+        return group is None or self._left_s(group) <= _PATIENCE * self._prompt_s(start, end)
+
+    def _left_s(self, group: PrefillGroup) -> float:
+        """Expected seconds of the layers to go; of the one that was cut, of the tokens to go."""
+        assert self._pace is not None, "groups stay only where they are interrupted"
+        work = self._pace.work
+        layer_s = self._layer_s(group, group.layer_flops(work))
+        if layer_s is None:
+            return 0.0
+        done = 0.0
+        if group.next_token:
+            (item,) = group.items
+            done = work.flops(item.start, group.next_token) / work.flops(item.start, item.end)
+        return (work.num_layers - group.next_layer - done) * layer_s
+
+    def _weighted(self, arrival_time: float, seconds: float) -> float:
+        return arrival_time + self._config.overtake * seconds
+
+    def _prompt_s(self, start: int, end: int) -> float:
+        return 0.0 if self._pace is None else self._pace.prompt_s(start, end)
+
+    def _cells(self, start: int, end: int, layer_room_s: float) -> Sequence[int] | None:
+        """Between which a prompt's layers may be cut; None where it goes whole, a layer of it being
+        short enough."""
+        if self._pace is None:
+            return None
+        least = self._placement.least_chunk
+        if self._pace.tokens_within(layer_room_s, start, end, least) == end - start:
+            return None
+        return chunk_lengths(
+            self._pace,
+            start,
+            end,
+            layer_room_s,
+            unit=self._placement.unit,
+            at_first=least,
+        )
+
+    def _tokens_within(self, layer_room_s: float) -> float:
+        """How many tokens of short prompts one layer may have."""
+        if self._pace is None:
+            return math.inf
+        most = self._config.max_prefill_tokens
+        return self._pace.tokens_within(layer_room_s, 0, most, self._placement.least_chunk)
+
+    def _items(self, group: PrefillGroup) -> list[PrefillItem]:
+        """All tokens of each member."""
+        return [
+            self._states.next_chunk(sequence, self._states.num_uncached(sequence))
+            for sequence in group.members
+            if self._states.is_prefilling(sequence.seq_id)
+        ]
+
+    def _slice_within(self, group: PrefillGroup, pace: StepTimeModel, room_s: float) -> LayerSlice:
+        """At least one layer or chunk, so that prefill gets on; one where nothing is known."""
+        if group.cuts is not None:
+            return self._chunks_within(group, group.cuts, pace, room_s)
+        layer_s = self._layer_s(group, group.layer_flops(pace.work))
+        count = 1 if not layer_s else max(1, int(min(room_s / layer_s, 1e6)))
+        return group.slice_to(min(pace.work.num_layers, group.next_layer + count))
+
+    def _chunks_within(
+        self, group: PrefillGroup, cuts: Sequence[int], pace: StepTimeModel, room_s: float
+    ) -> LayerSlice:
+        """What is left of the layer, and further ones, as far as there is room; the next one is
+        begun only if there is room for more than a scrap."""
+        (item,) = group.items
+        layer, token = group.next_layer, group.next_token or item.start
+        left_s = room_s
+        while layer < pace.work.num_layers:
+            end = pace.furthest(left_s, layer, token, cuts[bisect_right(cuts, token) :])
+            seconds = pace.chunk_s(layer, token, end)
+            fits = seconds is not None and max(seconds, _SCRAP * room_s) <= left_s
+            if layer > group.next_layer and not fits:
+                break
+            if end < item.end:
+                return group.slice_to(layer, end)
+            left_s -= seconds or left_s
+            layer, token = layer + 1, item.start
+        return group.slice_to(layer)
+
+    def _layer_s(self, group: PrefillGroup, flops: int) -> float | None:
+        """A pass that has begun says best how long its layers take."""
+        if group.layer_s is not None or self._pace is None:
+            return group.layer_s
+        return self._pace.layer_s(flops)
+
+    def _end_pass(self, group: PrefillGroup) -> None:
+        for item in group.items:
+            self._states.computed(item)
+        self._finished += [item.seq_id for item in group.items]
+        self._groups.remove(group)
+
+    def _drop(self, group: PrefillGroup) -> None:
+        self._groups.remove(group)
+        if group.is_under_way:
+            self._dropped.append(group.pass_id)
+            self._states.let_go(item.seq_id for item in group.items)
+
+    def _group_of(self, seq_id: int) -> PrefillGroup | None:
+        return next((group for group in self._groups if seq_id in group.seq_ids), None)

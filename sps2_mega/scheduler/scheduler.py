@@ -1,0 +1,289 @@
+"""What the next step does: continuous batching of prefills and decodes.
+
+Decides whose turn it is, by one of two policies: prefills before decodes, giving way between layers
+where there is a target for the time between tokens; or chunks of prompts together with decodes.
+Does not decide which prompts go together and first (`prefill_queue`), how hybrid steps are filled
+(`hybrid_steps`), where blocks go (`prompt_placement`, `kv_cache`), who shares a prefix
+(`prefix_sharing`), nor when a request is refused or a sequence is over (`admission`). Pure Python
+without a clock or torch, so a simulator can drive the very same scheduler.
+
+    sps2               prefill A, B    decode A B    prefill C    decode A B C    ...
+    sps2 with target   prefill A, B    decode A B    layers 0-3 of C    decode A B    layers 3-6 of C    decode A B    ...
+    sarathi            A, part of B    decode A + rest of B    decode A B + part of C    decode A B + part of C    ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from sps2_mega.config import SchedulerConfig
+from sps2_mega.errors import Refusal
+from sps2_mega.kv_cache.ledger import BlockLedger
+from sps2_mega.kv_cache.placement import Layout
+from sps2_mega.scheduler.admission import Limits, finish_reason, refusal
+from sps2_mega.scheduler.decode_steps import DecodeSteps
+from sps2_mega.scheduler.hybrid_steps import HybridSteps
+from sps2_mega.scheduler.layer_flops import LayerFlops
+from sps2_mega.scheduler.prefill_queue import PrefillQueue
+from sps2_mega.scheduler.prefix_sharing import PrefixSharing
+from sps2_mega.scheduler.prompt_placement import PromptPlacement
+from sps2_mega.scheduler.sequence_states import SequenceStates
+from sps2_mega.scheduler.step_times import StepTimeModel
+from sps2_mega.types import (
+    DecodeItem,
+    FinishReason,
+    ForwardMode,
+    LayerSlice,
+    PrefillItem,
+    Sequence,
+    StepOutput,
+    StepPlan,
+)
+
+# Of a decode step: a slice of a prefill has as much time at least, whatever the target. Without it
+# prompts would all but stand still while decode steps take as long as the target, without tokens
+# coming much sooner.
+_LEAST_SHARE = 0.5
+
+
+class Scheduler:
+    """`plan` and `commit` alternate; `add`, `finish` and `abort` may come at any time between them.
+
+    Blocks of a dropped sequence are reused at once: ranks execute plans in order, and forget what a
+    plan lists as `released` or `dropped` before they execute it. But blocks that later slices of a
+    pass write to are kept till then.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        block_size: int,
+        num_blocks: int,
+        sp_size: int,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...] = (),
+        layout: Layout = "contiguous",
+        prefix_root: bytes | None = None,
+        topology_spans: Callable[[int], tuple[int, ...]] | None = None,
+        work: LayerFlops | None = None,
+        crowd_threshold: int = 0,
+    ) -> None:
+        """`num_blocks` is per sp rank; `layout` is how a whole prompt is spread, as the transport
+        prefers it. `prefix_root` (`block_chain.chain_root`) switches prefix caching on;
+        `topology_spans` gives the CSA spans of a prompt length where they come from the ranks.
+        `work` is needed with a target for the time between tokens. An `sp_threshold` of None counts
+        as 0 here; `crowd_threshold` is the one where prompts come together."""
+        self._config = config
+        self._limits = Limits(
+            max_model_len=max_model_len,
+            cache_tokens=num_blocks * sp_size * block_size,
+            vocab_size=vocab_size,
+            eos_token_ids=frozenset(eos_token_ids),
+        )
+        self._chunked = config.policy == "sarathi"
+        self._ledger = BlockLedger(
+            num_blocks=num_blocks,
+            sp_size=sp_size,
+            block_size=block_size,
+            layout="striped" if self._chunked else layout,
+            # A chunk is then about one run of tokens on every rank.
+            stripe=max(1, config.chunk_tokens // (block_size * sp_size)),
+        )
+        sharing = None
+        if prefix_root is not None:
+            sharing = PrefixSharing(self._ledger, root=prefix_root, topology_spans=topology_spans)
+        self._target_s = config.tbt_target_s
+        assert self._target_s is None or work is not None, "a TBT target needs the work of a layer"
+        self._pace = None if self._target_s is None or work is None else StepTimeModel(work)
+        self._states = SequenceStates(self._ledger, sharing)
+        placement = PromptPlacement(self._ledger, config.sp_threshold or 0, crowd_threshold)
+        self._prefills = PrefillQueue(config, self._states, placement, self._pace)
+        self._decodes = DecodeSteps(self._states, self._ledger, self._prefills)
+        self._hybrids = HybridSteps(config, self._states, self._decodes)
+        self._planned: list[Sequence | None] | None = None
+        self._planned_at = 0.0
+        self._decode_is_due = False  # a slice of a prefill ran since the last decode step
+        self._step = 0
+        self._idle_checked = True
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._states.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._states.running)
+
+    @property
+    def has_work(self) -> bool:
+        return len(self._states) > 0
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cache blocks of all sp ranks that running sequences use, in [0, 1]."""
+        return 1.0 - self._ledger.num_free / max(1, self._ledger.num_blocks)
+
+    @property
+    def kv_used_per_rank(self) -> tuple[int, ...]:
+        """KV cache blocks of each sp rank that running sequences use."""
+        return self._ledger.used_per_rank
+
+    @property
+    def max_len(self) -> int:
+        """Longest prompt plus output that can run here, in tokens: the model's limit or the
+        cache's."""
+        return self._limits.max_len
+
+    def expected_prefill_s(self, num_tokens: int) -> float:
+        """Seconds that all of a prompt is expected to take; 0 without a target for the time between
+        tokens, which is what seconds are learnt for, and before anything was measured."""
+        return 0.0 if self._pace is None else self._pace.prompt_s(0, num_tokens)
+
+    def refusal(self, sequence: Sequence) -> Refusal | None:
+        """Why a sequence could never run here, whatever else does; reads nothing that changes."""
+        return refusal(sequence, self._limits)
+
+    def add(self, sequence: Sequence) -> Refusal | None:
+        """Queue a sequence, or say why not. The scheduler alone changes it from now on."""
+        if sequence.seq_id in self._states or self._states.is_held(sequence.seq_id):
+            return Refusal.DUPLICATE_ID
+        reason = refusal(sequence, self._limits)
+        if reason is not None:
+            return reason
+        max_waiting = self._config.max_waiting
+        if max_waiting is not None and self.num_waiting >= max_waiting:
+            return Refusal.QUEUE_FULL
+        self._states.add(sequence)
+        return None
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None when there is nothing to do. `now` is time.monotonic() in
+        seconds."""
+        assert self._planned is None, "plan() came before the last plan was committed"
+        if not self.has_work:
+            self._check_when_idle()
+            return None
+        self._idle_checked = False
+        layers = None
+        if self._chunked:
+            prefills, decodes = self._hybrids.plan(now)
+        else:
+            prefills, layers, decodes = self._plan_separate(now)
+        assert prefills or layers or decodes, "sequences wait for an empty KV cache"
+        self._step += 1
+        mode = ForwardMode.PREFILL if prefills or layers else ForwardMode.DECODE
+        if prefills and decodes:
+            mode = ForwardMode.HYBRID
+        released = self._states.take_released()
+        dropped = self._prefills.planned()
+        plan = StepPlan(self._step, mode, prefills, decodes, released, layers, dropped)
+        self._planned = [self._states.running.get(seq_id) for seq_id in plan.sampled]
+        self._planned_at = now
+        return plan
+
+    def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[Sequence]:
+        """Append one token per sequence in `plan.sampled`; returns the sequences that ended with
+        it. One that wanted no token, but its prompt computed, ends without.
+
+        Tokens of sequences that were finished or aborted since the plan are dropped. A sequence for
+        which there is no token has failed.
+        """
+        planned, self._planned = self._planned, None
+        assert planned is not None and plan.step == self._step, (
+            f"step {plan.step} is not the last plan"
+        )
+        assert len(output.token_ids) == len(output.logprobs) == len(planned), (
+            f"{len(planned)} sequences were planned, the output has {len(output.token_ids)} tokens"
+        )
+        self._learn(plan, now - self._planned_at)
+        for seq_id, scores in output.scores.items():
+            if seq_id in self._states.running:
+                self._states.running[seq_id].take_scores(scores)
+        finished = []
+        for sequence, token_id, logprob in zip(
+            planned, output.token_ids, output.logprobs, strict=True
+        ):
+            if sequence is None or self._states.running.get(sequence.seq_id) is not sequence:
+                continue
+            if token_id is None:
+                self.finish(sequence.seq_id, FinishReason.ERROR)
+                finished.append(sequence)
+                continue
+            self._states.cached(sequence)
+            sequence.take_token(token_id, logprob, now)
+            reason = finish_reason(sequence, self._limits)
+            if reason is not None:
+                self.finish(sequence.seq_id, reason)
+                finished.append(sequence)
+        return finished
+
+    def finish(self, seq_id: int, reason: FinishReason) -> bool:
+        """End a waiting or running sequence (the engine found a stop string); False when it is not
+        here."""
+        if seq_id not in self._states:
+            return False
+        self._states.end(seq_id, reason)
+        self._prefills.ended(seq_id)
+        return True
+
+    def abort(self, seq_id: int) -> bool:
+        """End a sequence in any state; False when it is not here (any more)."""
+        return self.finish(seq_id, FinishReason.ABORT)
+
+    def check_integrity(self) -> None:
+        """Recount sequences and blocks. Raises AssertionError when something was lost or is held
+        twice."""
+        self._states.check_integrity()
+        if not self._chunked:
+            self._prefills.check_integrity()
+
+    def _plan_separate(
+        self, now: float
+    ) -> tuple[list[PrefillItem], LayerSlice | None, list[DecodeItem]]:
+        """A prefill or a slice of one, else decodes. Decodes never wait for more than one slice."""
+        decodes: list[DecodeItem] = []
+        if self._decode_is_due:
+            decodes = self._decodes.plan()
+            self._decode_is_due = False
+        if not decodes:
+            prefill = self._prefills.next_slice(now, *self._room_s(now))
+            if prefill is not None:
+                self._decode_is_due = self._target_s is not None
+                return *prefill, []
+            decodes = self._decodes.plan()
+        return [], None, decodes
+
+    def _room_s(self, now: float) -> tuple[float, float]:
+        """Seconds that the next slice may take, and that one layer may take at most when it is cut
+        into chunks.
+
+        Without running decodes a slice ends after about the target, too, so that short prompts and
+        aborts get in.
+        """
+        if self._target_s is None or self._pace is None:
+            return math.inf, math.inf
+        decoding = self._states.decoding
+        if not decoding:
+            return self._target_s, self._target_s
+        oldest = min(sequence.token_times[-1] for sequence in decoding)
+        least_s = _LEAST_SHARE * self._pace.decode_mean_s
+        layer_room_s = max(self._target_s - self._pace.decode_s, least_s)
+        return oldest + layer_room_s - now, layer_room_s
+
+    def _learn(self, plan: StepPlan, seconds: float) -> None:
+        if self._pace is None:
+            return
+        if plan.mode is ForwardMode.DECODE:
+            self._pace.decoded(seconds)
+        else:
+            self._prefills.executed(seconds)
+
+    def _check_when_idle(self) -> None:
+        if self._idle_checked:
+            return
+        self.check_integrity()
+        assert self._ledger.num_free == self._ledger.num_blocks, "KV cache blocks leaked"
+        self._idle_checked = True

@@ -1,0 +1,140 @@
+"""Turns chat messages into the text a model was trained on, with the model's own Jinja template.
+
+Templates come with a checkpoint, so they run in Jinja's immutable sandbox. Where a checkpoint keeps
+its template (tokenizer_config.json, chat_template.jinja, chat_template.json) is decided here; how
+text becomes tokens is not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sps2_mega.errors import ConfigError, RequestError
+
+# Used for models without a template of their own: one `role: content` line per message.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A compiled template and the special tokens it may name (`bos_token`, `eos_token`, ...)."""
+
+    template: jinja2.Template
+    special_tokens: Mapping[str, str]
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt text of `messages`, ready to be encoded without further special tokens.
+
+        Raises:
+            RequestError: the template refuses these messages, e.g. because roles do not alternate.
+        """
+        try:
+            return self.template.render(
+                **{**self.special_tokens, "tools": None, "documents": None, **variables},
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RequestError(
+                f"messages: the model's chat template refuses them: {type(error).__name__}: {error}"
+            ) from error
+
+
+def compile_template(text: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    """Compiles template text.
+
+    Raises:
+        ConfigError: it is not a valid Jinja template.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, _GenerationBlock],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return ChatTemplate(environment.from_string(text), special_tokens)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
+
+
+def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """The template text of a model folder, or None where it has none.
+
+    `chat_template.jinja` goes before tokenizer_config.json, which goes before chat_template.json;
+    of several named templates the one called `default` is taken.
+
+    Raises:
+        ConfigError: there are several templates and none is called `default`.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    value = tokenizer_config.get("chat_template")
+    if value is None and (folder / "chat_template.json").is_file():
+        value = json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))
+        value = value.get("chat_template") if isinstance(value, dict) else value
+    if isinstance(value, list):
+        value = {entry["name"]: entry["template"] for entry in value}
+    if isinstance(value, dict):
+        if "default" not in value:
+            raise ConfigError(
+                f"{folder}: chat templates are named {', '.join(sorted(value))}; one must be "
+                "called default"
+            )
+        value = value["default"]
+    return value
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}` marks assistant text for training masks; for inference it is only its
+    body."""
+
+    tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which models were not trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)

@@ -1,0 +1,302 @@
+"""One rank's part of a step: inputs, model, sampling.
+
+A prefill pass may take several steps, a few layers each; between them it waits here while other
+steps run. Every rank runs the same plans in the same order, so every rank knows which rows each
+rank samples and no sizes are exchanged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sps2_mega.attention.build import PrefillSetup
+from sps2_mega.attention.csa.spans import SparsePrefill
+from sps2_mega.attention.pipeline.executor import plain_pipeline
+from sps2_mega.attention.pipeline.metrics import CommSeconds
+from sps2_mega.config import ModelConfig
+from sps2_mega.kernels.backend import Backend, choose
+from sps2_mega.kv_cache.pool import KVPool
+from sps2_mega.mcore.gpt import GPT
+from sps2_mega.parallel.groups import ParallelGroups
+from sps2_mega.types import (
+    DecodeItem,
+    ForwardMode,
+    PrefillItem,
+    StepOutput,
+    StepPlan,
+)
+from sps2_mega.worker.batching import (
+    StepInput,
+    decode_input,
+    decode_tokens,
+    hybrid_input,
+    prefill_input,
+)
+from sps2_mega.worker.decode_graphs import DecodeGraphs
+from sps2_mega.worker.device_tables import DeviceTables
+from sps2_mega.worker.local_tables import LocalTables
+from sps2_mega.worker.prefill_pass import Pass
+from sps2_mega.worker.sampling.prompt_logprobs import prompt_logprobs_of
+from sps2_mega.worker.sampling.sampler import Drawn
+from sps2_mega.worker.sampling.sampling_states import SamplingStates
+from sps2_mega.worker.sampling.token_exchange import exchange_tokens
+from sps2_mega.worker.sparse_tables import SparseTables
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A decode step that the device works on; `Executor.finish` waits for it."""
+
+    plan: StepPlan
+    drawn: Drawn
+
+
+class Executor:
+    """Runs StepPlans on this rank; holds the rank's share of all running sequences.
+
+    Public attributes are what it was made from, not to be changed, and `prefill_comm`: this rank's
+    communication in the last step that had prefills.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: ModelConfig,
+        pool: KVPool,
+        groups: ParallelGroups,
+        *,
+        prefill: PrefillSetup,
+        sparse_decode: bool = False,
+        graphs: DecodeGraphs | None = None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model, self.config, self.pool, self.groups = model, config, pool, groups
+        self.dtype, self.device = dtype, device
+        self.pipeline = prefill.pipeline or plain_pipeline(device)
+        self.prefill = replace(prefill, pipeline=self.pipeline)
+        self.prefill_comm = CommSeconds()
+        self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
+        self._sparse_tables: SparseTables | None = None
+        if sparse_decode and prefill.sparse is not None:
+            self._sparse_tables = SparseTables(
+                self._tables, prefill.sparse, block_size=pool.block_size
+            )
+        self._graphs = graphs
+        self._device_tables: DeviceTables | None = None
+        if graphs is not None or (
+            self._sparse_tables is None and choose(device, None) is Backend.TRITON
+        ):
+            self._device_tables = DeviceTables(self._tables, device)
+        self._sampling = SamplingStates(config, device)
+        self._suspended: dict[int, Pass] = {}
+
+    def with_attention(
+        self, transport: str, sparse: SparsePrefill | None, *, sparse_decode: bool = False
+    ) -> Executor:
+        """Another executor on the same weights and cache that attends otherwise, without any
+        sequences. Both write to the same blocks: one works while the other is idle."""
+        return Executor(
+            self.model,
+            self.config,
+            self.pool,
+            self.groups,
+            prefill=replace(self.prefill, transport=transport, sparse=sparse),
+            sparse_decode=sparse_decode,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def execute(
+        self, plan: StepPlan, *, on_layer: Callable[[int], None] | None = None
+    ) -> StepOutput:
+        """All ranks return the same output, one entry per sequence in `plan.sampled`. `on_layer`
+        hears of each layer of a pass that begins here, when the cache has the layer's new keys and
+        values."""
+        if on_layer is None and self.can_launch(plan):
+            return self.finish(self.launch(plan))
+        self._drop(plan)
+        began = time.perf_counter()
+        passing = self._pass_of(plan, on_layer)
+        end = self.model.num_layers if plan.layers is None else plan.layers.end
+        passing.advance(self.model, plan.layers)
+        if end == self.model.num_layers:
+            output = self._complete(plan, passing)
+        else:
+            assert plan.layers is not None, "a whole pass ends with the last layer"
+            self._suspended[plan.layers.pass_id] = passing
+            if self.device.type == "cuda":
+                # Nothing else waits for a slice, and its seconds tell how many layers the next one
+                # may have.
+                torch.cuda.current_stream(self.device).synchronize()
+            output = StepOutput([], [])
+        if passing.prefills:
+            num_tokens = sum(item.num_new_tokens for item in passing.prefills)
+            name = f"prefill {plan.step}"
+            self.prefill_comm = self.pipeline.end_step(name, began, num_tokens=num_tokens)
+        return output
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are captured graphs, which are launched at once."""
+        return self._graphs is not None
+
+    def can_launch(self, plan: StepPlan) -> bool:
+        """Whether `launch` takes the plan: a decode step of one rank, as a captured graph."""
+        return self._graphs is not None and plan.mode is ForwardMode.DECODE
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """Starts a step, and returns while the device works. The next one can be started when this
+        one is finished."""
+        assert self._graphs is not None and self._device_tables is not None
+        self._drop(plan)
+        self._sampling.note_chosen(plan.decodes)
+        new = decode_tokens(
+            plan.decodes, self._tables, self.groups.sp, block_size=self.pool.block_size
+        )
+        rows_B, *ranges = new.ranges(self._tables, self.config.sliding_window)
+        logits_RV = self._graphs.logits(
+            np.array([new.tokens, new.positions, new.slots, rows_B, *ranges]),
+            self._device_tables.table(rows_B),
+            longest=self._tables.longest(rows_B),
+        )
+        ends = [item.position + 1 for item in plan.decodes]
+        return Launched(plan, self._sampling.draw(logits_RV, plan.sampled, ends))
+
+    @torch.inference_mode()
+    def finish(self, launched: Launched) -> StepOutput:
+        """The tokens of a launched step, when the device has them."""
+        output = StepOutput(*launched.drawn.tokens())
+        if None in output.token_ids:
+            self._clear_failed(launched.plan, [], output)
+        return output
+
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        """Drop what is kept of sequences that are over, or that will be prefilled again."""
+        for seq_id in seq_ids:
+            self._tables.remove(seq_id)
+            if self._sparse_tables is not None:
+                self._sparse_tables.remove(seq_id)
+            self._sampling.forget(seq_id)
+
+    def enter(self, item: PrefillItem) -> None:
+        """A sequence whose tokens others have prefilled: they are all in its blocks, and it decodes
+        from now on."""
+        assert self._sparse_tables is None, "who prefilled a sequence knows what it sees"
+        self._sampling.add(item)
+        self._tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
+
+    def _pass_of(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Pass:
+        """The suspended pass that this step goes on with, or a new one."""
+        if plan.layers is not None and not plan.layers.begins:
+            passing = self._suspended.pop(plan.layers.pass_id)
+            assert passing.run.next_layer == plan.layers.first, (
+                f"pass {plan.layers.pass_id} stands at layer {passing.run.next_layer}, "
+                f"the plan goes on at {plan.layers.first}"
+            )
+            return passing
+        parts = []
+        chunked = plan.layers is not None and plan.layers.chunked
+        if plan.prefills:
+            parts.append(self._prefill_input(plan.prefills, chunked=chunked))
+        if plan.decodes:
+            parts.append(self._decode_input(plan.decodes))
+        step = parts[0] if len(parts) == 1 else hybrid_input(*parts)
+        return Pass.begin(self.model, plan.prefills, step, on_layer)
+
+    def _complete(self, plan: StepPlan, passing: Pass) -> StepOutput:
+        """What comes after the last layer: one token for each sequence that has all of its own
+        computed."""
+        hidden = self.model.finish(passing.run)
+        logits_RV = self.model.logits(hidden.index_select(0, passing.step.rows_R))
+        ends = {item.seq_id: item.end for item in passing.prefills}
+        ends |= {item.seq_id: item.position + 1 for item in plan.decodes}
+        sampled = plan.sampled
+        output = self._sample(
+            logits_RV, passing.step.items_by_rank, sampled, [ends[seq_id] for seq_id in sampled]
+        )
+        if None in output.token_ids:
+            self._clear_failed(plan, passing.prefills, output)
+        scores = prompt_logprobs_of(
+            self.model, hidden, passing.prefills, self.groups, block_size=self.pool.block_size
+        )
+        return replace(output, scores=scores) if scores else output
+
+    def _prefill_input(self, items: list[PrefillItem], *, chunked: bool) -> StepInput:
+        for item in items:
+            if not item.samples:
+                continue
+            self._sampling.add(item)
+            if self._sparse_tables is not None:
+                self._sparse_tables.add(item.seq_id, self.prefill.pattern_of(item))
+        return prefill_input(
+            items,
+            self._tables,
+            self.pool,
+            self.groups.sp,
+            self.prefill,
+            device=self.device,
+            chunked=chunked,
+        )
+
+    def _decode_input(self, items: list[DecodeItem]) -> StepInput:
+        self._sampling.note_chosen(items)
+        return decode_input(
+            items,
+            self._tables,
+            self.pool,
+            self.groups.sp,
+            window=self.config.sliding_window,
+            dtype=self.dtype,
+            device=self.device,
+            sparse_tables=self._sparse_tables,
+            device_tables=self._device_tables,
+        )
+
+    def _drop(self, plan: StepPlan) -> None:
+        """What the plan says is over, before anything else of it."""
+        for pass_id in plan.dropped:
+            del self._suspended[pass_id]
+        self.forget(plan.released)
+
+    def _clear_failed(
+        self, plan: StepPlan, prefills: list[PrefillItem], output: StepOutput
+    ) -> None:
+        """NaN of a failed sequence must not reach whoever gets its blocks next: masked slots are
+        multiplied by zero. Blocks that it shares, or that gave finite logits before, have none and
+        may be in use."""
+        first_own = {item.seq_id: item.num_shared_tokens for item in prefills}
+        first_own |= {item.seq_id: item.position for item in plan.decodes}
+        for seq_id, token_id in zip(plan.sampled, output.token_ids, strict=True):
+            if token_id is None:
+                first = first_own[seq_id] // self.pool.block_size
+                self.pool.clear(self._tables.block_ids(seq_id, first=first))
+
+    def _sample(
+        self,
+        logits_RV: Tensor,
+        items_by_rank: list[list[int]],
+        seq_ids: list[int],
+        next_positions: list[int],
+    ) -> StepOutput:
+        """Sample this rank's rows, then give every rank all tokens."""
+        mine = items_by_rank[self.groups.sp.rank]
+        output = StepOutput(
+            *self._sampling.draw(
+                logits_RV,
+                [seq_ids[index] for index in mine],
+                [next_positions[index] for index in mine],
+            ).tokens()
+        )
+        if self.groups.sp.size == 1:
+            return output
+        wanted = self._sampling.wanted_logprobs(seq_ids)
+        return exchange_tokens(output, items_by_rank, wanted, self.groups)

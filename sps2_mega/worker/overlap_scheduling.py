@@ -1,0 +1,58 @@
+"""The next step of a rank that works alone, begun before the answers of the last one are dealt
+with.
+
+Stop strings, text and what clients are sent take the host about as long as planning does; the
+device works meanwhile:
+
+    host     wait k | commit k, plan and launch k+1 | answers of k ... | wait k+1 | commit k+1, launch k+2 | ...
+    device   k -----|                               k+1 ---------------------------|                       k+2 ---
+
+Nothing is guessed: the tokens of step k are known when k+1 is planned. Only a stop string is found
+too late to keep its sequence out of step k+1; the scheduler drops that token, as it does after an
+abort. A step that cannot be launched (a prefill, which would keep the answers waiting) is planned
+and waits for the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sps2_mega.types import StepPlan
+from sps2_mega.worker.executor import Executor, Launched
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A planned step, and the device's work on it if there is some already."""
+
+    plan: StepPlan
+    launched: Launched | None
+
+
+class OverlapScheduler:
+    """At most one step is begun; without graphs none ever is, since launching a step would take as
+    long as it runs."""
+
+    def __init__(self, executor: Executor, plan: Callable[[], StepPlan | None]) -> None:
+        self._executor, self._plan = executor, plan
+        self._begun: Begun | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return self._begun is not None
+
+    def take(self) -> Begun | None:
+        """The step that was begun, to be finished by the caller."""
+        begun, self._begun = self._begun, None
+        return begun
+
+    def begin_next(self) -> None:
+        """To be called when the last step is committed."""
+        assert self._begun is None, "the step that was begun was not taken"
+        if not self._executor.has_graphs:
+            return
+        plan = self._plan()
+        if plan is not None:
+            launches = self._executor.can_launch(plan)
+            self._begun = Begun(plan, self._executor.launch(plan) if launches else None)

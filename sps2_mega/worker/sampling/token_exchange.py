@@ -1,0 +1,61 @@
+"""Giving every rank all tokens that a step sampled: each rank sampled some of the sequences, all
+know which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sps2_mega.comm.collectives import all_gather_rows
+from sps2_mega.logprobs import TokenLogprob
+from sps2_mega.parallel.groups import ParallelGroups
+from sps2_mega.types import StepOutput
+
+_FAILED = -1.0  # on the wire, for a row without a token
+
+
+def exchange_tokens(
+    own: StepOutput,
+    items_by_rank: Sequence[Sequence[int]],
+    wanted: Sequence[int | None],
+    groups: ParallelGroups,
+) -> StepOutput:
+    """The output of the whole step. `own` are the tokens of `items_by_rank[this sp rank]`, whose
+    entries are indices of `wanted`: how many log-probabilities each sequence of the step asked for.
+
+    All-gathers rows [token, logprob, top ids.., top logprobs..]; float64 holds token ids exactly.
+    It goes over the world's CPU group, to which only the first rank of each TP group contributes:
+    sampled tokens are needed on the CPU, and TP peers sampled the same ones.
+    """
+    num_top = max((count for count in wanted if count is not None), default=0)
+    with_logprobs = any(count is not None for count in wanted)
+    width = 2 + 2 * num_top if with_logprobs else 1
+    tp = groups.tp
+    rows = torch.zeros(len(own.token_ids) if tp.rank == 0 else 0, width, dtype=torch.float64)
+    for row, token_id, logprob in zip(rows, own.token_ids, own.logprobs, strict=False):
+        row[0] = _FAILED if token_id is None else token_id
+        if logprob is not None:
+            row[1] = logprob.logprob
+            count = len(logprob.top)
+            row[2 : 2 + count] = torch.tensor([token for token, _ in logprob.top])
+            row[2 + num_top : 2 + num_top + count] = torch.tensor(
+                [value for _, value in logprob.top], dtype=torch.float64
+            )
+    counts = [len(items) if t == 0 else 0 for items in items_by_rank for t in range(tp.size)]
+    gathered = all_gather_rows(rows, counts, groups.control).tolist()
+    order = [index for items in items_by_rank for index in items]
+    output = StepOutput([None] * len(wanted), [None] * len(wanted))
+    for index, values in zip(order, gathered, strict=True):
+        if values[0] == _FAILED:
+            continue
+        chosen = int(values[0])
+        output.token_ids[index] = chosen
+        asked = wanted[index]
+        if asked is not None:
+            top_ids, top_values = values[2 : 2 + asked], values[2 + num_top :][:asked]
+            top = tuple(
+                (int(token), value) for token, value in zip(top_ids, top_values, strict=True)
+            )
+            output.logprobs[index] = TokenLogprob(chosen, values[1], top)
+    return output

@@ -1,0 +1,300 @@
+"""Common prefixes as the scheduler plans them: who shares, who waits, what is found again, and what
+it costs."""
+
+import random
+import time
+
+import pytest
+from scheduled_ranks import Ranks
+
+from sps2_mega.config import CSAConfig, SchedulerConfig
+from sps2_mega.kv_cache.block_chain import chain_root, extend_chain
+from sps2_mega.scheduler.prefix_sharing import spans_fit
+from sps2_mega.scheduler.scheduler import Scheduler
+from sps2_mega.types import FinishReason, SamplingParams, Sequence, StepOutput
+
+BLOCK = 4
+
+
+def scheduler_of(*, num_blocks=64, sp_size=2, spans_of=None, **config):
+    return Scheduler(
+        SchedulerConfig(**config),
+        block_size=BLOCK,
+        num_blocks=num_blocks,
+        sp_size=sp_size,
+        max_model_len=4096,
+        vocab_size=100,
+        prefix_root=chain_root(CSAConfig()),
+        topology_spans=spans_of,
+    )
+
+
+def sequence_of(seq_id, prompt, max_tokens=4):
+    return Sequence(
+        seq_id=seq_id,
+        prompt_token_ids=prompt,
+        params=SamplingParams(max_tokens=max_tokens),
+        seed=0,
+        max_tokens=max_tokens,
+        arrival_time=0.0,
+    )
+
+
+def text(length, seed=0):
+    return random.Random(seed).choices(range(100), k=length)
+
+
+def step(scheduler, ranks=None, failing=()):
+    plan = scheduler.plan(0.0)
+    if ranks is not None:
+        ranks.execute(plan)
+    tokens = [None if i in failing else (7 * i + plan.step) % 100 for i in plan.sampled]
+    for seq_id in failing:
+        if ranks is not None and seq_id in plan.sampled:
+            ranks.fail(plan, seq_id)
+    scheduler.commit(plan, StepOutput(tokens, [None] * len(tokens)), 1.0)
+    scheduler.check_integrity()
+    return plan
+
+
+def run(scheduler, *sequences, ranks=None):
+    """Runs sequences to their ends; returns their first prefill items by id."""
+    for sequence in sequences:
+        assert scheduler.add(sequence) is None
+    items = {}
+    while scheduler.has_work:
+        for item in step(scheduler, ranks).prefills:
+            items.setdefault(item.seq_id, item)
+    return items
+
+
+@pytest.mark.parametrize(
+    ("length", "found"), [(1, 0), (3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (30, 28), (32, 28)]
+)
+def test_full_blocks_are_found_and_one_token_is_always_computed(length, found):
+    scheduler = scheduler_of()
+    first = run(scheduler, sequence_of(1, text(length)))[1]
+    again = run(scheduler, sequence_of(2, text(length)))[2]
+    assert (first.start, again.start) == (0, found)
+    assert again.end == length and again.num_shared_tokens == found
+    blocks = found // BLOCK
+    assert again.block_ids[:blocks] == first.block_ids[:blocks]
+    assert again.block_ranks[:blocks] == first.block_ranks[:blocks]
+
+
+def test_a_second_turn_finds_the_answer_too():
+    scheduler = scheduler_of()
+    first = sequence_of(1, text(10), max_tokens=15)
+    run(scheduler, first)
+    # The last token of an answer was never fed, so 24 of the 25 tokens are cached: 6 blocks.
+    second = sequence_of(2, first.prompt_token_ids + first.output_token_ids + text(5, 1))
+    assert run(scheduler, second)[2].start == 24
+    assert second.num_cached_tokens == 24 and first.num_cached_tokens == 0
+
+
+def test_another_beginning_shares_nothing_and_a_later_difference_what_precedes_it():
+    scheduler = scheduler_of()
+    prompt = text(40)
+    run(scheduler, sequence_of(1, prompt))
+    other = [prompt[0] ^ 1, *prompt[1:]]
+    assert run(scheduler, sequence_of(2, other))[2].start == 0
+    changed = [*prompt[:22], prompt[22] ^ 1, *prompt[23:]]
+    assert run(scheduler, sequence_of(3, changed))[3].start == 20
+
+
+def test_samples_of_one_request_wait_for_the_first_and_others_go_ahead():
+    scheduler = scheduler_of()
+    prompt = text(9)
+    for seq_id in range(3):
+        scheduler.add(sequence_of(seq_id, prompt))
+    scheduler.add(sequence_of(3, text(9, 1)))
+    assert [item.seq_id for item in step(scheduler).prefills] == [0, 3]
+    plan = step(scheduler)
+    assert [(item.seq_id, item.start) for item in plan.prefills] == [(1, 8), (2, 8)]
+    assert scheduler._ledger.num_blocks - scheduler._ledger.num_free == 2 + 3 + 3
+
+
+def test_under_sarathi_they_wait_until_the_whole_prompt_is_there():
+    scheduler = scheduler_of(policy="sarathi", chunk_tokens=8)
+    for seq_id in range(3):
+        scheduler.add(sequence_of(seq_id, text(21)))
+    plans = [step(scheduler) for _ in range(4)]
+    first = [[(item.seq_id, item.start, item.end) for item in plan.prefills] for plan in plans]
+    assert first == [[(0, 0, 8)], [(0, 8, 16)], [(0, 16, 21)], [(1, 20, 21), (2, 20, 21)]]
+    assert [len(plan.decodes) for plan in plans] == [0, 0, 0, 1]
+
+
+def test_nobody_waits_where_no_full_block_would_be_shared():
+    scheduler = scheduler_of()
+    for seq_id in range(3):
+        scheduler.add(sequence_of(seq_id, text(4)))
+    assert len(step(scheduler).prefills) == 3
+
+
+@pytest.mark.parametrize("how", ["aborted", "failed"])
+def test_who_waits_computes_itself_when_the_first_is_gone(how):
+    scheduler, ranks = scheduler_of(), Ranks(BLOCK, 64, 2)
+    for seq_id in (1, 2):
+        scheduler.add(sequence_of(seq_id, text(13)))
+    if how == "failed":
+        step(scheduler, ranks, failing=(1,))
+    else:
+        plan = scheduler.plan(0.0)
+        ranks.execute(plan)
+        scheduler.abort(1)
+        scheduler.commit(plan, StepOutput([5], [None]), 1.0)
+    (item,) = step(scheduler, ranks).prefills
+    assert (item.seq_id, item.start) == (2, 0)
+
+
+def test_blocks_of_a_failed_sequence_are_never_found():
+    scheduler = scheduler_of()
+    sequence = sequence_of(1, text(6), max_tokens=30)
+    scheduler.add(sequence)
+    for _ in range(6):
+        step(scheduler)
+    # Tokens 0..10 are cached; the step that feeds token 11 fills block 2 and fails.
+    step(scheduler, failing=(1,))
+    assert sequence.finish_reason is FinishReason.ERROR
+    prompt = sequence.prompt_token_ids + sequence.output_token_ids + [1, 2, 3]
+    assert run(scheduler, sequence_of(2, prompt))[2].start == 8
+
+
+def test_a_preempted_sequence_finds_its_own_blocks():
+    scheduler, ranks = scheduler_of(num_blocks=7, sp_size=1), Ranks(BLOCK, 7, 1)
+    sequences = [sequence_of(seq_id, text(9, seq_id), max_tokens=12) for seq_id in (1, 2)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    starts = []
+    while scheduler.has_work:
+        starts += [i.start for i in step(scheduler, ranks).prefills if i.seq_id == 2]
+    assert sequences[1].num_preemptions >= 1
+    assert starts[0] == 0 and max(starts[1:]) >= BLOCK
+    assert sequences[1].num_cached_tokens == 0, "what it had itself is not a prefix found"
+
+
+def test_eviction_takes_the_least_recently_used_from_its_end():
+    scheduler, ranks = scheduler_of(num_blocks=8, sp_size=1), Ranks(BLOCK, 8, 1)
+    run(scheduler, sequence_of(1, text(13, 1), max_tokens=1), ranks=ranks)  # 3 full blocks stay
+    run(scheduler, sequence_of(2, text(13, 2), max_tokens=1), ranks=ranks)
+    # 4 blocks are wanted, 2 are empty: the end of text 1 goes.
+    run(scheduler, sequence_of(3, text(13, 3), max_tokens=1), ranks=ranks)
+    assert run(scheduler, sequence_of(4, text(13, 2), max_tokens=1), ranks=ranks)[4].start == 12
+    assert run(scheduler, sequence_of(5, text(13, 1), max_tokens=1), ranks=ranks)[5].start == 4
+
+
+def test_an_aligned_prompt_again_and_its_answer_after_the_shared_blocks():
+    """The last full block is computed a second time; what follows it is found all the same."""
+    scheduler, ranks = scheduler_of(), Ranks(BLOCK, 64, 2)
+    run(scheduler, sequence_of(1, text(12), max_tokens=1), ranks=ranks)
+    again = sequence_of(2, text(12), max_tokens=9)
+    assert run(scheduler, again, ranks=ranks)[2].start == 8
+    third = sequence_of(3, again.prompt_token_ids + again.output_token_ids)
+    assert run(scheduler, third, ranks=ranks)[3].start == 20
+
+
+def test_spans_from_the_ranks_are_taken_over_unless_their_cells_are_much_smaller():
+    scheduler = scheduler_of(spans_of=lambda length: (-(-length // 2),))
+    prompt = text(200)
+    assert run(scheduler, sequence_of(1, prompt[:20]))[1].spans == (10,)
+    longer = run(scheduler, sequence_of(2, prompt[:40]))[2]
+    assert (longer.spans, longer.start) == ((10,), 20)
+    far_longer = run(scheduler, sequence_of(3, prompt))[3]
+    assert (far_longer.spans, far_longer.start) == ((100,), 0)
+    short = run(scheduler, sequence_of(4, prompt[:60]))[4]
+    assert (short.spans, short.start) == ((100,), 56), "the longest that fits"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "own", "fit"),
+    [
+        (None, None, True),
+        ((4,), None, False),
+        ((4,), (8,), True),
+        ((4,), (9,), False),
+        ((100, 9), (8, 20), False),
+        ((100, 10), (8, 20), True),
+    ],
+)
+def test_which_spans_fit(recorded, own, fit):
+    assert spans_fit(recorded, own) is fit
+
+
+def test_names_of_blocks_depend_on_settings_and_on_everything_before():
+    def chain(tokens, root):
+        digests = []
+        extend_chain(digests, tokens, root=root, block_size=BLOCK)
+        return digests
+
+    exact = chain_root(CSAConfig(sinks=5))
+    assert exact == chain_root(CSAConfig())
+    sparse = chain_root(CSAConfig(degrees=(1, 4)))
+    assert len({exact, sparse, chain_root(CSAConfig(degrees=(1, 4), halo=0))}) == 3
+    tokens = text(19)
+    digests = chain(tokens, exact)
+    assert len(digests) == 4 and len(chain(tokens[:3], exact)) == 0
+    assert not set(digests) & set(chain(tokens, sparse))
+    assert not set(digests) & set(chain([*tokens[:3], tokens[3] + 1, *tokens[4:]], exact))
+    grown = chain(tokens[:8], exact)
+    extend_chain(grown, tokens[8:], root=exact, block_size=BLOCK)
+    assert grown == digests
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("chunk_tokens", [None, 7, 33])
+def test_long_histories_of_conversations(seed, chunk_tokens):
+    """Turns of a few conversations under a cache that holds about two of them."""
+    rng = random.Random(seed)
+    sp_size, num_blocks = rng.choice([(1, 40), (3, 14), (4, 9)])
+    policy = {} if chunk_tokens is None else dict(policy="sarathi", chunk_tokens=chunk_tokens)
+    scheduler = scheduler_of(num_blocks=num_blocks, sp_size=sp_size, max_running=5, **policy)
+    ranks = Ranks(BLOCK, num_blocks, sp_size)
+    talks = [text(rng.randrange(1, 30), talk // 2) for talk in range(8)]
+    live, next_id, preempted, found = {}, 0, 0, 0
+    for _ in range(600):
+        if len(live) < 7 and rng.random() < 0.4:
+            talk = rng.randrange(len(talks))
+            if len(talks[talk]) > 80:
+                talks[talk] = text(rng.randrange(1, 30), talk // 2)
+            talks[talk] = talks[talk] + text(rng.randrange(1, 6), next_id)
+            sequence = sequence_of(next_id, list(talks[talk]), max_tokens=rng.randrange(1, 30))
+            assert scheduler.add(sequence) is None
+            live[next_id] = (talk, sequence)
+            next_id += 1
+        if not scheduler.has_work:
+            continue
+        failing = [i for i in live if rng.random() < 0.003]
+        if rng.random() < 0.01 and live:
+            scheduler.abort(rng.choice(list(live)))
+        if scheduler.has_work:
+            step(scheduler, ranks, failing)
+        for seq_id, (talk, sequence) in list(live.items()):
+            if sequence.finish_reason is not None:
+                del live[seq_id]
+                preempted += sequence.num_preemptions
+                found += sequence.num_cached_tokens
+                if sequence.finish_reason is FinishReason.LENGTH:
+                    talks[talk] = sequence.prompt_token_ids + sequence.output_token_ids
+    assert found > 500 and preempted >= 3
+
+
+def test_a_long_prompt_is_hashed_once_and_plans_stay_cheap():
+    scheduler = scheduler_of(num_blocks=80_000, sp_size=1)
+    prompt = [i % 97 for i in range(2000)]
+    for seq_id in range(64):
+        scheduler.add(sequence_of(seq_id, [seq_id, *prompt], max_tokens=90))
+    while scheduler.num_waiting:
+        step_quietly(scheduler)
+    best = float("inf")
+    for _ in range(40):
+        began = time.perf_counter()
+        plan = scheduler.plan(0.0)
+        best = min(best, time.perf_counter() - began)
+        scheduler.commit(plan, StepOutput([9] * 64, [None] * 64), 0.0)
+    assert best < 0.3e-3, f"{best * 1e3:.3f} ms"
+
+
+def step_quietly(scheduler):
+    plan = scheduler.plan(0.0)
+    count = len(plan.sampled)
+    scheduler.commit(plan, StepOutput([9] * count, [None] * count), 0.0)

@@ -1,1 +1,0 @@
-"""Systems side by side on a cluster of network namespaces; `cluster.py` and `validate_cluster.py` are the commands."""

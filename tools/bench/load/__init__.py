@@ -1,1 +1,0 @@
-"""Requests to a server and what became of them; `serving.py` and `serving_tbt.py` are the commands."""
