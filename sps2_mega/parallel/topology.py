@@ -11,6 +11,8 @@ TP is the fastest axis, SP the next one; SP is cut into levels, innermost first:
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -120,3 +122,13 @@ def _natural_levels(tp: int, sp: int, ranks_per_node: int) -> tuple[int, ...]:
     if intra in (1, sp):
         return (sp,)
     return (intra, sp // intra)
+
+
+def level_of(a: int, b: int, group_sizes: Sequence[int]) -> int:
+    """The level of the smallest group with both ranks: 0 for one rank with itself."""
+    return next(level for level, size in enumerate(group_sizes) if a // size == b // size)
+
+
+def group_sizes_of(sp_levels: Sequence[int]) -> tuple[int, ...]:
+    """(1, ranks of a level-1 group, ..., all ranks) from ring sizes, innermost first."""
+    return (1, *itertools.accumulate(sp_levels, operator.mul))

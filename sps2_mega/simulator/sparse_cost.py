@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 from sps2_mega.attention.csa.pattern import CSAPattern, topology_spans
 from sps2_mega.attention.layout.token_layout import build_layout
-from sps2_mega.attention.levels.exchanges import group_sizes_of
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,
@@ -29,6 +28,7 @@ from sps2_mega.attention.planner.overlap import works_s
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Machine
+from sps2_mega.parallel.topology import group_sizes_of
 from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.hardware import Hardware
 from sps2_mega.simulator.transport_cost import AttentionSeconds

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sps2_mega.attention.csa.pattern import CSAPattern, topology_spans
-from sps2_mega.attention.levels.exchanges import group_sizes_of, prefill_exchanges
+from sps2_mega.attention.levels.exchanges import prefill_exchanges
 from sps2_mega.config import CSAConfig
+from sps2_mega.parallel.topology import group_sizes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,14 +17,13 @@ decided elsewhere.
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sps2_mega.attention.layout.heads import split_heads
 from sps2_mega.errors import ConfigError
+from sps2_mega.parallel.topology import group_sizes_of, level_of
 
 Kind = Literal["own", "gather", "ring", "pass_q", "ulysses"]
 LEVEL_TRANSPORTS: tuple[Kind, ...] = ("gather", "ring", "pass_q", "ulysses")
@@ -119,16 +118,6 @@ class Work:
             )
             for head in kv_mine
         ]
-
-
-def level_of(a: int, b: int, group_sizes: Sequence[int]) -> int:
-    """The level of the smallest group with both ranks: 0 for one rank with itself."""
-    return next(level for level, size in enumerate(group_sizes) if a // size == b // size)
-
-
-def group_sizes_of(sp_levels: Sequence[int]) -> tuple[int, ...]:
-    """(1, ranks of a level-1 group, ..., all ranks) from ring sizes, innermost first."""
-    return (1, *itertools.accumulate(sp_levels, operator.mul))
 
 
 def prefill_exchanges(

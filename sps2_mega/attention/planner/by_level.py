@@ -21,11 +21,11 @@ from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.csa.pieces import csa_pieces
 from sps2_mega.attention.layout.heads import split_heads
 from sps2_mega.attention.layout.token_layout import PrefillLayout, Run
-from sps2_mega.attention.levels.exchanges import group_sizes_of, level_of
 from sps2_mega.attention.planner.exact import link_seconds, sockets_s
 from sps2_mega.attention.planner.sparse_volume import visible_keys
 from sps2_mega.attention.planner.traffic import Matrix
 from sps2_mega.parallel.machine import Machine
+from sps2_mega.parallel.topology import group_sizes_of, level_of
 
 # A ring sends what a gather sends and holds less of it, at more latency: memory's choice, not
 # speed's.
