@@ -66,7 +66,8 @@ def run(args: argparse.Namespace, info: LaunchInfo) -> int:
     from benchmarks.eval.study import measure_settings
     from benchmarks.eval.workload import Workload, prepare
     from sps2_mega.comm.collectives import broadcast_bytes
-    from sps2_mega.engine.startup.start_rank import failing, start_rank
+    from sps2_mega.engine.failing import failing
+    from sps2_mega.engine.startup.start_rank import start_rank
     from sps2_mega.mcore.init import finalize, refuse
 
     config = EngineConfig(

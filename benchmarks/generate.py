@@ -175,16 +175,16 @@ def main() -> None:
 
     from sps2_mega.checkpoint.resolve import resolve_model
     from sps2_mega.config import EngineConfig, SchedulerConfig
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import start_driver
+    from sps2_mega.parallel.launcher import from_environment
 
-    engine = Engine.start(
-        EngineConfig(
-            model=arguments.model,
-            dtype=arguments.dtype,
-            threads=arguments.threads,
-            scheduler=SchedulerConfig(max_running=arguments.requests),
-        )
+    config = EngineConfig(
+        model=arguments.model,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        scheduler=SchedulerConfig(max_running=arguments.requests),
     )
+    engine = start_driver(config, from_environment())
     clock = ForwardClock()
     clock.attach(engine.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -39,7 +39,9 @@ def engine_on_rank(
     request comes that many steps after the one before; requests from each number in `waves` on come
     when all before are finished."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import driver_of, worker_of
+    from sps2_mega.engine.startup.start_rank import start_rank
+    from sps2_mega.parallel.launcher import from_environment
     from sps2_mega.types import SamplingParams
 
     os.environ["MASTER_PORT"] = str(port)
@@ -48,13 +50,16 @@ def engine_on_rank(
     scheduler = SchedulerConfig(**options.pop("scheduler", {}))
     parallel = ParallelConfig(tp=tp, sp=sp, sp_levels=options.pop("sp_levels", None))
     config = EngineConfig(parallel=parallel, cache=cache, scheduler=scheduler, **options)
-    engine = Engine.start(config)
+    started = start_rank(config, from_environment(), show_progress=False)
     if poison is not None:
         assert tp == 1, "the poisoned row would be on one TP rank only"
-        engine.model.weights()["embedding.word_embeddings.weight"].data[poison] = float("nan")
-    if not engine.is_driver:
-        engine.run_worker()
+        started.executor.model.weights()["embedding.word_embeddings.weight"].data[poison] = float(
+            "nan"
+        )
+    if rank > 0:
+        worker_of(started).run()
         return None
+    engine = driver_of(started)
     results: list[Any] = [None] * len(requests)
     coming = list(enumerate(requests))
     step = 0

@@ -32,7 +32,7 @@ FACTS = ServedFacts(
     transport="ring",
     max_model_len=64,
     block_size=16,
-    kv_sides=(KVUse(side="all", blocks_per_rank=10, used_per_rank=(0, 0, 0)),),
+    kv_sides=(KVUse(pool="all", blocks_per_rank=10, used_per_rank=(0, 0, 0)),),
     memory=tuple(
         RankMemory(weights=2**30, kv_cache=2**29, activations=2**28, free=rank * 2**30)
         for rank in range(6)

@@ -22,7 +22,7 @@ import torch
 from sps2_mega.checkpoint.hf_config import model_config_from_hf
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.config import ModelConfig
-from sps2_mega.engine.engine import Engine
+from sps2_mega.engine.start import driver_of, worker_of
 from sps2_mega.engine.startup.start_rank import StartedRank, start_rank
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.serving.llm import engine_config
@@ -95,11 +95,12 @@ def start_on_probe(
         return start_rank(config, info, show_progress=False)
 
 
-def decode_steps(engine: Engine) -> DecodeSteps | None:
+def decode_steps(rank: StartedRank) -> DecodeSteps | None:
     """Of a short sequence. None on ranks that follow, which leave the job here."""
-    if not engine.is_driver:
-        engine.run_worker()
+    if rank.groups.global_rank > 0:
+        worker_of(rank).run()
         return None
+    engine = driver_of(rank)
     advance = engine.model.advance
     inside: list[float] = []
 
@@ -131,5 +132,5 @@ def tp_step_s(probe: Probe, info: LaunchInfo, *, device: str, dtype: str) -> flo
         ConfigError: the probe's KV heads cannot be dealt to so many ranks.
     """
     started = start_on_probe(probe, info, tp=info.world_size, device=device, dtype=dtype)
-    steps = decode_steps(Engine(started))
+    steps = decode_steps(started)
     return None if steps is None else steps.step_s

@@ -29,7 +29,6 @@ from benchmarks.calibration.steps import BUNDLED, decode_steps, probe_for, start
 from benchmarks.calibration.timer import PEAK_WIDTH, Timer
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.config import ModelConfig
-from sps2_mega.engine.engine import Engine
 from sps2_mega.engine.startup.machine_probe import attention_speed
 from sps2_mega.engine.startup.start_rank import StartedRank
 from sps2_mega.kernels.attention.sdpa import attend_run
@@ -90,7 +89,7 @@ def measure(
     probe = probe_for(model, dtype)
     # Its engine joins the ranks, and its steps show what the host needs.
     rank = start_on_probe(probe, info, tp=1, device=device, dtype=dtype)
-    engine, timer = Engine(rank), Timer(rank)
+    timer = Timer(rank)
     if tokens is None:
         tokens = 4096 if timer.on_cpu else 8192
     groups = [group for group in rank.groups.sp_levels if group.size > 1]
@@ -106,7 +105,7 @@ def measure(
     kv_rate = _kv_rate(model, tokens, timer)
     looks.append(measured_links(groups, timer))
     links = middle_links(looks)
-    steps = decode_steps(engine)
+    steps = decode_steps(rank)
     if steps is None:
         return None
     weights_s = size.layer_bytes / read_rate

@@ -62,15 +62,18 @@ def end_with(parent: int) -> None:
 def main() -> int:
     from sps2_mega.comm.guard import guard
     from sps2_mega.config_mapping import engine_config_from_mapping
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import driver_of, worker_of
+    from sps2_mega.engine.startup.start_rank import start_rank
     from sps2_mega.parallel.launcher import from_environment
 
     end_with(int(sys.argv[1]))
     with guard(from_environment()):
-        engine = Engine.start(engine_config_from_mapping(json.loads(sys.argv[2])))
-        if not engine.is_driver:
-            engine.run_worker()
+        config = engine_config_from_mapping(json.loads(sys.argv[2]))
+        started = start_rank(config, from_environment(), show_progress=False)
+        if started.groups.global_rank > 0:
+            worker_of(started).run()
             return 0
+        engine = driver_of(started)
         _tell({"ready": True})
         for number, line in enumerate(sys.stdin):
             _tell(answer(engine, number, **json.loads(line)))

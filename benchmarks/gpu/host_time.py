@@ -24,7 +24,9 @@ from unittest.mock import patch
 from benchmarks.gpu.engine_rank import config_of
 from benchmarks.gpu.part import Part
 from sps2_mega.engine.engine import Engine
+from sps2_mega.engine.start import start_driver
 from sps2_mega.mcore.gpt import GPT
+from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.scheduler.scheduler import Scheduler
 from sps2_mega.types import SamplingParams
 from sps2_mega.worker import executor as executor_module
@@ -53,7 +55,7 @@ _PIECES = {
     "sample": [(SamplingStates, "draw")],
     "device": [(Drawn, "tokens")],
     "commit": [(Scheduler, "commit")],
-    "answers": [(Engine, "_collect")],
+    "answers": [(Engine, "_answer")],
 }
 
 
@@ -62,9 +64,9 @@ def run(part: Part) -> None:
     longest = sizes.host_prompt + 3 * sizes.host_steps
     blocks = sizes.host_batch * (-(-longest // 16) + 1)
     for graphs in (False, True) if part.on_cuda else (False,):
-        engine = Engine.start(
-            config_of(part, num_blocks=blocks, max_model_len=longest, graphs=graphs)
-        )
+        config = config_of(part, num_blocks=blocks, max_model_len=longest, graphs=graphs)
+        engine = start_driver(config, from_environment())
+        assert isinstance(engine, Engine)
         try:
             for name, params in _SAMPLINGS.items():
                 what = {"case": "host", "sampling": name, "batch": sizes.host_batch}

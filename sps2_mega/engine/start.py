@@ -1,10 +1,15 @@
-"""The engine of this rank, whatever its part in the job: one that takes requests on rank 0, a
-worker elsewhere."""
+"""Construct what a rank does in the job: the engine that takes requests on rank 0, a worker elsewhere.
+
+                 without decode ranks   with decode ranks
+rank 0           Engine                 DisaggregatedEngine
+other ranks      Follower               PrefillRank; DecodeDriver and DecodeRank
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Protocol
 
 from sps2_mega.config import EngineConfig
 from sps2_mega.engine.disaggregated.decode_driver import DecodeDriver
@@ -12,11 +17,20 @@ from sps2_mega.engine.disaggregated.decode_rank import DecodeRank
 from sps2_mega.engine.disaggregated.engine import DisaggregatedEngine
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
 from sps2_mega.engine.engine import Engine
+from sps2_mega.engine.follower import Follower
+from sps2_mega.engine.startup.scheduler_setup import make_scheduler
 from sps2_mega.engine.startup.start_rank import StartedRank, start_rank
 from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.text.tokenizer import Tokenizer
 
 Driver = Engine | DisaggregatedEngine
-Worker = Engine | PrefillRank | DecodeDriver | DecodeRank
+
+
+class Worker(Protocol):
+    """A rank that takes no requests."""
+
+    def run(self) -> None:
+        """Do this rank's part of every step, until the driver ends the job."""
 
 
 def start_driver(
@@ -26,8 +40,8 @@ def start_driver(
     show_progress: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Driver:
-    """To be called on rank 0 while all other ranks call `run_worker`; `on_stage` hears what the
-    start is at.
+    """Start rank 0, while all other ranks call `run_worker`. `on_stage` is called with the name of
+    each stage of the start.
 
     Raises:
         ConfigError, CheckpointError: the configuration or the checkpoint cannot work.
@@ -37,30 +51,36 @@ def start_driver(
 
 
 def driver_of(rank: StartedRank) -> Driver:
-    """The engine that takes requests, on rank 0."""
-    return Engine(rank) if rank.bridge is None else DisaggregatedEngine(rank)
+    """Engine of a started rank 0."""
+    folder = rank.resolved.tokenizer
+    tokenizer = None if folder is None else Tokenizer.load(folder)
+    if rank.bridge is None:
+        return Engine(rank, make_scheduler(rank), tokenizer)
+    return DisaggregatedEngine(rank, tokenizer)
 
 
 def run_worker(config: EngineConfig, info: LaunchInfo) -> None:
-    """Joins the job as any rank but the first, and follows its driver to the end.
+    """Join the job as any rank but the first, and follow its driver to the end.
 
     Raises:
         ConfigError, CheckpointError: the configuration or the checkpoint cannot work.
     """
-    rank = start_rank(config, info, show_progress=False)
-    worker: Worker
-    if rank.bridge is None:
-        worker = Engine(rank)
-    elif rank.side.name == "prefill":
-        worker = PrefillRank(rank)
-    else:
-        worker = DecodeDriver(rank) if info.rank == rank.side.first else DecodeRank(rank)
+    worker = worker_of(start_rank(config, info, show_progress=False))
     settle()
-    worker.run_worker()
+    worker.run()
+
+
+def worker_of(rank: StartedRank) -> Worker:
+    """Worker of a started rank that is not rank 0 of the job."""
+    if rank.bridge is None:
+        return Follower(rank)
+    if rank.pool.name == "prefill":
+        return PrefillRank(rank)
+    return DecodeDriver(rank) if rank.bridge.rank == rank.pool.first else DecodeRank(rank)
 
 
 def settle() -> None:
-    """Takes what exists now out of garbage collection, in a process that only serves from here on.
+    """Exempt all objects of now from garbage collection, in a process that only serves from here on.
 
     There are some 300,000 objects, mostly of imported libraries, and looking through them stops a
     step for 0.1 s.

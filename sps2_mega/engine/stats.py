@@ -1,4 +1,4 @@
-"""What an engine says of itself between two steps; who shows it, and how, is decided elsewhere."""
+"""Figures that an engine reports between two steps; others decide who shows them, and how."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from sps2_mega.metrics import TokenWaits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVUse:
-    """KV cache blocks of each sp rank of a side of the job (`parallel.sides`), those that each has
-    and those in use."""
+    """KV cache blocks of each SP rank of a rank pool (`parallel.rank_pools`): all, and those in
+    use."""
 
-    side: str
+    pool: str
     blocks_per_rank: int
     used_per_rank: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot; token counts are cumulative, `kv_usage` is the used share of all blocks in [0,
-    1]. Of prompts, `prompt_tokens` were computed and `cached_tokens` found in the cache.
-    `prefill_comm` is rank 0's communication in all prefill steps. `kv_sides` are all ranks, or
-    those that prefill and those that decode. `last_waits` are those that the last of `num_steps`
-    steps ended."""
+    """Snapshot of an engine.
+
+    Token counts are cumulative: `prompt_tokens` were computed, `cached_tokens` of prompts were found
+    in the cache. `kv_usage` is the used share of all blocks in [0, 1]; `kv_pools` has one entry per
+    rank pool, one or two. `prefill_comm` is rank 0's communication in all prefill steps. `num_steps`
+    counts the steps that sampled a token; `last_waits` are the waits that the last of them ended.
+    """
 
     num_running: int
     num_waiting: int
     kv_usage: float
-    kv_sides: tuple[KVUse, ...]
+    kv_pools: tuple[KVUse, ...]
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int

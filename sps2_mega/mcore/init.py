@@ -61,7 +61,7 @@ def agree_topology(
     store: dist.Store, info: LaunchInfo, parallel: ParallelConfig, *, problem: str | None = None
 ) -> Topology:
     """Exchange node names and degrees, and check the layout on every rank alike. Returns that of
-    this rank's side.
+    this rank's pool.
 
     `problem` is a reason found on this rank alone (a missing folder, a missing GPU) for which the
     job cannot run; it then ends on all ranks with that reason, instead of leaving the others
@@ -82,30 +82,30 @@ def agree_topology(
     ranks = [json.loads(store.get(f"sps2/rank/{rank}")) for rank in range(info.world_size)]
     try:
         _check_agreement(ranks)
-        sides = split_rank_pools(parallel, info.world_size)
+        pools = split_rank_pools(parallel, info.world_size)
         nodes = [rank["node"] for rank in ranks]
-        # Those of all sides, so that a problem of one is an error on every rank.
-        topologies = {side.name: _topology(side, parallel, nodes) for side in sides}
+        # Those of all pools, so that a problem of one is an error on every rank.
+        topologies = {pool.name: _topology(pool, parallel, nodes) for pool in pools}
     except ConfigError:
         _leave_store(store, info)
         raise
-    return topologies[rank_pool_of(sides, info.rank).name]
+    return topologies[rank_pool_of(pools, info.rank).name]
 
 
-def _topology(side: RankPool, parallel: ParallelConfig, nodes: list[str]) -> Topology:
+def _topology(pool: RankPool, parallel: ParallelConfig, nodes: list[str]) -> Topology:
     try:
         return build_topology(
-            tp=side.tp,
-            sp=side.sp,
+            tp=pool.tp,
+            sp=pool.sp,
             # Levels describe the ranks that prefill: decode has no use for them.
-            sp_levels=None if side.name == "decode" else parallel.sp_levels,
-            nodes=[nodes[rank] for rank in side.global_ranks],
+            sp_levels=None if pool.name == "decode" else parallel.sp_levels,
+            nodes=[nodes[rank] for rank in pool.global_ranks],
         )
     except ConfigError as error:
-        if side.name == "all":
+        if pool.name == "all":
             raise
         raise ConfigError(
-            f"{side.name} ranks {side.first} to {side.global_ranks[-1]}: {error}"
+            f"{pool.name} ranks {pool.first} to {pool.global_ranks[-1]}: {error}"
         ) from error
 
 
@@ -145,13 +145,13 @@ def initialize(
     *,
     device: torch.device,
     timeout_s: float,
-    side: RankPool | None = None,
+    pool: RankPool | None = None,
 ) -> ParallelGroups:
     """Create all groups through Megatron's parallel state (its context-parallel axis is our SP).
-    Their world, and torch's default group, are the ranks of `side`, whose layout `topology` is;
+    Their world, and torch's default group, are the ranks of `pool`, whose layout `topology` is;
     None: all ranks of the job."""
-    if side is None:
-        side = RankPool(name="all", first=0, tp=topology.tp, sp=topology.sp)
+    if pool is None:
+        pool = RankPool(name="all", first=0, tp=topology.tp, sp=topology.sp)
     with eager_import(device.type):
         from megatron.core import parallel_state
 
@@ -159,9 +159,9 @@ def initialize(
     with without_warnings():
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-            store=dist.PrefixStore(f"sps2/world/{side.name}", store),
-            rank=info.rank - side.first,
-            world_size=side.size,
+            store=dist.PrefixStore(f"sps2/world/{pool.name}", store),
+            rank=info.rank - pool.first,
+            world_size=pool.size,
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
@@ -182,8 +182,8 @@ def initialize(
     )
     sp_group = _group(sp)
     return ParallelGroups(
-        global_rank=info.rank - side.first,
-        world_size=side.size,
+        global_rank=info.rank - pool.first,
+        world_size=pool.size,
         control=_group(control),
         tp=_group(parallel_state.get_tensor_model_parallel_group()),
         sp=sp_group,

@@ -1,15 +1,15 @@
-"""What the decode side does next: room for sequences that will come, and steps for those that are
+"""What the decode pool does next: room for sequences that will come, and steps for those that are
 there.
 
 Made of the parts that `engine.scheduler` is made of (ledger, prefix sharing, admission) but without
-prefills of its own: a sequence gets its blocks, waits until the other side has filled them, and is
+prefills of its own: a sequence gets its blocks, waits until the other pool has filled them, and is
 then decoded to its end. Pure Python without a clock or torch.
 
     add -> waiting --reserve--> receiving --start--> running --commit--> over
               ^                                         |
-              '---------------- preempt ----------------'    (what it has is computed anew on the other side)
+              '---------------- preempt ----------------'    (what it has is computed anew on the other pool)
 
-Blocks are reserved in the order in which the prefill side would compute (`prefill_queue`): the
+Blocks are reserved in the order in which the prefill pool would compute (`prefill_queue`): the
 least arrival time + `overtake` * expected seconds of prefill first. So a short prompt does not wait
 behind a long one that finds no room, and who comes later than a prompt's key does not go before it.
 """
@@ -34,7 +34,7 @@ from sps2_mega.types import (
     StepPlan,
 )
 
-# So many prefill steps' worth of sequences have blocks before their keys come: what the other side
+# So many prefill steps' worth of sequences have blocks before their keys come: what the other pool
 # can choose from.
 STEPS_AHEAD = 4
 
@@ -108,7 +108,7 @@ class DecodeScheduler:
         self._waiting[sequence.seq_id] = _Waiting(sequence, key)
 
     def reserve(self) -> list[Reservation]:
-        """Blocks for those that wait, by their keys, as far as there is room and the other side can
+        """Blocks for those that wait, by their keys, as far as there is room and the other pool can
         use it soon."""
         made: list[Reservation] = []
         for waiting in sorted(self._waiting.values(), key=lambda one: one.key):
@@ -213,7 +213,7 @@ class DecodeScheduler:
 
     def drop(self, seq_id: int) -> None:
         """Forget a sequence in any state; one that is received must have nothing on the way any
-        more. Unknown ids are fine: it may have ended here before the other side knew."""
+        more. Unknown ids are fine: it may have ended here before the other pool knew."""
         if self._receiving.pop(seq_id, None) is not None:
             self._ledger.release(seq_id)
             if self._sharing is not None:

@@ -132,19 +132,14 @@ class Scheduler:
         return self._ledger.used_per_rank
 
     @property
-    def max_len(self) -> int:
-        """Longest prompt plus output that can run here, in tokens: the model's limit or the
-        cache's."""
-        return self._limits.max_len
+    def limits(self) -> Limits:
+        """Limits of every sequence; they never change."""
+        return self._limits
 
     def expected_prefill_s(self, num_tokens: int) -> float:
         """Seconds that all of a prompt is expected to take; 0 without a target for the time between
         tokens, which is what seconds are learnt for, and before anything was measured."""
         return 0.0 if self._pace is None else self._pace.prompt_s(0, num_tokens)
-
-    def refusal(self, sequence: Sequence) -> Refusal | None:
-        """Why a sequence could never run here, whatever else does; reads nothing that changes."""
-        return refusal(sequence, self._limits)
 
     def add(self, sequence: Sequence) -> Refusal | None:
         """Queue a sequence, or say why not. The scheduler alone changes it from now on."""

@@ -155,14 +155,14 @@ def _served_model(engine: Driver, started: StartedRank) -> ServedModel:
         refusal=engine.refusal,
         facts=ServedFacts(
             world_size=len(started.memory),
-            sides=started.sides,
+            sides=started.pools,
             sp_levels=started.sp_levels,
             device=started.compute.device.type,
             dtype=_dtype_name(started),
             transport=started.transport,
             max_model_len=engine.max_model_len,
             block_size=started.config.cache.block_size,
-            kv_sides=engine.stats().kv_sides,
+            kv_sides=engine.stats().kv_pools,
             memory=started.memory,
         ),
     )
@@ -172,8 +172,8 @@ def _memory_text(started: StartedRank) -> str:
     from sps2_mega.engine.startup.memory_table import memory_table, shortage
 
     tokens = started.num_blocks * started.config.cache.block_size
-    side = None if len(started.sides) == 1 else started.side.name
-    text = memory_table(started.memory, cache_tokens_per_rank=tokens, side=side) + "\n"
+    pool = None if len(started.pools) == 1 else started.pool.name
+    text = memory_table(started.memory, cache_tokens_per_rank=tokens, pool=pool) + "\n"
     warning = shortage(started.memory)
     return text if warning is None else f"{text}  warning: {warning}\n"
 
@@ -181,7 +181,7 @@ def _memory_text(started: StartedRank) -> str:
 def _ready_line(url: str, name: str, engine: Driver, started: StartedRank, seconds: float) -> str:
     sides = ", ".join(
         f"{'' if side.name == 'all' else f'{side.name} '}tp={side.tp} sp={side.sp}"
-        for side in started.sides
+        for side in started.pools
     )
     return (
         f"sps2_mega is ready: {name} at {url}/v1, {sides} on "

@@ -1,7 +1,7 @@
 """Decode steps as replays of captured CUDA graphs: one launch for the whole model instead of some
 twenty per layer.
 
-A graph is captured when a step first needs its size (`decode_buckets`), from the same code that
+A graph is captured when a step first needs its size (`batch_bucket`, `table_bucket`), from the same code that
 other steps run. What changes from step to step lies in static buffers that are written before each
 replay:
 
@@ -31,10 +31,10 @@ from sps2_mega.kernels.paged_decode.dispatch import TableRows, range_stride
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.groups import SINGLE, ParallelGroups
-from sps2_mega.worker.decode_buckets import batch_bucket, table_bucket
 
 _NUMBERS = 6
 _SLOT = 2
+_SHORTEST_TABLE = 64  # blocks
 
 
 class Recorder(Protocol):
@@ -151,3 +151,18 @@ def make_decode_graphs(
     if config.decode_attention != "dense" or choose(device, None) is not Backend.TRITON:
         return None
     return DecodeGraphs(model, pool, CudaRecorder(device), device)
+
+
+def batch_bucket(batch: int) -> int:
+    """Rows of the graph for `batch` sequences: 1, 2, 4, 8, then multiples of 8, from 64 on
+    multiples of 32."""
+    if batch <= 8:
+        return 1 << (batch - 1).bit_length()
+    step = 8 if batch <= 64 else 32
+    return -(-batch // step) * step
+
+
+def table_bucket(num_blocks: int) -> int:
+    """Columns of the graph's block table for rows of at most `num_blocks` blocks: a power of
+    two."""
+    return max(_SHORTEST_TABLE, 1 << max(0, num_blocks - 1).bit_length())

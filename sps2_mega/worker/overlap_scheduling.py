@@ -17,9 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sps2_mega.types import StepPlan
-from sps2_mega.worker.executor import Executor, Launched
+
+if TYPE_CHECKING:
+    from sps2_mega.worker.executor import Executor, Launched
 
 
 @dataclass(frozen=True, slots=True)

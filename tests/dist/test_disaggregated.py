@@ -1,5 +1,5 @@
 """A job with separate decode ranks gives what one rank gives, whatever the shapes of its two
-sides."""
+pools."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_roomy_decode_ranks_preempt_nobody(model, one_rank):
 
 
 def test_aborts_at_any_point_free_all_blocks(model, one_rank):
-    """The job itself asserts that no block stays in use on either side."""
+    """The job itself asserts that no block stays in use on either pool."""
     aborts = {0: 1, 2: 0, 3: 2, 4: 9, 5: 0, 7: 30}
     ran = run_disaggregated(
         model | dict(cache=dict(block_size=4, num_blocks=66)),
@@ -125,7 +125,7 @@ def test_aborts_at_any_point_free_all_blocks(model, one_rank):
 
 
 def test_a_request_that_fails_leaves_the_others_and_the_blocks_whole(model, one_rank):
-    """Token 7 is poisoned on the prefill side; clean requests then reuse the blocks."""
+    """Token 7 is poisoned on the prefill pool; clean requests then reuse the blocks."""
     lines = requests()
     poisoned = [([*prompt, 7, *prompt], params) for prompt, params in lines[:3]]
     clean = [(prompt, params) for prompt, params in lines if 7 not in prompt]
@@ -184,7 +184,7 @@ def test_streams_go_on_while_a_prompt_is_prefilled_in_one_step(model):
 
 
 def test_sparse_prompts_keep_the_pattern_of_the_ranks_that_prefill_them(model):
-    """Spans follow the prefill side's two SP ranks, as in a job of two ranks; generated tokens see
+    """Spans follow the prefill pool's two SP ranks, as in a job of two ranks; generated tokens see
     all keys."""
     sparse = model | dict(csa=CSAConfig(degrees=(1, 4), halo=8, tail=8), max_model_len=512)
     expected = run_engine(sparse, requests(), sp=2)

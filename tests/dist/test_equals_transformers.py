@@ -76,24 +76,26 @@ def generate_on_rank(rank, folder: str, tp, sp, transport, port, num_prompts=Non
     """Greedy tokens of the prompts (rank 0), through the engine, with a cache so small that it
     preempts."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import driver_of, worker_of
+    from sps2_mega.engine.startup.start_rank import start_rank
+    from sps2_mega.parallel.launcher import from_environment
     from sps2_mega.types import SamplingParams
 
     os.environ["MASTER_PORT"] = str(port)
     assert Path(folder).is_dir()
-    engine = Engine.start(
-        EngineConfig(
-            model=folder,
-            dtype="float32",
-            transport=transport,
-            parallel=ParallelConfig(tp=tp, sp=sp),
-            cache=CacheConfig(num_blocks=112 // sp),
-            scheduler=SchedulerConfig(max_prefill_tokens=512),
-        )
+    config = EngineConfig(
+        model=folder,
+        dtype="float32",
+        transport=transport,
+        parallel=ParallelConfig(tp=tp, sp=sp),
+        cache=CacheConfig(num_blocks=112 // sp),
+        scheduler=SchedulerConfig(max_prefill_tokens=512),
     )
-    if not engine.is_driver:
-        engine.run_worker()
+    started = start_rank(config, from_environment(), show_progress=False)
+    if rank > 0:
+        worker_of(started).run()
         return None
+    engine = driver_of(started)
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
     prompts = families.prompts(GREEDY_LENGTHS, seed=1)[:num_prompts]
     for number, prompt in enumerate(prompts):

@@ -65,18 +65,20 @@ def test_sparse_prompts_on_one_rank_see_what_spread_ones_see(model, requests):
 def bytes_on_rank(rank, port, options, prompt_lens, sp):
     """Bytes sent between SP ranks while prompts are prefilled, on rank 0."""
     from sps2_mega.config import EngineConfig, ParallelConfig, SchedulerConfig
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import driver_of, worker_of
+    from sps2_mega.engine.startup.start_rank import start_rank
+    from sps2_mega.parallel.launcher import from_environment
     from sps2_mega.types import SamplingParams
 
     os.environ["MASTER_PORT"] = str(port)
     scheduler = SchedulerConfig(sp_threshold=100)
-    engine = Engine.start(
-        EngineConfig(parallel=ParallelConfig(sp=sp), scheduler=scheduler, **options)
-    )
-    traffic = engine._rank.groups.sp.traffic
-    if not engine.is_driver:
-        engine.run_worker()
+    config = EngineConfig(parallel=ParallelConfig(sp=sp), scheduler=scheduler, **options)
+    started = start_rank(config, from_environment(), show_progress=False)
+    traffic = started.groups.sp.traffic
+    if rank > 0:
+        worker_of(started).run()
         return traffic.bytes_sent
+    engine = driver_of(started)
     before = traffic.bytes_sent
     for number, length in enumerate(prompt_lens):
         engine.add_request(str(number), [number + 1] * length, SamplingParams(max_tokens=1))

@@ -43,7 +43,7 @@ def both_ways(
     import torch
 
     from sps2_mega.config import CacheConfig, EngineConfig
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import driver_of
     from sps2_mega.engine.startup.start_rank import start_rank
     from sps2_mega.kernels.paged_kv import triton as paged_kv
     from sps2_mega.parallel.launcher import from_environment
@@ -93,7 +93,7 @@ def both_ways(
             launch = stack.enter_context(
                 patch.object(Executor, "launch", autospec=True, side_effect=Executor.launch)
             )
-            found[kind] = history(Engine(started), prompts) | {"launched": launch.call_count}
+            found[kind] = history(driver_of(started), prompts) | {"launched": launch.call_count}
             assert finish.call_count == launch.call_count
     return found
 

@@ -98,14 +98,18 @@ def stats_on_rank(rank, port, options, prompt):
     import os
 
     from sps2_mega.config import EngineConfig, ParallelConfig
-    from sps2_mega.engine.engine import Engine
+    from sps2_mega.engine.start import driver_of, worker_of
+    from sps2_mega.engine.startup.start_rank import start_rank
+    from sps2_mega.parallel.launcher import from_environment
     from sps2_mega.types import SamplingParams
 
     os.environ["MASTER_PORT"] = str(port)
-    engine = Engine.start(EngineConfig(parallel=ParallelConfig(sp=2), **options))
-    if not engine.is_driver:
-        engine.run_worker()
+    config = EngineConfig(parallel=ParallelConfig(sp=2), **options)
+    started = start_rank(config, from_environment(), show_progress=False)
+    if rank > 0:
+        worker_of(started).run()
         return None
+    engine = driver_of(started)
     engine.add_request("a", prompt, SamplingParams(max_tokens=2))
     engine.step()
     after_prefill = engine.stats().prefill_comm

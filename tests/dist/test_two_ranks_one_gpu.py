@@ -50,7 +50,7 @@ def tokens_on_rank(
     from sps2_mega.checkpoint.load import load_weights
     from sps2_mega.checkpoint.source import open_checkpoint
     from sps2_mega.config import CSAConfig, EngineConfig, ParallelConfig
-    from sps2_mega.engine.startup.prefill_pipeline import make_pipeline
+    from sps2_mega.engine.startup.attention_setup import make_pipeline
     from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store

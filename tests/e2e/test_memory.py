@@ -15,14 +15,16 @@ PROMPT_LEN = 16384
 SCRIPT = """
 import json, re, sys
 from sps2_mega.config import EngineConfig
-from sps2_mega.engine.engine import Engine
+from sps2_mega.engine.start import start_driver
+from sps2_mega.parallel.launcher import from_environment
 from sps2_mega.types import SamplingParams
 
 def mib(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 length, transport = int(sys.argv[1]), sys.argv[2]
-engine = Engine.start(EngineConfig(dtype="float32", max_model_len=length + 8, transport=transport))
+config = EngineConfig(dtype="float32", max_model_len=length + 8, transport=transport)
+engine = start_driver(config, from_environment())
 engine.add_request("warm-up", [1] * 5, SamplingParams(max_tokens=2))
 while engine.has_work():
     engine.step()

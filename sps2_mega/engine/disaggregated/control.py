@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sps2_mega.comm.channel import Message
-from sps2_mega.engine.disaggregated.messages import ControlMessage, decode, encode, kind_of
+from sps2_mega.engine.disaggregated.messages import ControlMessage, Hello, decode, encode, kind_of
 from sps2_mega.engine.startup.start_rank import StartedRank
+from sps2_mega.scheduler.admission import Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Control:
     threads put there."""
 
     def __init__(self, rank: StartedRank) -> None:
-        assert rank.bridge is not None, "a job without sides has no bridge"
+        assert rank.bridge is not None, "a job without pools has no bridge"
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._channel = rank.bridge.channel(on_message=self._receive, on_error=rank.watchdog.fail)
 
@@ -38,3 +39,33 @@ class Control:
 
     def _receive(self, source: int, kind: int, detail: int, payload: Tensor) -> None:
         self.events.put(Heard(source, decode(kind, payload.numpy().tobytes())))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """`limits` of every sequence: it must fit either pool, since a preempted one is prefilled
+    again. `shares_prefixes`: both pools may use the blocks of common prefixes again.
+    `num_blocks_there` are those of the other pool."""
+
+    limits: Limits
+    shares_prefixes: bool
+    num_blocks_there: int
+
+
+def agree(rank: StartedRank, control: Control, other_driver: int, *, prefixes: bool) -> Agreement:
+    """Both drivers call it with nothing else sent before. `prefixes`: whether this pool can share
+    them."""
+    num_blocks = rank.num_blocks * rank.groups.sp.size
+    prefixes = prefixes and not rank.config.cache.no_prefix_caching
+    own = Hello(num_blocks * rank.config.cache.block_size, num_blocks, prefixes)
+    control.send(other_driver, own)
+    theirs = control.events.get().message
+    assert isinstance(theirs, Hello), f"the first message was {theirs}"
+    model = rank.resolved.config
+    limits = Limits(
+        max_model_len=rank.max_model_len,
+        cache_tokens=min(own.cache_tokens, theirs.cache_tokens),
+        vocab_size=model.vocab_size,
+        eos_token_ids=frozenset(model.eos_token_ids),
+    )
+    return Agreement(limits, prefixes and theirs.shares_prefixes, theirs.num_blocks)

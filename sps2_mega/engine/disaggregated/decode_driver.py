@@ -11,8 +11,7 @@ import queue
 import time
 from dataclasses import dataclass, field
 
-from sps2_mega.engine.disaggregated.agreement import agree
-from sps2_mega.engine.disaggregated.control import Heard
+from sps2_mega.engine.disaggregated.control import Heard, agree
 from sps2_mega.engine.disaggregated.decode_rank import DecodeRank
 from sps2_mega.engine.disaggregated.kv_transfer import (
     Destination,
@@ -33,7 +32,8 @@ from sps2_mega.engine.disaggregated.messages import (
     Start,
     Tokens,
 )
-from sps2_mega.engine.startup.start_rank import StartedRank, failing
+from sps2_mega.engine.failing import failing
+from sps2_mega.engine.startup.start_rank import StartedRank
 from sps2_mega.kv_cache.block_chain import chain_root
 from sps2_mega.scheduler.decode_scheduler import DecodeScheduler, Reservation
 from sps2_mega.types import Sequence, StepOutput, StepPlan
@@ -56,10 +56,10 @@ class _Transfer:
 
 
 class DecodeDriver:
-    """Every block that the other side may still write to belongs to a transfer."""
+    """Every block that the other pool may still write to belongs to a transfer."""
 
     def __init__(self, rank: StartedRank) -> None:
-        self._started, self._side, self._block_size = rank, rank.side, rank.config.cache.block_size
+        self._started, self._pool, self._block_size = rank, rank.pool, rank.config.cache.block_size
         self._rank = DecodeRank(rank)
         self._events = self._rank.control.events
         self._transfers: dict[int, _Transfer] = {}
@@ -67,7 +67,7 @@ class DecodeDriver:
         self._num_transfers = 0
         self._leaving = self._reported_idle = False
 
-    def run_worker(self) -> None:
+    def run(self) -> None:
         """Serves the prefill driver until it leaves."""
         with failing(self._started.watchdog):
             self._scheduler = self._make_scheduler()
@@ -76,7 +76,7 @@ class DecodeDriver:
             self._scheduler.check_integrity()
             self._send(Left())
             self._rank.dismiss()
-        self._rank.leave()
+        self._started.leave()
 
     def _make_scheduler(self) -> DecodeScheduler:
         rank = self._started
@@ -144,7 +144,7 @@ class DecodeDriver:
             case Leave():
                 self._leaving = True
             case _:
-                raise AssertionError(f"the decode side does not expect {message}")
+                raise AssertionError(f"the decode pool does not expect {message}")
 
     def _drop(self, message: Drop) -> None:
         transfer = self._transfer_of.get(message.seq_id)
@@ -187,7 +187,7 @@ class DecodeDriver:
         ranks = receiving_ranks(
             Destination(number, first, Placement(reservation.block_ranks, reservation.block_ids)),
             sequence.num_tokens,
-            decode=self._side,
+            decode=self._pool,
             block_size=self._block_size,
         )
         transfer = _Transfer(

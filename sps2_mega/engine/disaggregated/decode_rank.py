@@ -10,27 +10,26 @@ from sps2_mega.engine.disaggregated.control import Control, Heard
 from sps2_mega.engine.disaggregated.frames import decode_decode, encode_decode
 from sps2_mega.engine.disaggregated.kv_receiver import KVReceiver
 from sps2_mega.engine.disaggregated.messages import Arrived
-from sps2_mega.engine.startup.start_rank import StartedRank, failing
-from sps2_mega.mcore.init import finalize
+from sps2_mega.engine.failing import failing
+from sps2_mega.engine.follower import SHUTDOWN
+from sps2_mega.engine.startup.start_rank import StartedRank
 from sps2_mega.scheduler.decode_scheduler import Change
 from sps2_mega.types import StepOutput, StepPlan
 
-_SHUTDOWN = b""
-
 
 class DecodeRank:
-    """Any rank of the decode side. The driver (the first one) calls `lead`, the others
-    `run_worker`, for the same steps."""
+    """Any rank of the decode pool. The driver (the first one) calls `lead`, the others
+    `run`, for the same steps."""
 
     def __init__(self, rank: StartedRank) -> None:
-        assert rank.bridge is not None and len(rank.sides) == 2
+        assert rank.bridge is not None and len(rank.pools) == 2
         self._rank, self._executor, self._global_rank = rank, rank.executor, rank.bridge.rank
-        self._driver = rank.side.first
+        self._driver = rank.pool.first
         self.control = Control(rank)
         receiver = KVReceiver(
             rank.executor.pool,
             num_layers=rank.executor.config.num_layers,
-            num_senders=rank.sides[0].size,
+            num_senders=rank.pools[0].size,
             on_arrival=self._tell_driver,
         )
         rank.bridge.channel(on_message=receiver.receive, on_error=rank.watchdog.fail)
@@ -41,24 +40,16 @@ class DecodeRank:
             broadcast_bytes(encode_decode(plan, changes), self._rank.groups.control)
         return self._execute(plan, changes)
 
-    def run_worker(self) -> None:
+    def run(self) -> None:
         """Executes the driver's steps until it leaves."""
         with failing(self._rank.watchdog):
             while payload := broadcast_bytes(None, self._rank.groups.control):
                 self._execute(*decode_decode(payload))
-        self.leave()
+        self._rank.leave()
 
     def dismiss(self) -> None:
         """The driver's last word to the others."""
-        broadcast_bytes(_SHUTDOWN, self._rank.groups.control)
-
-    def leave(self) -> None:
-        """The end of this rank; all ranks of the job come here together."""
-        with failing(self._rank.watchdog):
-            assert self._rank.bridge is not None
-            self._rank.bridge.close()
-        self._rank.watchdog.close()
-        finalize()
+        broadcast_bytes(SHUTDOWN, self._rank.groups.control)
 
     def _execute(self, plan: StepPlan, changes: Sequence[Change]) -> StepOutput:
         self._rank.watchdog.step_begin(plan.step, "decode")

@@ -1,11 +1,11 @@
 """The engine of a job with separate decode ranks, as its users see it: what `engine.engine.Engine`
 offers, on rank 0.
 
-Rank 0 drives the prefill side and owns the requests. Three things happen at once, and meet in one
+Rank 0 drives the prefill pool and owns the requests. Three things happen at once, and meet in one
 queue of events that `step` handles:
 
     a thread      prefill steps on the prefill ranks, one after another         -> StepDone
-    decode side   room, and the tokens of its steps (`decode_driver`)           -> Heard
+    decode pool   room, and the tokens of its steps (`decode_driver`)           -> Heard
     the caller    add_request, abort
 """
 
@@ -14,9 +14,7 @@ from __future__ import annotations
 import queue
 import time
 
-from sps2_mega.engine.disaggregated.agreement import agree
-from sps2_mega.engine.disaggregated.clients import Clients
-from sps2_mega.engine.disaggregated.control import Heard
+from sps2_mega.engine.disaggregated.control import Heard, agree
 from sps2_mega.engine.disaggregated.messages import (
     ControlMessage,
     Drop,
@@ -31,13 +29,13 @@ from sps2_mega.engine.disaggregated.prefill_driver import PrefillDriver
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
 from sps2_mega.engine.disaggregated.request_states import RequestState
 from sps2_mega.engine.disaggregated.step_thread import StepDone
-from sps2_mega.engine.fan_out import fan_out
-from sps2_mega.engine.startup.start_rank import StartedRank, failing
+from sps2_mega.engine.failing import failing
+from sps2_mega.engine.requests import RequestLedger
+from sps2_mega.engine.startup.start_rank import StartedRank
 from sps2_mega.engine.stats import EngineStats, KVUse
 from sps2_mega.errors import Refusal
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.outputs import OutputDelta, RequestOutput
-from sps2_mega.scheduler.admission import refusal
 from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import SamplingParams, Sequence
 
@@ -46,34 +44,36 @@ _WAIT_S = 0.005
 
 
 class DisaggregatedEngine:
-    """Every sequence in `_states` is owed an output; the decode side knows exactly those, and such
+    """Every sequence in `_states` is owed an output; the decode pool knows exactly those, and such
     that it was told to drop."""
 
-    def __init__(self, rank: StartedRank) -> None:
+    def __init__(self, rank: StartedRank, tokenizer: Tokenizer | None) -> None:
+        """`rank` is rank 0 of the job, the first one of the prefill pool."""
         self._started, self.config = rank, rank.config
         self.model_config = rank.resolved.config
-        self.tokenizer: Tokenizer | None = None
-        if rank.resolved.tokenizer is not None:
-            self.tokenizer = Tokenizer.load(rank.resolved.tokenizer)
+        self.tokenizer = tokenizer
         self._rank = PrefillRank(rank)
         self._control, self._events = self._rank.control, self._rank.control.events
-        self._decode_driver = rank.sides[1].first
+        self._decode_driver = rank.pools[1].first
         with failing(rank.watchdog):
             # Under CSA keys depend on the prompt that a prefix is in.
             agreement = agree(
                 rank, self._control, self._decode_driver, prefixes=self.config.csa.exact
             )
-        self._limits = agreement.limits
-        decode_sp = rank.sides[1].sp
+        decode_sp = rank.pools[1].sp
         self._blocks_per_rank = rank.num_blocks, agreement.num_blocks_there // decode_sp
         self._decode_blocks_used = (0,) * decode_sp
-        self.max_model_len = self._limits.max_len
+        self.max_model_len = agreement.limits.max_len
         self._states: dict[int, RequestState] = {}
         self._prefill = PrefillDriver(
             rank, self._rank, self._states, max_len=self.max_model_len, send_drop=self._send
         )
-        self._clients = Clients(self.tokenizer)
-        self._next_seq_id = 0
+        self._requests = RequestLedger(
+            tokenizer,
+            agreement.limits,
+            default_seed=self.config.seed,
+            max_waiting=self.config.scheduler.max_waiting,
+        )
         self._closed = False
 
     def add_request(
@@ -85,26 +85,21 @@ class DisaggregatedEngine:
         arrival_time: float | None = None,
         stream: bool = False,
     ) -> Refusal | None:
-        """As `Engine.add_request`."""
-        if request_id in self._clients:
-            return Refusal.DUPLICATE_ID
-        reason = self.refusal(prompt_token_ids, params)
-        if reason is not None:
-            return reason
-        max_waiting = self.config.scheduler.max_waiting
-        if max_waiting is not None and self._num_waiting + params.n > max_waiting:
-            return Refusal.QUEUE_FULL
-        samples = fan_out(
+        """Queue a request, or refuse it; see `RequestLedger.add`.
+
+        Raises:
+            RequestError: stop strings were given and there is no tokenizer.
+        """
+        samples = self._requests.add(
             request_id,
             prompt_token_ids,
             params,
-            first_seq_id=self._next_seq_id,
-            max_len=self.max_model_len,
-            default_seed=self.config.seed,
-            arrival_time=time.monotonic() if arrival_time is None else arrival_time,
+            num_waiting=self._num_waiting,
+            arrival_time=arrival_time,
+            stream=stream,
         )
-        self._clients.add(request_id, prompt_token_ids, params, samples, stream=stream)
-        self._next_seq_id += params.n
+        if isinstance(samples, Refusal):
+            return samples
         for sample in samples:
             self._states[sample.seq_id] = RequestState(sample)
             self._send(
@@ -120,25 +115,16 @@ class DisaggregatedEngine:
         return None
 
     def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
-        """Why such a request could never run; for other threads too, since nothing it reads
-        changes."""
-        asked = Sequence(
-            seq_id=-1,
-            prompt_token_ids=prompt_token_ids,
-            params=params,
-            seed=0,
-            max_tokens=1 if params.max_tokens is None else params.max_tokens,
-            arrival_time=0.0,
-        )
-        return refusal(asked, self._limits)
+        """Reason why a request could never run; safe in any thread."""
+        return self._requests.refusal(prompt_token_ids, params)
 
     def take_deltas(self) -> list[OutputDelta]:
-        """What steps since the last call added to streamed requests, in order."""
-        return self._clients.take_deltas()
+        """Additions to streamed requests since the last call, in order."""
+        return self._requests.take_deltas()
 
     def abort(self, request_id: str) -> bool:
-        """Drop a request in any state, without an output; False when it is not in state."""
-        samples = self._clients.drop(request_id)
+        """Drop a request in any state, without an output; False when it is not in flight."""
+        samples = self._requests.drop(request_id)
         for sample in samples:
             state = self._states.pop(sample.seq_id, None)
             if state is not None:  # else this sample has ended
@@ -152,34 +138,31 @@ class DisaggregatedEngine:
         return self._started.executor.model
 
     def has_work(self) -> bool:
-        """Also while nobody waits for an output, until all blocks are free on both sides."""
+        """Also while nobody waits for an output, until all blocks are free on both pools."""
         return bool(self._states) or self._prefill.is_busy or any(self._decode_blocks_used)
 
     def stats(self) -> EngineStats:
-        """The use of the KV cache is also told of both sides together."""
-        sides = tuple(
-            KVUse(side=side.name, blocks_per_rank=blocks, used_per_rank=used)
-            for side, blocks, used in zip(
-                self._started.sides,
+        """Snapshot between two calls of `step`; `kv_usage` is that of both pools together."""
+        pools = tuple(
+            KVUse(pool=pool.name, blocks_per_rank=blocks, used_per_rank=used)
+            for pool, blocks, used in zip(
+                self._started.pools,
                 self._blocks_per_rank,
                 (self._prefill.kv_used_per_rank, self._decode_blocks_used),
                 strict=True,
             )
         )
-        used_blocks = sum(sum(side.used_per_rank) for side in sides)
-        all_blocks = sum(side.blocks_per_rank * len(side.used_per_rank) for side in sides)
-        return self._clients.stats(
+        return self._requests.stats(
             num_running=len(self._states) - self._num_waiting,
             num_waiting=self._num_waiting,
-            kv_usage=used_blocks / all_blocks,
-            kv_sides=sides,
+            kv_pools=pools,
             prefill_comm=self._prefill.comm,
         )
 
     def step(self) -> list[RequestOutput]:
-        """Wait a moment for news of either side, unless there is nothing to wait for; returns the
+        """Wait a moment for news of either pool, unless there is nothing to wait for; returns the
         requests that finished."""
-        self._clients.begin_turn()
+        self._requests.begin_turn()
         with failing(self._started.watchdog):
             self._prefill.begin_step()
             finished = self._handle_events(_WAIT_S if self.has_work() else 0.0)
@@ -192,7 +175,7 @@ class DisaggregatedEngine:
             return
         self._closed = True
         with failing(self._started.watchdog):
-            for request_id in self._clients.open_requests():
+            for request_id in self._requests.open_requests:
                 self.abort(request_id)
             while self._prefill.is_busy:
                 self._handle_events(_WAIT_S)
@@ -203,7 +186,7 @@ class DisaggregatedEngine:
             ):
                 continue
             self._rank.dismiss()
-        self._rank.leave()
+        self._started.leave()
 
     @property
     def _num_waiting(self) -> int:
@@ -229,7 +212,7 @@ class DisaggregatedEngine:
             if state is not None:
                 self._prefill.offer(state, message)
             return []
-        assert isinstance(message, Tokens), f"the prefill side does not expect {message}"
+        assert isinstance(message, Tokens), f"the prefill pool does not expect {message}"
         now = time.monotonic()
         self._decode_blocks_used = message.used_per_rank
         got: list[Sequence] = []
@@ -237,30 +220,32 @@ class DisaggregatedEngine:
         for token in message.tokens:
             state = self._states.get(token.seq_id)
             if state is None:
-                continue  # dropped here before the other side knew
+                continue  # dropped here before the other pool knew
             got.append(state.sequence)
-            ended = self._clients.take_token(
+            reason = self._requests.take_token(
                 state.sequence, token.token_id, token.logprob, token.reason, now
             )
-            if ended and token.reason is None:
-                self._send(Drop(token.seq_id, state.shipped))
-            if ended:
+            if reason is not None:
+                if token.reason is None:
+                    self._send(Drop(token.seq_id, state.shipped))
                 finished += self._end(state)
-        self._clients.count_step(now, got)
+        self._requests.count_step(now, got)
         return finished
 
     def _end_prefill(self, done: StepDone) -> list[RequestOutput]:
-        """First tokens go to clients here; the decode side goes on from them."""
+        """First tokens go to clients here; the decode pool goes on from them."""
         now = time.monotonic()
-        for item in done.plan.prefills:
-            self._clients.count_prompt(item)
+        self._requests.count_prompts(done.plan.prefills)
         finished: list[RequestOutput] = []
         got: list[Sequence] = []
         for first in self._prefill.end_step(done, now):
             state, sequence = first.state, first.state.sequence
             assert state.shipped is not None
             got.append(sequence)
-            if self._clients.take_token(sequence, first.token_id, first.logprob, first.reason, now):
+            reason = self._requests.take_token(
+                sequence, first.token_id, first.logprob, first.reason, now
+            )
+            if reason is not None:
                 damaged = first.token_id is None
                 self._send(Drop(sequence.seq_id, state.shipped, damaged=damaged))
                 finished += self._end(state)
@@ -268,12 +253,12 @@ class DisaggregatedEngine:
                 assert first.token_id is not None
                 state.is_decoding = True
                 self._send(Start(sequence.seq_id, state.shipped, first.token_id))
-        self._clients.count_step(now, got)
+        self._requests.count_step(now, got)
         return finished
 
     def _end(self, state: RequestState) -> list[RequestOutput]:
         del self._states[state.sequence.seq_id]
-        return self._clients.end(state.sequence)
+        return self._requests.end(state.sequence)
 
     def _send(self, message: ControlMessage) -> None:
         self._control.send(self._decode_driver, message)

@@ -1,4 +1,4 @@
-"""What the driver of a side broadcasts to its ranks before each step <-> bytes: plans, and what
+"""What the driver of a pool broadcasts to its ranks before each step <-> bytes: plans, and what
 goes with them.
 
 prefill   plan, and for each sequence whose pass begins where its keys and values go

@@ -32,7 +32,7 @@ from sps2_mega.types import PrefillItem
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Room that the decode side has made for one sequence: for its tokens from `first` on, which
+    """Room that the decode pool has made for one sequence: for its tokens from `first` on, which
     is a block's first; what comes before it has already. `transfer` names this sequence's way
     across."""
 

@@ -1,6 +1,6 @@
 """Which keys and values go from which prefill rank to which decode rank: pure index work.
 
-Both sides keep tokens in blocks of the same size, but place blocks on their own SP ranks and cut KV
+Both pools keep tokens in blocks of the same size, but place blocks on their own SP ranks and cut KV
 heads by their own TP degree. A route is therefore rows times heads:
 
     rows    of each block the tokens that are asked for: from the SP rank that prefilled it to the one that will hold it
@@ -21,7 +21,7 @@ from sps2_mega.attention.csa.spans import local_kv_heads
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one side keeps a sequence: block i is `block_ids[i]` on SP rank `block_ranks[i]`."""
+    """Where one pool keeps a sequence: block i is `block_ids[i]` on SP rank `block_ranks[i]`."""
 
     block_ranks: Sequence[int]
     block_ids: Sequence[int]
@@ -63,7 +63,7 @@ def head_cuts(num_kv_heads: int, *, src_tp: int, dst_tp: int) -> list[HeadCut]:
             start = local_kv_heads(num_kv_heads, tp_rank=src, tp=src_tp).index(head)
             last = cuts[-1] if cuts else None
             if last is not None and (last.src, last.dst) == (src, dst):
-                # Both sides number heads upwards without gaps, so neighbours stay neighbours.
+                # Both pools number heads upwards without gaps, so neighbours stay neighbours.
                 cuts[-1] = HeadCut(src, dst, last.src_start, last.dst_start, last.count + 1)
             else:
                 cuts.append(HeadCut(src, dst, start, index, 1))
@@ -73,7 +73,7 @@ def head_cuts(num_kv_heads: int, *, src_tp: int, dst_tp: int) -> list[HeadCut]:
 def rows_from(
     src_rank: int, src: Placement, dst: Placement, *, first: int, end: int, block_size: int
 ) -> dict[int, Rows]:
-    """What SP rank `src_rank` of the prefill side sends of tokens [first, end), by receiving SP
+    """What SP rank `src_rank` of the prefill pool sends of tokens [first, end), by receiving SP
     rank."""
     positions = np.arange(first, end)
     blocks, offsets = positions // block_size, positions % block_size
@@ -89,7 +89,7 @@ def rows_from(
 
 
 def rows_per_rank(dst: Placement, *, first: int, end: int, block_size: int) -> dict[int, int]:
-    """How many of tokens [first, end) each SP rank of the decode side keeps; `first` is a block's
+    """How many of tokens [first, end) each SP rank of the decode pool keeps; `first` is a block's
     first token."""
     counts: dict[int, int] = {}
     for start in range(first, end, block_size):

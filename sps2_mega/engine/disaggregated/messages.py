@@ -1,4 +1,4 @@
-"""What the drivers of the two sides tell each other: plain values <-> bytes, nothing executable.
+"""What the drivers of the two pools tell each other: plain values <-> bytes, nothing executable.
 
     prefill driver                               decode driver
       Expect: a sequence will come       ->        queue it
@@ -28,7 +28,7 @@ from sps2_mega.types import FinishReason, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message of both drivers: what their side can hold. `shares_prefixes`: equal tokens
+    """The first message of both drivers: what their pool can hold. `shares_prefixes`: equal tokens
     have equal keys and values, whatever prompt they are in."""
 
     cache_tokens: int
@@ -73,7 +73,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The prefill side has forgotten a sequence. `shipped`: the last transfer of it whose rows were
+    """The prefill pool has forgotten a sequence. `shipped`: the last transfer of it whose rows were
     or will be sent. `damaged`: those are not finite."""
 
     seq_id: int

@@ -1,4 +1,4 @@
-"""The prefill side as rank 0 drives it: which sequences it computes, step by step, and what it
+"""The prefill pool as rank 0 drives it: which sequences it computes, step by step, and what it
 leaves of those dropped.
 
 Plans are the scheduler's and are made here, in the caller's thread; a thread of its own runs them
@@ -37,7 +37,7 @@ class FirstToken:
 
 
 class PrefillDriver:
-    """One step at a time. The decode side hears of every dropped sequence what comes of it, by
+    """One step at a time. The decode pool hears of every dropped sequence what comes of it, by
     `send_drop`."""
 
     def __init__(
@@ -50,7 +50,7 @@ class PrefillDriver:
         send_drop: Callable[[Drop], None],
     ) -> None:
         """`states` are all sequences that somebody wants, by id, kept by the caller; `max_len` is
-        the longest prompt plus output that both sides can hold, in tokens."""
+        the longest prompt plus output that both pools can hold, in tokens."""
         self._started, self._states, self._send_drop = started, states, send_drop
         # What waits has been admitted before. With a target for the time between tokens prompts run
         # in slices here too, where nobody decodes: so that short ones and aborts get in.
@@ -81,7 +81,7 @@ class PrefillDriver:
         return self._scheduler.expected_prefill_s(num_tokens)
 
     def offer(self, state: RequestState, room: Room) -> None:
-        """The decode side has room for a sequence: it is computed when its turn comes."""
+        """The decode pool has room for a sequence: it is computed when its turn comes."""
         refused = self._scheduler.add(state.offer(room))
         assert refused is None, f"sequence {room.seq_id} was refused late: {refused}"
 
@@ -159,7 +159,7 @@ class PrefillDriver:
         ranks = receiving_ranks(
             destination,
             sequence.num_tokens,
-            decode=self._started.sides[1],
+            decode=self._started.pools[1],
             block_size=self._started.config.cache.block_size,
         )
         return Cut(sequence.seq_id, destination.transfer, tuple(ranks))

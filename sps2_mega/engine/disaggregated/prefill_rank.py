@@ -16,21 +16,20 @@ from sps2_mega.engine.disaggregated.kv_transfer import (
     plan_kv_transfers,
     repeated,
 )
-from sps2_mega.engine.startup.start_rank import StartedRank, failing
-from sps2_mega.mcore.init import finalize
+from sps2_mega.engine.failing import failing
+from sps2_mega.engine.follower import SHUTDOWN
+from sps2_mega.engine.startup.start_rank import StartedRank
 from sps2_mega.types import PrefillItem, StepOutput, StepPlan
-
-_SHUTDOWN = b""
 
 
 class PrefillRank:
-    """Any rank of the prefill side. The driver calls `lead`, the others `run_worker`, for the same
+    """Any rank of the prefill pool. The driver calls `lead`, the others `run`, for the same
     steps."""
 
     def __init__(self, rank: StartedRank) -> None:
-        assert rank.bridge is not None and len(rank.sides) == 2
+        assert rank.bridge is not None and len(rank.pools) == 2
         self._rank, self._executor = rank, rank.executor
-        self._prefill_side, self._decode_side = rank.sides
+        self._prefill_pool, self._decode_pool = rank.pools
         self.control = Control(rank)
         channel = rank.bridge.channel(
             on_message=_nobody_sends_here, on_error=rank.watchdog.fail, max_batches=MAX_BATCHES
@@ -52,7 +51,7 @@ class PrefillRank:
         self._tell(encode_prefill(None, {}, cuts))
         self._cut(cuts)
 
-    def run_worker(self) -> None:
+    def run(self) -> None:
         """Executes the driver's steps until it leaves."""
         with failing(self._rank.watchdog):
             while payload := broadcast_bytes(None, self._rank.groups.control):
@@ -60,22 +59,11 @@ class PrefillRank:
                 if plan is not None:
                     self._execute(plan, destinations)
                 self._cut(cuts)
-        self.leave()
+        self._rank.leave()
 
     def dismiss(self) -> None:
         """The driver's last word to the others."""
-        broadcast_bytes(_SHUTDOWN, self._rank.groups.control)
-
-    def leave(self) -> None:
-        """The end of this rank; all ranks of the job come here together."""
-        rank = self._rank
-        with failing(rank.watchdog):
-            if rank.trace is not None:
-                rank.trace.finish()
-            assert rank.bridge is not None
-            rank.bridge.close()
-        rank.watchdog.close()
-        finalize()
+        broadcast_bytes(SHUTDOWN, self._rank.groups.control)
 
     def _tell(self, frame: bytes) -> None:
         if self._rank.groups.control.size > 1:
@@ -103,7 +91,7 @@ class PrefillRank:
         return output
 
     def _overwrite(self, failed: list[tuple[PrefillItem, Destination]]) -> None:
-        """Numbers that are not finite must not stay in blocks of the decode side: what the executor
+        """Numbers that are not finite must not stay in blocks of the decode pool: what the executor
         has cleared here is sent once more, all chunks at once."""
         if not failed:
             return
@@ -127,8 +115,8 @@ class PrefillRank:
         groups = self._rank.groups
         return plan_kv_transfers(
             items,
-            prefill=self._prefill_side,
-            decode=self._decode_side,
+            prefill=self._prefill_pool,
+            decode=self._decode_pool,
             sp_rank=groups.sp.rank,
             tp_rank=groups.tp.rank,
             num_kv_heads=self._executor.config.num_kv_heads,

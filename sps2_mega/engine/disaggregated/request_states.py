@@ -1,11 +1,11 @@
-"""Where each sequence is on its way through both sides, as the prefill driver knows it.
+"""Where each sequence is on its way through both pools, as the prefill driver knows it.
 
     expected --Room--> offered --plan--> computed (in passes) --first token--> decoding --last
     token-->
         ^                                                                        |
         '------------------------ Room again, after a preemption -----------------'
 
-Decides what the prefill side's scheduler gets to see of a sequence; who is told what is `engine`'s.
+Decides what the prefill pool's scheduler gets to see of a sequence; who is told what is `engine`'s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sps2_mega.types import Sequence
 @dataclass(slots=True)
 class RequestState:
     """One sequence in state. `sequence` is what its client gets to see. `attempt` is what the
-    prefill side's scheduler has of it, while it does, and `room` where its tokens go then.
+    prefill pool's scheduler has of it, while it does, and `room` where its tokens go then.
     `shipped` is the last transfer that began."""
 
     sequence: Sequence
@@ -32,11 +32,11 @@ class RequestState:
     is_decoding: bool = False
 
     def offer(self, room: Room) -> Sequence:
-        """There is room for it on the decode side; returns the attempt to schedule."""
+        """There is room for it on the decode pool; returns the attempt to schedule."""
         sequence = self.sequence
         assert room.num_tokens == sequence.num_tokens, (
             f"sequence {sequence.seq_id} has {sequence.num_tokens} tokens, "
-            f"the decode side knows of {room.num_tokens}"
+            f"the decode pool knows of {room.num_tokens}"
         )
         if self.is_decoding:
             sequence.num_preemptions += 1

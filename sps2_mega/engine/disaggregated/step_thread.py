@@ -1,4 +1,4 @@
-"""Prefill steps in a thread of their own, so that tokens of the decode side are passed on while a
+"""Prefill steps in a thread of their own, so that tokens of the decode pool are passed on while a
 long prompt runs."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from sps2_mega.comm.watchdog import Watchdog
 from sps2_mega.engine.disaggregated.frames import Cut, Destinations
 from sps2_mega.engine.disaggregated.prefill_rank import PrefillRank
-from sps2_mega.engine.startup.start_rank import failing
+from sps2_mega.engine.failing import failing
 from sps2_mega.types import StepOutput, StepPlan
 
 

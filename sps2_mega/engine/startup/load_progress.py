@@ -37,6 +37,11 @@ class LoadProgress:
         self._clock = clock
         self._began = clock()
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start began."""
+        return self._clock() - self._began
+
     def stage(self, text: str) -> None:
         """A new part of the start begins."""
         if self._on_stage is not None:
@@ -99,7 +104,7 @@ class LoadProgress:
 
     def _line(self, text: str) -> None:
         if self._stream is not None:
-            self._stream.write(f"[{self._clock() - self._began:6.1f} s] {text}\n")
+            self._stream.write(f"[{self.elapsed_s:6.1f} s] {text}\n")
             self._stream.flush()
 
 

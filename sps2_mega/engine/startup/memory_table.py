@@ -42,16 +42,16 @@ class RankMemory:
 
 
 def memory_table(
-    ranks: Sequence[RankMemory], *, cache_tokens_per_rank: int, side: str | None = None
+    ranks: Sequence[RankMemory], *, cache_tokens_per_rank: int, pool: str | None = None
 ) -> str:
     """Several lines, one per use: the least and the most that any of `ranks` has for it. Where
-    ranks do different things, `side` names those whose cache holds so many tokens each."""
+    ranks do different things, `pool` names those whose cache holds so many tokens each."""
     rows = [("", "least", "most", "")]
     for name, label in _LABELS.items():
         values = [getattr(rank, name) for rank in ranks]
         note = ""
         if name == "kv_cache":
-            note = f"= {cache_tokens_per_rank:,} tokens on each {f'{side} ' if side else ''}SP rank"
+            note = f"= {cache_tokens_per_rank:,} tokens on each {f'{pool} ' if pool else ''}SP rank"
         elif name == "free" and len(set(values)) > 1:
             note = f"least on rank {values.index(min(values))}"
         rows.append((label, _size(min(values)), _size(max(values)), note))

@@ -1,7 +1,7 @@
-"""The configuration of one side of a job: what its ranks do differently from those of a job without
-sides.
+"""The configuration of one pool of a job: what its ranks do differently from those of a job without
+pools.
 
-Refuses what cannot be had with separate decode ranks; which ranks there are is `parallel.sides`'.
+Refuses what cannot be had with separate decode ranks; which ranks there are is `parallel.pools`'.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.rank_pools import RankPool
 
 
-def pool_config(config: EngineConfig, side: RankPool) -> EngineConfig:
-    """The job's configuration as a rank of `side` uses it.
+def pool_config(config: EngineConfig, pool: RankPool) -> EngineConfig:
+    """The job's configuration as a rank of `pool` uses it.
 
-    The decode side never prefills: it needs no sparse pattern, plans no transports and traces
+    The decode pool never prefills: it needs no sparse pattern, plans no transports and traces
     nothing.
 
     Raises:
         ConfigError: a policy that needs both kinds of work on the same ranks; the same error on all
             ranks.
     """
-    if side.name == "all":
+    if pool.name == "all":
         return config
     asked = f"decode_ranks={config.parallel.decode_ranks}"
     if config.scheduler.policy != "sps2":
@@ -36,11 +36,11 @@ def pool_config(config: EngineConfig, side: RankPool) -> EngineConfig:
             f"decode_attention {config.decode_attention} cannot be combined with {asked}: "
             "its pattern follows the ranks that prefilled"
         )
-    if side.name == "prefill":
+    if pool.name == "prefill":
         return config
     return dataclasses.replace(
         config,
-        parallel=ParallelConfig(tp=side.tp, sp=side.sp),
+        parallel=ParallelConfig(tp=pool.tp, sp=pool.sp),
         csa=CSAConfig(degrees=(1,)),
         transport="ulysses",
         pipeline="off",

@@ -106,9 +106,9 @@ class ServerMetrics:
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
-        for side in stats.kv_sides:
+        for side in stats.kv_pools:
             for rank, used in enumerate(side.used_per_rank):
-                gauge = self._rank_kv_usage.labels(self._model_name, side.side, str(rank))
+                gauge = self._rank_kv_usage.labels(self._model_name, side.pool, str(rank))
                 gauge.set(used / max(1, side.blocks_per_rank))
         for counter, name in (
             (self._prompt, "prompt_tokens"),

@@ -166,12 +166,12 @@ def _layout(facts: ServedFacts) -> Layout:
 
 
 def _kv_cache(async_engine: AsyncEngine, facts: ServedFacts) -> KVCache:
-    sides = facts.kv_sides if async_engine.stats is None else async_engine.stats.kv_sides
+    sides = facts.kv_sides if async_engine.stats is None else async_engine.stats.kv_pools
     return KVCache(
         block_size=facts.block_size,
         sides=[
             PoolKVCache(
-                name=side.side,
+                name=side.pool,
                 blocks_per_rank=side.blocks_per_rank,
                 used_per_rank=list(side.used_per_rank),
             )

@@ -24,7 +24,8 @@ def score_on_rank(rank: int, port: int, folder: str, tp: int, sp: int, settings,
     """Per setting the scores of all prompts, from one executor with its weights loaded once."""
     from benchmarks.eval.scoring import executor_with, score_prompt
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig
-    from sps2_mega.engine.startup.start_rank import failing, start_rank
+    from sps2_mega.engine.failing import failing
+    from sps2_mega.engine.startup.start_rank import start_rank
     from sps2_mega.mcore.init import finalize
     from sps2_mega.parallel.launcher import from_environment
 

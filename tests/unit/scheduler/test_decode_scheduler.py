@@ -1,4 +1,4 @@
-"""Random histories of the decode side's scheduler: no block leaks or is taken while somebody writes
+"""Random histories of the decode pool's scheduler: no block leaks or is taken while somebody writes
 to it, nobody is lost, and ranks hear of sequences in an order that they can follow."""
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class Histories(RuleBasedStateMachine):
             self.first_token(data.draw(st.sampled_from(sorted(self.reserved))))
 
     def first_token(self, seq_id):
-        """Of a sequence that ends with it, the decode side is told that nobody wants it."""
+        """Of a sequence that ends with it, the decode pool is told that nobody wants it."""
         del self.reserved[seq_id]
         one = self.alive[seq_id]
         if len(one.output_token_ids) + 1 >= one.max_tokens or one.num_tokens >= self.cache_tokens:

@@ -186,7 +186,7 @@ def test_endings_and_the_last_token_belongs_to_the_output(params, tokens, reason
 def test_model_length_and_cache_size_end_a_sequence_without_max_tokens():
     for num_blocks, max_model_len, expected_len in [(64, 12, 12), (2, 500, 17)]:
         scheduler = scheduler_of(num_blocks=num_blocks, max_model_len=max_model_len)
-        assert scheduler.max_len == expected_len
+        assert scheduler.limits.max_len == expected_len
         sequence = sequence_of(1, prompt_len=5, max_tokens=None)
         scheduler.add(sequence)
         while scheduler.has_work:

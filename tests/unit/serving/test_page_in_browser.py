@@ -65,8 +65,8 @@ def test_numbers_of_the_server(browser, server) -> None:
 def test_both_sides_of_a_job(browser, server) -> None:
     one_side = server.engine.kv_sides
     server.engine.kv_sides = (
-        KVUse(side="prefill", blocks_per_rank=10, used_per_rank=(4,)),
-        KVUse(side="decode", blocks_per_rank=7, used_per_rank=(3, 7)),
+        KVUse(pool="prefill", blocks_per_rank=10, used_per_rank=(4,)),
+        KVUse(pool="decode", blocks_per_rank=7, used_per_rank=(3, 7)),
     )
     try:
         opened(browser, server)

@@ -1,5 +1,5 @@
-"""Shipments bring every token's every head to where the decode side wants it, whatever the shapes
-of both sides."""
+"""Shipments bring every token's every head to where the decode pool wants it, whatever the shapes
+of both pools."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fits(num_kv_heads, tp):
 
 
 @st.composite
-def sides(draw):
+def pools(draw):
     heads = draw(st.sampled_from([1, 2, 4, 6, 8]))
     tps = [tp for tp in TP if fits(heads, tp)]
     prefill = RankPool(
@@ -54,7 +54,7 @@ def placed(draw, num_blocks, sp, next_ids):
 
 @st.composite
 def steps(draw):
-    heads, prefill, decode = draw(sides())
+    heads, prefill, decode = draw(pools())
     block_size = draw(st.sampled_from([1, 3, 4]))
     here, there = Counter(), Counter()
     items = []

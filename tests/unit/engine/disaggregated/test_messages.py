@@ -1,4 +1,4 @@
-"""Messages and frames are the same on the other side."""
+"""Messages and frames are the same on the other pool."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 import pytest
 
 from sps2_mega.config import CacheConfig, ModelConfig
-from sps2_mega.engine.startup.memory import activation_bytes, decode_rank_bytes, num_kv_blocks
+from sps2_mega.engine.startup.cache_setup import activation_bytes, decode_rank_bytes, num_kv_blocks
 from sps2_mega.errors import ConfigError
 
 MIB = 2**20

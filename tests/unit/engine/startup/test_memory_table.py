@@ -32,7 +32,7 @@ def test_one_rank() -> None:
 
 
 def test_where_ranks_do_different_things_the_cache_is_that_of_some() -> None:
-    table = memory_table([rank(0)], cache_tokens_per_rank=48, side="prefill")
+    table = memory_table([rank(0)], cache_tokens_per_rank=48, pool="prefill")
     assert "= 48 tokens on each prefill SP rank" in table
 
 

@@ -1,4 +1,4 @@
-"""What the sides of a job are asked to do, and what cannot be combined with them."""
+"""What the pools of a job are asked to do, and what cannot be combined with them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_decode_ranks_have_their_own_shape_and_nothing_that_is_prefill():
 
 def test_a_job_without_sides_is_left_alone():
     config = EngineConfig(scheduler=SchedulerConfig(policy="sarathi"), decode_attention="csa")
-    (side,) = split_rank_pools(ParallelConfig(), 1)
-    assert pool_config(config, side) is config
+    (pool,) = split_rank_pools(ParallelConfig(), 1)
+    assert pool_config(config, pool) is config
 
 
-@pytest.mark.parametrize("side", [PREFILL, DECODE])
+@pytest.mark.parametrize("pool", [PREFILL, DECODE])
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -47,6 +47,6 @@ def test_a_job_without_sides_is_left_alone():
         (dict(decode_attention="csa"), "decode_attention csa .* decode_ranks=2"),
     ],
 )
-def test_what_needs_both_kinds_of_work_on_a_rank_is_refused_on_all_ranks(side, options, text):
+def test_what_needs_both_kinds_of_work_on_a_rank_is_refused_on_all_ranks(pool, options, text):
     with pytest.raises(ConfigError, match=text):
-        pool_config(EngineConfig(parallel=PARALLEL, **options), side)
+        pool_config(EngineConfig(parallel=PARALLEL, **options), pool)

@@ -1,6 +1,6 @@
 """Sizes of captured decode steps: never too small, not much too large, and few."""
 
-from sps2_mega.worker.decode_buckets import batch_bucket, table_bucket
+from sps2_mega.worker.decode_graphs import batch_bucket, table_bucket
 
 
 def test_every_batch_fits_with_little_padding() -> None:
