@@ -88,14 +88,14 @@ class Ranks:
             assert plan.sampled == [item.seq_id for item in items if item.samples]
 
     def write(self, table, tokens, start, end):
-        places = [table.locate(position) for position in range(start, end)]
+        places = [place_of(table, position) for position in range(start, end)]
         for position, place in zip(range(start, end), places, strict=True):
             self.slots[place] = tuple(tokens[: position + 1])
         return places
 
     def read(self, table, tokens) -> None:
         for position in range(len(tokens)):
-            assert self.slots[table.locate(position)] == tuple(tokens[: position + 1])
+            assert self.slots[place_of(table, position)] == tuple(tokens[: position + 1])
 
     def fail(self, plan, seq_id) -> None:
         """NaN: what the sequence wrote since its last finite logits is no longer good for
@@ -106,6 +106,12 @@ class Ranks:
             place = self.tables[seq_id].ranks[index], self.tables[seq_id].block_ids[index]
             for offset in range(self.block_size):
                 self.slots[*place, offset] = None
+
+
+def place_of(table: BlockTable, position: int) -> tuple[int, int, int]:
+    """(SP rank, block id, offset in the block) of a token position."""
+    index, offset = divmod(position, table.block_size)
+    return table.ranks[index], table.block_ids[index], offset
 
 
 def _end(layers) -> tuple[int, int]:

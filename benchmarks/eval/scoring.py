@@ -26,7 +26,7 @@ from sps2_mega.types import PrefillItem, SamplingParams
 from sps2_mega.worker.batching import prefill_input
 from sps2_mega.worker.executor import Executor
 from sps2_mega.worker.local_tables import LocalTables
-from sps2_mega.worker.sampling.prompt_logprobs import gather_rows, prompt_logprobs_of
+from sps2_mega.worker.sampling.prompt_logprobs import compute_prompt_logprobs, gather_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def score_prompt(
     tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
     step = prefill_input([item], tables, pool, groups.sp, executor.prefill, device=executor.device)
     hidden = executor.model.hidden(step.tokens_T, step.positions_T, step.attention)
-    scores = prompt_logprobs_of(
+    scores = compute_prompt_logprobs(
         executor.model,
         hidden,
         [item],

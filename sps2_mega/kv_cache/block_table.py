@@ -1,11 +1,10 @@
-"""Where the tokens of one sequence are: an ordered list of (sp rank, block id), one per block.
+"""Table of one sequence's blocks: an ordered list of (SP rank, block id), one per block.
 
-Decides nothing; `placement` chose the ranks and the allocators the ids. The scheduler and every
-rank keep the same table. Per-rank views are kept up to date as blocks come, so that nothing here
-costs a walk over the whole table in a decode step.
+Decides nothing: `placement` chose the ranks, the allocators the ids. The blocks of each rank are
+listed as they are appended, so that no decode step walks over the whole table.
 
     block_size 4, 10 tokens, blocks 0 and 1 on rank 0, block 2 on rank 1:
-    position 9 -> rank 1, its block id, offset 1     local_runs(0) = [(0, 8)]   local_runs(1) = [(8, 10)]
+    position 9 -> rank 1, its block id, offset 1      local_blocks(0) = [(0, id), (1, id)]
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 class BlockTable:
     """Block index i holds the token positions [i * block_size, (i + 1) * block_size)."""
 
-    __slots__ = ("_block_ids", "_local_blocks", "_local_runs", "_ranks", "block_size")
+    __slots__ = ("_block_ids", "_local_blocks", "_ranks", "block_size")
 
     def __init__(self, block_size: int) -> None:
         assert block_size >= 1, f"block_size must be >= 1, got {block_size}"
@@ -24,7 +23,6 @@ class BlockTable:
         self._ranks: list[int] = []
         self._block_ids: list[int] = []
         self._local_blocks: dict[int, list[tuple[int, int]]] = {}
-        self._local_runs: dict[int, list[tuple[int, int]]] = {}  # of block indices, end exclusive
 
     @property
     def num_blocks(self) -> int:
@@ -57,49 +55,13 @@ class BlockTable:
         self._ranks.append(rank)
         self._block_ids.append(block_id)
         self._local_blocks.setdefault(rank, []).append((index, block_id))
-        runs = self._local_runs.setdefault(rank, [])
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
 
     def extend(self, ranks: Sequence[int], block_ids: Sequence[int]) -> None:
         assert len(ranks) == len(block_ids), f"{len(ranks)} ranks for {len(block_ids)} blocks"
         for rank, block_id in zip(ranks, block_ids, strict=True):
             self.append(rank, block_id)
 
-    def locate(self, position: int) -> tuple[int, int, int]:
-        """(sp rank, block id, offset in the block) of a token position."""
-        index, offset = divmod(position, self.block_size)
-        assert 0 <= index < len(self._block_ids), (
-            f"position {position} is outside the {self.capacity} tokens of this block table"
-        )
-        return self._ranks[index], self._block_ids[index], offset
-
     def local_blocks(self, rank: int) -> Sequence[tuple[int, int]]:
         """(block index, block id) of the blocks on `rank`, in token order: to read only, it grows
         by append."""
         return self._local_blocks.get(rank, ())
-
-    def local_runs(self, rank: int, num_tokens: int) -> list[tuple[int, int]]:
-        """Token positions [start, end) below `num_tokens` on `rank`, with neighbouring blocks
-        merged."""
-        assert 0 <= num_tokens <= self.capacity, (
-            f"num_tokens ({num_tokens}) is not in [0, {self.capacity}], the tokens of this block "
-            "table"
-        )
-        runs = []
-        for first, end in self._local_runs.get(rank, ()):
-            start = first * self.block_size
-            if start >= num_tokens:
-                break
-            runs.append((start, min(end * self.block_size, num_tokens)))
-        return runs
-
-    def num_local_tokens(self, rank: int, num_tokens: int) -> int:
-        """How many of the first `num_tokens` tokens are on `rank`; O(1) when they reach into the
-        last block."""
-        if self._ranks and self.capacity - self.block_size < num_tokens <= self.capacity:
-            unused = self.capacity - num_tokens if self._ranks[-1] == rank else 0
-            return len(self.local_blocks(rank)) * self.block_size - unused
-        return sum(end - start for start, end in self.local_runs(rank, num_tokens))

@@ -47,14 +47,3 @@ class ParallelGroups:
     sp: Group
     sp_back: Group
     sp_levels: tuple[Group, ...]
-
-
-SINGLE_RANK = ParallelGroups(
-    global_rank=0,
-    world_size=1,
-    control=SINGLE,
-    tp=SINGLE,
-    sp=SINGLE,
-    sp_back=SINGLE,
-    sp_levels=(SINGLE,),
-)

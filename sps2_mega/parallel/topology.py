@@ -29,22 +29,8 @@ class Topology:
     sp: int
     sp_levels: tuple[int, ...]
 
-    def tp_groups(self) -> list[list[int]]:
-        return [[s * self.tp + t for t in range(self.tp)] for s in range(self.sp)]
-
     def sp_groups(self) -> list[list[int]]:
         return [[s * self.tp + t for s in range(self.sp)] for t in range(self.tp)]
-
-    def level_groups(self, level: int) -> list[list[int]]:
-        """Groups of world ranks that differ in coordinate `level` of their sp rank only."""
-        stride = prod(self.sp_levels[:level])
-        size = self.sp_levels[level]
-        groups = []
-        for sp_group in self.sp_groups():
-            for first in range(self.sp):
-                if (first // stride) % size == 0:
-                    groups.append([sp_group[first + i * stride] for i in range(size)])
-        return groups
 
     def coordinates(self, global_rank: int) -> tuple[int, int]:
         """(tp_rank, sp_rank) of a world rank."""

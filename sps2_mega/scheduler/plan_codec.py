@@ -57,8 +57,10 @@ def encode(plan: StepPlan) -> bytes:
         plan.layers.first_token,
         plan.layers.end_token,
     )
-    return msgpack.packb(
-        (plan.step, int(plan.mode), prefills, decodes, plan.released, layers, plan.dropped)
+    return bytes(
+        msgpack.packb(
+            (plan.step, int(plan.mode), prefills, decodes, plan.released, layers, plan.dropped)
+        )
     )
 
 

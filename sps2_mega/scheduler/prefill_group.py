@@ -65,6 +65,6 @@ class PrefillGroup:
             end_token=token,
         )
 
-    def layer_flops(self, work: LayerFlops) -> int:
+    def flops(self, layer_flops: LayerFlops) -> int:
         """FLOPs of one layer of the pass."""
-        return sum(work.flops(item.start, item.end) for item in self.items)
+        return sum(layer_flops.flops(item.start, item.end) for item in self.items)

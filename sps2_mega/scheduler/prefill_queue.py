@@ -2,7 +2,7 @@
 flight.
 
 Decides order, grouping, and where layers of a long prompt are cut. Whose turn it is, prefill or
-decode, is the scheduler's; seconds are `pace`'s. Without a pace every group goes through the model
+decode, is the scheduler's; seconds are `step_times`'s. Without a model of step times every group goes through the model
 in one step, first come first served.
 
 The key of a prompt or group is arrival time + `overtake` * expected seconds of prefill left; the
@@ -45,9 +45,14 @@ class PrefillQueue:
         config: SchedulerConfig,
         states: SequenceStates,
         placement: PromptPlacement,
-        pace: StepTimeModel | None,
+        step_times: StepTimeModel | None,
     ) -> None:
-        self._config, self._states, self._placement, self._pace = config, states, placement, pace
+        self._config, self._states, self._placement, self._step_times = (
+            config,
+            states,
+            placement,
+            step_times,
+        )
         self._groups: list[PrefillGroup] = []
         self._finished: list[int] = []  # held ids whose last slice is in the plan being made
         self._dropped: list[int] = []
@@ -67,12 +72,12 @@ class PrefillQueue:
             self._num_passes += 1
             group.begin_pass(self._num_passes, self._items(group))
         items, entering = group.items, not group.is_under_way
-        if self._pace is None:
+        if self._step_times is None:
             self._end_pass(group)
             return items, None
-        planned = self._slice_within(group, self._pace, room_s)
+        planned = self._slice_within(group, self._step_times, room_s)
         self._running = group, planned
-        if planned.end < self._pace.work.num_layers:
+        if planned.end < self._step_times.layer_flops.num_layers:
             group.next_layer, group.next_token = planned.end, planned.end_token
             self._states.hold(item.seq_id for item in items)
             return items if entering else [], planned
@@ -92,16 +97,16 @@ class PrefillQueue:
 
     def executed(self, seconds: float) -> None:
         """The step with the last slice took so long."""
-        if self._running is None or self._pace is None:
+        if self._running is None or self._step_times is None:
             return
         group, planned = self._running
         self._running = None
         if planned.chunked:
             (item,) = group.items
-            self._pace.computed_chunks(planned.chunks(item.start, item.end), seconds)
+            self._step_times.computed_chunks(planned.chunks(item.start, item.end), seconds)
             return
         group.layer_s = seconds / (planned.end - planned.first)
-        self._pace.computed(group.layer_flops(self._pace.work), group.layer_s)
+        self._step_times.computed(group.flops(self._step_times.layer_flops), group.layer_s)
 
     def ended(self, seq_id: int) -> None:
         """A sequence is over. With its last member a group goes, too."""
@@ -160,19 +165,19 @@ class PrefillQueue:
             late = self._weighted(oldest, left_s + seconds) >= before
             if late or self._weighted(sequence.arrival_time, seconds) >= before:
                 break
-            cells = self._cells(start, sequence.num_tokens, layer_room_s)
-            if members and (cells is not None or num_new + missing > budget):
+            chunks = self._chunks(start, sequence.num_tokens, layer_room_s)
+            if members and (chunks is not None or num_new + missing > budget):
                 break
             spread = self._placement.spread(
-                sequence, prefix, load, cells=cells, longest_whole=longest_whole
+                sequence, prefix, load, chunks=chunks, longest_whole=longest_whole
             )
             if not self._states.admit(sequence, prefix, now, spread):
                 break
             members.append(sequence)
             num_new, left_s = num_new + missing, left_s + seconds
-            if cells is not None:
+            if chunks is not None:
                 return PrefillGroup(
-                    members=members, cuts=list(accumulate(cells, initial=start))[1:]
+                    members=members, cuts=list(accumulate(chunks, initial=start))[1:]
                 )
             if spread.rank is not None:
                 load[spread.rank] += missing
@@ -183,7 +188,7 @@ class PrefillQueue:
 
     def _order(self) -> Iterable[types.Sequence]:
         waiting = list(self._states.waiting.values())
-        if self._pace is None or not self._config.overtake:
+        if self._step_times is None or not self._config.overtake:
             return waiting
         return sorted(
             waiting, key=lambda s: self._weighted(s.arrival_time, self._prompt_s(0, s.num_tokens))
@@ -200,33 +205,35 @@ class PrefillQueue:
 
     def _left_s(self, group: PrefillGroup) -> float:
         """Expected seconds of the layers to go; of the one that was cut, of the tokens to go."""
-        assert self._pace is not None, "groups stay only where they are interrupted"
-        work = self._pace.work
-        layer_s = self._layer_s(group, group.layer_flops(work))
+        assert self._step_times is not None, "groups stay only where they are interrupted"
+        layer_flops = self._step_times.layer_flops
+        layer_s = self._layer_s(group, group.flops(layer_flops))
         if layer_s is None:
             return 0.0
         done = 0.0
         if group.next_token:
             (item,) = group.items
-            done = work.flops(item.start, group.next_token) / work.flops(item.start, item.end)
-        return (work.num_layers - group.next_layer - done) * layer_s
+            done = layer_flops.flops(item.start, group.next_token) / layer_flops.flops(
+                item.start, item.end
+            )
+        return (layer_flops.num_layers - group.next_layer - done) * layer_s
 
     def _weighted(self, arrival_time: float, seconds: float) -> float:
         return arrival_time + self._config.overtake * seconds
 
     def _prompt_s(self, start: int, end: int) -> float:
-        return 0.0 if self._pace is None else self._pace.prompt_s(start, end)
+        return 0.0 if self._step_times is None else self._step_times.prompt_s(start, end)
 
-    def _cells(self, start: int, end: int, layer_room_s: float) -> Sequence[int] | None:
+    def _chunks(self, start: int, end: int, layer_room_s: float) -> Sequence[int] | None:
         """Between which a prompt's layers may be cut; None where it goes whole, a layer of it being
         short enough."""
-        if self._pace is None:
+        if self._step_times is None:
             return None
         least = self._placement.least_chunk
-        if self._pace.tokens_within(layer_room_s, start, end, least) == end - start:
+        if self._step_times.tokens_within(layer_room_s, start, end, least) == end - start:
             return None
         return chunk_lengths(
-            self._pace,
+            self._step_times,
             start,
             end,
             layer_room_s,
@@ -236,10 +243,10 @@ class PrefillQueue:
 
     def _tokens_within(self, layer_room_s: float) -> float:
         """How many tokens of short prompts one layer may have."""
-        if self._pace is None:
+        if self._step_times is None:
             return math.inf
         most = self._config.max_prefill_tokens
-        return self._pace.tokens_within(layer_room_s, 0, most, self._placement.least_chunk)
+        return self._step_times.tokens_within(layer_room_s, 0, most, self._placement.least_chunk)
 
     def _items(self, group: PrefillGroup) -> list[PrefillItem]:
         """All tokens of each member."""
@@ -249,25 +256,27 @@ class PrefillQueue:
             if self._states.is_prefilling(sequence.seq_id)
         ]
 
-    def _slice_within(self, group: PrefillGroup, pace: StepTimeModel, room_s: float) -> LayerSlice:
+    def _slice_within(
+        self, group: PrefillGroup, step_times: StepTimeModel, room_s: float
+    ) -> LayerSlice:
         """At least one layer or chunk, so that prefill gets on; one where nothing is known."""
         if group.cuts is not None:
-            return self._chunks_within(group, group.cuts, pace, room_s)
-        layer_s = self._layer_s(group, group.layer_flops(pace.work))
+            return self._chunks_within(group, group.cuts, step_times, room_s)
+        layer_s = self._layer_s(group, group.flops(step_times.layer_flops))
         count = 1 if not layer_s else max(1, int(min(room_s / layer_s, 1e6)))
-        return group.slice_to(min(pace.work.num_layers, group.next_layer + count))
+        return group.slice_to(min(step_times.layer_flops.num_layers, group.next_layer + count))
 
     def _chunks_within(
-        self, group: PrefillGroup, cuts: Sequence[int], pace: StepTimeModel, room_s: float
+        self, group: PrefillGroup, cuts: Sequence[int], step_times: StepTimeModel, room_s: float
     ) -> LayerSlice:
         """What is left of the layer, and further ones, as far as there is room; the next one is
         begun only if there is room for more than a scrap."""
         (item,) = group.items
         layer, token = group.next_layer, group.next_token or item.start
         left_s = room_s
-        while layer < pace.work.num_layers:
-            end = pace.furthest(left_s, layer, token, cuts[bisect_right(cuts, token) :])
-            seconds = pace.chunk_s(layer, token, end)
+        while layer < step_times.layer_flops.num_layers:
+            end = step_times.furthest(left_s, layer, token, cuts[bisect_right(cuts, token) :])
+            seconds = step_times.chunk_s(layer, token, end)
             fits = seconds is not None and max(seconds, _SCRAP * room_s) <= left_s
             if layer > group.next_layer and not fits:
                 break
@@ -279,9 +288,9 @@ class PrefillQueue:
 
     def _layer_s(self, group: PrefillGroup, flops: int) -> float | None:
         """A pass that has begun says best how long its layers take."""
-        if group.layer_s is not None or self._pace is None:
+        if group.layer_s is not None or self._step_times is None:
             return group.layer_s
-        return self._pace.layer_s(flops)
+        return self._step_times.layer_s(flops)
 
     def _end_pass(self, group: PrefillGroup) -> None:
         for item in group.items:

@@ -68,14 +68,14 @@ class PromptPlacement:
         prefix: Prefix,
         load: Sequence[int],
         *,
-        cells: Sequence[int] | None,
+        chunks: Sequence[int] | None,
         longest_whole: int,
     ) -> Spread:
         """For the tokens behind `prefix`. `load[r]` counts tokens that the step has on sp rank r so
-        far; `cells`: where the prompt may be cut, as tokens of each cell; None: nowhere."""
+        far; `chunks`: where the prompt may be cut, as tokens of each chunk; None: nowhere."""
         spread = self.ledger.spread
-        if cells is not None:
-            return Spread("striped", tuple(-(-tokens // self.unit) for tokens in cells))
+        if chunks is not None:
+            return Spread("striped", tuple(-(-tokens // self.unit) for tokens in chunks))
         if self.sp_size == 1 or sequence.num_tokens >= longest_whole:
             return spread
         return replace(spread, rank=self._rank(sequence, prefix, load))

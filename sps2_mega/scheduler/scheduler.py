@@ -68,13 +68,13 @@ class Scheduler:
         layout: Layout = "contiguous",
         prefix_root: bytes | None = None,
         topology_spans: Callable[[int], tuple[int, ...]] | None = None,
-        work: LayerFlops | None = None,
+        layer_flops: LayerFlops | None = None,
         crowd_threshold: int = 0,
     ) -> None:
         """`num_blocks` is per sp rank; `layout` is how a whole prompt is spread, as the transport
         prefers it. `prefix_root` (`block_chain.chain_root`) switches prefix caching on;
         `topology_spans` gives the CSA spans of a prompt length where they come from the ranks.
-        `work` is needed with a target for the time between tokens. An `sp_threshold` of None counts
+        `layer_flops` is needed with a target for the time between tokens. An `sp_threshold` of None counts
         as 0 here; `crowd_threshold` is the one where prompts come together."""
         self._config = config
         self._limits = Limits(
@@ -96,11 +96,15 @@ class Scheduler:
         if prefix_root is not None:
             sharing = PrefixSharing(self._ledger, root=prefix_root, topology_spans=topology_spans)
         self._target_s = config.tbt_target_s
-        assert self._target_s is None or work is not None, "a TBT target needs the work of a layer"
-        self._pace = None if self._target_s is None or work is None else StepTimeModel(work)
+        assert self._target_s is None or layer_flops is not None, (
+            "a TBT target needs the FLOPs of a layer"
+        )
+        self._step_times = (
+            None if self._target_s is None or layer_flops is None else StepTimeModel(layer_flops)
+        )
         self._states = SequenceStates(self._ledger, sharing)
         placement = PromptPlacement(self._ledger, config.sp_threshold or 0, crowd_threshold)
-        self._prefills = PrefillQueue(config, self._states, placement, self._pace)
+        self._prefills = PrefillQueue(config, self._states, placement, self._step_times)
         self._decodes = DecodeSteps(self._states, self._ledger, self._prefills)
         self._hybrids = HybridSteps(config, self._states, self._decodes)
         self._planned: list[Sequence | None] | None = None
@@ -139,7 +143,7 @@ class Scheduler:
     def expected_prefill_s(self, num_tokens: int) -> float:
         """Seconds that all of a prompt is expected to take; 0 without a target for the time between
         tokens, which is what seconds are learnt for, and before anything was measured."""
-        return 0.0 if self._pace is None else self._pace.prompt_s(0, num_tokens)
+        return 0.0 if self._step_times is None else self._step_times.prompt_s(0, num_tokens)
 
     def add(self, sequence: Sequence) -> Refusal | None:
         """Queue a sequence, or say why not. The scheduler alone changes it from now on."""
@@ -258,21 +262,21 @@ class Scheduler:
         Without running decodes a slice ends after about the target, too, so that short prompts and
         aborts get in.
         """
-        if self._target_s is None or self._pace is None:
+        if self._target_s is None or self._step_times is None:
             return math.inf, math.inf
         decoding = self._states.decoding
         if not decoding:
             return self._target_s, self._target_s
         oldest = min(sequence.token_times[-1] for sequence in decoding)
-        least_s = _LEAST_SHARE * self._pace.decode_mean_s
-        layer_room_s = max(self._target_s - self._pace.decode_s, least_s)
+        least_s = _LEAST_SHARE * self._step_times.decode_mean_s
+        layer_room_s = max(self._target_s - self._step_times.decode_s, least_s)
         return oldest + layer_room_s - now, layer_room_s
 
     def _learn(self, plan: StepPlan, seconds: float) -> None:
-        if self._pace is None:
+        if self._step_times is None:
             return
         if plan.mode is ForwardMode.DECODE:
-            self._pace.decoded(seconds)
+            self._step_times.decoded(seconds)
         else:
             self._prefills.executed(seconds)
 

@@ -29,8 +29,8 @@ class StepTimeModel:
     """`decode_mean_s` are the seconds of a decode step, `decode_s` those that few exceed; 0 before
     the first."""
 
-    def __init__(self, work: LayerFlops) -> None:
-        self.work = work
+    def __init__(self, layer_flops: LayerFlops) -> None:
+        self.layer_flops = layer_flops
         self.decode_mean_s = self._decode_spread_s = 0.0
         self._seconds_per_flop: dict[int, float] = {}
         # Seconds per FLOP are the product of how fast the machine is just now and a rate by place:
@@ -59,7 +59,7 @@ class StepTimeModel:
 
     def computed_chunks(self, chunks: Sequence[tuple[int, int, int]], seconds: float) -> None:
         """Chunks (layer, start, end) of a prompt took so long together."""
-        flops = [self.work.flops(start, end) for _, start, end in chunks]
+        flops = [self.layer_flops.flops(start, end) for _, start, end in chunks]
         shares = [self.chunk_s(*chunk) or count for chunk, count in zip(chunks, flops, strict=True)]
         off = seconds / sum(shares)
         all_known, speed = True, self._chunk_speed
@@ -83,7 +83,7 @@ class StepTimeModel:
     def chunk_s(self, layer: int, start: int, end: int) -> float | None:
         """Expected seconds of tokens [start, end) of a prompt in a layer; None before anything was
         measured."""
-        flops = self.work.flops(start, end)
+        flops = self.layer_flops.flops(start, end)
         usual, last = self._chunk_rates
         rates = last if last and self._is_last(layer) else usual
         if not rates:
@@ -94,15 +94,19 @@ class StepTimeModel:
     def prompt_s(self, start: int, end: int) -> float:
         """Expected seconds of tokens [start, end) of a prompt in all layers; 0 before anything was
         measured."""
-        layer_s = self.layer_s(self.work.flops(start, end)) if end > start else None
-        return 0.0 if layer_s is None else self.work.num_layers * layer_s
+        layer_s = self.layer_s(self.layer_flops.flops(start, end)) if end > start else None
+        return 0.0 if layer_s is None else self.layer_flops.num_layers * layer_s
 
     def tokens_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
         """How many of the tokens [start, end) one layer is expected to compute in so many seconds:
         a multiple of `quantum`, at least one of them, or all; one `quantum` before anything was
         measured."""
         return _most(
-            lambda stop: self.layer_s(self.work.flops(start, stop)), seconds, start, end, quantum
+            lambda stop: self.layer_s(self.layer_flops.flops(start, stop)),
+            seconds,
+            start,
+            end,
+            quantum,
         )
 
     def chunk_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
@@ -120,7 +124,7 @@ class StepTimeModel:
         return ends[max(0, bisect_left(ends, True, key=takes_longer) - 1)]
 
     def _is_last(self, layer: int) -> bool:
-        return self.work.num_layers > 1 and layer == self.work.num_layers - 1
+        return self.layer_flops.num_layers > 1 and layer == self.layer_flops.num_layers - 1
 
 
 def _credible(off: float) -> float:

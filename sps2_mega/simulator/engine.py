@@ -65,7 +65,7 @@ class SimulatedEngine:
             layout=prompt_layout("auto", csa),
             prefix_root=chain_root(csa) if prefix_caching else None,
             topology_spans=None if spans is None else lambda length: spans(length).spans,
-            work=cost.size.layer_flops_of,
+            layer_flops=cost.size.layer_flops,
         )
         self.meter = StepMeter()
         self.terms: dict[str, float] = {}

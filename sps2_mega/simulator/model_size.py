@@ -31,7 +31,7 @@ class ModelSize:
     ffn_itemsize: int
 
     @property
-    def layer_flops_of(self) -> LayerFlops:
+    def layer_flops(self) -> LayerFlops:
         """What the scheduler counts with."""
         return LayerFlops(
             num_layers=self.num_layers,

@@ -98,10 +98,6 @@ class Tokenizer:
         # A model's own template writes BOS itself where the model wants one.
         return self.encode(text, add_special_tokens=not self.has_chat_template)
 
-    def chat_text(self, messages: list[dict[str, Any]]) -> str:
-        """What `apply_chat_template` encodes."""
-        return self._chat_template.render(messages)
-
     @property
     def bos_token_id(self) -> int | None:
         return self._special_id("bos_token")

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sps2_mega.attention.build import PrefillSetup
 from sps2_mega.attention.csa.spans import SparsePrefill
@@ -42,10 +41,10 @@ from sps2_mega.worker.decode_graphs import DecodeGraphs
 from sps2_mega.worker.device_tables import DeviceTables
 from sps2_mega.worker.local_tables import LocalTables
 from sps2_mega.worker.prefill_pass import Pass
-from sps2_mega.worker.sampling.prompt_logprobs import prompt_logprobs_of
+from sps2_mega.worker.sampling.prompt_logprobs import compute_prompt_logprobs
 from sps2_mega.worker.sampling.sampler import Drawn
 from sps2_mega.worker.sampling.sampling_states import SamplingStates
-from sps2_mega.worker.sampling.token_exchange import exchange_tokens
+from sps2_mega.worker.sampling.token_exchange import sample_step
 from sps2_mega.worker.sparse_tables import SparseTables
 
 
@@ -220,12 +219,17 @@ class Executor:
         ends = {item.seq_id: item.end for item in passing.prefills}
         ends |= {item.seq_id: item.position + 1 for item in plan.decodes}
         sampled = plan.sampled
-        output = self._sample(
-            logits_RV, passing.step.items_by_rank, sampled, [ends[seq_id] for seq_id in sampled]
+        output = sample_step(
+            self._sampling,
+            logits_RV,
+            passing.step.items_by_rank,
+            sampled,
+            [ends[seq_id] for seq_id in sampled],
+            self.groups,
         )
         if None in output.token_ids:
             self._clear_failed(plan, passing.prefills, output)
-        scores = prompt_logprobs_of(
+        scores = compute_prompt_logprobs(
             self.model, hidden, passing.prefills, self.groups, block_size=self.pool.block_size
         )
         return replace(output, scores=scores) if scores else output
@@ -279,24 +283,3 @@ class Executor:
             if token_id is None:
                 first = first_own[seq_id] // self.pool.block_size
                 self.pool.clear(self._tables.block_ids(seq_id, first=first))
-
-    def _sample(
-        self,
-        logits_RV: Tensor,
-        items_by_rank: list[list[int]],
-        seq_ids: list[int],
-        next_positions: list[int],
-    ) -> StepOutput:
-        """Sample this rank's rows, then give every rank all tokens."""
-        mine = items_by_rank[self.groups.sp.rank]
-        output = StepOutput(
-            *self._sampling.draw(
-                logits_RV,
-                [seq_ids[index] for index in mine],
-                [next_positions[index] for index in mine],
-            ).tokens()
-        )
-        if self.groups.sp.size == 1:
-            return output
-        wanted = self._sampling.wanted_logprobs(seq_ids)
-        return exchange_tokens(output, items_by_rank, wanted, self.groups)

@@ -38,12 +38,6 @@ class StepShape:
         """Number of sp ranks."""
         return len(self.queries)
 
-    @property
-    def cached_share(self) -> float:
-        """The share of the keys that were cached before this step, in [0, 1]."""
-        total = sum(self.keys)
-        return (total - sum(self.queries)) / total if total else 0.0
-
     def partials(self, rank: int, keys: int) -> tuple[int, int]:
         """(calls, partial rows) of the queries of `rank` against the keys of rank `keys`."""
         if self.calls is None or self.partial_rows is None:

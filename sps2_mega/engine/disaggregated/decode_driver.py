@@ -42,8 +42,8 @@ _PREFILL_DRIVER = 0
 
 
 @dataclass(slots=True)
-class _Transfer:
-    """A sequence that is received. `expected` and `arrived` are (transfer, rank) of messages
+class _Handoff:
+    """A sequence that is received. `expected` and `arrived` are (handoff, rank) of messages
     Arrived; `dropped`: its blocks are free when all that is expected has come."""
 
     number: int
@@ -56,22 +56,22 @@ class _Transfer:
 
 
 class DecodeDriver:
-    """Every block that the other pool may still write to belongs to a transfer."""
+    """Every block that the other pool may still write to belongs to a handoff."""
 
     def __init__(self, rank: StartedRank) -> None:
         self._started, self._pool, self._block_size = rank, rank.pool, rank.config.cache.block_size
         self._rank = DecodeRank(rank)
         self._events = self._rank.control.events
-        self._transfers: dict[int, _Transfer] = {}
-        self._transfer_of: dict[int, _Transfer] = {}  # by sequence
-        self._num_transfers = 0
+        self._handoffs: dict[int, _Handoff] = {}
+        self._handoff_of: dict[int, _Handoff] = {}  # by sequence
+        self._num_handoffs = 0
         self._leaving = self._reported_idle = False
 
     def run(self) -> None:
         """Serves the prefill driver until it leaves."""
         with failing(self._started.watchdog):
             self._scheduler = self._make_scheduler()
-            while not (self._leaving and not self._transfers):
+            while not (self._leaving and not self._handoffs):
                 self._work()
             self._scheduler.check_integrity()
             self._send(Left())
@@ -99,7 +99,7 @@ class DecodeDriver:
             output = self._rank.lead(plan, self._scheduler.take_changes())
             self._report(plan, output)
             self._reported_idle = False
-        elif not self._reported_idle and not self._transfers:
+        elif not self._reported_idle and not self._handoffs:
             self._scheduler.check_integrity()
             self._reported_idle = True
         self._hear(wait=plan is None)
@@ -130,14 +130,14 @@ class DecodeDriver:
                     prefill_s=message.prefill_s,
                 )
             case Start():
-                transfer = self._transfers[message.transfer]
-                transfer.token_id = message.token_id
-                self._settle(transfer)
+                handoff = self._handoffs[message.handoff]
+                handoff.token_id = message.token_id
+                self._settle(handoff)
             case Arrived():
                 # Unknown: a rank that had all of it before it was cut says so again.
-                arriving = self._transfers.get(original(message.transfer))
+                arriving = self._handoffs.get(original(message.handoff))
                 if arriving is not None:
-                    arriving.arrived.add((message.transfer, source))
+                    arriving.arrived.add((message.handoff, source))
                     self._settle(arriving)
             case Drop():
                 self._drop(message)
@@ -147,33 +147,31 @@ class DecodeDriver:
                 raise AssertionError(f"the decode pool does not expect {message}")
 
     def _drop(self, message: Drop) -> None:
-        transfer = self._transfer_of.get(message.seq_id)
-        if transfer is None or transfer.number != message.shipped:
+        handoff = self._handoff_of.get(message.seq_id)
+        if handoff is None or handoff.number != message.handoff:
             # Nothing of it is on the way: not begun, or all here.
-            if transfer is not None:
-                self._forget(transfer)
+            if handoff is not None:
+                self._forget(handoff)
             self._release(message.seq_id)
             return
-        transfer.dropped = True
+        handoff.dropped = True
         if message.damaged:
-            transfer.expected |= {(repeated(transfer.number), rank) for rank in transfer.ranks}
-        self._settle(transfer)
+            handoff.expected |= {(repeated(handoff.number), rank) for rank in handoff.ranks}
+        self._settle(handoff)
 
-    def _settle(self, transfer: _Transfer) -> None:
-        """What becomes of a transfer whose last part may have come."""
-        if transfer.expected - transfer.arrived or (
-            transfer.token_id is None and not transfer.dropped
-        ):
+    def _settle(self, handoff: _Handoff) -> None:
+        """What becomes of a handoff whose last part may have come."""
+        if handoff.expected - handoff.arrived or (handoff.token_id is None and not handoff.dropped):
             return
-        self._forget(transfer)
-        if transfer.dropped:
-            self._release(transfer.seq_id)
+        self._forget(handoff)
+        if handoff.dropped:
+            self._release(handoff.seq_id)
         else:
-            assert transfer.token_id is not None
-            self._scheduler.start(transfer.seq_id, transfer.token_id)
+            assert handoff.token_id is not None
+            self._scheduler.start(handoff.seq_id, handoff.token_id)
 
-    def _forget(self, transfer: _Transfer) -> None:
-        del self._transfers[transfer.number], self._transfer_of[transfer.seq_id]
+    def _forget(self, handoff: _Handoff) -> None:
+        del self._handoffs[handoff.number], self._handoff_of[handoff.seq_id]
 
     def _release(self, seq_id: int) -> None:
         self._scheduler.drop(seq_id)
@@ -181,8 +179,8 @@ class DecodeDriver:
         self._send(Tokens([], self._scheduler.kv_used_per_rank))
 
     def _offer(self, reservation: Reservation) -> None:
-        sequence, number = reservation.sequence, self._num_transfers
-        self._num_transfers += 1
+        sequence, number = reservation.sequence, self._num_handoffs
+        self._num_handoffs += 1
         first = reservation.num_shared_tokens
         ranks = receiving_ranks(
             Destination(number, first, Placement(reservation.block_ranks, reservation.block_ids)),
@@ -190,10 +188,10 @@ class DecodeDriver:
             decode=self._pool,
             block_size=self._block_size,
         )
-        transfer = _Transfer(
+        handoff = _Handoff(
             number, sequence.seq_id, tuple(ranks), {(number, rank) for rank in ranks}
         )
-        self._transfers[number] = self._transfer_of[sequence.seq_id] = transfer
+        self._handoffs[number] = self._handoff_of[sequence.seq_id] = handoff
         self._send(
             Room(
                 sequence.seq_id,

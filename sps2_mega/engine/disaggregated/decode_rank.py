@@ -62,9 +62,9 @@ class DecodeRank:
         self._rank.watchdog.step_end()
         return output
 
-    def _tell_driver(self, transfer: int) -> None:
+    def _tell_driver(self, handoff: int) -> None:
         """In the receiving thread."""
         if self._global_rank == self._driver:
-            self.control.events.put(Heard(self._global_rank, Arrived(transfer)))
+            self.control.events.put(Heard(self._global_rank, Arrived(handoff)))
         else:
-            self.control.send(self._driver, Arrived(transfer))
+            self.control.send(self._driver, Arrived(handoff))

@@ -227,7 +227,7 @@ class DisaggregatedEngine:
             )
             if reason is not None:
                 if token.reason is None:
-                    self._send(Drop(token.seq_id, state.shipped))
+                    self._send(Drop(token.seq_id, state.handoff))
                 finished += self._end(state)
         self._requests.count_step(now, got)
         return finished
@@ -240,19 +240,19 @@ class DisaggregatedEngine:
         got: list[Sequence] = []
         for first in self._prefill.end_step(done, now):
             state, sequence = first.state, first.state.sequence
-            assert state.shipped is not None
+            assert state.handoff is not None
             got.append(sequence)
             reason = self._requests.take_token(
                 sequence, first.token_id, first.logprob, first.reason, now
             )
             if reason is not None:
                 damaged = first.token_id is None
-                self._send(Drop(sequence.seq_id, state.shipped, damaged=damaged))
+                self._send(Drop(sequence.seq_id, state.handoff, damaged=damaged))
                 finished += self._end(state)
             else:
                 assert first.token_id is not None
                 state.is_decoding = True
-                self._send(Start(sequence.seq_id, state.shipped, first.token_id))
+                self._send(Start(sequence.seq_id, state.handoff, first.token_id))
         self._requests.count_step(now, got)
         return finished
 

@@ -23,11 +23,11 @@ Destinations = Mapping[int, Destination]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A sequence is over before all of it was computed: of `transfer`, which reaches `ranks` of the
+    """A sequence is over before all of it was computed: of `handoff`, which reaches `ranks` of the
     job, nothing more comes."""
 
     seq_id: int
-    transfer: int
+    handoff: int
     ranks: tuple[int, ...]
 
 
@@ -35,18 +35,18 @@ def encode_prefill(
     plan: StepPlan | None, destinations: Destinations, cuts: Sequence[Cut] = ()
 ) -> bytes:
     rows = [
-        (seq_id, d.transfer, d.first, d.placement.block_ranks, d.placement.block_ids)
+        (seq_id, d.handoff, d.first, d.placement.block_ranks, d.placement.block_ids)
         for seq_id, d in destinations.items()
     ]
-    ended = [(cut.seq_id, cut.transfer, cut.ranks) for cut in cuts]
+    ended = [(cut.seq_id, cut.handoff, cut.ranks) for cut in cuts]
     return bytes(msgpack.packb((plan and encode(plan), rows, ended)))
 
 
 def decode_prefill(payload: bytes) -> tuple[StepPlan | None, dict[int, Destination], list[Cut]]:
     plan, rows, ended = msgpack.unpackb(payload, use_list=False)
     destinations = {
-        seq_id: Destination(transfer, first, Placement(ranks, ids))
-        for seq_id, transfer, first, ranks, ids in rows
+        seq_id: Destination(handoff, first, Placement(ranks, ids))
+        for seq_id, handoff, first, ranks, ids in rows
     }
     return plan and decode(plan), destinations, [Cut(*cut) for cut in ended]
 

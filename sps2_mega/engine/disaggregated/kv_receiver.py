@@ -29,7 +29,7 @@ class _Incoming:
 
 
 class KVReceiver:
-    """Calls `on_arrival(transfer)` once all of a transfer is in this rank's cache, or once no more
+    """Calls `on_arrival(handoff)` once all of a handoff is in this rank's cache, or once no more
     of it comes.
 
     Of each sender's transfers any number may be under way.
@@ -49,8 +49,8 @@ class KVReceiver:
         self._device, self._dtype, self._head_dim = keys.device, keys.dtype, keys.shape[-1]
         self._stream: torch.cuda.Stream | None = None
         self._incoming: dict[tuple[int, int], _Incoming] = {}  # by sender and transfer
-        self._num_cells: dict[int, int] = {}  # that have come, by transfer
-        self._num_cuts: dict[int, int] = {}  # by transfer
+        self._num_entries: dict[int, int] = {}  # that have arrived, by handoff
+        self._num_cuts: dict[int, int] = {}  # by handoff
 
     def receive(self, source: int, kind: int, detail: int, payload: Tensor) -> None:
         """A message of the channel; `payload` is this object's from now on."""
@@ -76,27 +76,27 @@ class KVReceiver:
     def _complete(self, incoming: _Incoming) -> None:
         if self._stream is not None:
             self._stream.synchronize()
-        for transfer, num_cells, total in incoming.manifest.transfers:
-            have = self._num_cells.pop(transfer, 0) + num_cells
-            assert have <= total, f"{have} of {total} cells of transfer {transfer}"
+        for handoff, num_entries, total in incoming.manifest.handoffs:
+            have = self._num_entries.pop(handoff, 0) + num_entries
+            assert have <= total, f"{have} of {total} entries of handoff {handoff}"
             if have == total:
-                self._on_arrival(transfer)
+                self._on_arrival(handoff)
             else:
-                self._num_cells[transfer] = have
+                self._num_entries[handoff] = have
 
-    def _cut(self, source: int, transfer: int) -> None:
+    def _cut(self, source: int, handoff: int) -> None:
         """Says so when all senders have said it. A rank that had all before says it twice, then."""
         for key, incoming in list(self._incoming.items()):
-            if key[0] == source and any(t == transfer for t, _, _ in incoming.manifest.transfers):
+            if key[0] == source and any(h == handoff for h, _, _ in incoming.manifest.handoffs):
                 del self._incoming[key]
-        num_cuts = self._num_cuts.pop(transfer, 0) + 1
+        num_cuts = self._num_cuts.pop(handoff, 0) + 1
         if num_cuts < self._num_senders:
-            self._num_cuts[transfer] = num_cuts
+            self._num_cuts[handoff] = num_cuts
             return
-        self._num_cells.pop(transfer, None)
+        self._num_entries.pop(handoff, None)
         if self._stream is not None:
             self._stream.synchronize()  # what came last is not written into blocks of others
-        self._on_arrival(transfer)
+        self._on_arrival(handoff)
 
     @torch.inference_mode()
     def _write(self, layer: int, incoming: _Incoming, payload: Tensor) -> None:
@@ -113,5 +113,5 @@ class KVReceiver:
         if self._stream is None:
             # In this thread: the current device is a thread's own.
             torch.cuda.set_device(self._device)
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._stream)

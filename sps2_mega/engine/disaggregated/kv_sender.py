@@ -20,7 +20,7 @@ from sps2_mega.engine.disaggregated.kv_transfer import KVTransfer
 from sps2_mega.kv_cache.pool import KVPool
 
 # Kinds of messages. Their detail: of MANIFEST the transfer, of LAYER transfer * number of layers +
-# layer, of CUT the transfer. Each rank numbers its transfers by the pass.
+# layer, of CUT the handoff. Each rank numbers its transfers by the pass.
 MANIFEST, LAYER, CUT = 0, 1, 2
 MAX_BATCHES = 4
 
@@ -51,10 +51,10 @@ class KVSender:
             self._channel, self._pool, transfers, first_detail=number * self._num_layers
         )
 
-    def cut(self, transfer: int, ranks: Sequence[int]) -> None:
-        """Tells those ranks of the job that a transfer reaches that no more of it comes from here,
+    def cut(self, handoff: int, ranks: Sequence[int]) -> None:
+        """Tells those ranks of the job that a handoff reaches that no more of it comes from here,
         nor of any pass with it that is under way."""
-        self._channel.post([Message(rank, CUT, transfer) for rank in ranks])
+        self._channel.post([Message(rank, CUT, handoff) for rank in ranks])
 
 
 class KVTransfersInFlight:
@@ -94,7 +94,7 @@ class KVTransfersInFlight:
                 torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True)
                 for r in rows
             ]
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
             ready = copied.synchronize
         self._channel.post(

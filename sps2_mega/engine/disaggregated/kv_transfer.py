@@ -1,13 +1,15 @@
-"""What one prefill rank sends to one decode rank in one pass: all its rows for that rank, layer by
-layer.
+"""Plan of the transfers of a prefill pass: rows for each decode rank, and their manifest's bytes.
 
-One pass is all layers for some tokens of each sequence in it, whole prompts or chunks. A transfer
-begins with its manifest, from which the receiver knows where every row goes and which transfers it
-is part of; then comes one message per layer. A transfer is one sequence on its way: it is complete
-on a rank when so many cells have come in all layers as the rank's blocks of it have. A cell is one
-KV head of one token.
+    transfer   everything that one prefill rank sends to one decode rank in one pass: a manifest,
+               then one message per layer
+    handoff    one sequence on its way to the decode ranks, in one or more passes from all prefill ranks
 
-Pure planning, and the manifest's bytes; who sends is `kv_sender`.
+A pass is all layers for some tokens of each sequence in it, whole prompts or chunks. From the
+manifest the receiver knows the slot of every row and the handoffs that rows belong to. A handoff is
+complete on a rank when all its entries have arrived in all layers; an entry is one KV head of one
+token.
+
+Pure planning; sending is `kv_sender`'s part.
 """
 
 from __future__ import annotations
@@ -32,50 +34,55 @@ from sps2_mega.types import PrefillItem
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Room that the decode pool has made for one sequence: for its tokens from `first` on, which
-    is a block's first; what comes before it has already. `transfer` names this sequence's way
-    across."""
+    """Blocks reserved on the decode ranks for one sequence's tokens from `first` on.
 
-    transfer: int
+    `first` is a block's first token; tokens before it are cached there already. `handoff` is the
+    number of this reservation.
+    """
+
+    handoff: int
     first: int
     placement: Placement
 
 
-def repeated(transfer: int) -> int:
-    """The name of a transfer that comes once more, cleared, because its numbers were not finite."""
-    return -1 - transfer
+def repeated(handoff: int) -> int:
+    """Number under which a handoff is sent once more, cleared, as its values were not finite."""
+    return -1 - handoff
 
 
-def original(transfer: int) -> int:
-    """The name that a transfer had when there was room for it."""
-    return transfer if transfer >= 0 else -1 - transfer
+def original(handoff: int) -> int:
+    """Number that a handoff, repeated or not, got with its reservation."""
+    return handoff if handoff >= 0 else -1 - handoff
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`slots` of the receiving rank's cache get, in each layer, the heads [first_head, first_head +
-    num_heads). `transfers` are (transfer, its cells in this transfer, all of its cells that come to
-    this rank)."""
+    """Destination of a transfer's rows, and the handoffs that they belong to.
+
+    In each layer `slots` of the receiving rank's cache get the heads [first_head, first_head +
+    num_heads). `handoffs` are (handoff, its entries in this transfer, all its entries that this rank
+    gets).
+    """
 
     slots: np.ndarray
     first_head: int
     num_heads: int
-    transfers: tuple[tuple[int, int, int], ...]
+    handoffs: tuple[tuple[int, int, int], ...]
 
     def encode(self) -> bytes:
         slots = self.slots.astype(np.int64, copy=False).tobytes()
-        return bytes(msgpack.packb((slots, self.first_head, self.num_heads, self.transfers)))
+        return bytes(msgpack.packb((slots, self.first_head, self.num_heads, self.handoffs)))
 
     @classmethod
     def decode(cls, payload: bytes) -> Manifest:
-        slots, first_head, num_heads, transfers = msgpack.unpackb(payload, use_list=False)
-        return cls(np.frombuffer(slots, dtype=np.int64), first_head, num_heads, transfers)
+        slots, first_head, num_heads, handoffs = msgpack.unpackb(payload, use_list=False)
+        return cls(np.frombuffer(slots, dtype=np.int64), first_head, num_heads, handoffs)
 
 
 @dataclass(frozen=True, slots=True)
 class KVTransfer:
-    """To rank `dst` of the job: local heads [first_head, ..) of cache slots `slots` of the
-    sender."""
+    """Rows that one prefill rank sends to rank `dst` of the job in one pass: local heads
+    [first_head, ..) of its cache slots `slots`."""
 
     dst: int
     slots: np.ndarray
@@ -115,7 +122,7 @@ def plan_kv_transfers(
 def receiving_ranks(
     destination: Destination, num_tokens: int, *, decode: RankPool, block_size: int
 ) -> list[int]:
-    """Ranks of the job that a transfer of tokens up to `num_tokens` reaches."""
+    """Ranks of the job that a handoff of tokens up to `num_tokens` reaches."""
     blocks = range(destination.first // block_size, -(-num_tokens // block_size))
     return [
         decode.global_rank(tp_rank=tp_rank, sp_rank=sp_rank)
@@ -126,9 +133,9 @@ def receiving_ranks(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Rows of one transfer, and how many its receiver gets of it from all ranks in all passes."""
+    """Rows of one handoff, and how many its receiver gets of it from all ranks in all passes."""
 
-    transfer: int
+    handoff: int
     rows: Rows
     num_rows: int
 
@@ -149,7 +156,7 @@ def _parts_by_receiver(
             placement, first=destination.first, end=len(item.token_ids), block_size=block_size
         )
         for receiver, rows in sent.items():
-            part = _Part(destination.transfer, rows, num_rows[receiver])
+            part = _Part(destination.handoff, rows, num_rows[receiver])
             parts.setdefault(receiver, []).append(part)
     return parts
 
@@ -161,7 +168,7 @@ def _manifest(parts: Sequence[_Part], cut: HeadCut, num_heads: int) -> Manifest:
         cut.dst_start,
         cut.count,
         tuple(
-            (part.transfer, len(part.rows.dst_slots) * cut.count, part.num_rows * num_heads)
+            (part.handoff, len(part.rows.dst_slots) * cut.count, part.num_rows * num_heads)
             for part in parts
         ),
     )

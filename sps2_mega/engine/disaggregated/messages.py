@@ -52,10 +52,10 @@ class Expect:
 @dataclass(frozen=True, slots=True)
 class Room:
     """Blocks for a sequence's first `num_tokens` tokens: of those `first` are there already.
-    `transfer` names this reservation in all that follows."""
+    `handoff` is the number of this reservation in all that follows."""
 
     seq_id: int
-    transfer: int
+    handoff: int
     num_tokens: int
     first: int
     block_ranks: list[int]
@@ -64,20 +64,20 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """All tokens of a transfer are computed and on their way; `token_id` is the next one."""
+    """All tokens of a handoff are computed and on their way; `token_id` is the next one."""
 
     seq_id: int
-    transfer: int
+    handoff: int
     token_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The prefill pool has forgotten a sequence. `shipped`: the last transfer of it whose rows were
+    """The prefill pool has forgotten a sequence. `handoff`: the last one of it whose rows were
     or will be sent. `damaged`: those are not finite."""
 
     seq_id: int
-    shipped: int | None
+    handoff: int | None
     damaged: bool = False
 
 
@@ -102,9 +102,9 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """All of a transfer that goes to the sending decode rank is in its cache."""
+    """All of a handoff that goes to the sending decode rank is in its cache."""
 
-    transfer: int
+    handoff: int
 
 
 @dataclass(frozen=True, slots=True)

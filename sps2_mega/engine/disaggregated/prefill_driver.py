@@ -111,7 +111,7 @@ class PrefillDriver:
         ):
             dropped = self._dropped.pop(seq_id, None)
             if dropped is not None:
-                self._send_drop(Drop(seq_id, dropped.shipped, damaged=token_id is None))
+                self._send_drop(Drop(seq_id, dropped.handoff, damaged=token_id is None))
                 continue
             state = self._states[seq_id]
             attempt = state.end_attempt()
@@ -129,7 +129,7 @@ class PrefillDriver:
         if state.is_computed:
             self._dropped[seq_id] = state  # what is sent of it is known between steps
         else:
-            self._send_drop(Drop(seq_id, state.shipped))
+            self._send_drop(Drop(seq_id, state.handoff))
 
     def dropped_all(self) -> None:
         """Call after some sequences were dropped, when those that were dropped together all are."""
@@ -149,7 +149,7 @@ class PrefillDriver:
         for seq_id, state in list(self._dropped.items()):
             if not self._passes.goes_on(seq_id, self._states):
                 del self._dropped[seq_id]
-                self._send_drop(Drop(seq_id, state.shipped))
+                self._send_drop(Drop(seq_id, state.handoff))
                 cuts.append(self._cut_of(state))
         if cuts:
             self._thread.cut(cuts)
@@ -162,4 +162,4 @@ class PrefillDriver:
             decode=self._started.pools[1],
             block_size=self._started.config.cache.block_size,
         )
-        return Cut(sequence.seq_id, destination.transfer, tuple(ranks))
+        return Cut(sequence.seq_id, destination.handoff, tuple(ranks))

@@ -98,7 +98,7 @@ class PrefillRank:
         again = [
             (
                 replace(item, start=item.num_shared_tokens),
-                replace(destination, transfer=repeated(destination.transfer)),
+                replace(destination, handoff=repeated(destination.handoff)),
             )
             for item, destination in failed
         ]
@@ -109,7 +109,7 @@ class PrefillRank:
     def _cut(self, cuts: Sequence[Cut]) -> None:
         for cut in cuts:
             self._passes.pop(cut.seq_id, None)
-            self._sender.cut(cut.transfer, cut.ranks)
+            self._sender.cut(cut.handoff, cut.ranks)
 
     def _transfers(self, items: list[tuple[PrefillItem, Destination]]) -> list[KVTransfer]:
         groups = self._rank.groups

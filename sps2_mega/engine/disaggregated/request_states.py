@@ -22,12 +22,12 @@ from sps2_mega.types import Sequence
 class RequestState:
     """One sequence in state. `sequence` is what its client gets to see. `attempt` is what the
     prefill pool's scheduler has of it, while it does, and `room` where its tokens go then.
-    `shipped` is the last transfer that began."""
+    `handoff` is the last handoff that began."""
 
     sequence: Sequence
     attempt: Sequence | None = None
     room: Room | None = None
-    shipped: int | None = None
+    handoff: int | None = None
     is_computed: bool = False
     is_decoding: bool = False
 
@@ -59,7 +59,7 @@ class RequestState:
     def begin_pass(self) -> Destination:
         """A pass over the next of its tokens is planned: they will be sent."""
         assert self.room is not None
-        self.is_computed, self.shipped = True, self.room.transfer
+        self.is_computed, self.handoff = True, self.room.handoff
         return self.destination
 
     @property
@@ -67,7 +67,7 @@ class RequestState:
         """Where the attempt's tokens go."""
         assert self.room is not None
         placement = Placement(self.room.block_ranks, self.room.block_ids)
-        return Destination(self.room.transfer, self.room.first, placement)
+        return Destination(self.room.handoff, self.room.first, placement)
 
     def end_attempt(self) -> Sequence:
         """The attempt has its token; returns it, and leaves the state without one."""

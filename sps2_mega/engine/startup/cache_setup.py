@@ -142,8 +142,8 @@ def decode_rank_bytes(
     step = activation_bytes(
         model, tp=tp, sp=1, num_tokens=num_decodes, itemsize=itemsize, gathers_keys=False
     )
-    cells = -(-num_received // sp) * (max(model.num_kv_heads, tp) // tp)
-    return step + 2 * cells * model.head_dim * itemsize
+    rows = -(-num_received // sp) * (max(model.num_kv_heads, tp) // tp)
+    return step + 2 * rows * model.head_dim * itemsize
 
 
 def num_kv_blocks(

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 def make_scheduler(rank: StartedRank) -> Scheduler:
     """For the rank that drives the others."""
     config, model = rank.config, rank.resolved.config
-    work = LayerFlops.of(model)
-    threshold, crowd_threshold = _sp_thresholds(rank, work)
+    layer_flops = LayerFlops.of(model)
+    threshold, crowd_threshold = _sp_thresholds(rank, layer_flops)
     return Scheduler(
         dataclasses.replace(config.scheduler, sp_threshold=threshold),
         block_size=config.cache.block_size,
@@ -34,12 +34,12 @@ def make_scheduler(rank: StartedRank) -> Scheduler:
         layout=prompt_layout(rank.transport, config.csa),
         prefix_root=None if config.cache.no_prefix_caching else chain_root(config.csa),
         topology_spans=_topology_spans(rank.executor.prefill.sparse),
-        work=work,
+        layer_flops=layer_flops,
         crowd_threshold=crowd_threshold,
     )
 
 
-def _sp_thresholds(rank: StartedRank, work: LayerFlops) -> tuple[int, int]:
+def _sp_thresholds(rank: StartedRank, layer_flops: LayerFlops) -> tuple[int, int]:
     """In tokens, alone and where prompts come together: as given, else what the machine suggests. 0
     where a transport is forced: the user then wants to see it at work."""
     given, planner = rank.config.scheduler.sp_threshold, rank.executor.prefill.planner
@@ -48,7 +48,7 @@ def _sp_thresholds(rank: StartedRank, work: LayerFlops) -> tuple[int, int]:
         return given or 0, 0
     threshold = auto_threshold(
         planner,
-        work,
+        layer_flops,
         block_size=rank.config.cache.block_size,
         sp_size=sp_size,
         tp_size=rank.groups.tp.size,

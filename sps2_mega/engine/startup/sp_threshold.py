@@ -21,27 +21,29 @@ _LONGEST = 2**15  # tokens: a longer prompt is spread, whatever the links
 
 
 def auto_threshold(
-    planner: PrefillPlanner, work: LayerFlops, *, block_size: int, sp_size: int, tp_size: int
+    planner: PrefillPlanner, layer_flops: LayerFlops, *, block_size: int, sp_size: int, tp_size: int
 ) -> int:
     """Tokens: the least power of two of blocks for which all ranks together are faster than one."""
     num_blocks = sp_size
     while num_blocks * block_size < _LONGEST:
-        if _all_ranks_s(planner, work, num_blocks, block_size, sp_size, tp_size) < _one_rank_s(
-            planner, work, num_blocks * block_size, tp_size
-        ):
+        if _all_ranks_s(
+            planner, layer_flops, num_blocks, block_size, sp_size, tp_size
+        ) < _one_rank_s(planner, layer_flops, num_blocks * block_size, tp_size):
             break
         num_blocks *= 2
     return num_blocks * block_size
 
 
-def _one_rank_s(planner: PrefillPlanner, work: LayerFlops, num_tokens: int, tp_size: int) -> float:
+def _one_rank_s(
+    planner: PrefillPlanner, layer_flops: LayerFlops, num_tokens: int, tp_size: int
+) -> float:
     """One layer, at the speed that was measured of attention."""
-    return work.flops(0, num_tokens) / tp_size / planner.machine.flops_per_s
+    return layer_flops.flops(0, num_tokens) / tp_size / planner.machine.flops_per_s
 
 
 def _all_ranks_s(
     planner: PrefillPlanner,
-    work: LayerFlops,
+    layer_flops: LayerFlops,
     num_blocks: int,
     block_size: int,
     sp_size: int,
@@ -60,5 +62,5 @@ def _all_ranks_s(
         window=planner.window,
     )
     attention = choose(shape, planner.machine, planner.candidates, overlap=planner.overlap)
-    linear = num_tokens * work.token_flops / tp_size / sp_size / planner.machine.flops_per_s
+    linear = num_tokens * layer_flops.token_flops / tp_size / sp_size / planner.machine.flops_per_s
     return attention.estimates[0].seconds + linear

@@ -36,7 +36,7 @@ from sps2_mega.types import PrefillItem
 _LOGITS_BYTES = 32 * 2**20
 
 
-def prompt_logprobs_of(
+def compute_prompt_logprobs(
     model: GPT,
     hidden_T1C: Tensor,
     items: Sequence[PrefillItem],
@@ -137,11 +137,11 @@ def _packed_rows(
         rows_at_once = max(1, _LOGITS_BYTES // (4 * max(1, model.vocab_shard)))
     parts = [torch.empty(0, 1 + 2 * num_top, dtype=torch.float64)]
     for rows, following in zip(
-        rows_T.split(rows_at_once), following_T.split(rows_at_once), strict=True
+        torch.split(rows_T, rows_at_once), torch.split(following_T, rows_at_once), strict=True
     ):
         logits_RV, first_id = model.shard_logits(hidden_T1C.index_select(0, rows))
         own_RF = _summary(logits_RV, first_id, following, num_top)
-        all_RPF = all_gather_last_dim(own_RF, tp).unflatten(-1, (tp.size, -1))
+        all_RPF = all_gather_last_dim(own_RF, tp).reshape(len(rows), tp.size, own_RF.shape[1])
         # Waits for the device, which bounds the logits that exist; results are small, and wanted
         # there anyway.
         parts.append(_merged(all_RPF, num_top).cpu())

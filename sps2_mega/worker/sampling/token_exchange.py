@@ -1,18 +1,48 @@
-"""Giving every rank all tokens that a step sampled: each rank sampled some of the sequences, all
-know which."""
+"""Sampling of a step on all ranks: each SP rank samples the rows it has, then all get all tokens.
+
+Every rank runs the same plan, so it knows which sequences each rank samples: no sizes travel.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from sps2_mega.comm.collectives import all_gather_rows
 from sps2_mega.logprobs import TokenLogprob
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.types import StepOutput
+from sps2_mega.worker.sampling.sampling_states import SamplingStates
 
 _FAILED = -1.0  # on the wire, for a row without a token
+
+
+def sample_step(
+    states: SamplingStates,
+    logits_RV: Tensor,
+    items_by_rank: Sequence[Sequence[int]],
+    seq_ids: Sequence[int],
+    next_positions: Sequence[int],
+    groups: ParallelGroups,
+) -> StepOutput:
+    """Sample this rank's rows of a step, and return the tokens of all ranks.
+
+    `logits_RV` has a row for each entry of `items_by_rank[this SP rank]`; entries are indices of
+    `seq_ids`, the step's sequences, and of `next_positions`, where their new tokens go.
+    """
+    mine = items_by_rank[groups.sp.rank]
+    own = StepOutput(
+        *states.draw(
+            logits_RV,
+            [seq_ids[index] for index in mine],
+            [next_positions[index] for index in mine],
+        ).tokens()
+    )
+    if groups.sp.size == 1:
+        return own
+    return exchange_tokens(own, items_by_rank, states.wanted_logprobs(seq_ids), groups)
 
 
 def exchange_tokens(

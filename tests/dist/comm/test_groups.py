@@ -3,6 +3,7 @@ ragged rows."""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -55,11 +56,26 @@ def test_members(tp, sp, levels):
     world = tp * sp
     results = run_ranks(members_on_rank, world, free_port(), tp, sp, levels)
     topology = build_topology(tp=tp, sp=sp, sp_levels=levels, nodes=["host"] * world)
-    expected = [topology.tp_groups(), topology.sp_groups(), [list(range(world))]]
-    expected += [topology.level_groups(level) for level in range(len(topology.sp_levels))]
+    expected = [tp_groups(topology), topology.sp_groups(), [list(range(world))]]
+    expected += [level_groups(topology, level) for level in range(len(topology.sp_levels))]
     for rank, found in enumerate(results):
         for listed, groups in zip(found, expected, strict=True):
             assert listed == next(group for group in groups if rank in group)
+
+
+def tp_groups(topology):
+    return [[s * topology.tp + t for t in range(topology.tp)] for s in range(topology.sp)]
+
+
+def level_groups(topology, level):
+    """World ranks that differ in coordinate `level` of their SP rank only."""
+    stride, size = math.prod(topology.sp_levels[:level]), topology.sp_levels[level]
+    return [
+        [sp_group[first + i * stride] for i in range(size)]
+        for sp_group in topology.sp_groups()
+        for first in range(topology.sp)
+        if first // stride % size == 0
+    ]
 
 
 def disagree_on_rank(rank, port):

@@ -1,10 +1,8 @@
-"""Block tables: where a position is, which runs a rank holds, at partly full last blocks too."""
+"""Block tables: the order of blocks, and the blocks of each rank."""
 
-import itertools
 import time
 
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sps2_mega.kv_cache.block_table import BlockTable
@@ -16,13 +14,10 @@ def table_of(block_size: int, *blocks: tuple[int, int]) -> BlockTable:
     return table
 
 
-def test_locates_positions_and_refuses_those_outside():
+def test_a_table_knows_its_blocks_in_order():
     table = table_of(4, (0, 7), (0, 2), (1, 9))
-    assert [table.locate(p) for p in (0, 3, 4, 11)] == [(0, 7, 0), (0, 7, 3), (0, 2, 0), (1, 9, 3)]
+    assert (list(table.ranks), list(table.block_ids)) == ([0, 0, 1], [7, 2, 9])
     assert (table.num_blocks, table.capacity, table.last_rank) == (3, 12, 1)
-    for position in (-1, 12):
-        with pytest.raises(AssertionError, match=f"position {position} is outside the 12 tokens"):
-            table.locate(position)
 
 
 def test_local_views_follow_appends():
@@ -31,30 +26,14 @@ def test_local_views_follow_appends():
     assert list(table.local_blocks(5)) == []
     table.append(0, 3)
     assert list(table.local_blocks(0)) == [(0, 7), (1, 2), (3, 3)]
-    assert table.local_runs(0, 14) == [(0, 8), (12, 14)]
-    assert table.local_runs(1, 14) == [(8, 12)]
-    assert table.local_runs(0, 12) == [(0, 8)]
-    assert table.local_runs(0, 3) == [(0, 3)]
-    assert table.local_runs(2, 14) == []
-    with pytest.raises(AssertionError, match=r"num_tokens \(17\)"):
-        table.local_runs(0, 17)
 
 
-@settings(deadline=None)  # the machine may be busy
-@given(
-    st.integers(1, 5),
-    st.lists(st.integers(0, 3), max_size=20),
-    st.data(),
-)
-def test_runs_equal_a_walk_over_all_positions(block_size, ranks, data):
-    table = table_of(block_size, *[(rank, 100 + i) for i, rank in enumerate(ranks)])
-    num_tokens = data.draw(st.integers(0, table.capacity))
+@given(st.lists(st.integers(0, 3), max_size=20))
+def test_local_blocks_equal_a_walk_over_all_blocks(ranks):
+    table = table_of(2, *[(rank, 100 + i) for i, rank in enumerate(ranks)])
     for rank in range(4):
-        positions = [p for p in range(num_tokens) if table.locate(p)[0] == rank]
-        runs = table.local_runs(rank, num_tokens)
-        assert [p for start, end in runs for p in range(start, end)] == positions
-        assert all(a[1] < b[0] for a, b in itertools.pairwise(runs)), "neighbours not merged"
-        assert table.num_local_tokens(rank, num_tokens) == len(positions)
+        walked = [(i, 100 + i) for i, owner in enumerate(ranks) if owner == rank]
+        assert list(table.local_blocks(rank)) == walked
 
 
 def test_decode_steps_do_not_walk_a_long_table():
@@ -65,11 +44,8 @@ def test_decode_steps_do_not_walk_a_long_table():
     def steps(num_steps: int) -> float:
         start = time.perf_counter()
         for step in range(num_steps):
-            position = table.capacity
             table.append(step % 2, step)
-            table.locate(position)
             table.local_blocks(0)
-            table.num_local_tokens(1, position + 1)
         return (time.perf_counter() - start) / num_steps
 
     # A walk over 65536 entries takes milliseconds; these are a handful of list operations.

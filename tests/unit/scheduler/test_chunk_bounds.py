@@ -3,7 +3,7 @@ each other in time."""
 
 import pytest
 
-from sps2_mega.scheduler.chunk_bounds import CELLS, chunk_lengths
+from sps2_mega.scheduler.chunk_bounds import CHUNKS, chunk_lengths
 from sps2_mega.scheduler.layer_flops import LayerFlops
 from sps2_mega.scheduler.step_times import StepTimeModel
 
@@ -11,10 +11,10 @@ WORK = LayerFlops(num_layers=4, token_flops=1000, pair_flops=1)
 
 
 def known(seconds_per_flop=1e-8) -> StepTimeModel:
-    pace = StepTimeModel(WORK)
+    step_times = StepTimeModel(WORK)
     for end in (100, 1000, 10_000):
-        pace.computed_chunks([(0, 0, end)], WORK.flops(0, end) * seconds_per_flop)
-    return pace
+        step_times.computed_chunks([(0, 0, end)], WORK.flops(0, end) * seconds_per_flop)
+    return step_times
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 20_001), (96, 97), (160, 9999), (0, 48)])
@@ -27,11 +27,11 @@ def test_cells_cover_the_prompt_and_grow_shorter(start, end):
 
 
 def test_cells_take_their_share_of_a_slice():
-    pace, room_s = known(), 0.1
+    step_times, room_s = known(), 0.1
     position = 0
-    for length in chunk_lengths(pace, 0, 20_000, room_s, unit=16, at_first=32)[:-1]:
-        seconds = pace.chunk_s(0, position, position + length)
-        assert 0.6 * room_s / CELLS < seconds < 1.1 * room_s / CELLS
+    for length in chunk_lengths(step_times, 0, 20_000, room_s, unit=16, at_first=32)[:-1]:
+        seconds = step_times.chunk_s(0, position, position + length)
+        assert 0.6 * room_s / CHUNKS < seconds < 1.1 * room_s / CHUNKS
         position += length
 
 

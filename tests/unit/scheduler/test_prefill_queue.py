@@ -31,7 +31,7 @@ class Machine:
             sp_size=sp_size,
             max_model_len=200_000,
             vocab_size=100,
-            work=WORK,
+            layer_flops=WORK,
             crowd_threshold=crowd_threshold,
             prefix_root=prefix_root,
         )
@@ -79,7 +79,7 @@ class Machine:
         assert self.scheduler.plan(self.now) is None  # idle: all blocks are back
 
     def warm_up(self):
-        """One prompt of each size, so that the pace is known."""
+        """One prompt of each size, so that step times are known."""
         for length in (16, 64, 256, 1000, 4000):
             self.add(length)
             self.run()
@@ -171,7 +171,7 @@ def test_a_long_prompt_is_not_starved_by_a_stream_of_short_ones(overtake):
     machine = Machine(overtake=overtake)
     machine.warm_up()
     long = machine.add(6000)
-    own_s = machine.scheduler._pace.prompt_s(0, 6000)
+    own_s = machine.scheduler._step_times.prompt_s(0, 6000)
     overtaking = []
     while not long.token_times:
         if machine.scheduler.num_waiting < 3:
@@ -274,7 +274,7 @@ def test_short_prompts_lie_on_one_rank_each_and_long_ones_on_all():
     lengths = (50, 99, 99, 20, 100, 1)
     machine.add(16)
     machine.run()
-    machine.scheduler._pace.computed(10**6, 1e-3)  # so that all fit into one group
+    machine.scheduler._step_times.computed(10**6, 1e-3)  # so that all fit into one group
     for length in lengths:
         machine.add(length)
     ranks = [set(item.block_ranks) for item in machine.step().prefills]

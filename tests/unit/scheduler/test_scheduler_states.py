@@ -74,7 +74,7 @@ class SchedulerHistories(RuleBasedStateMachine):
             layout=layout,
             prefix_root=b"settings" if sharing else None,
             topology_spans=spans_of,
-            work=LayerFlops(num_layers=LAYERS, token_flops=1000, pair_flops=10),
+            layer_flops=LayerFlops(num_layers=LAYERS, token_flops=1000, pair_flops=10),
         )
         self.now, self.waited = 0.0, 0
         self.chunk_tokens, self.sharing, self.spans_of = chunk_tokens, sharing, spans_of

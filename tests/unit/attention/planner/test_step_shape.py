@@ -29,7 +29,6 @@ def test_two_sequences_one_of_them_cached():
     assert shape.queries == (6, 6, 0)
     assert shape.keys == (7, 6, 4)
     assert shape.pairs == ((10 + 3 + 2, 0, 2 * 4), (6 * 4, 21, 0), (0, 0, 0))
-    assert shape.cached_share == 5 / 17
     # Rank 0: 4 queries of sequence 0 against their own block, 2 of sequence 1 against 4 cached keys
     # on rank 2, one cached key beside them, and themselves.
     assert shape.calls == ((3, 0, 1), (1, 1, 0), (0, 0, 0))

@@ -1,4 +1,4 @@
-"""Shipments bring every token's every head to where the decode pool wants it, whatever the shapes
+"""Transfers bring every token's every head to where the decode pool wants it, whatever the shapes
 of both pools."""
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def test_every_head_of_every_token_arrives_once_where_it_belongs(step, num_chunk
             target = targets[transfer.dst - decode.first]
             assert not target[manifest.slots, kept].any(), "something arrives twice"
             target[manifest.slots, kept] = pool[transfer.slots, sent]
-            for number, num_cells, total in manifest.transfers:
-                complete[number, transfer.dst, total] += num_cells
+            for number, num_entries, total in manifest.handoffs:
+                complete[number, transfer.dst, total] += num_entries
     expected = {rank: np.zeros_like(target) for rank, target in targets.items()}
     for item, destination in items:
         for position in range(destination.first, item.end):
@@ -164,9 +164,9 @@ def test_every_head_of_every_token_arrives_once_where_it_belongs(step, num_chunk
         assert np.array_equal(target, expected[rank])
     # What a receiver counts ends exactly when all is there, on exactly those ranks that the driver
     # waits for.
-    assert all(cells == total for (_, _, total), cells in complete.items())
+    assert all(entries == total for (_, _, total), entries in complete.items())
     for item, destination in items:
-        told = {dst for transfer, dst, _ in complete if transfer == destination.transfer}
+        told = {dst for handoff, dst, _ in complete if handoff == destination.handoff}
         waited = receiving_ranks(destination, item.end, decode=decode, block_size=block_size)
         assert sorted(told) == sorted(waited)
 

@@ -68,7 +68,7 @@ def test_frames_arrive_as_they_were_sent():
     again, destinations, cuts = frames.decode_prefill(payload)
     assert again == plan and cuts == []
     destination = destinations[1]
-    assert (destination.transfer, destination.first) == (6, 2)
+    assert (destination.handoff, destination.first) == (6, 2)
     assert list(destination.placement.block_ranks) == [1, 0]
     assert list(destination.placement.block_ids) == [3, 5]
 
