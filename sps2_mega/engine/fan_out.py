@@ -1,4 +1,4 @@
-"""From a request to its sequences: one for each of its n samples, each with a seed of its own."""
+"""Sequences of a request: one for each of its n samples, each with a seed of its own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ def fan_out(
     default_seed: int,
     arrival_time: float,
 ) -> list[Sequence]:
-    """The n sequences of a request, numbered from `first_seq_id`; `max_len` tokens are the longest
-    prompt plus output. Without a seed of its own a request gets one from `default_seed` and its
-    name. Only the first one's prompt is scored: all have the same."""
+    """Sequences of a request's n samples, numbered from `first_seq_id`.
+
+    A request without a seed gets one derived from `default_seed` and its id. All samples have the
+    same prompt, so only the first one scores it.
+
+    Args:
+        request_id: name of the request.
+        prompt_token_ids: shared by all samples, not copied.
+        params: of the request.
+        first_seq_id: id of the first sample.
+        max_len: longest prompt plus output, in tokens.
+        default_seed: the job's seed.
+        arrival_time: seconds of time.monotonic().
+    """
     seed = params.seed
     if seed is None:
         seed = derive_seed_from_text(default_seed, request_id)

@@ -35,8 +35,10 @@ class Follower:
 
 
 def execute_step(rank: StartedRank, plan: StepPlan, launched: Launched | None = None) -> StepOutput:
-    """Run this rank's part of a step, or finish what was launched of it; the watchdog knows of the
-    step meanwhile, and the trace has it afterwards."""
+    """Run this rank's part of a step, or finish what was launched of it.
+
+    The watchdog follows the step meanwhile; its prefill events are in the trace afterwards.
+    """
     rank.watchdog.step_begin(plan.step, plan.mode.name.lower())
     if launched is None:
         output = rank.executor.execute(plan)

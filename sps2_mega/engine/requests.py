@@ -1,4 +1,4 @@
-"""Ledger of a job's requests, from admission to the answer, for engines with and without decode ranks.
+"""Ledger of a job's requests, from admission to the answer; engines of both kinds keep one.
 
     add -> samples, for the engine to schedule
     a token of a step -> stop strings, streamed text, counts -> end -> output of the request
@@ -158,7 +158,8 @@ class RequestLedger:
         return sequence.finish_reason
 
     def end(self, sequence: Sequence) -> list[RequestOutput]:
-        """Close a sequence that has ended: the output of its request, if this was the last sample."""
+        """Close a sequence that has ended, and return its request's output if it was the last
+        sample."""
         del self._sequences[sequence.seq_id]
         output = self._outputs.finished(sequence)
         if output is None:

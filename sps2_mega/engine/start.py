@@ -1,4 +1,4 @@
-"""Construct what a rank does in the job: the engine that takes requests on rank 0, a worker elsewhere.
+"""Construct a rank's part in the job: the engine that takes requests, or a worker.
 
                  without decode ranks   with decode ranks
 rank 0           Engine                 DisaggregatedEngine
@@ -80,7 +80,8 @@ def worker_of(rank: StartedRank) -> Worker:
 
 
 def settle() -> None:
-    """Exempt all objects of now from garbage collection, in a process that only serves from here on.
+    """Freeze the garbage collector's view of all objects, in a process that only serves from here
+    on.
 
     There are some 300,000 objects, mostly of imported libraries, and looking through them stops a
     step for 0.1 s.

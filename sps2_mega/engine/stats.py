@@ -22,9 +22,9 @@ class KVUse:
 class EngineStats:
     """Snapshot of an engine.
 
-    Token counts are cumulative: `prompt_tokens` were computed, `cached_tokens` of prompts were found
-    in the cache. `kv_usage` is the used share of all blocks in [0, 1]; `kv_pools` has one entry per
-    rank pool, one or two. `prefill_comm` is rank 0's communication in all prefill steps. `num_steps`
+    Token counts are cumulative: `prompt_tokens` were computed, `cached_tokens` were found in the
+    cache. `kv_usage` is the used share of all blocks in [0, 1]; `kv_pools` has one entry per rank
+    pool, one or two. `prefill_comm` is rank 0's communication in all prefill steps. `num_steps`
     counts the steps that sampled a token; `last_waits` are the waits that the last of them ended.
     """
 

@@ -1,5 +1,4 @@
-"""When a request is refused, and when a sequence is over: pure functions of a sequence and the
-limits.
+"""Refusal of sequences, and the end of sequences: pure functions of a sequence and the limits.
 
 Decides nothing about order or blocks; the scheduler calls both.
 """
@@ -14,8 +13,7 @@ from sps2_mega.types import FinishReason, Sequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What every sequence must respect. `cache_tokens` is what an otherwise empty KV cache
-    holds."""
+    """Limits of every sequence. `cache_tokens` is the capacity of an otherwise empty KV cache."""
 
     max_model_len: int
     cache_tokens: int
@@ -30,7 +28,7 @@ class Limits:
 
 
 def refusal(sequence: Sequence, limits: Limits) -> Refusal | None:
-    """Why this sequence could never run, even alone; None when it can.
+    """Reason why a sequence could never run, even alone; None when it can.
 
     A prompt must leave room for one new token, unless none is wanted. With `params.max_tokens`
     given, all of those tokens must fit the cache (cut at `max_model_len`); without, the sequence
@@ -54,7 +52,7 @@ def refusal(sequence: Sequence, limits: Limits) -> Refusal | None:
 
 
 def finish_reason(sequence: Sequence, limits: Limits) -> FinishReason | None:
-    """Why a sequence ends with its last output token; None when it goes on.
+    """Reason why a sequence ends with its last output token; None when it goes on.
 
     An end-of-sequence or stop token ends it from `min_tokens` output tokens on.
     """

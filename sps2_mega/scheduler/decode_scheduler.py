@@ -1,17 +1,18 @@
-"""What the decode pool does next: room for sequences that will come, and steps for those that are
-there.
+"""Scheduler of the decode pool: reserves blocks for sequences to come, and plans steps of the
+others.
 
-Made of the parts that `engine.scheduler` is made of (ledger, prefix sharing, admission) but without
-prefills of its own: a sequence gets its blocks, waits until the other pool has filled them, and is
-then decoded to its end. Pure Python without a clock or torch.
+Built from the parts of `scheduler` (ledger, prefix sharing, admission) but without prefills of its
+own: a sequence gets its blocks, waits until the prefill pool has filled them, and is then decoded
+to its end. Pure Python without a clock or torch.
 
     add -> waiting --reserve--> receiving --start--> running --commit--> over
               ^                                         |
-              '---------------- preempt ----------------'    (what it has is computed anew on the other pool)
+              '---------------- preempt ----------------'    (prefilled again by the prefill pool)
 
 Blocks are reserved in the order in which the prefill pool would compute (`prefill_queue`): the
 least arrival time + `overtake` * expected seconds of prefill first. So a short prompt does not wait
-behind a long one that finds no room, and who comes later than a prompt's key does not go before it.
+behind a long one that finds no room, and a sequence that arrives later than a prompt's key does not
+overtake it.
 """
 
 from __future__ import annotations
@@ -34,19 +35,17 @@ from sps2_mega.types import (
     StepPlan,
 )
 
-# So many prefill steps' worth of sequences have blocks before their keys come: what the other pool
-# can choose from.
+# Prefill steps' worth of sequences with reserved blocks: the prefill pool's choice.
 STEPS_AHEAD = 4
 
-# What ranks must know besides plans, in this order: a sequence that runs from now on, or one (its
-# id) that no longer does.
+# News for ranks besides plans, in order: a sequence that runs from now on, or the id of one that no
+# longer does.
 Change = PrefillItem | int
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Blocks for all tokens that a sequence has; the first `num_shared_tokens` of them are
-    cached."""
+    """Blocks for all tokens of a sequence; the first `num_shared_tokens` of them are cached."""
 
     sequence: Sequence
     block_ranks: list[int]
@@ -56,8 +55,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """`key`, in seconds: the least goes first, of equal ones who stands before the other in the
-    queue."""
+    """A waiting sequence. The least `key` (seconds) is served first, equal ones in queue order."""
 
     sequence: Sequence
     key: float
@@ -65,10 +63,10 @@ class _Waiting:
 
 class DecodeScheduler:
     """Blocks of a sequence that is being received stay its own until it is started or dropped:
-    nobody is preempted while somebody writes to its blocks.
+    nothing is preempted while the prefill pool writes to it.
 
-    `plan` and `commit` alternate; the others may come at any time between a commit and the next
-    plan.
+    `plan` and `commit` alternate; the other methods may be called at any time between a commit and
+    the next plan.
     """
 
     def __init__(
@@ -81,8 +79,8 @@ class DecodeScheduler:
         sp_size: int,
         prefix_root: bytes | None = None,
     ) -> None:
-        """`num_blocks` is per sp rank; `prefix_root` (`block_chain.chain_root`) switches prefix
-        sharing on."""
+        """`num_blocks` is per SP rank; `prefix_root` (`block_chain.chain_root`) enables prefix
+        sharing."""
         self._config, self._limits = config, limits
         self._ledger = BlockLedger(
             num_blocks=num_blocks, sp_size=sp_size, block_size=block_size, layout="contiguous"
@@ -98,30 +96,30 @@ class DecodeScheduler:
 
     @property
     def kv_used_per_rank(self) -> tuple[int, ...]:
-        """Blocks of each sp rank that sequences hold."""
+        """Blocks in use on each SP rank."""
         return self._ledger.used_per_rank
 
     def add(self, sequence: Sequence, *, prefill_s: float = 0.0) -> None:
-        """Queue a sequence whose tokens will be computed elsewhere, in about `prefill_s` seconds
-        (0: not known)."""
+        """Queue a sequence whose prefill elsewhere takes about `prefill_s` seconds (0: not
+        known)."""
         key = sequence.arrival_time + self._config.overtake * prefill_s
         self._waiting[sequence.seq_id] = _Waiting(sequence, key)
 
     def reserve(self) -> list[Reservation]:
-        """Blocks for those that wait, by their keys, as far as there is room and the other pool can
-        use it soon."""
+        """Reserve blocks for waiting sequences by their keys, as far as there is room and the
+        prefill pool can use them soon."""
         made: list[Reservation] = []
         for waiting in sorted(self._waiting.values(), key=lambda one: one.key):
             if self._num_admitted >= self._config.max_running:
                 break
             sequence = waiting.sequence
             if self._prefill_steps_ahead() >= STEPS_AHEAD:
-                break  # blocks that nobody fills for long are better used by those that run
+                break  # idle blocks are better used by running sequences
             prefix = None if self._sharing is None else self._sharing.look_up(sequence)
             if self._sharing is not None and prefix is None:
-                continue  # it comes when its prefix is there; the next one may go ahead
+                continue  # it waits for its prefix; the next one may overtake it
             shared = () if prefix is None else prefix.blocks
-            # One free block for each running sequence: without it somebody would soon be preempted.
+            # One free block per running sequence: without it one would soon be preempted.
             table = self._ledger.admit(
                 sequence.seq_id,
                 sequence.num_tokens,
@@ -145,8 +143,7 @@ class DecodeScheduler:
         return made
 
     def start(self, seq_id: int, token_id: int) -> None:
-        """All tokens of a received sequence are cached, and `token_id` follows them: it runs from
-        now on."""
+        """Let a received sequence run: all its tokens are cached, and `token_id` follows them."""
         reservation = self._receiving.pop(seq_id)
         sequence = reservation.sequence
         num_tokens = sequence.num_tokens
@@ -170,12 +167,13 @@ class DecodeScheduler:
         self._running[seq_id] = sequence
 
     def plan(self) -> StepPlan | None:
-        """One token for each running sequence that has room for it; None when there is nobody."""
+        """Plan one token for each running sequence that has room for it; None when there is
+        none."""
         items = []
         for seq_id in list(self._running):
             sequence = self._running.get(seq_id)
             if sequence is None:
-                break  # preempted in this loop, and all that are younger too
+                break  # preempted in this loop, like all younger ones
             position = sequence.num_tokens - 1
             new_block = None
             if position == self._ledger.table(seq_id).capacity:
@@ -189,13 +187,13 @@ class DecodeScheduler:
         return StepPlan(self._step, ForwardMode.DECODE, [], items, [])
 
     def take_changes(self) -> list[Change]:
-        """What ranks carry out before they execute the last plan."""
+        """Changes that ranks apply before they execute the last plan."""
         changes, self._changes = self._changes, []
         return changes
 
     def commit(self, plan: StepPlan, output: StepOutput) -> list[FinishReason | None]:
-        """Append the step's tokens; for each one why it was the last of its sequence, None where
-        that goes on."""
+        """Append the step's tokens; return the finish reason of each sequence, None where it goes
+        on."""
         assert plan.step == self._step, f"step {plan.step} is not the last plan"
         reasons = []
         for item, token_id in zip(plan.decodes, output.token_ids, strict=True):
@@ -212,8 +210,10 @@ class DecodeScheduler:
         return reasons
 
     def drop(self, seq_id: int) -> None:
-        """Forget a sequence in any state; one that is received must have nothing on the way any
-        more. Unknown ids are fine: it may have ended here before the other pool knew."""
+        """Forget a sequence in any state; nothing may be on the way to one that is being received.
+
+        Unknown ids are fine: a sequence may have ended here before the prefill driver knew.
+        """
         if self._receiving.pop(seq_id, None) is not None:
             self._ledger.release(seq_id)
             if self._sharing is not None:
@@ -224,8 +224,11 @@ class DecodeScheduler:
             self._sharing.ended(seq_id)
 
     def check_integrity(self) -> None:
-        """Recount sequences and blocks. Raises AssertionError when something was lost or is held
-        twice."""
+        """Recount sequences and blocks.
+
+        Raises:
+            AssertionError: something was lost or is held twice.
+        """
         self._ledger.check_integrity()
         waiting = set(self._waiting)
         holders = self._receiving.keys() | self._running.keys()
@@ -238,7 +241,8 @@ class DecodeScheduler:
             assert self._ledger.num_free == self._ledger.num_blocks, "KV cache blocks leaked"
 
     def _prefill_steps_ahead(self) -> float:
-        """A long prompt counts as one, so that short ones can overtake it."""
+        """Prefill steps' worth of reserved sequences. A long prompt counts as one step, so that
+        short ones can overtake it."""
         largest = self._config.max_prefill_tokens
         tokens = (reservation.sequence.num_tokens for reservation in self._receiving.values())
         return sum(min(count, largest) for count in tokens) / largest
@@ -248,9 +252,11 @@ class DecodeScheduler:
         return len(self._receiving) + len(self._running)
 
     def _grow_or_preempt(self, seq_id: int) -> tuple[int, int] | None:
-        """A new block, taken from the youngest running sequence if need be. None: `seq_id` itself
-        gave up its own, or waits for sequences that are on their way here and cannot be preempted
-        yet."""
+        """A new block, taken from the youngest running sequence if need be.
+
+        None: `seq_id` itself gave up its blocks, or waits for sequences that are being received and
+        cannot be preempted yet.
+        """
         while True:
             new_block = self._ledger.grow(seq_id)
             if new_block is not None:
@@ -271,7 +277,7 @@ class DecodeScheduler:
         if self._sharing is not None:
             self._sharing.stopped(seq_id)
         sequence.num_preemptions += 1
-        # Before all others, whoever they are: its client is in the middle of an answer.
+        # Before all others: its client is in the middle of an answer.
         self._waiting[seq_id] = _Waiting(sequence, -math.inf)
         self._waiting.move_to_end(seq_id, last=False)
 

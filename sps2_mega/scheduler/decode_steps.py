@@ -1,8 +1,7 @@
-"""One more token for each running sequence: positions, new blocks, and who gives up blocks when
-none are left.
+"""One more token for each running sequence: positions, new blocks, and preemption when none is
+left.
 
-Decides nothing about when sequences decode (`scheduler`) nor which rank a new block is on
-(`kv_cache`).
+Decides nothing about when sequences decode (`scheduler`) nor the rank of a new block (`kv_cache`).
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ class DecodeSteps:
         self._states, self._ledger, self._prefills = states, ledger, prefills
 
     def plan(self) -> list[DecodeItem]:
-        """The next token of every sequence that is not prefilling; some may have to wait again
-        instead."""
+        """Next token of every sequence that is not prefilling; some may be preempted instead."""
         items = []
         # Oldest first, so that it is never preempted for a younger one.
         for seq_id in list(self._states.running):
             sequence = self._states.running.get(seq_id)
             if sequence is None:
-                break  # preempted in this loop, and all that are younger too
+                break  # preempted in this loop, like all younger ones
             if self._states.is_prefilling(seq_id):
                 continue
             position = sequence.num_tokens - 1
@@ -40,7 +38,7 @@ class DecodeSteps:
         return items
 
     def _grow_or_preempt(self, seq_id: int) -> tuple[int, int] | None:
-        """A new block, taken from the youngest if need be; None when `seq_id` itself is the
+        """A new block, taken from the youngest sequence if need be; None when `seq_id` is the
         youngest."""
         while True:
             new_block = self._ledger.grow(seq_id)

@@ -1,5 +1,7 @@
-"""Steps of policy `sarathi`: all running decodes, filled up with chunks of prompts (Sarathi-Serve,
-arXiv 2403.02310)."""
+"""Steps of policy `sarathi`: all running decodes, filled up with chunks of prompts.
+
+The policy is that of Sarathi-Serve (arXiv 2403.02310).
+"""
 
 from __future__ import annotations
 

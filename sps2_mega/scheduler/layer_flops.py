@@ -1,5 +1,4 @@
-"""How much one layer has to compute for some tokens of a prompt: pure counts from ModelConfig, no
-seconds."""
+"""FLOPs of one layer for some tokens of a prompt: pure counts from ModelConfig, no seconds."""
 
 from __future__ import annotations
 
@@ -10,8 +9,11 @@ from sps2_mega.config import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFlops:
-    """FLOPs of one layer on all ranks together: `token_flops` for each token in projections and
-    feed-forward layers, `pair_flops` for each key that a query sees, over all heads."""
+    """FLOPs of one layer on all ranks together.
+
+    `token_flops` are spent on each token in projections and feed-forward layers, `pair_flops` on
+    each key that a query sees, over all heads.
+    """
 
     num_layers: int
     token_flops: int
@@ -19,6 +21,7 @@ class LayerFlops:
 
     @classmethod
     def of(cls, model: ModelConfig) -> LayerFlops:
+        """Counts of a model."""
         heads = 2 * model.num_heads + 2 * model.num_kv_heads
         params = model.hidden_size * heads * model.head_dim
         params += (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
@@ -29,7 +32,9 @@ class LayerFlops:
         )
 
     def flops(self, start: int, end: int) -> int:
-        """Of tokens [start, end) of a prompt, each of which sees all tokens up to itself. Sparse
-        attention does less; how much less is left to whoever measures."""
+        """FLOPs of tokens [start, end) of a prompt, each of which sees all tokens up to itself.
+
+        Sparse attention does less; how much less is left to measurements.
+        """
         pairs = (end * (end + 1) - start * (start + 1)) // 2
         return (end - start) * self.token_flops + pairs * self.pair_flops

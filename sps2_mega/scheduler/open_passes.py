@@ -1,4 +1,4 @@
-"""Which prefill passes are between two of their slices, and whether they will be completed."""
+"""Prefill passes between two of their slices, and whether they will be completed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sps2_mega.types import StepPlan
 
 
 class OpenPasses:
-    """What the scheduler's plans say of passes that run in slices of layers; no other passes stay
+    """Follows the scheduler's plans of passes that run in slices of layers; no other passes stay
     open."""
 
     def __init__(self, num_layers: int) -> None:
@@ -16,7 +16,7 @@ class OpenPasses:
         self._members: dict[int, set[int]] = {}  # sequences by pass
 
     def planned(self, plan: StepPlan) -> None:
-        """The next step is this one."""
+        """Record the next step."""
         for pass_id in plan.dropped:
             self._members.pop(pass_id, None)
         if plan.layers is None:
@@ -27,7 +27,7 @@ class OpenPasses:
             self._members.pop(plan.layers.pass_id, None)
 
     def goes_on(self, seq_id: int, alive: Container[int]) -> bool:
-        """Whether the pass of a sequence that is over is completed: for one of its others, which is
-        alive."""
+        """Whether the open pass of an ended sequence is completed, for the sake of another one in
+        `alive`."""
         members = next((m for m in self._members.values() if seq_id in m), set())
         return any(member in alive for member in members)

@@ -1,8 +1,8 @@
 """StepPlan <-> bytes, so that one broadcast carries it: msgpack of nested lists, nothing
 executable.
 
-Of a prompt that is computed in chunks, or behind a long cached prefix, only those tokens travel
-that the step reads.
+Of a prompt that is computed in chunks, or behind a long cached prefix, only the tokens that the
+step reads are sent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _PARAM_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def encode(plan: StepPlan) -> bytes:
-    """Token and block lists travel as 64-bit integers: a prompt of a million tokens is 8 MB."""
+    """Bytes of a plan. Token and block lists are 64-bit integers: a prompt of a million tokens is 8
+    MB."""
     reads = [_tokens_read(item) for item in plan.prefills]
     prefills = [
         (
@@ -65,7 +66,7 @@ def encode(plan: StepPlan) -> bytes:
 
 
 def decode(payload: bytes) -> StepPlan:
-    """The plan again; tokens that the step does not read are NOT_SENT."""
+    """Plan from bytes; tokens that the step does not read are NOT_SENT."""
     step, mode, prefills, decodes, released, layers, dropped = msgpack.unpackb(
         payload, use_list=False
     )
@@ -110,8 +111,10 @@ def decode(payload: bytes) -> StepPlan:
 
 
 def _tokens_read(item: PrefillItem) -> range:
-    """Positions whose tokens other ranks need: what they compute, where that is scored the next
-    one, and for penalties everything."""
+    """Positions whose tokens other ranks need.
+
+    These are the computed tokens, the next one where it is scored, and all of them for penalties.
+    """
     if item.samples and item.params.has_penalties:
         return range(len(item.token_ids))
     if item.params.prompt_logprobs is not None:

@@ -1,11 +1,10 @@
-"""Prompts that go through the model together, layer by layer; a long one alone, and through each
-layer in chunks.
-
-Decides nothing; which group goes on and how far is `prefill_queue`'s.
+"""Prompts that run through the model together, layer by layer; a long one alone and in chunks.
 
     group of short prompts    pass 7: layers 0-5 | decode | layers 5-12
     group of one long prompt  pass 8: layer 0, tokens 0-800 | decode | its tokens 800-1200, layer 1,
         tokens 0-400 | ...
+
+Decides nothing; `prefill_queue` chooses which group goes on, and how far.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from sps2_mega.types import LayerSlice, PrefillItem
 
 @dataclass(slots=True, kw_only=True)
 class PrefillGroup:
-    """`members` were admitted together; some may have ended since. `cuts`: positions, the last one
-    the end, where the layers of its only prompt may be cut; None: nowhere. Before its pass begins
-    `items` is empty.
+    """Sequences that were admitted together; some may have ended since.
 
-    `pass_id` is what ranks call the pass. It stands in `next_layer`, before token `next_token` (0:
-    at its beginning); `layer_s` are the seconds that one of its layers took last.
+    `cuts` are positions, the last one the end, at which the layers of its only prompt may be cut;
+    None: nowhere. `items` is empty until its pass begins.
+
+    Ranks know the pass as `pass_id`. It stands in `next_layer`, before token `next_token` (0: at
+    the layer's beginning); `layer_s` are the seconds that one of its layers took last.
     """
 
     members: list[types.Sequence]
@@ -38,7 +38,7 @@ class PrefillGroup:
 
     @property
     def arrival_time(self) -> float:
-        """The oldest member's."""
+        """Arrival of the oldest member."""
         return min(sequence.arrival_time for sequence in self.members)
 
     @property
@@ -51,11 +51,12 @@ class PrefillGroup:
         return self.next_layer > 0 or self.next_token > 0
 
     def begin_pass(self, pass_id: int, items: list[PrefillItem]) -> None:
+        """Set the items of the pass, which has no slice yet."""
         assert not self.items, f"pass {self.pass_id} is under way"
         self.items, self.pass_id = items, pass_id
 
     def slice_to(self, layer: int, token: int = 0) -> LayerSlice:
-        """From where the pass stands on, without tokens to sample."""
+        """Slice from where the pass stands, without sequences to sample."""
         return LayerSlice(
             self.pass_id,
             self.next_layer,

@@ -1,19 +1,18 @@
-"""Which prompts are prefilled next, together with which others, and how far in this step: groups in
-flight.
+"""Order and grouping of prefills: which prompts run next, with which others, and how far in this
+step.
 
-Decides order, grouping, and where layers of a long prompt are cut. Whose turn it is, prefill or
-decode, is the scheduler's; seconds are `step_times`'s. Without a model of step times every group goes through the model
-in one step, first come first served.
+Also decides where layers of a long prompt are cut. The scheduler decides between prefill and
+decode; seconds are predicted by `step_times`. Without predictions every group runs through the
+model in one step, first come first served.
 
 The key of a prompt or group is arrival time + `overtake` * expected seconds of prefill left; the
-least goes first. Keys do not grow with waiting, so who came later than a prompt's key does not go
-before it: nobody starves.
+least key runs first. Keys do not grow with waiting, so a prompt that arrives later than another's
+key does not overtake it: nothing starves.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, islice
@@ -22,18 +21,18 @@ from sps2_mega import types
 from sps2_mega.config import SchedulerConfig
 from sps2_mega.scheduler.chunk_bounds import chunk_lengths
 from sps2_mega.scheduler.prefill_group import PrefillGroup
+from sps2_mega.scheduler.prefill_slices import left_s, slice_within
 from sps2_mega.scheduler.prompt_placement import PromptPlacement
 from sps2_mega.scheduler.sequence_states import SequenceStates
 from sps2_mega.scheduler.step_times import StepTimeModel
 from sps2_mega.types import LayerSlice, PrefillItem
 
-# Groups on their way at a time: a long one, one that overtakes it, one that overtakes both. Each
+# Groups in progress at a time: a long one, one that overtakes it, one that overtakes both. Each
 # keeps hidden states.
 MAX_GROUPS = 3
-# Computing again costs everybody, waiting one request: and equal prompts must not be told apart by
-# a measurement.
+# Factor in favour of waiting: computing again delays every request, waiting only one. It also keeps
+# equal prompts together whatever the measurements.
 _PATIENCE = 2.0
-_SCRAP = 0.25  # of a slice's room
 
 
 class PrefillQueue:
@@ -62,9 +61,11 @@ class PrefillQueue:
     def next_slice(
         self, now: float, room_s: float, layer_room_s: float
     ) -> tuple[list[PrefillItem], LayerSlice | None] | None:
-        """The items that enter the model and the layers of the next step, as in StepPlan; None when
-        there is nothing to prefill. The step should take `room_s` seconds at most, a layer
-        `layer_room_s`."""
+        """Items that enter the model and layers of the next step, as in StepPlan; None without
+        prefills.
+
+        The step should take `room_s` seconds at most, a layer `layer_room_s`.
+        """
         group = self._choose(now, layer_room_s)
         if group is None:
             return None
@@ -75,7 +76,7 @@ class PrefillQueue:
         if self._step_times is None:
             self._end_pass(group)
             return items, None
-        planned = self._slice_within(group, self._step_times, room_s)
+        planned = slice_within(group, self._step_times, room_s)
         self._running = group, planned
         if planned.end < self._step_times.layer_flops.num_layers:
             group.next_layer, group.next_token = planned.end, planned.end_token
@@ -88,15 +89,14 @@ class PrefillQueue:
         return [], replace(planned, sampled=sampled)
 
     def planned(self) -> list[int]:
-        """Call when the plan is made, its released sequences included; returns the passes that
-        ranks forget."""
+        """Close the plan, its released sequences included; return the passes that ranks forget."""
         self._states.let_go(self._finished)
         self._finished = []
         dropped, self._dropped = self._dropped, []
         return dropped
 
     def executed(self, seconds: float) -> None:
-        """The step with the last slice took so long."""
+        """Record the seconds of the step with the last slice."""
         if self._running is None or self._step_times is None:
             return
         group, planned = self._running
@@ -109,13 +109,14 @@ class PrefillQueue:
         self._step_times.computed(group.flops(self._step_times.layer_flops), group.layer_s)
 
     def ended(self, seq_id: int) -> None:
-        """A sequence is over. With its last member a group goes, too."""
+        """Forget a sequence that is over, and its group with the last member."""
         group = self._group_of(seq_id)
         if group is not None and not any(map(self._states.is_prefilling, group.seq_ids)):
             self._drop(group)
 
     def preempt(self, seq_id: int) -> bool:
-        """Send the group of a prefilling sequence back to the waiting; False where it has none."""
+        """Send the group of a prefilling sequence back to the waiting ones; False where it has
+        none."""
         group = self._group_of(seq_id)
         if group is None:
             return False
@@ -126,7 +127,11 @@ class PrefillQueue:
         return True
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when a sequence is lost or in two groups."""
+        """Check that each prefilling sequence is in one group.
+
+        Raises:
+            AssertionError: one is lost or in two groups.
+        """
         members = [member for group in self._groups for member in group.seq_ids]
         assert len(members) == len(set(members)), "a sequence is in two prefill groups"
         prefilling = {sequence.seq_id for sequence in self._states.prefilling}
@@ -145,12 +150,12 @@ class PrefillQueue:
         return first
 
     def _form(self, now: float, layer_room_s: float, before: float) -> PrefillGroup | None:
-        """A group of waiting prompts whose key, and all of theirs, is less than `before`: as many
-        as one step may take, or one of any length."""
+        """A group of waiting prompts whose keys, and its own, are less than `before`: as many as
+        one step may take, or one of any length."""
         members: list[types.Sequence] = []
         budget, num_new = float(self._config.max_prefill_tokens), 0
         load = [0] * self._placement.sp_size
-        left_s = 0.0
+        group_s = 0.0
         order = list(islice(self._order(), self._config.max_running))
         longest_whole = self._placement.longest_whole(
             (sequence.num_tokens for sequence in order), self._config.max_prefill_tokens
@@ -162,7 +167,7 @@ class PrefillQueue:
             missing = sequence.num_tokens - start
             seconds = self._prompt_s(start, sequence.num_tokens)
             oldest = min([sequence.arrival_time, *(other.arrival_time for other in members)])
-            late = self._weighted(oldest, left_s + seconds) >= before
+            late = self._weighted(oldest, group_s + seconds) >= before
             if late or self._weighted(sequence.arrival_time, seconds) >= before:
                 break
             chunks = self._chunks(start, sequence.num_tokens, layer_room_s)
@@ -174,7 +179,7 @@ class PrefillQueue:
             if not self._states.admit(sequence, prefix, now, spread):
                 break
             members.append(sequence)
-            num_new, left_s = num_new + missing, left_s + seconds
+            num_new, group_s = num_new + missing, group_s + seconds
             if chunks is not None:
                 return PrefillGroup(
                     members=members, cuts=list(accumulate(chunks, initial=start))[1:]
@@ -197,26 +202,18 @@ class PrefillQueue:
     def _key(self, group: PrefillGroup) -> float:
         return self._weighted(group.arrival_time, self._left_s(group))
 
+    def _left_s(self, group: PrefillGroup) -> float:
+        assert self._step_times is not None, "groups stay only where they are interrupted"
+        return left_s(group, self._step_times)
+
     def _worth_waiting(self, filler: types.Sequence, start: int, end: int) -> bool:
-        """Not for a long prompt that is interrupted, if it takes far longer than to compute the
-        shared tokens again."""
+        """Whether to wait for a prefix that `filler` computes.
+
+        Not for a long prompt that is interrupted, if it takes far longer than to compute the shared
+        tokens again.
+        """
         group = self._group_of(filler.seq_id)
         return group is None or self._left_s(group) <= _PATIENCE * self._prompt_s(start, end)
-
-    def _left_s(self, group: PrefillGroup) -> float:
-        """Expected seconds of the layers to go; of the one that was cut, of the tokens to go."""
-        assert self._step_times is not None, "groups stay only where they are interrupted"
-        layer_flops = self._step_times.layer_flops
-        layer_s = self._layer_s(group, group.flops(layer_flops))
-        if layer_s is None:
-            return 0.0
-        done = 0.0
-        if group.next_token:
-            (item,) = group.items
-            done = layer_flops.flops(item.start, group.next_token) / layer_flops.flops(
-                item.start, item.end
-            )
-        return (layer_flops.num_layers - group.next_layer - done) * layer_s
 
     def _weighted(self, arrival_time: float, seconds: float) -> float:
         return arrival_time + self._config.overtake * seconds
@@ -225,7 +222,7 @@ class PrefillQueue:
         return 0.0 if self._step_times is None else self._step_times.prompt_s(start, end)
 
     def _chunks(self, start: int, end: int, layer_room_s: float) -> Sequence[int] | None:
-        """Between which a prompt's layers may be cut; None where it goes whole, a layer of it being
+        """Tokens of the chunks into which a prompt's layers may be cut; None where one layer is
         short enough."""
         if self._step_times is None:
             return None
@@ -242,7 +239,7 @@ class PrefillQueue:
         )
 
     def _tokens_within(self, layer_room_s: float) -> float:
-        """How many tokens of short prompts one layer may have."""
+        """Tokens of short prompts that one layer may have."""
         if self._step_times is None:
             return math.inf
         most = self._config.max_prefill_tokens
@@ -255,42 +252,6 @@ class PrefillQueue:
             for sequence in group.members
             if self._states.is_prefilling(sequence.seq_id)
         ]
-
-    def _slice_within(
-        self, group: PrefillGroup, step_times: StepTimeModel, room_s: float
-    ) -> LayerSlice:
-        """At least one layer or chunk, so that prefill gets on; one where nothing is known."""
-        if group.cuts is not None:
-            return self._chunks_within(group, group.cuts, step_times, room_s)
-        layer_s = self._layer_s(group, group.flops(step_times.layer_flops))
-        count = 1 if not layer_s else max(1, int(min(room_s / layer_s, 1e6)))
-        return group.slice_to(min(step_times.layer_flops.num_layers, group.next_layer + count))
-
-    def _chunks_within(
-        self, group: PrefillGroup, cuts: Sequence[int], step_times: StepTimeModel, room_s: float
-    ) -> LayerSlice:
-        """What is left of the layer, and further ones, as far as there is room; the next one is
-        begun only if there is room for more than a scrap."""
-        (item,) = group.items
-        layer, token = group.next_layer, group.next_token or item.start
-        left_s = room_s
-        while layer < step_times.layer_flops.num_layers:
-            end = step_times.furthest(left_s, layer, token, cuts[bisect_right(cuts, token) :])
-            seconds = step_times.chunk_s(layer, token, end)
-            fits = seconds is not None and max(seconds, _SCRAP * room_s) <= left_s
-            if layer > group.next_layer and not fits:
-                break
-            if end < item.end:
-                return group.slice_to(layer, end)
-            left_s -= seconds or left_s
-            layer, token = layer + 1, item.start
-        return group.slice_to(layer)
-
-    def _layer_s(self, group: PrefillGroup, flops: int) -> float | None:
-        """A pass that has begun says best how long its layers take."""
-        if group.layer_s is not None or self._step_times is None:
-            return group.layer_s
-        return self._step_times.layer_s(flops)
 
     def _end_pass(self, group: PrefillGroup) -> None:
         for item in group.items:

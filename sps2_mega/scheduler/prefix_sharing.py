@@ -1,8 +1,7 @@
-"""Which cached prefix a sequence takes over, and which sequences wait for one that is being
-computed.
+"""Cached prefixes that sequences take over, and sequences that wait for a prefix being computed.
 
 Decides when blocks become findable: after a step that gave their sequence a token, so never blocks
-of a sequence that fails. Where blocks are and which are evicted is `kv_cache`'s. Pure Python;
+of a sequence that fails. `kv_cache` decides where blocks are and which are evicted. Pure Python;
 digests of a prompt are made once, however often the sequence is looked at.
 """
 
@@ -16,14 +15,14 @@ from sps2_mega.kv_cache.block_chain import extend_chain
 from sps2_mega.kv_cache.ledger import BlockLedger
 from sps2_mega.kv_cache.prefix_cache import CachedBlock, Spans
 
-# Of (a running sequence, start, end): whether to wait until it has computed the tokens [start, end)
-# of another one too.
+# (running sequence, start, end) -> whether to wait until it has computed the tokens [start, end),
+# which another sequence needs too.
 WorthWaiting = Callable[[types.Sequence, int, int], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What a sequence begins with: blocks to share (maybe none), and the CSA spans it uses."""
+    """Start of a sequence: blocks to share (maybe none), and the CSA spans it uses."""
 
     blocks: Sequence[CachedBlock]
     spans: Spans
@@ -50,7 +49,7 @@ class PrefixSharing:
         topology_spans: Callable[[int], tuple[int, ...]] | None,
     ) -> None:
         """`root` stands for the attention settings (`block_chain.chain_root`). `topology_spans`
-        gives the CSA spans of a prompt length where they come from the ranks; None: they are
+        gives the CSA spans of a prompt length where they follow from the topology; None: they are
         configured, or nothing is sparse."""
         self._ledger, self._root, self._topology_spans = ledger, root, topology_spans
         self._chains: dict[int, list[bytes]] = {}
@@ -62,18 +61,21 @@ class PrefixSharing:
     def look_up(
         self, sequence: types.Sequence, worth_waiting: WorthWaiting = lambda *_: True
     ) -> Prefix | None:
-        """What a waiting sequence can begin with now; None when a running one is about to make
-        more of it findable and that is worth waiting for. At least one token is always left to
-        compute."""
+        """Prefix with which a waiting sequence can begin now; at least one token is always left to
+        compute.
+
+        None when a running sequence is about to make more of it findable and that is worth waiting
+        for.
+        """
         if self._waits_for.get(sequence.seq_id) in self._filling:
-            # Chunks of a long prompt take many steps; the verdict is the same in all of them.
+            # Chunks of a long prompt take many steps; the answer is the same in all of them.
             return None
         chain = self._chain(sequence)
         usable = chain[: (sequence.num_tokens - 1) // self._ledger.block_size]
         own = self._own_spans(sequence)
 
         def accepts(spans: Spans) -> bool:
-            # A preempted sequence goes on as it began.
+            # A preempted sequence continues with the spans it began with.
             return spans == own if sequence.num_preemptions else spans_fit(spans, own)
 
         blocks = self._ledger.find_prefix(usable, accepts)
@@ -89,12 +91,13 @@ class PrefixSharing:
         return Prefix(blocks, blocks[0].spans if blocks else own)
 
     def nothing(self, sequence: types.Sequence) -> Prefix:
-        """To begin with nothing, whatever is there: for a sequence of which every token must be
+        """Empty prefix, whatever is cached: for a sequence of which every token must be
         computed."""
         return Prefix((), self._own_spans(sequence))
 
     def begin(self, sequence: types.Sequence, prefix: Prefix) -> None:
-        """A sequence was admitted with this prefix: others may wait for what it fills."""
+        """Record that a sequence was admitted with this prefix: others may wait for what it
+        fills."""
         self._waits_for.pop(sequence.seq_id, None)
         filling = _Filling(sequence, len(prefix.blocks), self._chain(sequence))
         self._filling[sequence.seq_id] = filling
@@ -102,8 +105,8 @@ class PrefixSharing:
             self._filled_by.setdefault(digest, sequence.seq_id)
 
     def cached(self, sequence: types.Sequence) -> None:
-        """All tokens of a running sequence are in the cache, and a step with them gave it a token
-        (not yet added)."""
+        """Publish a running sequence's blocks: all its tokens are cached, and a step with them gave
+        it a token, which is not yet added."""
         block_size = self._ledger.block_size
         if sequence.num_tokens % block_size and sequence.seq_id not in self._filling:
             return  # a decode step that filled no block
@@ -112,17 +115,21 @@ class PrefixSharing:
         self._ledger.publish(sequence.seq_id, chain, sequence.spans)
 
     def stopped(self, seq_id: int) -> None:
-        """A sequence gave its blocks back; it may come again."""
+        """Record that a sequence gave its blocks back; it may be admitted again."""
         self._stop_filling(seq_id)
 
     def ended(self, seq_id: int) -> None:
-        """A sequence is over, whether it ran or not."""
+        """Forget a sequence that is over, whether it ran or not."""
         self._stop_filling(seq_id)
         self._waits_for.pop(seq_id, None)
         self._chains.pop(seq_id, None)
 
     def check_integrity(self, running: set[int], known: set[int]) -> None:
-        """Raises AssertionError when something is remembered of a sequence that is gone."""
+        """Check that nothing is remembered of sequences that are gone.
+
+        Raises:
+            AssertionError: something is.
+        """
         assert self._filling.keys() <= running, "a sequence that does not run fills blocks"
         assert set(self._filled_by.values()) <= self._filling.keys(), "nobody fills a block"
         assert self._chains.keys() | self._waits_for.keys() <= known, "a sequence that is over"
@@ -143,7 +150,7 @@ class PrefixSharing:
         return self._topology_spans(len(sequence.prompt_token_ids))
 
     def _chain(self, sequence: types.Sequence) -> list[bytes]:
-        """Digests of all full blocks of what the sequence has now."""
+        """Digests of all full blocks of the sequence's tokens so far."""
         chain = self._chains.get(sequence.seq_id)
         if chain is None:
             chain = self._chains[sequence.seq_id] = self._prompt_chain(sequence.prompt_token_ids)
@@ -154,7 +161,8 @@ class PrefixSharing:
         return chain
 
     def _prompt_chain(self, prompt: list[int]) -> list[bytes]:
-        """A new list; the samples of one request share their prompt, which is then hashed once."""
+        """Digests of a prompt, as a new list. The samples of one request share a prompt, which is
+        hashed once."""
         if self._last_prompt is None or self._last_prompt[0] is not prompt:
             chain: list[bytes] = []
             extend_chain(chain, prompt, root=self._root, block_size=self._ledger.block_size)
@@ -171,9 +179,12 @@ class PrefixSharing:
 
 
 def spans_fit(recorded: Spans, own: Spans) -> bool:
-    """Whether a prompt with CSA spans `own` may take over keys that were computed under `recorded`:
-    with cells at least half as large. Smaller ones would be a coarser approximation than the one
-    that was asked for."""
+    """Whether a prompt with CSA spans `own` may reuse keys that were computed under spans
+    `recorded`.
+
+    Recorded cells must be at least half as large; smaller ones would be a coarser approximation
+    than the one configured.
+    """
     if recorded is None or own is None:
         return recorded == own
     return all(2 * theirs >= mine for theirs, mine in zip(recorded, own, strict=True))

@@ -1,9 +1,9 @@
-"""How the blocks of a prompt are spread over SP ranks: whole on one, in stripes for its chunks, or
-by the layout.
+"""Spread of a prompt's blocks over SP ranks: whole on one, in stripes for its chunks, or by the
+layout.
 
-Pure rules on counts; blocks are the ledger's. Short prompts lie whole on one rank, so that several
-run side by side and their prefill attention moves nothing; one that goes in chunks lies in stripes,
-so that each chunk is on all ranks.
+Pure rules on counts; the ledger keeps the blocks. Short prompts lie whole on one rank, so that
+several run side by side and their prefill attention moves nothing; one that runs in chunks lies in
+stripes, so that each chunk is on all ranks.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from sps2_mega.kv_cache.ledger import BlockLedger
 from sps2_mega.kv_cache.placement import Spread
 from sps2_mega.scheduler.prefix_sharing import Prefix
 
-LEAST_CHUNK = 64  # tokens on each rank: below it a layer is overhead more than work
+LEAST_CHUNK = 64  # tokens on each rank: below it a layer is mostly overhead
 
 
 @dataclass(frozen=True, slots=True)
 class PromptPlacement:
-    """Prompts below `threshold` tokens lie whole on one rank; where there is one for each rank,
-    also those below `crowd_threshold` that are no more than a rank's share of the work. 0: none by
-    intention."""
+    """Prompts below `threshold` tokens lie whole on one rank; 0: none by intention.
+
+    Where there is one prompt for each rank, so do those below `crowd_threshold` that are no more
+    than a rank's share of the FLOPs.
+    """
 
     ledger: BlockLedger
     threshold: int
@@ -41,7 +43,7 @@ class PromptPlacement:
 
     @property
     def unit(self) -> int:
-        """Tokens of a block on each rank."""
+        """Tokens of one block on each rank."""
         return self.ledger.block_size * self.sp_size
 
     def num_shared(self, prefix: Prefix) -> int:
@@ -49,8 +51,11 @@ class PromptPlacement:
         return len(prefix.blocks) * self.ledger.block_size
 
     def longest_whole(self, num_tokens: Iterable[int], budget: int) -> int:
-        """Prompts below so many tokens lie whole on one rank, when those with `num_tokens` wait,
-        the first of which make up a step of about `budget` tokens."""
+        """Length in tokens below which prompts lie whole on one rank.
+
+        `num_tokens` are the lengths of the waiting prompts, the first of which make up a step of
+        about `budget` tokens.
+        """
         if self.sp_size == 1 or self.crowd_threshold <= self.threshold:
             return self.threshold
         count = total = 0
@@ -71,8 +76,11 @@ class PromptPlacement:
         chunks: Sequence[int] | None,
         longest_whole: int,
     ) -> Spread:
-        """For the tokens behind `prefix`. `load[r]` counts tokens that the step has on sp rank r so
-        far; `chunks`: where the prompt may be cut, as tokens of each chunk; None: nowhere."""
+        """Spread of the tokens behind `prefix`.
+
+        `load[r]` counts the tokens that the step has on SP rank r so far. `chunks` are the tokens
+        of each chunk that the prompt may be cut into; None: it is not cut.
+        """
         spread = self.ledger.spread
         if chunks is not None:
             return Spread("striped", tuple(-(-tokens // self.unit) for tokens in chunks))
@@ -81,9 +89,11 @@ class PromptPlacement:
         return replace(spread, rank=self._rank(sequence, prefix, load))
 
     def _rank(self, sequence: types.Sequence, prefix: Prefix, load: Sequence[int]) -> int | None:
-        """Where its prefix is, else where least is to be done, then where most room is; None
-        where the prefix is on several ranks, which then all take part anyway, or where no rank
-        has room."""
+        """Rank of the prefix, else the one with the least load, then the most room.
+
+        None where the prefix is on several ranks, which then all take part anyway, or where no rank
+        has room.
+        """
         held = {block.sp_rank for block in prefix.blocks}
         needed = self.ledger.blocks_for(sequence.num_tokens) - len(prefix.blocks)
         free = self.ledger.free_per_rank

@@ -1,15 +1,15 @@
-"""What the next step does: continuous batching of prefills and decodes.
+"""Continuous batching: what the next step prefills and decodes.
 
 Decides whose turn it is, by one of two policies: prefills before decodes, giving way between layers
 where there is a target for the time between tokens; or chunks of prompts together with decodes.
-Does not decide which prompts go together and first (`prefill_queue`), how hybrid steps are filled
-(`hybrid_steps`), where blocks go (`prompt_placement`, `kv_cache`), who shares a prefix
-(`prefix_sharing`), nor when a request is refused or a sequence is over (`admission`). Pure Python
-without a clock or torch, so a simulator can drive the very same scheduler.
+Other decisions live elsewhere: grouping and order of prompts (`prefill_queue`), filling of hybrid
+steps (`hybrid_steps`), blocks (`prompt_placement`, `kv_cache`), prefixes (`prefix_sharing`),
+refusal and end (`admission`). Pure Python without a clock or torch, so a simulator drives the same
+class.
 
-    sps2               prefill A, B    decode A B    prefill C    decode A B C    ...
-    sps2 with target   prefill A, B    decode A B    layers 0-3 of C    decode A B    layers 3-6 of C    decode A B    ...
-    sarathi            A, part of B    decode A + rest of B    decode A B + part of C    decode A B + part of C    ...
+    sps2               prefill A, B | decode A B | prefill C | decode A B C | ...
+    sps2 with target   prefill A, B | decode A B | layers 0-3 of C | decode A B | layers 3-6 ...
+    sarathi            A, part of B | decode A + rest of B | decode A B + part of C | ...
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from sps2_mega.types import (
     StepPlan,
 )
 
-# Of a decode step: a slice of a prefill has as much time at least, whatever the target. Without it
-# prompts would all but stand still while decode steps take as long as the target, without tokens
-# coming much sooner.
+# Least time of a prefill slice, as a share of a decode step, whatever the target. Where decode steps
+# take as long as the target, prompts would else hardly advance, and tokens be little sooner.
 _LEAST_SHARE = 0.5
 
 
 class Scheduler:
-    """`plan` and `commit` alternate; `add`, `finish` and `abort` may come at any time between them.
+    """`plan` and `commit` alternate; `add`, `finish` and `abort` may be called at any time between
+    them.
 
     Blocks of a dropped sequence are reused at once: ranks execute plans in order, and forget what a
     plan lists as `released` or `dropped` before they execute it. But blocks that later slices of a
-    pass write to are kept till then.
+    pass write to are kept until then.
     """
 
     def __init__(
@@ -71,11 +71,22 @@ class Scheduler:
         layer_flops: LayerFlops | None = None,
         crowd_threshold: int = 0,
     ) -> None:
-        """`num_blocks` is per sp rank; `layout` is how a whole prompt is spread, as the transport
-        prefers it. `prefix_root` (`block_chain.chain_root`) switches prefix caching on;
-        `topology_spans` gives the CSA spans of a prompt length where they come from the ranks.
-        `layer_flops` is needed with a target for the time between tokens. An `sp_threshold` of None counts
-        as 0 here; `crowd_threshold` is the one where prompts come together."""
+        """Set up an empty scheduler.
+
+        Args:
+            config: policy, limits and targets; an `sp_threshold` of None counts as 0 here.
+            block_size: tokens per block.
+            num_blocks: blocks per SP rank.
+            sp_size: number of SP ranks.
+            max_model_len: longest prompt plus output, in tokens.
+            vocab_size: token ids at or above it are refused.
+            eos_token_ids: tokens that end a sequence.
+            layout: spread of a whole prompt over SP ranks, as the transport prefers it.
+            prefix_root: enables prefix caching (`block_chain.chain_root`).
+            topology_spans: CSA spans of a prompt length where they follow from the topology.
+            layer_flops: needed with a target for the time between tokens.
+            crowd_threshold: `sp_threshold` where several prompts arrive together.
+        """
         self._config = config
         self._limits = Limits(
             max_model_len=max_model_len,
@@ -127,12 +138,12 @@ class Scheduler:
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV cache blocks of all sp ranks that running sequences use, in [0, 1]."""
+        """Share of the KV cache blocks of all SP ranks that running sequences use, in [0, 1]."""
         return 1.0 - self._ledger.num_free / max(1, self._ledger.num_blocks)
 
     @property
     def kv_used_per_rank(self) -> tuple[int, ...]:
-        """KV cache blocks of each sp rank that running sequences use."""
+        """KV cache blocks of each SP rank that running sequences use."""
         return self._ledger.used_per_rank
 
     @property
@@ -141,12 +152,15 @@ class Scheduler:
         return self._limits
 
     def expected_prefill_s(self, num_tokens: int) -> float:
-        """Seconds that all of a prompt is expected to take; 0 without a target for the time between
-        tokens, which is what seconds are learnt for, and before anything was measured."""
+        """Expected seconds of a whole prompt.
+
+        0 before anything was measured, and without a target for the time between tokens, since
+        seconds are learnt for it alone.
+        """
         return 0.0 if self._step_times is None else self._step_times.prompt_s(0, num_tokens)
 
     def add(self, sequence: Sequence) -> Refusal | None:
-        """Queue a sequence, or say why not. The scheduler alone changes it from now on."""
+        """Queue a sequence, or refuse it. Only the scheduler changes it from now on."""
         if sequence.seq_id in self._states or self._states.is_held(sequence.seq_id):
             return Refusal.DUPLICATE_ID
         reason = refusal(sequence, self._limits)
@@ -159,8 +173,7 @@ class Scheduler:
         return None
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None when there is nothing to do. `now` is time.monotonic() in
-        seconds."""
+        """Next step, or None when there is nothing to do. `now` is time.monotonic() in seconds."""
         assert self._planned is None, "plan() came before the last plan was committed"
         if not self.has_work:
             self._check_when_idle()
@@ -184,11 +197,11 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[Sequence]:
-        """Append one token per sequence in `plan.sampled`; returns the sequences that ended with
-        it. One that wanted no token, but its prompt computed, ends without.
+        """Append one token per sequence in `plan.sampled`; return the sequences that ended.
 
-        Tokens of sequences that were finished or aborted since the plan are dropped. A sequence for
-        which there is no token has failed.
+        A sequence that wanted no token, only its prompt computed, ends without one. Tokens of
+        sequences that were finished or aborted since the plan are dropped. A sequence for which
+        there is no token has failed.
         """
         planned, self._planned = self._planned, None
         assert planned is not None and plan.step == self._step, (
@@ -233,8 +246,11 @@ class Scheduler:
         return self.finish(seq_id, FinishReason.ABORT)
 
     def check_integrity(self) -> None:
-        """Recount sequences and blocks. Raises AssertionError when something was lost or is held
-        twice."""
+        """Recount sequences and blocks.
+
+        Raises:
+            AssertionError: something was lost or is held twice.
+        """
         self._states.check_integrity()
         if not self._chunked:
             self._prefills.check_integrity()
@@ -256,11 +272,10 @@ class Scheduler:
         return [], None, decodes
 
     def _room_s(self, now: float) -> tuple[float, float]:
-        """Seconds that the next slice may take, and that one layer may take at most when it is cut
-        into chunks.
+        """Seconds for the next slice, and seconds for one layer that is cut into chunks.
 
         Without running decodes a slice ends after about the target, too, so that short prompts and
-        aborts get in.
+        aborts get their turn.
         """
         if self._target_s is None or self._step_times is None:
             return math.inf, math.inf
@@ -273,16 +288,13 @@ class Scheduler:
         return oldest + layer_room_s - now, layer_room_s
 
     def _learn(self, plan: StepPlan, seconds: float) -> None:
-        if self._step_times is None:
-            return
-        if plan.mode is ForwardMode.DECODE:
+        if self._step_times is not None and plan.mode is ForwardMode.DECODE:
             self._step_times.decoded(seconds)
-        else:
+        elif self._step_times is not None:
             self._prefills.executed(seconds)
 
     def _check_when_idle(self) -> None:
-        if self._idle_checked:
-            return
-        self.check_integrity()
-        assert self._ledger.num_free == self._ledger.num_blocks, "KV cache blocks leaked"
-        self._idle_checked = True
+        if not self._idle_checked:
+            self.check_integrity()
+            assert self._ledger.num_free == self._ledger.num_blocks, "KV cache blocks leaked"
+            self._idle_checked = True

@@ -1,10 +1,10 @@
-"""Where each sequence stands, and the moves between: waiting, running with part of its prompt
-cached, running.
-
-Decides nothing about which sequence moves when (`scheduler`) nor where blocks go (`kv_cache`).
+"""State of each sequence, and the moves between states.
 
     add -> waiting --admit--> running, prefilling --chunks--> running --end--> (held while ranks
-    still write) ^------------------- preempt -------------------'
+              ^                                                  |              still write)
+              '--------------------- preempt --------------------'
+
+Decides nothing about which sequence moves when (`scheduler`) nor where blocks are (`kv_cache`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SequenceStates:
     last.
 
     `waiting` and `running` are by id and to be read only. `running` is in order of admission: the
-    youngest is preempted first, and comes back to the front of `waiting`.
+    youngest is preempted first, and returns to the front of `waiting`.
     """
 
     def __init__(self, ledger: BlockLedger, sharing: PrefixSharing | None) -> None:
@@ -32,10 +32,10 @@ class SequenceStates:
         self.running: dict[int, Sequence] = {}
         self._ledger, self._sharing = ledger, sharing
         self._prefilled: dict[int, int] = {}  # running, prompt not yet whole -> tokens cached
-        self._num_shared: dict[int, int] = {}  # of the same
-        self._on_ranks: set[int] = set()  # ranks remember them
-        self._held: set[int] = set()  # later steps write to their blocks, whatever becomes of them
-        self._ended: set[int] = set()  # of these: over
+        self._num_shared: dict[int, int] = {}  # of the same sequences
+        self._on_ranks: set[int] = set()  # known to ranks
+        self._held: set[int] = set()  # later steps write to their blocks
+        self._ended: set[int] = set()  # held ones that are over
         self._released: list[int] = []
 
     def __len__(self) -> int:
@@ -81,18 +81,20 @@ class SequenceStates:
         max_running: int,
         worth_waiting: WorthWaiting = lambda *_: True,
     ) -> Iterator[tuple[Sequence, Prefix]]:
-        """Waiting sequences that may be admitted now, in `order`, with what they can begin with.
-        The caller admits each before it asks for the next, or stops."""
+        """Waiting sequences that may be admitted now, in `order`, each with its prefix.
+
+        The caller admits each one before it takes the next, or stops.
+        """
         for sequence in islice(order, max_running):
             if not self.has_room(max_running):
                 return  # not worth looking for a prefix in every step
             prefix = Prefix((), None)
             if self._sharing is not None and sequence.needs_scores:
-                prefix = self._sharing.nothing(sequence)  # keys do not say how likely tokens were
+                prefix = self._sharing.nothing(sequence)  # cached keys give no log-probabilities
             elif self._sharing is not None:
                 found = self._sharing.look_up(sequence, worth_waiting)
                 if found is None:
-                    continue  # it comes when its prefix is there; the next one may go ahead
+                    continue  # it waits for its prefix; the next one may overtake it
                 prefix = found
             yield sequence, prefix
 
@@ -100,7 +102,7 @@ class SequenceStates:
         self, sequence: Sequence, prefix: Prefix, now: float, spread: Spread | None = None
     ) -> bool:
         """Let a waiting sequence run, if there is room for it."""
-        # One free block for each running sequence: without it the newcomer would soon be preempted.
+        # One free block per running sequence: without it the newcomer would soon be preempted.
         table = self._ledger.admit(
             sequence.seq_id,
             sequence.num_tokens,
@@ -123,7 +125,7 @@ class SequenceStates:
         return True
 
     def next_chunk(self, sequence: Sequence, max_tokens: int) -> PrefillItem:
-        """The next tokens of a prefilling sequence, as the step that is being planned will compute
+        """Next tokens of a prefilling sequence, as the step that is being planned will compute
         them."""
         start = self._prefilled[sequence.seq_id]
         end = min(sequence.num_tokens, start + max_tokens)
@@ -146,11 +148,11 @@ class SequenceStates:
             spans=sequence.spans,
         )
         if item.samples:
-            self._on_ranks.add(sequence.seq_id)  # they hear of it with the last chunk only
+            self._on_ranks.add(sequence.seq_id)  # ranks add it with its last chunk
         return item
 
     def computed(self, item: PrefillItem) -> None:
-        """The step that is being planned completes a chunk, in all layers."""
+        """Record that the step that is being planned completes a chunk, in all layers."""
         if item.seq_id not in self.running:
             return
         if item.samples:
@@ -159,12 +161,12 @@ class SequenceStates:
             self._prefilled[item.seq_id] = item.end
 
     def hold(self, seq_ids: Iterable[int]) -> None:
-        """Later steps too will write to the blocks of these running sequences, even of those that
-        end meanwhile."""
+        """Keep the blocks of these running sequences even if they end: later steps write to
+        them."""
         self._held.update(seq_ids)
 
     def let_go(self, seq_ids: Iterable[int]) -> None:
-        """Undo `hold`: what ended meanwhile gives its blocks back now."""
+        """Undo `hold`: sequences that ended meanwhile give their blocks back now."""
         for seq_id in seq_ids:
             self._held.discard(seq_id)
             if seq_id in self._ended:
@@ -172,13 +174,14 @@ class SequenceStates:
                 self._give_back(seq_id)
 
     def cached(self, sequence: Sequence) -> None:
-        """A step with all tokens of a running sequence gave it a token, which is not yet added."""
+        """Publish a running sequence's prefix: a step with all its tokens gave it one, which is not
+        yet added."""
         if self._sharing is not None:
             self._sharing.cached(sequence)
 
     def preempt(self, seq_id: int) -> None:
-        """Take all blocks from a running sequence, which is not held and waits again, first of
-        all."""
+        """Take all blocks from a running sequence that is not held, and let it wait before all
+        others."""
         assert seq_id not in self._held, f"ranks still write to blocks of sequence {seq_id}"
         sequence = self._leave(seq_id)
         if self._sharing is not None:
@@ -188,7 +191,7 @@ class SequenceStates:
         self.waiting.move_to_end(seq_id, last=False)
 
     def end(self, seq_id: int, reason: FinishReason) -> None:
-        """Drop a sequence from whatever state it is in."""
+        """Drop a sequence in any state."""
         sequence = self.waiting.pop(seq_id, None)
         if sequence is None:
             sequence = self._leave(seq_id)
@@ -202,8 +205,11 @@ class SequenceStates:
         return released
 
     def check_integrity(self) -> None:
-        """Recount sequences and blocks. Raises AssertionError when something was lost or is held
-        twice."""
+        """Recount sequences and blocks.
+
+        Raises:
+            AssertionError: something was lost or is held twice.
+        """
         self._ledger.check_integrity()
         states = [self.waiting.keys(), self.running.keys(), self._ended]
         known = set().union(*states)
@@ -225,7 +231,8 @@ class SequenceStates:
             )
 
     def _leave(self, seq_id: int) -> Sequence:
-        """No longer running; blocks go back now, or, if it is held, when it is let go."""
+        """Remove a running sequence; its blocks are freed now or, if it is held, when it is let
+        go."""
         self._prefilled.pop(seq_id, None)
         self._num_shared.pop(seq_id, None)
         if seq_id in self._held:

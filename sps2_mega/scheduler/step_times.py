@@ -1,12 +1,12 @@
-"""How long the next layers of a prefill, and the next decode step, are expected to take.
+"""Expected seconds of the next layers of a prefill and of the next decode step.
 
-Learns from steps that were measured and decides nothing: who yields to whom is `prefill_queue`'s
-and the scheduler's. Pure Python without a clock.
+Learns from measured steps and decides nothing: `prefill_queue` and the scheduler decide what yields
+to what. Pure Python without a clock.
 
-A layer's seconds per FLOP fall with its size, since small ones are mostly overhead. So they are
-remembered by size class, a power of two, and the nearest class answers. Many short prompts then say
-nothing about long ones. Chunks are remembered by where in a prompt they are: early ones are all
-weights, late ones all attention, which have different speeds.
+A layer's seconds per FLOP fall with its size, since small layers are mostly overhead. So they are
+remembered by size class, a power of two, and the nearest class answers; many short prompts then say
+nothing about long ones. Chunks are remembered by their place in the prompt: early ones are
+dominated by weights, late ones by attention, which run at different speeds.
 """
 
 from __future__ import annotations
@@ -18,32 +18,35 @@ from collections.abc import Callable, Sequence
 from sps2_mega.scheduler.layer_flops import LayerFlops
 
 _NEWEST = 0.5  # the weight of the newest measurement
-_NEWEST_SPEED = 0.25  # chunks are many: what they have in common is soon known
+_NEWEST_SPEED = 0.25  # there are many chunks, so their common factor is learnt soon
 _NEWEST_RATE = 0.1
-_PLACES = 4  # in which chunks are remembered, for each doubling of the position
+_PLACES = 4  # per doubling of the position
 _FAR = 2.5
 _FORGET = 0.2  # the weight of the newest decode step
 
 
 class StepTimeModel:
-    """`decode_mean_s` are the seconds of a decode step, `decode_s` those that few exceed; 0 before
-    the first."""
+    """Learnt seconds: `decode_mean_s` of a decode step, and `decode_s` that few of them exceed.
+
+    Both are 0 before the first step.
+    """
 
     def __init__(self, layer_flops: LayerFlops) -> None:
         self.layer_flops = layer_flops
         self.decode_mean_s = self._decode_spread_s = 0.0
         self._seconds_per_flop: dict[int, float] = {}
-        # Seconds per FLOP are the product of how fast the machine is just now and a rate by place:
-        # in all layers but the last, and in the last, where attention may be next to nothing.
+        # Seconds per FLOP are the machine's present speed times a rate by place. There are rates for
+        # the last layer, where attention may be next to nothing, and for all others.
         self._chunk_speed = 1.0
         self._chunk_rates: tuple[dict[int, float], dict[int, float]] = ({}, {})
 
     @property
     def decode_s(self) -> float:
+        """Seconds that few decode steps exceed."""
         return self.decode_mean_s + self._decode_spread_s
 
     def decoded(self, seconds: float) -> None:
-        """A decode step took so long."""
+        """Record a decode step."""
         if not self.decode_mean_s:
             self.decode_mean_s = seconds
         seconds = self.decode_mean_s * _credible(seconds / self.decode_mean_s)
@@ -52,13 +55,13 @@ class StepTimeModel:
         self._decode_spread_s += _FORGET * (off - self._decode_spread_s)
 
     def computed(self, flops: int, seconds: float) -> None:
-        """One layer with so many FLOPs took so long."""
+        """Record one layer with so many FLOPs."""
         size, rate = flops.bit_length(), seconds / flops
         known = self._seconds_per_flop.get(size, rate)
         self._seconds_per_flop[size] = _NEWEST * rate + (1 - _NEWEST) * known
 
     def computed_chunks(self, chunks: Sequence[tuple[int, int, int]], seconds: float) -> None:
-        """Chunks (layer, start, end) of a prompt took so long together."""
+        """Record chunks (layer, start, end) of a prompt that took `seconds` together."""
         flops = [self.layer_flops.flops(start, end) for _, start, end in chunks]
         shares = [self.chunk_s(*chunk) or count for chunk, count in zip(chunks, flops, strict=True)]
         off = seconds / sum(shares)
@@ -98,9 +101,12 @@ class StepTimeModel:
         return 0.0 if layer_s is None else self.layer_flops.num_layers * layer_s
 
     def tokens_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
-        """How many of the tokens [start, end) one layer is expected to compute in so many seconds:
-        a multiple of `quantum`, at least one of them, or all; one `quantum` before anything was
-        measured."""
+        """Number of the tokens [start, end) that one layer is expected to compute in so many
+        seconds.
+
+        A multiple of `quantum`, at least one of them, or all tokens; one `quantum` before anything
+        was measured.
+        """
         return _most(
             lambda stop: self.layer_s(self.layer_flops.flops(start, stop)),
             seconds,
@@ -110,12 +116,14 @@ class StepTimeModel:
         )
 
     def chunk_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
-        """The same for a chunk of any layer but the last."""
+        """`tokens_within` for a chunk of any layer but the last."""
         return _most(lambda stop: self.chunk_s(0, start, stop), seconds, start, end, quantum)
 
     def furthest(self, seconds: float, layer: int, start: int, ends: Sequence[int]) -> int:
-        """The last of `ends` (ascending, at least one) that a chunk from `start` on is expected to
-        reach in so many seconds; the first one where nothing is known or none is."""
+        """Last of `ends` that a chunk from `start` on is expected to reach in so many seconds.
+
+        `ends` is ascending and not empty; the first one where nothing is known or none is reached.
+        """
 
         def takes_longer(end: int) -> bool:
             needed = self.chunk_s(layer, start, end)
@@ -128,8 +136,10 @@ class StepTimeModel:
 
 
 def _credible(off: float) -> float:
-    """Of a step that took `off` times what was expected: far off is more often a disturbance than
-    news, which comes again."""
+    """Bounded ratio of a step's seconds to the expected ones.
+
+    A step that is far off is more often a disturbance than news, and news comes again.
+    """
     return min(max(off, 1 / _FAR), _FAR)
 
 

@@ -1,8 +1,8 @@
-"""Turns chat messages into the text a model was trained on, with the model's own Jinja template.
+"""Chat messages as the text a model was trained on, by the model's own Jinja template.
 
-Templates come with a checkpoint, so they run in Jinja's immutable sandbox. Where a checkpoint keeps
-its template (tokenizer_config.json, chat_template.jinja, chat_template.json) is decided here; how
-text becomes tokens is not.
+Templates are part of a checkpoint, so they run in Jinja's immutable sandbox. Decides where a
+checkpoint keeps its template (tokenizer_config.json, chat_template.jinja, chat_template.json), not
+how text becomes tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt text of `messages`, ready to be encoded without further special tokens.
+        """Prompt text of `messages`, ready to be encoded without further special tokens.
 
         Raises:
             RequestError: the template refuses these messages, e.g. because roles do not alternate.
@@ -61,7 +61,7 @@ class ChatTemplate:
 
 
 def compile_template(text: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
-    """Compiles template text.
+    """Compile template text.
 
     Raises:
         ConfigError: it is not a valid Jinja template.
@@ -81,10 +81,10 @@ def compile_template(text: str, special_tokens: Mapping[str, str]) -> ChatTempla
 
 
 def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template text of a model folder, or None where it has none.
+    """Template text of a model folder, or None where it has none.
 
-    `chat_template.jinja` goes before tokenizer_config.json, which goes before chat_template.json;
-    of several named templates the one called `default` is taken.
+    `chat_template.jinja` takes precedence over tokenizer_config.json, which takes precedence over
+    chat_template.json; of several named templates the one called `default` is taken.
 
     Raises:
         ConfigError: there are several templates and none is called `default`.
@@ -109,7 +109,7 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for training masks; for inference it is only its
+    """Tag `{% generation %}`: marks assistant text for training masks; for inference it is just its
     body."""
 
     tags = {"generation"}  # noqa: RUF012 (declared so by the base class)

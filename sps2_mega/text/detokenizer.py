@@ -2,13 +2,13 @@
 
 Two ways, chosen by how the tokenizer decodes:
 
-    byte-level      a token is bytes; a UTF-8 decoder holds back the bytes of an unfinished character
-    any other       a token's text may depend on the one before it: a short window is decoded twice,
-                    without and with the new tokens, and the difference is new text
+    byte-level   a token is bytes; a UTF-8 decoder holds back the bytes of an unfinished character
+    any other    a token's text may depend on the one before it: a short window is decoded twice,
+                 without and with the new tokens, and the difference is new text
 
     window   [ context | pending ]      new text = decode(context + pending) - decode(context)
 
-Both cost a bounded amount of work per token. Stop strings are `output_processor`'s.
+Both take a bounded amount of work per token. Stop strings are searched in `stop_strings`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MAX_SILENT = 4
 
 class Detokenizer(Protocol):
     def push(self, token_id: int) -> str:
-        """The text that became final with this token, often one token late; may be empty."""
+        """Text that became final with this token, often one token late; may be empty."""
 
     def finish(self) -> str:
-        """What was held back; an unfinished character becomes U+FFFD."""
+        """Text that was held back; an unfinished character becomes U+FFFD."""
 
 
 def detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int]) -> Detokenizer:
-    """A detokenizer for output that continues a prompt; special tokens have no text."""
+    """Detokenizer for output that continues a prompt; special tokens have no text."""
     if tokenizer.is_byte_level:
         return ByteDetokenizer(tokenizer)
     return WindowDetokenizer(tokenizer, prompt_token_ids)
@@ -42,7 +42,7 @@ def detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int]) -> Detokenize
 def output_text(
     tokenizer: Tokenizer, prompt_token_ids: list[int], output_token_ids: list[int]
 ) -> str:
-    """All the text that the output adds to the prompt's, in one go."""
+    """Text that the whole output adds to the prompt's."""
     if tokenizer.is_byte_level:
         return tokenizer.decode(output_token_ids)
     context = _prompt_context(tokenizer, prompt_token_ids)
@@ -94,8 +94,7 @@ class WindowDetokenizer:
         return text
 
     def _is_unfinished(self) -> bool:
-        """Whether the pending tokens end inside a character, of which at most 3 bytes can be
-        there."""
+        """Whether the pending tokens end inside a character, of which they hold at most 3 bytes."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         decoder.decode(b"".join(map(self._tokenizer.token_bytes, self._pending)))
         return bool(decoder.getstate()[0])
@@ -118,7 +117,7 @@ class WindowDetokenizer:
 
 
 def _prompt_context(tokenizer: Tokenizer, prompt_token_ids: list[int]) -> list[int]:
-    """The prompt's last tokens, from the start of a character on."""
+    """Last tokens of the prompt, from the start of a character on."""
     context = prompt_token_ids[-_CONTEXT_TOKENS:]
     start = 0
     while start < len(context) and tokenizer.token_bytes(context[start])[:1] in _CONTINUATION_BYTES:

@@ -1,8 +1,8 @@
-"""From the tokens of finished sequences to the outputs that clients see.
+"""Outputs that clients see, from the tokens of finished sequences.
 
-Finds stop strings while tokens arrive (only sequences that have stop strings are looked at), turns
-tokens into text, and puts the n samples of a request together. When a sequence ends for any other
-reason is the scheduler's decision; what timings mean is defined in `metrics`.
+Feeds stop string searches and streams while tokens arrive, turns tokens into text, and puts the n
+samples of a request together. The scheduler decides all other ends of a sequence; timings are
+defined in `metrics`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from sps2_mega.text.text_stream import TextStream
 from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import FinishReason, SamplingParams, Sequence
 
-_NOT_FINITE = "the model produced no finite logits: its weights are damaged, or activations overflow in this dtype"
+_NOT_FINITE = (
+    "the model produced no finite logits: its weights are damaged, or activations overflow in this "
+    "dtype"
+)
 
 
 class OutputProcessor:
@@ -42,8 +45,8 @@ class OutputProcessor:
         *,
         stream: bool = False,
     ) -> None:
-        """Takes a request's n sequences, in the order of their samples. Of a streamed one,
-        `take_deltas` tells what each step adds.
+        """Take a request's n sequences, in the order of their samples. With `stream`, `take_deltas`
+        reports what each step adds.
 
         Raises:
             RequestError: stop strings were given and there is no tokenizer to find them with.
@@ -68,14 +71,14 @@ class OutputProcessor:
                 )
 
     def check_stop(self, sequence: Sequence) -> bool:
-        """True when the token just committed completes a stop string. Call once per token."""
+        """Whether the token just committed completes a stop string. Call once per token."""
         search = self._searches.get(sequence.seq_id)
         if search is None or not sequence.output_token_ids:
             return False
         return search.push(sequence.output_token_ids[-1], len(sequence.output_token_ids))
 
     def stream(self, sequence: Sequence) -> None:
-        """Notes the token just committed for `take_deltas`. Call once per token of a sequence that
+        """Note the token just committed for `take_deltas`. Call once per token of a sequence that
         goes on."""
         stream = self._streams.get(sequence.seq_id)
         if stream is not None:
@@ -83,12 +86,12 @@ class OutputProcessor:
             self._note(stream, sequence, text, sequence.finish_reason)
 
     def take_deltas(self) -> list[OutputDelta]:
-        """What streamed requests got since the last call, in order."""
+        """Additions to streamed requests since the last call, in order."""
         deltas, self._deltas = self._deltas, []
         return deltas
 
     def finished(self, sequence: Sequence) -> RequestOutput | None:
-        """Takes a sequence with a finish reason; returns the request's output with its last
+        """Take a sequence with a finish reason; return the request's output with its last
         sample."""
         completion = self._completion(sequence, self._request_of[sequence.seq_id])
         stream = self._streams.pop(sequence.seq_id, None)
@@ -114,7 +117,7 @@ class OutputProcessor:
         )
 
     def drop(self, request_id: str) -> None:
-        """Forgets a request that will have no output; unknown ids are fine."""
+        """Forget a request that will have no output; unknown ids are fine."""
         request = self._requests.pop(request_id, None)
         for seq_id in request.seq_ids if request else ():
             self._request_of.pop(seq_id, None)

@@ -11,7 +11,7 @@ from sps2_mega.types import SamplingParams
 
 
 class StopSearch:
-    """Looks for stop strings in the text of one growing sequence; keeps only as much tail as one
+    """Searches the text of one growing sequence; keeps only as much of its tail as a stop string
     can span."""
 
     def __init__(self, detokenizer: Detokenizer, params: SamplingParams) -> None:
@@ -25,7 +25,7 @@ class StopSearch:
         self.found: str | None = None  # the output's text, once a stop string ended it
 
     def push(self, token_id: int, num_tokens: int) -> bool:
-        """Adds output token number `num_tokens` (from 1); True when a stop string is complete."""
+        """Add output token number `num_tokens` (from 1); True when a stop string is complete."""
         piece = self._detokenizer.push(token_id)
         if not piece or self.found is not None:
             return self.found is not None

@@ -1,11 +1,11 @@
-"""How much of a growing text may be shown already: whole characters, and nothing that may become a
-stop string.
+"""Part of a growing text that may be shown: whole characters, and nothing that may become a stop
+string.
 
     x = 1 ; y = 2 ; en            stop: "; end"
     |-- shown ---|--|
                   held back until the next token says whether this is the stop string
 
-The final text is `output_processor`'s; what was shown is always a beginning of it.
+The final text is made in `output_processor`; what was shown is always a beginning of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TextStream:
         self._num_tokens = 0
 
     def push(self, token_id: int) -> str:
-        """The text that may be shown after one more token; often empty."""
+        """Text that may be shown after one more token; often empty."""
         if self._detokenizer is None:
             return ""
         text = self._held + self._detokenizer.push(token_id)
@@ -37,11 +37,11 @@ class TextStream:
         return shown
 
     def rest(self, final_text: str) -> str:
-        """What is left to show of the finished sequence's text."""
+        """Text left to show of the finished sequence."""
         return final_text[self._shown :]
 
     def new_tokens(self, num_tokens: int) -> slice:
-        """Which of `num_tokens` output tokens were not reported yet."""
+        """Slice of `num_tokens` output tokens that was not reported yet."""
         first, self._num_tokens = self._num_tokens, num_tokens
         return slice(first, num_tokens)
 

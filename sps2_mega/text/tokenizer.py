@@ -1,8 +1,8 @@
 """Text to tokens and back, from a model folder's tokenizer.json, as its own library does it.
 
 Uses the `tokenizers` library directly: importing transformers would cost seconds in every rank.
-Decides which ids are special and which bytes a token stands for; incremental text is
-`detokenizer`'s, chat text is `chat_template`'s.
+Decides which ids are special and which bytes a token stands for; `detokenizer` makes text
+incrementally, `chat_template` renders messages.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SPECIAL_NAMES = (
 
 
 class Tokenizer:
-    """One model's vocabulary. Never truncates and never pads, whatever tokenizer.json says."""
+    """Vocabulary of one model. Never truncates and never pads, whatever tokenizer.json says."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Reads tokenizer.json and its companions from `folder`.
+        """Read tokenizer.json and its companions from `folder`.
 
         Raises:
             ConfigError: there is no tokenizer.json, or it cannot be read; says what to do.
@@ -82,12 +82,12 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary have no
+        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary have no
         text."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Prompt ids that ask for the next assistant message.
+        """Prompt ids that request the next assistant message.
 
         A model without a template gets `role: content` lines after its usual special tokens.
 
@@ -104,12 +104,12 @@ class Tokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The end-of-text id that the tokenizer names; a model's configuration may add others."""
+        """End-of-text id that the tokenizer names; a model's configuration may add others."""
         token_id = self._special_id("eos_token")
         return () if token_id is None else (token_id,)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for by itself; empty for ids outside the vocabulary."""
+        """Bytes that one token stands for by itself; empty for ids outside the vocabulary."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._find_bytes(token_id)

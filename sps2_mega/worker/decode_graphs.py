@@ -1,14 +1,13 @@
-"""Decode steps as replays of captured CUDA graphs: one launch for the whole model instead of some
-twenty per layer.
+"""Decode steps as replays of captured CUDA graphs: one launch for the whole model.
 
-A graph is captured when a step first needs its size (`batch_bucket`, `table_bucket`), from the same code that
-other steps run. What changes from step to step lies in static buffers that are written before each
-replay:
+Without graphs a step launches some twenty kernels per layer. A graph is captured when a step first
+needs its size (`batch_bucket`, `table_bucket`), from the code that other steps run. Numbers that
+change from step to step lie in static buffers that are written before each replay:
 
     token | position | slot | row of the block table | start | end    of each sequence, [6, rows]
 
 Rows of padding are token 0 at position 0, slot -1 (nowhere) and no keys. The block table is the
-device's own (`device_tables`); a graph takes its rows from it, and ends when it moves.
+device's own (`device_tables`); a graph takes its rows from it, and is dropped when it moves.
 
 Only for one rank with dense decode on our own kernels: exchanges between ranks are not captured.
 Sampling stays outside, on the logits of the rows that are sequences.
@@ -39,13 +38,13 @@ _SHORTEST_TABLE = 64  # blocks
 
 class Recorder(Protocol):
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """How to do `work` again on the same memory, and the tensor that each replay writes its
-        result to."""
+        """Capture `work`; return its replay on the same memory, and the tensor that each replay
+        writes."""
         ...
 
 
 class CudaRecorder:
-    """Graphs of one device; they share memory for what is in between, since only one runs at a
+    """Graphs of one device; they share memory for intermediate results, since only one runs at a
     time."""
 
     def __init__(self, device: torch.device) -> None:
@@ -70,7 +69,8 @@ class CudaRecorder:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """`staged` is what the host writes; pinned where the device reads it by itself."""
+    """A captured graph. `staged` is written by the host; pinned where the device reads it by
+    itself."""
 
     staged_6B: Tensor
     static_6B: Tensor
@@ -79,8 +79,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Graphs by (rows, columns). Between the call that returns logits and the next call these must
-    have been used."""
+    """Graphs by (rows, columns). Logits must have been used before the next call."""
 
     def __init__(self, model: GPT, pool: KVPool, recorder: Recorder, device: torch.device) -> None:
         self._model, self._pool = model, pool
@@ -92,11 +91,11 @@ class DecodeGraphs:
         return len(self._captured)
 
     def logits(self, numbers_6B: np.ndarray, table_RM: Tensor, *, longest: int) -> Tensor:
-        """Logits [B, vocab] float32 after one token of each sequence, whose key and value go to its
-        slot.
+        """Logits [B, vocab] float32 after one token of each sequence, whose key and value are
+        written to its slot.
 
         `numbers_6B` are as above; sequence b sees tokens [start, end) of row rows[b] of `table_RM`
-        (device, int32), of which no sequence has more than `longest` blocks.
+        (device, int32), in which no sequence has more than `longest` blocks.
         """
         if table_RM is not self._table_RM:
             self._captured.clear()
@@ -116,7 +115,8 @@ class DecodeGraphs:
         return captured.logits_BV[:batch]
 
     def _capture(self, size: tuple[int, int], staged_6B: Tensor, table_RM: Tensor) -> _Captured:
-        """Its first run is this step's own: it writes what the replay will write again."""
+        """Capture a graph. Its first run is this step's own: it writes what the replay will write
+        again."""
         rows, columns = size
         static_6B = self._numbers(rows, pinned=False)
         static_6B.copy_(staged_6B)
@@ -133,7 +133,7 @@ class DecodeGraphs:
         return _Captured(staged_6B, static_6B, replay, logits_BV)
 
     def _numbers(self, rows: int, *, pinned: bool) -> Tensor:
-        """Room for the numbers of a bucket, each kind from a multiple of 16 bytes on."""
+        """Buffer for the numbers of a bucket; each kind starts at a multiple of 16 bytes."""
         return torch.zeros(
             (_NUMBERS, range_stride(rows)),
             dtype=torch.int64,
@@ -145,7 +145,7 @@ class DecodeGraphs:
 def make_decode_graphs(
     config: EngineConfig, model: GPT, pool: KVPool, groups: ParallelGroups, device: torch.device
 ) -> DecodeGraphs | None:
-    """None where graphs are off, or steps are not of the kind that can be captured."""
+    """Graphs of a rank; None where they are off, or where steps cannot be captured."""
     if config.cuda_graphs == "off" or device.type != "cuda" or groups.world_size > 1:
         return None
     if config.decode_attention != "dense" or choose(device, None) is not Backend.TRITON:
@@ -154,8 +154,11 @@ def make_decode_graphs(
 
 
 def batch_bucket(batch: int) -> int:
-    """Rows of the graph for `batch` sequences: 1, 2, 4, 8, then multiples of 8, from 64 on
-    multiples of 32."""
+    """Rows of the graph for `batch` sequences: 1, 2, 4, 8, then multiples of 8, from 64 on of 32.
+
+    Close sizes waste little, far ones need few graphs: rows of padding see no keys, but they run
+    through the products.
+    """
     if batch <= 8:
         return 1 << (batch - 1).bit_length()
     step = 8 if batch <= 64 else 32

@@ -1,13 +1,12 @@
-"""The block tables of running sequences on the device: kept there, and sent only what is new in
-them.
+"""Block tables of running sequences on the device; only new entries are sent.
 
 A table of a long context has thousands of entries, of which a decode step adds one every
-`block_size` tokens. Rows are those of `LocalTables`; what it says of a row is compared with what
-was sent of it, so nobody has to report changes:
+`block_size` tokens. Rows are those of `LocalTables`; its rows are compared with what was sent of
+them, so nothing has to report changes:
 
     LocalTables   row 3: blocks 7 9 4 5      sent of row 3: 7 9 4   ->  one entry travels
 
-Where a row was given to another sequence since, all of it travels.
+Where a row was given to another sequence since, all of it is sent.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _FIRST_COLUMNS = 1024  # 16K tokens in blocks of 16
 
 
 class DeviceTables:
-    """The device's copy of `tables`; takes memory when it is first asked for."""
+    """Copy of `tables` on the device; allocated when first used."""
 
     def __init__(self, tables: LocalTables, device: torch.device) -> None:
         self._tables, self._device = tables, device
@@ -34,8 +33,10 @@ class DeviceTables:
         self._tenancies = np.zeros(0, dtype=np.int64)  # whose they are
 
     def table(self, rows_B: np.ndarray) -> Tensor:
-        """The table [rows, columns], int32, in which the given rows are as `LocalTables` has them
-        now. It is the same tensor until it gets too small."""
+        """Table [rows, columns], int32, in which the given rows equal those of `LocalTables` now.
+
+        It stays the same tensor until it gets too small.
+        """
         tenancies, filled = self._tables.fill(rows_B)
         self._make_room(int(rows_B.max(initial=0)) + 1, int(filled.max(initial=0)))
         known = np.where(self._tenancies[rows_B] == tenancies, self._sent[rows_B], 0)
@@ -58,8 +59,8 @@ class DeviceTables:
         return self._table_RM
 
     def visible(self, rows_B: np.ndarray, starts_B: np.ndarray, ends_B: np.ndarray) -> TableRows:
-        """What a step's sequences see, of which number b has row rows[b] and sees its local tokens
-        [start, end)."""
+        """Rows of a step's sequences: number b has row rows[b] and sees its local tokens [start,
+        end)."""
         table_RM = self.table(rows_B)[:, : self._tables.longest(rows_B)]
         numbers = np.zeros((3, range_stride(len(rows_B))), dtype=np.int32)
         numbers[:, : len(rows_B)] = rows_B, starts_B, ends_B

@@ -38,19 +38,16 @@ from sps2_mega.worker.batching import (
     prefill_input,
 )
 from sps2_mega.worker.decode_graphs import DecodeGraphs
-from sps2_mega.worker.device_tables import DeviceTables
-from sps2_mega.worker.local_tables import LocalTables
 from sps2_mega.worker.prefill_pass import Pass
+from sps2_mega.worker.running_sequences import RunningSequences
 from sps2_mega.worker.sampling.prompt_logprobs import compute_prompt_logprobs
 from sps2_mega.worker.sampling.sampler import Drawn
-from sps2_mega.worker.sampling.sampling_states import SamplingStates
 from sps2_mega.worker.sampling.token_exchange import sample_step
-from sps2_mega.worker.sparse_tables import SparseTables
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A decode step that the device works on; `Executor.finish` waits for it."""
+    """A decode step that the device is running; `Executor.finish` waits for it."""
 
     plan: StepPlan
     drawn: Drawn
@@ -59,8 +56,8 @@ class Launched:
 class Executor:
     """Runs StepPlans on this rank; holds the rank's share of all running sequences.
 
-    Public attributes are what it was made from, not to be changed, and `prefill_comm`: this rank's
-    communication in the last step that had prefills.
+    Public attributes are the constructor's arguments, not to be changed, and `prefill_comm`: this
+    rank's communication in the last step that had prefills.
     """
 
     def __init__(
@@ -76,31 +73,43 @@ class Executor:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """Set up tables and sampling states for no sequences.
+
+        Args:
+            model: this rank's part, with weights.
+            config: of the model.
+            pool: this rank's share of the KV cache.
+            groups: of this rank.
+            prefill: transport, planner and pipeline of prefill attention.
+            sparse_decode: whether new tokens attend by CSA's pattern, where prefill does.
+            graphs: captured decode steps, where they can be captured.
+            dtype: of activations.
+            device: of all tensors.
+        """
         self.model, self.config, self.pool, self.groups = model, config, pool, groups
         self.dtype, self.device = dtype, device
         self.pipeline = prefill.pipeline or plain_pipeline(device)
         self.prefill = replace(prefill, pipeline=self.pipeline)
         self.prefill_comm = CommSeconds()
-        self._tables = LocalTables(rank=groups.sp.rank, block_size=pool.block_size)
-        self._sparse_tables: SparseTables | None = None
-        if sparse_decode and prefill.sparse is not None:
-            self._sparse_tables = SparseTables(
-                self._tables, prefill.sparse, block_size=pool.block_size
-            )
         self._graphs = graphs
-        self._device_tables: DeviceTables | None = None
-        if graphs is not None or (
-            self._sparse_tables is None and choose(device, None) is Backend.TRITON
-        ):
-            self._device_tables = DeviceTables(self._tables, device)
-        self._sampling = SamplingStates(config, device)
+        self._running = RunningSequences(
+            config,
+            pool,
+            groups.sp,
+            sparse=prefill.sparse if sparse_decode else None,
+            # Our own kernels read block tables on the device, captured graphs always.
+            on_device=graphs is not None or choose(device, None) is Backend.TRITON,
+            device=device,
+        )
         self._suspended: dict[int, Pass] = {}
 
     def with_attention(
         self, transport: str, sparse: SparsePrefill | None, *, sparse_decode: bool = False
     ) -> Executor:
-        """Another executor on the same weights and cache that attends otherwise, without any
-        sequences. Both write to the same blocks: one works while the other is idle."""
+        """Executor on the same weights and cache that attends otherwise, without any sequences.
+
+        Both write to the same blocks: one works while the other is idle.
+        """
         return Executor(
             self.model,
             self.config,
@@ -116,9 +125,11 @@ class Executor:
     def execute(
         self, plan: StepPlan, *, on_layer: Callable[[int], None] | None = None
     ) -> StepOutput:
-        """All ranks return the same output, one entry per sequence in `plan.sampled`. `on_layer`
-        hears of each layer of a pass that begins here, when the cache has the layer's new keys and
-        values."""
+        """Run a step. All ranks return the same output, one entry per sequence in `plan.sampled`.
+
+        `on_layer` is called for each layer of a pass that begins here, when the cache has the
+        layer's new keys and values.
+        """
         if on_layer is None and self.can_launch(plan):
             return self.finish(self.launch(plan))
         self._drop(plan)
@@ -153,48 +164,42 @@ class Executor:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
-        """Starts a step, and returns while the device works. The next one can be started when this
+        """Start a step, and return while the device works. The next one can be started when this
         one is finished."""
-        assert self._graphs is not None and self._device_tables is not None
+        assert self._graphs is not None and self._running.device_tables is not None
         self._drop(plan)
-        self._sampling.note_chosen(plan.decodes)
+        self._running.sampling.note_chosen(plan.decodes)
         new = decode_tokens(
-            plan.decodes, self._tables, self.groups.sp, block_size=self.pool.block_size
+            plan.decodes, self._running.tables, self.groups.sp, block_size=self.pool.block_size
         )
-        rows_B, *ranges = new.ranges(self._tables, self.config.sliding_window)
+        rows_B, *ranges = new.ranges(self._running.tables, self.config.sliding_window)
         logits_RV = self._graphs.logits(
             np.array([new.tokens, new.positions, new.slots, rows_B, *ranges]),
-            self._device_tables.table(rows_B),
-            longest=self._tables.longest(rows_B),
+            self._running.device_tables.table(rows_B),
+            longest=self._running.tables.longest(rows_B),
         )
         ends = [item.position + 1 for item in plan.decodes]
-        return Launched(plan, self._sampling.draw(logits_RV, plan.sampled, ends))
+        return Launched(plan, self._running.sampling.draw(logits_RV, plan.sampled, ends))
 
     @torch.inference_mode()
     def finish(self, launched: Launched) -> StepOutput:
-        """The tokens of a launched step, when the device has them."""
+        """Tokens of a launched step; waits for the device."""
         output = StepOutput(*launched.drawn.tokens())
         if None in output.token_ids:
-            self._clear_failed(launched.plan, [], output)
+            self._running.clear_failed(launched.plan, [], output)
         return output
 
     def forget(self, seq_ids: Iterable[int]) -> None:
-        """Drop what is kept of sequences that are over, or that will be prefilled again."""
-        for seq_id in seq_ids:
-            self._tables.remove(seq_id)
-            if self._sparse_tables is not None:
-                self._sparse_tables.remove(seq_id)
-            self._sampling.forget(seq_id)
+        """Drop the state of sequences that are over, or that will be prefilled again."""
+        self._running.forget(seq_ids)
 
     def enter(self, item: PrefillItem) -> None:
-        """A sequence whose tokens others have prefilled: they are all in its blocks, and it decodes
-        from now on."""
-        assert self._sparse_tables is None, "who prefilled a sequence knows what it sees"
-        self._sampling.add(item)
-        self._tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
+        """Add a sequence whose tokens other ranks have prefilled: all are in its blocks, and it
+        decodes from now on."""
+        self._running.enter(item)
 
     def _pass_of(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Pass:
-        """The suspended pass that this step goes on with, or a new one."""
+        """The suspended pass that this step continues, or a new one."""
         if plan.layers is not None and not plan.layers.begins:
             passing = self._suspended.pop(plan.layers.pass_id)
             assert passing.run.next_layer == plan.layers.first, (
@@ -212,7 +217,7 @@ class Executor:
         return Pass.begin(self.model, plan.prefills, step, on_layer)
 
     def _complete(self, plan: StepPlan, passing: Pass) -> StepOutput:
-        """What comes after the last layer: one token for each sequence that has all of its own
+        """Finish a pass after its last layer: one token for each sequence that has all of its own
         computed."""
         hidden = self.model.finish(passing.run)
         logits_RV = self.model.logits(hidden.index_select(0, passing.step.rows_R))
@@ -220,7 +225,7 @@ class Executor:
         ends |= {item.seq_id: item.position + 1 for item in plan.decodes}
         sampled = plan.sampled
         output = sample_step(
-            self._sampling,
+            self._running.sampling,
             logits_RV,
             passing.step.items_by_rank,
             sampled,
@@ -228,7 +233,7 @@ class Executor:
             self.groups,
         )
         if None in output.token_ids:
-            self._clear_failed(plan, passing.prefills, output)
+            self._running.clear_failed(plan, passing.prefills, output)
         scores = compute_prompt_logprobs(
             self.model, hidden, passing.prefills, self.groups, block_size=self.pool.block_size
         )
@@ -236,14 +241,11 @@ class Executor:
 
     def _prefill_input(self, items: list[PrefillItem], *, chunked: bool) -> StepInput:
         for item in items:
-            if not item.samples:
-                continue
-            self._sampling.add(item)
-            if self._sparse_tables is not None:
-                self._sparse_tables.add(item.seq_id, self.prefill.pattern_of(item))
+            if item.samples:
+                self._running.add(item, self.prefill.pattern_of)
         return prefill_input(
             items,
-            self._tables,
+            self._running.tables,
             self.pool,
             self.groups.sp,
             self.prefill,
@@ -252,34 +254,21 @@ class Executor:
         )
 
     def _decode_input(self, items: list[DecodeItem]) -> StepInput:
-        self._sampling.note_chosen(items)
+        self._running.sampling.note_chosen(items)
         return decode_input(
             items,
-            self._tables,
+            self._running.tables,
             self.pool,
             self.groups.sp,
             window=self.config.sliding_window,
             dtype=self.dtype,
             device=self.device,
-            sparse_tables=self._sparse_tables,
-            device_tables=self._device_tables,
+            sparse_tables=self._running.sparse_tables,
+            device_tables=self._running.device_tables,
         )
 
     def _drop(self, plan: StepPlan) -> None:
-        """What the plan says is over, before anything else of it."""
+        """Forget what the plan lists as over, before anything else of it."""
         for pass_id in plan.dropped:
             del self._suspended[pass_id]
         self.forget(plan.released)
-
-    def _clear_failed(
-        self, plan: StepPlan, prefills: list[PrefillItem], output: StepOutput
-    ) -> None:
-        """NaN of a failed sequence must not reach whoever gets its blocks next: masked slots are
-        multiplied by zero. Blocks that it shares, or that gave finite logits before, have none and
-        may be in use."""
-        first_own = {item.seq_id: item.num_shared_tokens for item in prefills}
-        first_own |= {item.seq_id: item.position for item in plan.decodes}
-        for seq_id, token_id in zip(plan.sampled, output.token_ids, strict=True):
-            if token_id is None:
-                first = first_own[seq_id] // self.pool.block_size
-                self.pool.clear(self._tables.block_ids(seq_id, first=first))

@@ -1,8 +1,7 @@
-"""What one sp rank holds of each running sequence: a row of block ids, kept up to date step by
-step.
+"""Block tables of running sequences on one SP rank, kept up to date step by step.
 
-Only this rank's blocks are in a row, in token order, so attention over a row sees this rank's share
-of the sequence. Every rank also knows each sequence's last block, since that decides who runs its
+A row has only this rank's blocks, in token order, so attention over a row sees this rank's share of
+the sequence. Every rank also knows each sequence's last block, since its owner runs the sequence's
 linear layers.
 """
 
@@ -14,7 +13,7 @@ import numpy as np
 
 
 class LocalTables:
-    """Rows of (block ids, block indices, token count) for the sequences of the job on sp rank
+    """Rows of (block ids, block indices, token count) for the sequences of the job on SP rank
     `rank`."""
 
     def __init__(self, *, rank: int, block_size: int) -> None:
@@ -34,7 +33,7 @@ class LocalTables:
     def add(
         self, seq_id: int, block_ranks: Sequence[int], block_ids: Sequence[int], num_tokens: int
     ) -> None:
-        """A sequence enters with `num_tokens` cached tokens in the given blocks (of all ranks)."""
+        """Add a sequence with `num_tokens` cached tokens in the given blocks (of all ranks)."""
         row = self._new_row(seq_id)
         local = np.flatnonzero(np.asarray(block_ranks) == self._rank)
         self._reserve_columns(len(local))
@@ -47,7 +46,7 @@ class LocalTables:
         self._last_block[seq_id] = (block_ranks[-1], block_ids[-1])
 
     def add_block(self, seq_id: int, rank: int, block_id: int, index: int) -> None:
-        """Block number `index` of the sequence is opened on sp rank `rank`."""
+        """Open block number `index` of a sequence on SP rank `rank`."""
         self._last_block[seq_id] = (rank, block_id)
         if rank != self._rank:
             return
@@ -59,11 +58,11 @@ class LocalTables:
         self._num_blocks[row] += 1
 
     def last_rank(self, seq_id: int) -> int:
-        """The sp rank of the sequence's last block."""
+        """SP rank of the sequence's last block."""
         return self._last_block[seq_id][0]
 
     def append_token(self, seq_id: int, position: int) -> int:
-        """Count a token that this rank caches at `position`; returns its slot."""
+        """Count a token that this rank caches at `position`; return its slot."""
         rank, block_id = self._last_block[seq_id]
         assert rank == self._rank
         self._num_tokens[self._rows[seq_id]] += 1
@@ -76,8 +75,8 @@ class LocalTables:
         return self._block_ids[row, :count][self._block_indices[row, :count] >= first]
 
     def block_map(self, seq_id: int) -> np.ndarray:
-        """The id of each block of a sequence up to this rank's last one; -1 where another rank
-        holds it."""
+        """Id of each block of a sequence up to this rank's last one; -1 where another rank holds
+        it."""
         row = self._rows[seq_id]
         indices = self._block_indices[row, : self._num_blocks[row]]
         blocks = np.full(int(indices[-1]) + 1 if len(indices) else 0, -1, dtype=np.int64)
@@ -91,16 +90,16 @@ class LocalTables:
         self._free_rows.append(row)
 
     def rows(self, seq_ids: Sequence[int]) -> np.ndarray:
-        """The row of each sequence, as long as it runs."""
+        """Row of each sequence, valid as long as it runs."""
         return np.array([self._rows[seq_id] for seq_id in seq_ids], dtype=np.int64)
 
     def row(self, row: int) -> np.ndarray:
-        """The block ids of a row, to be read only."""
+        """Block ids of a row, to be read only."""
         return self._block_ids[row, : self._num_blocks[row]]
 
     def fill(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(tenancy [B], blocks [B]): while a row's tenancy is the same, blocks have only been added
-        to it."""
+        """(tenancy [B], blocks [B]) of rows; while a row's tenancy stays the same, blocks are only
+        added."""
         return self._tenancies[rows_B], self._num_blocks[rows_B]
 
     def longest(self, rows_B: np.ndarray) -> int:
@@ -113,7 +112,7 @@ class LocalTables:
         """(block ids [B, M], start [B], end [B]): row b sees its local tokens [start, end) of the
         table.
 
-        `first_visible[b]` is the first token position a sliding window lets the sequence see.
+        `first_visible[b]` is the first token position that a sliding window lets the sequence see.
         """
         rows = self.rows(seq_ids)
         return self._block_ids[rows, : self.longest(rows)], *self.ranges(rows, first_visible)
@@ -121,7 +120,7 @@ class LocalTables:
     def ranges(
         self, rows: np.ndarray, first_visible: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(start [B], end [B]) as of `view`, for the sequences of the given rows."""
+        """(start [B], end [B]) as in `view`, for the sequences of the given rows."""
         ends = self._num_tokens[rows]
         if first_visible is None:
             return np.zeros_like(ends), ends

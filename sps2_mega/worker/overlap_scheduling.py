@@ -1,16 +1,15 @@
-"""The next step of a rank that works alone, begun before the answers of the last one are dealt
-with.
+"""Overlap of host and device on one rank: step k+1 is launched before the answers of step k.
 
-Stop strings, text and what clients are sent take the host about as long as planning does; the
-device works meanwhile:
+Stop strings, text and clients' answers take the host about as long as planning does; the device
+works meanwhile:
 
-    host     wait k | commit k, plan and launch k+1 | answers of k ... | wait k+1 | commit k+1, launch k+2 | ...
-    device   k -----|                               k+1 ---------------------------|                       k+2 ---
+    host     wait k | commit k, plan and launch k+1 | answers of k | wait k+1 | commit k+1 ...
+    device   k -----|                               k+1 -----------------------|
 
 Nothing is guessed: the tokens of step k are known when k+1 is planned. Only a stop string is found
-too late to keep its sequence out of step k+1; the scheduler drops that token, as it does after an
-abort. A step that cannot be launched (a prefill, which would keep the answers waiting) is planned
-and waits for the next call.
+too late to keep its sequence out of step k+1; the scheduler drops that token, as after an abort. A
+step that cannot be launched (a prefill, which would delay the answers) is planned and waits for the
+next call.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A planned step, and the device's work on it if there is some already."""
+    """A planned step, and the device's work on it if it was launched."""
 
     plan: StepPlan
     launched: Launched | None
 
 
 class OverlapScheduler:
-    """At most one step is begun; without graphs none ever is, since launching a step would take as
-    long as it runs."""
+    """At most one step is begun; without graphs none is, as launching a step would take as long as
+    running it."""
 
     def __init__(self, executor: Executor, plan: Callable[[], StepPlan | None]) -> None:
         self._executor, self._plan = executor, plan
@@ -46,12 +45,12 @@ class OverlapScheduler:
         return self._begun is not None
 
     def take(self) -> Begun | None:
-        """The step that was begun, to be finished by the caller."""
+        """Take the step that was begun; the caller finishes it."""
         begun, self._begun = self._begun, None
         return begun
 
     def begin_next(self) -> None:
-        """To be called when the last step is committed."""
+        """Plan the next step, and launch it if possible. Call when the last step is committed."""
         assert self._begun is None, "the step that was begun was not taken"
         if not self._executor.has_graphs:
             return

@@ -1,4 +1,4 @@
-"""Which of this rank's cache slots each running sequence sees when it decodes under CSA.
+"""Cache slots that each running sequence sees on this rank when it decodes under CSA.
 
 The keys before a query's own cell stay the same until generation enters another cell of some level,
 so their slots are kept; those of the own cell are listed anew for each token.
@@ -18,7 +18,7 @@ from sps2_mega.worker.local_tables import LocalTables
 
 @dataclass(slots=True)
 class _Row:
-    """A sequence's pattern; `before[c]` are the slots of class c before the own cell, for queries
+    """Pattern of a sequence; `before[c]` are the slots of class c before the own cell, for queries
     in `cells`."""
 
     pattern: CSAPattern
@@ -42,7 +42,8 @@ class SparseTables:
         del self._rows[seq_id]
 
     def step(self, seq_ids: list[int], positions: list[int]) -> SparseStep:
-        """What the given sequences see with one new token each, which is in the tables already."""
+        """Keys that the given sequences see with one new token each, which is in the tables
+        already."""
         return SparseStep(self, seq_ids, positions)
 
     def local_blocks(self, seq_id: int) -> np.ndarray:
@@ -66,7 +67,7 @@ class SparseTables:
         return _slots(keys, blocks, self._block_size)
 
     def layer_classes(self, layer: int) -> list[int]:
-        """The class of each local KV head."""
+        """Class of each local KV head."""
         return [(head + layer) % self.num_classes for head in self._sparse.kv_heads]
 
     @property
@@ -89,8 +90,7 @@ class SparseStep:
         self.num_classes = tables.num_classes
 
     def layer_slots(self, layer: int) -> list[list[np.ndarray]]:
-        """[sequence][local KV head] -> slots on this rank; the same for layers `num_classes`
-        apart."""
+        """[sequence][local KV head] -> slots on this rank; equal for layers `num_classes` apart."""
         classes = self._tables.layer_classes(layer)
         by_class = {head_class: self._class_slots(head_class) for head_class in set(classes)}
         return [
@@ -113,8 +113,7 @@ class SparseStep:
 
 
 def _slots(keys: list[range], blocks: np.ndarray, block_size: int) -> np.ndarray:
-    """The slots of the positions that are on this rank; `blocks[i]` is the id of block i, or -1
-    elsewhere."""
+    """Slots of the positions on this rank; `blocks[i]` is the id of block i, or -1 elsewhere."""
     pieces = [np.arange(part.start, part.stop, part.step) for part in keys]
     if not pieces:
         return np.empty(0, dtype=np.int64)

@@ -1,5 +1,8 @@
-"""The drivers' conversation, and the queue in which all that one rank hears or does in other
-threads comes together."""
+"""Control messages between the drivers, and the queue in which a rank's events meet.
+
+Messages, finished steps and arrivals enter the queue from other threads; the main thread takes
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ from sps2_mega.scheduler.admission import Limits
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A message from rank `source` of the job."""
+    """Message from rank `source` of the job."""
 
     source: int
     message: ControlMessage
 
 
 class Control:
-    """Control messages to any rank of the job; those to this rank wait in `events`, with what other
-    threads put there."""
+    """Sends control messages to any rank of the job; those to this rank enter `events`, with what
+    other threads put there."""
 
     def __init__(self, rank: StartedRank) -> None:
         assert rank.bridge is not None, "a job without pools has no bridge"
@@ -34,6 +37,7 @@ class Control:
         self._channel = rank.bridge.channel(on_message=self._receive, on_error=rank.watchdog.fail)
 
     def send(self, dst: int, message: ControlMessage) -> None:
+        """Post a message to rank `dst` of the job without waiting."""
         payload = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
         self._channel.post([Message(dst, kind_of(message), 0, payload)])
 
@@ -43,9 +47,12 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """`limits` of every sequence: it must fit either pool, since a preempted one is prefilled
-    again. `shares_prefixes`: both pools may use the blocks of common prefixes again.
-    `num_blocks_there` are those of the other pool."""
+    """Facts that both drivers know before the first request.
+
+    `limits` hold for every sequence: it must fit either pool, since a preempted one is prefilled
+    again. `shares_prefixes`: both pools may reuse the blocks of common prefixes. `num_blocks_there`
+    counts the blocks of the other pool.
+    """
 
     limits: Limits
     shares_prefixes: bool
@@ -53,8 +60,10 @@ class Agreement:
 
 
 def agree(rank: StartedRank, control: Control, other_driver: int, *, prefixes: bool) -> Agreement:
-    """Both drivers call it with nothing else sent before. `prefixes`: whether this pool can share
-    them."""
+    """Exchange Hello with the other pool's driver, before any other message.
+
+    `prefixes`: whether this pool can share the blocks of common prefixes.
+    """
     num_blocks = rank.num_blocks * rank.groups.sp.size
     prefixes = prefixes and not rank.config.cache.no_prefix_caching
     own = Hello(num_blocks * rank.config.cache.block_size, num_blocks, prefixes)

@@ -1,8 +1,8 @@
-"""The first decode rank: makes room for sequences, starts them when their keys and values are
-there, decodes them.
+"""Driver of the decode pool, on its first rank.
 
-Everything it knows of clients comes from the prefill driver (`messages`). It waits for messages
-only where there is nothing to decode.
+Reserves blocks for sequences, starts each one when its keys and values have arrived, and decodes.
+All it knows of clients comes from the prefill driver (`messages`). It blocks on messages only where
+there is nothing to decode.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ _PREFILL_DRIVER = 0
 
 @dataclass(slots=True)
 class _Handoff:
-    """A sequence that is received. `expected` and `arrived` are (handoff, rank) of messages
-    Arrived; `dropped`: its blocks are free when all that is expected has come."""
+    """A sequence that is being received.
+
+    `expected` and `arrived` are (handoff, rank) of messages Arrived. The blocks of a `dropped` one
+    are freed when everything expected has arrived.
+    """
 
     number: int
     seq_id: int
@@ -56,7 +59,7 @@ class _Handoff:
 
 
 class DecodeDriver:
-    """Every block that the other pool may still write to belongs to a handoff."""
+    """Every block that the prefill pool may still write to belongs to a handoff."""
 
     def __init__(self, rank: StartedRank) -> None:
         self._started, self._pool, self._block_size = rank, rank.pool, rank.config.cache.block_size
@@ -68,7 +71,7 @@ class DecodeDriver:
         self._leaving = self._reported_idle = False
 
     def run(self) -> None:
-        """Serves the prefill driver until it leaves."""
+        """Serve the prefill driver until it leaves."""
         with failing(self._started.watchdog):
             self._scheduler = self._make_scheduler()
             while not (self._leaving and not self._handoffs):
@@ -91,7 +94,7 @@ class DecodeDriver:
         )
 
     def _work(self) -> None:
-        """One step, or if there is none, one wait for messages."""
+        """Run one step; where there is none, wait for a message."""
         for reservation in self._scheduler.reserve():
             self._offer(reservation)
         plan = self._scheduler.plan()
@@ -105,8 +108,7 @@ class DecodeDriver:
         self._hear(wait=plan is None)
 
     def _hear(self, *, wait: bool) -> None:
-        """Handles all messages that are there, and waits for one where there is nothing else to
-        do."""
+        """Handle all messages in the queue; with `wait`, block for the first one."""
         while True:
             try:
                 heard: Heard = self._events.get(block=wait)
@@ -134,7 +136,7 @@ class DecodeDriver:
                 handoff.token_id = message.token_id
                 self._settle(handoff)
             case Arrived():
-                # Unknown: a rank that had all of it before it was cut says so again.
+                # Unknown: a rank that had received all of it before the cut reports it twice.
                 arriving = self._handoffs.get(original(message.handoff))
                 if arriving is not None:
                     arriving.arrived.add((message.handoff, source))
@@ -149,7 +151,7 @@ class DecodeDriver:
     def _drop(self, message: Drop) -> None:
         handoff = self._handoff_of.get(message.seq_id)
         if handoff is None or handoff.number != message.handoff:
-            # Nothing of it is on the way: not begun, or all here.
+            # Nothing of it is on the way: not begun, or complete.
             if handoff is not None:
                 self._forget(handoff)
             self._release(message.seq_id)
@@ -160,7 +162,7 @@ class DecodeDriver:
         self._settle(handoff)
 
     def _settle(self, handoff: _Handoff) -> None:
-        """What becomes of a handoff whose last part may have come."""
+        """Start or release a sequence whose last part may have arrived."""
         if handoff.expected - handoff.arrived or (handoff.token_id is None and not handoff.dropped):
             return
         self._forget(handoff)

@@ -1,5 +1,5 @@
-"""One decode rank's part of a step: let sequences enter and leave, decode; meanwhile keys and
-values of others arrive."""
+"""Rank of the decode pool: lets sequences enter and leave, and decodes, while keys of others
+arrive."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sps2_mega.types import StepOutput, StepPlan
 
 
 class DecodeRank:
-    """Any rank of the decode pool. The driver (the first one) calls `lead`, the others
-    `run`, for the same steps."""
+    """Any rank of the decode pool. Its driver (the first one) calls `lead`, the others `run`, for
+    the same steps."""
 
     def __init__(self, rank: StartedRank) -> None:
         assert rank.bridge is not None and len(rank.pools) == 2
@@ -35,20 +35,20 @@ class DecodeRank:
         rank.bridge.channel(on_message=receiver.receive, on_error=rank.watchdog.fail)
 
     def lead(self, plan: StepPlan, changes: Sequence[Change]) -> StepOutput:
-        """Runs a step on all decode ranks, after `changes`."""
+        """Run a step on all decode ranks, after `changes`."""
         if self._rank.groups.control.size > 1:
             broadcast_bytes(encode_decode(plan, changes), self._rank.groups.control)
         return self._execute(plan, changes)
 
     def run(self) -> None:
-        """Executes the driver's steps until it leaves."""
+        """Execute the driver's steps until it leaves."""
         with failing(self._rank.watchdog):
             while payload := broadcast_bytes(None, self._rank.groups.control):
                 self._execute(*decode_decode(payload))
         self._rank.leave()
 
     def dismiss(self) -> None:
-        """The driver's last word to the others."""
+        """Tell the other ranks that no step follows."""
         broadcast_bytes(SHUTDOWN, self._rank.groups.control)
 
     def _execute(self, plan: StepPlan, changes: Sequence[Change]) -> StepOutput:
@@ -63,7 +63,7 @@ class DecodeRank:
         return output
 
     def _tell_driver(self, handoff: int) -> None:
-        """In the receiving thread."""
+        """Report a complete handoff. Runs in the receiving thread."""
         if self._global_rank == self._driver:
             self.control.events.put(Heard(self._global_rank, Arrived(handoff)))
         else:

@@ -1,11 +1,11 @@
-"""The engine of a job with separate decode ranks, as its users see it: what `engine.engine.Engine`
-offers, on rank 0.
+"""Engine of a job with separate decode ranks, with the interface of `engine.engine.Engine`, on rank
+0.
 
-Rank 0 drives the prefill pool and owns the requests. Three things happen at once, and meet in one
+Rank 0 drives the prefill pool and keeps the requests. Three things happen at once, and meet in one
 queue of events that `step` handles:
 
     a thread      prefill steps on the prefill ranks, one after another         -> StepDone
-    decode pool   room, and the tokens of its steps (`decode_driver`)           -> Heard
+    decode pool   reservations, and the tokens of its steps (`decode_driver`)   -> Heard
     the caller    add_request, abort
 """
 
@@ -39,13 +39,13 @@ from sps2_mega.outputs import OutputDelta, RequestOutput
 from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import SamplingParams, Sequence
 
-# New requests and aborts are looked at between calls of `step`, which must not wait for long.
+# New requests and aborts are handled between calls of `step`, which must not wait for long.
 _WAIT_S = 0.005
 
 
 class DisaggregatedEngine:
-    """Every sequence in `_states` is owed an output; the decode pool knows exactly those, and such
-    that it was told to drop."""
+    """Every sequence in `_states` still needs an output; the decode pool knows exactly these, and
+    some that it was told to drop."""
 
     def __init__(self, rank: StartedRank, tokenizer: Tokenizer | None) -> None:
         """`rank` is rank 0 of the job, the first one of the prefill pool."""
@@ -56,7 +56,7 @@ class DisaggregatedEngine:
         self._control, self._events = self._rank.control, self._rank.control.events
         self._decode_driver = rank.pools[1].first
         with failing(rank.watchdog):
-            # Under CSA keys depend on the prompt that a prefix is in.
+            # Under CSA a prefix's keys depend on the whole prompt.
             agreement = agree(
                 rank, self._control, self._decode_driver, prefixes=self.config.csa.exact
             )
@@ -138,7 +138,7 @@ class DisaggregatedEngine:
         return self._started.executor.model
 
     def has_work(self) -> bool:
-        """Also while nobody waits for an output, until all blocks are free on both pools."""
+        """Whether an output is due, or a block is in use on either pool."""
         return bool(self._states) or self._prefill.is_busy or any(self._decode_blocks_used)
 
     def stats(self) -> EngineStats:
@@ -160,8 +160,8 @@ class DisaggregatedEngine:
         )
 
     def step(self) -> list[RequestOutput]:
-        """Wait a moment for news of either pool, unless there is nothing to wait for; returns the
-        requests that finished."""
+        """Wait briefly for news of either pool, if any is due, and return the requests that
+        finished."""
         self._requests.begin_turn()
         with failing(self._started.watchdog):
             self._prefill.begin_step()
@@ -170,7 +170,7 @@ class DisaggregatedEngine:
             return finished
 
     def shutdown(self) -> None:
-        """End the job on all ranks; requests in state are dropped. Safe to call twice."""
+        """End the job on all ranks; requests in flight are dropped. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -193,7 +193,7 @@ class DisaggregatedEngine:
         return sum(not f.is_decoding and not f.is_computed for f in self._states.values())
 
     def _handle_events(self, wait_s: float) -> list[RequestOutput]:
-        """All that are there; waits for the first one."""
+        """Handle all events in the queue; wait up to `wait_s` seconds for the first one."""
         finished: list[RequestOutput] = []
         while True:
             try:
@@ -220,7 +220,7 @@ class DisaggregatedEngine:
         for token in message.tokens:
             state = self._states.get(token.seq_id)
             if state is None:
-                continue  # dropped here before the other pool knew
+                continue  # dropped here before the decode pool heard of it
             got.append(state.sequence)
             reason = self._requests.take_token(
                 state.sequence, token.token_id, token.logprob, token.reason, now
@@ -233,7 +233,7 @@ class DisaggregatedEngine:
         return finished
 
     def _end_prefill(self, done: StepDone) -> list[RequestOutput]:
-        """First tokens go to clients here; the decode pool goes on from them."""
+        """Give clients the first tokens of a prefill step; the decode pool continues from them."""
         now = time.monotonic()
         self._requests.count_prompts(done.plan.prefills)
         finished: list[RequestOutput] = []

@@ -1,8 +1,8 @@
-"""What the driver of a pool broadcasts to its ranks before each step <-> bytes: plans, and what
-goes with them.
+"""Frames that a pool's driver broadcasts to its ranks before each step: a plan and its extras <->
+bytes.
 
-prefill   plan, and for each sequence whose pass begins where its keys and values go
-decode    changes in order (sequences that enter, ids that leave), then the plan
+    prefill   the plan, and the destination of each sequence whose pass begins
+    decode    changes in order (sequences that enter, ids that leave), then the plan
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Destinations = Mapping[int, Destination]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A sequence is over before all of it was computed: of `handoff`, which reaches `ranks` of the
-    job, nothing more comes."""
+    """End of a sequence before all of it was computed: nothing more is sent of `handoff`, which
+    reaches `ranks` of the job."""
 
     seq_id: int
     handoff: int
@@ -34,6 +34,7 @@ class Cut:
 def encode_prefill(
     plan: StepPlan | None, destinations: Destinations, cuts: Sequence[Cut] = ()
 ) -> bytes:
+    """Frame of a prefill step, or of cuts alone (`plan` None)."""
     rows = [
         (seq_id, d.handoff, d.first, d.placement.block_ranks, d.placement.block_ids)
         for seq_id, d in destinations.items()
@@ -43,6 +44,7 @@ def encode_prefill(
 
 
 def decode_prefill(payload: bytes) -> tuple[StepPlan | None, dict[int, Destination], list[Cut]]:
+    """Plan, destinations and cuts of a frame."""
     plan, rows, ended = msgpack.unpackb(payload, use_list=False)
     destinations = {
         seq_id: Destination(handoff, first, Placement(ranks, ids))
@@ -52,6 +54,7 @@ def decode_prefill(payload: bytes) -> tuple[StepPlan | None, dict[int, Destinati
 
 
 def encode_decode(plan: StepPlan, changes: Sequence[Change]) -> bytes:
+    """Frame of a decode step."""
     packed = [
         change
         if isinstance(change, int)
@@ -62,6 +65,7 @@ def encode_decode(plan: StepPlan, changes: Sequence[Change]) -> bytes:
 
 
 def decode_decode(payload: bytes) -> tuple[StepPlan, list[Change]]:
+    """Plan and changes of a frame."""
     plan, packed = msgpack.unpackb(payload, use_list=False)
     return decode(plan), [
         change if isinstance(change, int) else decode(change).prefills[0] for change in packed

@@ -1,9 +1,9 @@
-"""A decode rank's end of the way of keys and values: writes what arrives into blocks that nobody
-reads yet.
+"""Receiver of keys and values on a decode rank: writes arriving rows into blocks that nobody reads
+yet.
 
 Runs in the channel's receiving thread, while the rank decodes other sequences in other blocks.
-Knows nothing of plans: manifests say where rows go. On CUDA it works on a stream of its own, and
-reports a transfer when that stream is done.
+Knows no plans: manifests name the slots. On CUDA it works on a stream of its own, and reports a
+handoff when that stream has finished.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class _Incoming:
 
 
 class KVReceiver:
-    """Calls `on_arrival(handoff)` once all of a handoff is in this rank's cache, or once no more
-    of it comes.
+    """Calls `on_arrival(handoff)` once all of a handoff is in this rank's cache, or once no more of
+    it will be sent.
 
-    Of each sender's transfers any number may be under way.
+    Any number of transfers of each sender may be in flight.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class KVReceiver:
         self._num_cuts: dict[int, int] = {}  # by handoff
 
     def receive(self, source: int, kind: int, detail: int, payload: Tensor) -> None:
-        """A message of the channel; `payload` is this object's from now on."""
+        """Handle a message of the channel; `payload` belongs to this object from now on."""
         if kind == MANIFEST:
             manifest = Manifest.decode(payload.numpy().tobytes())
             slots = torch.from_numpy(manifest.slots.copy()).to(self._device)
@@ -85,7 +85,8 @@ class KVReceiver:
                 self._num_entries[handoff] = have
 
     def _cut(self, source: int, handoff: int) -> None:
-        """Says so when all senders have said it. A rank that had all before says it twice, then."""
+        """Report a handoff when all senders have cut it. One that was complete before is then
+        reported twice."""
         for key, incoming in list(self._incoming.items()):
             if key[0] == source and any(h == handoff for h, _, _ in incoming.manifest.handoffs):
                 del self._incoming[key]
@@ -95,7 +96,7 @@ class KVReceiver:
             return
         self._num_entries.pop(handoff, None)
         if self._stream is not None:
-            self._stream.synchronize()  # what came last is not written into blocks of others
+            self._stream.synchronize()  # no late write into blocks that others get next
         self._on_arrival(handoff)
 
     @torch.inference_mode()
@@ -111,7 +112,7 @@ class KVReceiver:
         if self._device.type != "cuda":
             return contextlib.nullcontext()
         if self._stream is None:
-            # In this thread: the current device is a thread's own.
+            # In this thread: each thread has its own current device.
             torch.cuda.set_device(self._device)
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._stream)

@@ -1,5 +1,4 @@
-"""A prefill rank's end of the way of keys and values to the decode ranks: one batch of messages per
-layer.
+"""Sender of keys and values on a prefill rank: one batch of messages per layer.
 
 Rows are copied out of the cache, so blocks may be reused at once; a thread of the channel sends the
 copies while the next layer computes. At most `MAX_BATCHES` layers wait to be sent: a slow network
@@ -19,8 +18,10 @@ from sps2_mega.comm.channel import Channel, Message
 from sps2_mega.engine.disaggregated.kv_transfer import KVTransfer
 from sps2_mega.kv_cache.pool import KVPool
 
-# Kinds of messages. Their detail: of MANIFEST the transfer, of LAYER transfer * number of layers +
-# layer, of CUT the handoff. Each rank numbers its transfers by the pass.
+# Kinds of messages and their detail. Each rank numbers its transfers by the pass.
+#   MANIFEST  transfer
+#   LAYER     transfer * number of layers + layer
+#   CUT       handoff
 MANIFEST, LAYER, CUT = 0, 1, 2
 MAX_BATCHES = 4
 
@@ -33,15 +34,15 @@ class _Load:
 
 
 class KVSender:
-    """Sends what a pass's transfers say, each layer once, in layer order; passes may be under way
-    side by side."""
+    """Sends the transfers of each pass, every layer once, in layer order; several passes may be in
+    flight."""
 
     def __init__(self, channel: Channel, pool: KVPool, *, num_layers: int) -> None:
         self._channel, self._pool, self._num_layers = channel, pool, num_layers
         self._num_passes = 0
 
     def begin(self, transfers: Sequence[KVTransfer]) -> KVTransfersInFlight:
-        """Tells receivers what comes; `layer_done` of the result then sends layers."""
+        """Send the manifests of a pass; `layer_done` of the result then sends its layers."""
         number = self._num_passes
         self._num_passes += 1
         if transfers:
@@ -52,13 +53,13 @@ class KVSender:
         )
 
     def cut(self, handoff: int, ranks: Sequence[int]) -> None:
-        """Tells those ranks of the job that a handoff reaches that no more of it comes from here,
-        nor of any pass with it that is under way."""
+        """Tell `ranks`, which a handoff reaches, that this rank sends no more of it, in whatever
+        pass."""
         self._channel.post([Message(rank, CUT, handoff) for rank in ranks])
 
 
 class KVTransfersInFlight:
-    """The transfers of one pass; a rank with nothing to send has one without any."""
+    """Transfers of one pass, none on a rank that has nothing to send."""
 
     def __init__(
         self, channel: Channel, pool: KVPool, transfers: Sequence[KVTransfer], *, first_detail: int
@@ -75,7 +76,7 @@ class KVTransfersInFlight:
         ]
 
     def layer_done(self, layer: int) -> None:
-        """The cache holds this layer's keys and values of all tokens of the pass."""
+        """Send this layer's rows: the cache holds its keys and values of all tokens of the pass."""
         if not self._loads:
             return
         # [keys and values, tokens, heads, head_dim]

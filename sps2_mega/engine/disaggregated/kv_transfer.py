@@ -2,14 +2,15 @@
 
     transfer   everything that one prefill rank sends to one decode rank in one pass: a manifest,
                then one message per layer
-    handoff    one sequence on its way to the decode ranks, in one or more passes from all prefill ranks
+    handoff    one sequence on its way to the decode ranks: all its rows, from all prefill ranks, in
+               one or more passes
 
 A pass is all layers for some tokens of each sequence in it, whole prompts or chunks. From the
 manifest the receiver knows the slot of every row and the handoffs that rows belong to. A handoff is
 complete on a rank when all its entries have arrived in all layers; an entry is one KV head of one
 token.
 
-Pure planning; sending is `kv_sender`'s part.
+Pure planning; `kv_sender` sends.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ def original(handoff: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Destination of a transfer's rows, and the handoffs that they belong to.
+    """Slots of a transfer's rows on the receiver, and the handoffs that they belong to.
 
     In each layer `slots` of the receiving rank's cache get the heads [first_head, first_head +
-    num_heads). `handoffs` are (handoff, its entries in this transfer, all its entries that this rank
-    gets).
+    num_heads). `handoffs` are (handoff, its entries in this transfer, all its entries for this
+    rank).
     """
 
     slots: np.ndarray
@@ -100,7 +101,17 @@ def plan_kv_transfers(
     num_kv_heads: int,
     block_size: int,
 ) -> list[KVTransfer]:
-    """All transfers of one prefill rank in a pass over these items."""
+    """All transfers of one prefill rank in a pass over these items.
+
+    Args:
+        items: sequences of the pass, each with its destination.
+        prefill: the rank pool of the sender.
+        decode: the rank pool of the receivers.
+        sp_rank: of the sender.
+        tp_rank: of the sender.
+        num_kv_heads: of the model, over all TP ranks.
+        block_size: tokens per block, the same in both pools.
+    """
     cuts = head_cuts(num_kv_heads, src_tp=prefill.tp, dst_tp=decode.tp)
     transfers = []
     for receiver, parts in sorted(_parts_by_receiver(items, sp_rank, block_size).items()):
@@ -148,7 +159,7 @@ def _parts_by_receiver(
         source, placement = Placement(item.block_ranks, item.block_ids), destination.placement
         first = destination.first
         if item.start > item.num_shared_tokens:
-            first = max(first, item.start)  # the chunks before have brought what was cached
+            first = max(first, item.start)  # earlier chunks have sent what was cached
         sent = rows_from(
             sp_rank, source, placement, first=first, end=item.end, block_size=block_size
         )

@@ -1,10 +1,10 @@
-"""Which keys and values go from which prefill rank to which decode rank: pure index work.
+"""Routes of keys and values from prefill ranks to decode ranks: pure index work.
 
 Both pools keep tokens in blocks of the same size, but place blocks on their own SP ranks and cut KV
 heads by their own TP degree. A route is therefore rows times heads:
 
-    rows    of each block the tokens that are asked for: from the SP rank that prefilled it to the one that will hold it
-    heads   those that sender and receiver have in common; of several senders with the same head one is chosen
+    rows    tokens of a block, from the SP rank that prefilled it to the one that will hold it
+    heads   the heads that sender and receiver share; of several senders of a head one is chosen
 
     prefill tp=2 (heads 0-1 | 2-3), decode tp=4 (0 | 1 | 2 | 3):   tp 0 -> 0, 1    tp 1 -> 2, 3
 """
@@ -21,7 +21,7 @@ from sps2_mega.attention.csa.spans import local_kv_heads
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one pool keeps a sequence: block i is `block_ids[i]` on SP rank `block_ranks[i]`."""
+    """Blocks of a sequence in one pool: block i is `block_ids[i]` on SP rank `block_ranks[i]`."""
 
     block_ranks: Sequence[int]
     block_ids: Sequence[int]
@@ -29,8 +29,8 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class HeadCut:
-    """`count` KV heads that TP rank `src` sends to TP rank `dst`, with the first one's index among
-    each one's own."""
+    """`count` KV heads that TP rank `src` sends to TP rank `dst`, with the index of the first one
+    among the local heads of each."""
 
     src: int
     dst: int
@@ -41,15 +41,17 @@ class HeadCut:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tokens that go from one SP rank to another: their cache slots on both."""
+    """Tokens that travel from one SP rank to another: their cache slots on both."""
 
     src_slots: np.ndarray
     dst_slots: np.ndarray
 
 
 def head_cuts(num_kv_heads: int, *, src_tp: int, dst_tp: int) -> list[HeadCut]:
-    """Every head of every receiving TP rank exactly once. Ranks that share a head take turns in
-    sending it."""
+    """Cuts that bring every head of every receiving TP rank exactly once.
+
+    Sending ranks that share a head take turns in sending it.
+    """
     cuts: list[HeadCut] = []
     for dst in range(dst_tp):
         wanted = local_kv_heads(num_kv_heads, tp_rank=dst, tp=dst_tp)
@@ -63,7 +65,7 @@ def head_cuts(num_kv_heads: int, *, src_tp: int, dst_tp: int) -> list[HeadCut]:
             start = local_kv_heads(num_kv_heads, tp_rank=src, tp=src_tp).index(head)
             last = cuts[-1] if cuts else None
             if last is not None and (last.src, last.dst) == (src, dst):
-                # Both pools number heads upwards without gaps, so neighbours stay neighbours.
+                # Both pools number heads without gaps, so neighbours stay neighbours.
                 cuts[-1] = HeadCut(src, dst, last.src_start, last.dst_start, last.count + 1)
             else:
                 cuts.append(HeadCut(src, dst, start, index, 1))
@@ -73,8 +75,8 @@ def head_cuts(num_kv_heads: int, *, src_tp: int, dst_tp: int) -> list[HeadCut]:
 def rows_from(
     src_rank: int, src: Placement, dst: Placement, *, first: int, end: int, block_size: int
 ) -> dict[int, Rows]:
-    """What SP rank `src_rank` of the prefill pool sends of tokens [first, end), by receiving SP
-    rank."""
+    """Rows of tokens [first, end) that SP rank `src_rank` of the prefill pool sends, by receiving
+    SP rank."""
     positions = np.arange(first, end)
     blocks, offsets = positions // block_size, positions % block_size
     mine = np.asarray(src.block_ranks)[blocks] == src_rank
@@ -89,8 +91,8 @@ def rows_from(
 
 
 def rows_per_rank(dst: Placement, *, first: int, end: int, block_size: int) -> dict[int, int]:
-    """How many of tokens [first, end) each SP rank of the decode pool keeps; `first` is a block's
-    first token."""
+    """Number of tokens [first, end) on each SP rank of the decode pool; `first` is a block's first
+    token."""
     counts: dict[int, int] = {}
     for start in range(first, end, block_size):
         rank = dst.block_ranks[start // block_size]

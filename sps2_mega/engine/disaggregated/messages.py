@@ -1,16 +1,16 @@
-"""What the drivers of the two pools tell each other: plain values <-> bytes, nothing executable.
+"""Messages between the drivers of the two pools: plain values <-> bytes, nothing executable.
 
     prefill driver                               decode driver
       Expect: a sequence will come       ->        queue it
                                          <-      Room: blocks for it are reserved
-      (prefill; keys and values go from all prefill ranks to all decode ranks)
-      Start: its first token             ->        decode it, once all has arrived (Arrived, of each decode rank)
+      (prefill; keys and values travel from all prefill ranks to all decode ranks)
+      Start: its first token             ->        decode it, after Arrived of each decode rank
                                          <-      Tokens: of one step; after a preemption Room again
-      Drop: nobody wants it any more     ->        free its blocks, once nothing is on the way to them
+      Drop: it is no longer wanted       ->        free its blocks, once nothing is on the way
       Leave                              ->        Left
 
-The order of messages between two ranks is kept, so that a Room says what the prefill driver knows
-from Tokens before.
+Messages between two ranks keep their order, so a Room refers to what the prefill driver knows from
+earlier Tokens.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from sps2_mega.types import FinishReason, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message of both drivers: what their pool can hold. `shares_prefixes`: equal tokens
-    have equal keys and values, whatever prompt they are in."""
+    """First message of both drivers: capacity of their pool.
+
+    `shares_prefixes`: equal tokens have equal keys and values, whatever prompt they are in.
+    """
 
     cache_tokens: int
     num_blocks: int
@@ -38,8 +40,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """A sequence to decode, as `Sequence` has it; its first token comes with Start. `prefill_s`:
-    the seconds that its prefill is expected to take, 0 where nothing is known."""
+    """A sequence to decode, with the fields of `Sequence`; its first token follows with Start.
+
+    `prefill_s` are the expected seconds of its prefill, 0 where nothing is known.
+    """
 
     seq_id: int
     prompt_token_ids: list[int]
@@ -51,7 +55,7 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Blocks for a sequence's first `num_tokens` tokens: of those `first` are there already.
+    """Blocks for a sequence's first `num_tokens` tokens, of which `first` are cached already.
     `handoff` is the number of this reservation in all that follows."""
 
     seq_id: int
@@ -73,8 +77,11 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The prefill pool has forgotten a sequence. `handoff`: the last one of it whose rows were
-    or will be sent. `damaged`: those are not finite."""
+    """The prefill driver has forgotten a sequence.
+
+    `handoff` is the last one of it whose rows were or will be sent. `damaged`: their values are not
+    finite.
+    """
 
     seq_id: int
     handoff: int | None
@@ -84,7 +91,7 @@ class Drop:
 @dataclass(frozen=True, slots=True)
 class NewToken:
     """One step's token of one sequence, None where the model gave no finite logits. With a `reason`
-    it was the last."""
+    it was the last one."""
 
     seq_id: int
     token_id: int | None
@@ -94,7 +101,7 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A decode step's tokens, and the blocks of each sp rank that are in use after it."""
+    """Tokens of a decode step, and the blocks in use on each SP rank after it."""
 
     tokens: list[NewToken]
     used_per_rank: tuple[int, ...]
@@ -102,14 +109,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """All of a handoff that goes to the sending decode rank is in its cache."""
+    """All of a handoff that the sending decode rank expects is in its cache."""
 
     handoff: int
 
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """The job ends: whatever is in state is dropped."""
+    """End of the job: requests in flight are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +134,17 @@ _LONG_LISTS = {"prompt_token_ids", "block_ranks", "block_ids"}
 
 
 def kind_of(message: ControlMessage) -> int:
-    """The number of a message's type."""
+    """Number of a message's type."""
     return _NUMBERS[type(message)]
 
 
 def encode(message: ControlMessage) -> bytes:
-    """The fields of a message; its type travels as `kind_of`."""
+    """Fields of a message; its type travels as `kind_of`."""
     return bytes(msgpack.packb([_pack(f, getattr(message, f)) for f in _names(type(message))]))
 
 
 def decode(kind: int, payload: bytes) -> ControlMessage:
-    """The message again."""
+    """Message from its kind and fields."""
     made = _KINDS[kind]
     values = msgpack.unpackb(payload, use_list=False)
     message: ControlMessage = made(

@@ -1,8 +1,7 @@
-"""The prefill pool as rank 0 drives it: which sequences it computes, step by step, and what it
-leaves of those dropped.
+"""Driver of the prefill pool, on rank 0: which sequences it computes, and what is sent of dropped
+ones.
 
-Plans are the scheduler's and are made here, in the caller's thread; a thread of its own runs them
-on all prefill ranks.
+Plans are made here, in the caller's thread; a thread of its own runs them on all prefill ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from sps2_mega.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """What a prefill gave a sequence in state. `reason`: why it was also its last token."""
+    """Token that a prefill gave a live sequence. `reason`: why it was also its last one, else
+    None."""
 
     state: RequestState
     token_id: int | None
@@ -37,7 +37,7 @@ class FirstToken:
 
 
 class PrefillDriver:
-    """One step at a time. The decode pool hears of every dropped sequence what comes of it, by
+    """Runs one step at a time. For each dropped sequence the decode pool gets one Drop, by
     `send_drop`."""
 
     def __init__(
@@ -49,11 +49,15 @@ class PrefillDriver:
         max_len: int,
         send_drop: Callable[[Drop], None],
     ) -> None:
-        """`states` are all sequences that somebody wants, by id, kept by the caller; `max_len` is
-        the longest prompt plus output that both pools can hold, in tokens."""
+        """Set up the scheduler and the thread.
+
+        `states` are all sequences that need an output, by id, kept by the caller; `max_len` is the
+        longest prompt plus output that both pools can hold, in tokens.
+        """
         self._started, self._states, self._send_drop = started, states, send_drop
-        # What waits has been admitted before. With a target for the time between tokens prompts run
-        # in slices here too, where nobody decodes: so that short ones and aborts get in.
+        # Waiting sequences were admitted before, so the queue has no limit here. With a target for
+        # the time between tokens prompts run in slices here too, although nothing decodes: short
+        # prompts and aborts get their turn.
         unlimited = dataclasses.replace(started.config.scheduler, max_waiting=None)
         self._scheduler = make_scheduler(
             dataclasses.replace(
@@ -66,27 +70,26 @@ class PrefillDriver:
             rank, started.watchdog, started.executor.device, rank.control.events
         )
         self._passes = OpenPasses(started.resolved.config.num_layers)
-        self._dropped: dict[int, RequestState] = {}  # while passes with them are under way
-        self.is_busy = False  # a step is under way
+        self._dropped: dict[int, RequestState] = {}  # while their passes run
+        self.is_busy = False  # a step is running
         self.comm = CommSeconds()  # rank 0's, in all steps
 
     @property
     def kv_used_per_rank(self) -> tuple[int, ...]:
-        """Blocks of each sp rank."""
+        """Blocks in use on each SP rank."""
         return self._scheduler.kv_used_per_rank
 
     def expected_s(self, num_tokens: int) -> float:
-        """Seconds that the prefill of a prompt is expected to take; 0 before anything was
-        measured."""
+        """Expected seconds of a prompt's prefill; 0 before anything was measured."""
         return self._scheduler.expected_prefill_s(num_tokens)
 
     def offer(self, state: RequestState, room: Room) -> None:
-        """The decode pool has room for a sequence: it is computed when its turn comes."""
+        """Queue a sequence for which the decode pool has reserved blocks."""
         refused = self._scheduler.add(state.offer(room))
         assert refused is None, f"sequence {room.seq_id} was refused late: {refused}"
 
     def begin_step(self) -> None:
-        """The next step, if none is under way and there is something to do."""
+        """Begin the next step, unless one is running or there is nothing to do."""
         if self.is_busy:
             return
         plan = self._scheduler.plan(time.monotonic())
@@ -100,7 +103,7 @@ class PrefillDriver:
         )
 
     def end_step(self, done: StepDone, now: float) -> list[FirstToken]:
-        """Takes the outcome of the step under way."""
+        """Take the outcome of the running step."""
         self.is_busy = False
         plan, output = done.plan, done.output
         self._scheduler.commit(plan, output, now)
@@ -116,33 +119,33 @@ class PrefillDriver:
             state = self._states[seq_id]
             attempt = state.end_attempt()
             tokens.append(FirstToken(state, token_id, logprob, attempt.finish_reason))
-            # Its blocks are copied by now; what may be found again stays findable.
+            # Its blocks are copied by now; shareable prefixes stay in the cache.
             self._scheduler.finish(seq_id, FinishReason.LENGTH)
         self._cut_dropped()
         return tokens
 
     def drop(self, state: RequestState) -> None:
-        """Nobody wants this sequence any more, which the caller no longer has in its states."""
+        """Forget a sequence that the caller has removed from its states."""
         seq_id = state.sequence.seq_id
         if state.attempt is not None:
             self._scheduler.abort(seq_id)
         if state.is_computed:
-            self._dropped[seq_id] = state  # what is sent of it is known between steps
+            self._dropped[seq_id] = state  # how much of it is sent is known between steps only
         else:
             self._send_drop(Drop(seq_id, state.handoff))
 
     def dropped_all(self) -> None:
-        """Call after some sequences were dropped, when those that were dropped together all are."""
+        """Close a series of drops: sequences that were dropped together are known from now on."""
         self._cut_dropped()
 
     def close(self) -> None:
-        """Ends the thread, after all that it was given to do."""
+        """End the thread, after everything that it was given to do."""
         assert not self.is_busy and not self._dropped, "a step is under way"
         self._thread.close()
 
     def _cut_dropped(self) -> None:
-        """Of sequences that were dropped while they were computed, and will not be completed for
-        the sake of others, nothing more is sent."""
+        """Stop sending sequences that were dropped while they were computed, except those whose
+        pass is completed for the sake of others."""
         if self.is_busy:
             return
         cuts = []

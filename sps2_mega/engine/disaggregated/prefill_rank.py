@@ -1,5 +1,5 @@
-"""One prefill rank's part of a step: run the plan, and send keys and values to the decode ranks as
-layers complete."""
+"""Rank of the prefill pool: runs plans, and sends keys and values to decode ranks as layers
+complete."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ class PrefillRank:
         self._sender = KVSender(
             channel, rank.executor.pool, num_layers=rank.executor.config.num_layers
         )
-        # By sequence: its pass that began last, until it has its token.
+        # The last pass of each sequence, until it has its token.
         self._passes: dict[int, tuple[PrefillItem, Destination]] = {}
 
     def lead(self, plan: StepPlan, destinations: Destinations) -> StepOutput:
-        """Runs a step on all prefill ranks. `destinations` are those of sequences in passes that
-        begin with it."""
+        """Run a step on all prefill ranks; `destinations` are those of sequences whose passes begin
+        with it."""
         self._tell(encode_prefill(plan, destinations))
         return self._execute(plan, destinations)
 
     def cut(self, cuts: Sequence[Cut]) -> None:
-        """Lets no prefill rank send more of these, after the last step."""
+        """Stop all prefill ranks from sending more of these sequences, after the last step."""
         self._tell(encode_prefill(None, {}, cuts))
         self._cut(cuts)
 
     def run(self) -> None:
-        """Executes the driver's steps until it leaves."""
+        """Execute the driver's steps until it leaves."""
         with failing(self._rank.watchdog):
             while payload := broadcast_bytes(None, self._rank.groups.control):
                 plan, destinations, cuts = decode_prefill(payload)
@@ -62,7 +62,7 @@ class PrefillRank:
         self._rank.leave()
 
     def dismiss(self) -> None:
-        """The driver's last word to the others."""
+        """Tell the other ranks that no step follows."""
         broadcast_bytes(SHUTDOWN, self._rank.groups.control)
 
     def _tell(self, frame: bytes) -> None:
@@ -91,8 +91,8 @@ class PrefillRank:
         return output
 
     def _overwrite(self, failed: list[tuple[PrefillItem, Destination]]) -> None:
-        """Numbers that are not finite must not stay in blocks of the decode pool: what the executor
-        has cleared here is sent once more, all chunks at once."""
+        """Send failed sequences once more, all chunks at once, now that the executor has cleared
+        them: values that are not finite must not stay in blocks of the decode pool."""
         if not failed:
             return
         again = [

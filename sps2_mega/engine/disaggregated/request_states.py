@@ -1,11 +1,10 @@
-"""Where each sequence is on its way through both pools, as the prefill driver knows it.
+"""State of each sequence on its way through both pools, as the prefill driver knows it.
 
-    expected --Room--> offered --plan--> computed (in passes) --first token--> decoding --last
-    token-->
+    expected --Room--> offered --plan--> computed (in passes) --first token--> decoding --> over
         ^                                                                        |
-        '------------------------ Room again, after a preemption -----------------'
+        '------------------------ Room again, after a preemption ----------------'
 
-Decides what the prefill pool's scheduler gets to see of a sequence; who is told what is `engine`'s.
+Decides what the prefill pool's scheduler sees of a sequence; `engine` sends the messages.
 """
 
 from __future__ import annotations
@@ -20,9 +19,12 @@ from sps2_mega.types import Sequence
 
 @dataclass(slots=True)
 class RequestState:
-    """One sequence in state. `sequence` is what its client gets to see. `attempt` is what the
-    prefill pool's scheduler has of it, while it does, and `room` where its tokens go then.
-    `handoff` is the last handoff that began."""
+    """State of one sequence.
+
+    `sequence` is what its client sees. `attempt` is what the prefill pool's scheduler has of it,
+    while it does, and `room` the destination of its tokens then. `handoff` is the last one that
+    began.
+    """
 
     sequence: Sequence
     attempt: Sequence | None = None
@@ -32,7 +34,7 @@ class RequestState:
     is_decoding: bool = False
 
     def offer(self, room: Room) -> Sequence:
-        """There is room for it on the decode pool; returns the attempt to schedule."""
+        """Take the decode pool's reservation, and return the attempt to schedule."""
         sequence = self.sequence
         assert room.num_tokens == sequence.num_tokens, (
             f"sequence {sequence.seq_id} has {sequence.num_tokens} tokens, "
@@ -57,20 +59,20 @@ class RequestState:
         return self.attempt
 
     def begin_pass(self) -> Destination:
-        """A pass over the next of its tokens is planned: they will be sent."""
+        """Mark the next pass as planned, and return the destination of its tokens."""
         assert self.room is not None
         self.is_computed, self.handoff = True, self.room.handoff
         return self.destination
 
     @property
     def destination(self) -> Destination:
-        """Where the attempt's tokens go."""
+        """Destination of the attempt's tokens."""
         assert self.room is not None
         placement = Placement(self.room.block_ranks, self.room.block_ids)
         return Destination(self.room.handoff, self.room.first, placement)
 
     def end_attempt(self) -> Sequence:
-        """The attempt has its token; returns it, and leaves the state without one."""
+        """Return the attempt, which has its token, and leave the state without one."""
         attempt, self.attempt, self.room = self.attempt, None, None
         assert attempt is not None
         self.is_computed = False

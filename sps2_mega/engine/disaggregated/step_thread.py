@@ -1,5 +1,4 @@
-"""Prefill steps in a thread of their own, so that tokens of the decode pool are passed on while a
-long prompt runs."""
+"""Thread that runs prefill steps, so that decoded tokens reach clients while a long prompt runs."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from sps2_mega.types import StepOutput, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """A prefill step has ended on this rank."""
+    """A prefill step that has ended on this rank."""
 
     plan: StepPlan
     output: StepOutput
@@ -48,22 +47,22 @@ class StepThread:
         self._thread.start()
 
     def begin(self, plan: StepPlan, destinations: Destinations) -> None:
-        """To be called again only after the step's StepDone."""
+        """Run a step. May be called again only after the step's StepDone."""
         self._steps.put(_Step(plan, destinations))
 
     def cut(self, cuts: Sequence[Cut]) -> None:
-        """Nothing more of these is sent, after the step under way."""
+        """Cut these sequences, after the running step."""
         self._steps.put(cuts)
 
     def close(self) -> None:
-        """Ends the thread, after what it was given to do."""
+        """End the thread, after everything that it was given to do."""
         self._steps.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         with failing(self._watchdog):
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # a thread has a current device of its own
+                torch.cuda.set_device(self._device)  # each thread has its own current device
             while (work := self._steps.get()) is not None:
                 if isinstance(work, _Step):
                     output = self._rank.lead(work.plan, work.destinations)

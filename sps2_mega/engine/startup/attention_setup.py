@@ -35,7 +35,7 @@ def check_pipeline(config: EngineConfig, rank: int) -> None:
 def make_pipeline(
     config: EngineConfig, groups: ParallelGroups, device: torch.device
 ) -> tuple[Pipeline, TraceFile | None]:
-    """Prefill pipeline and its trace; all ranks call it together, as a trace compares their clocks."""
+    """Prefill pipeline and its trace. All ranks call it together: a trace compares their clocks."""
     trace = None if config.trace is None else TraceFile(Path(config.trace), groups.control)
     pipeline = Pipeline(
         make_comm_streams(device),
@@ -53,7 +53,7 @@ def make_planner(
     compute: Compute,
     info: LaunchInfo,
 ) -> PrefillPlanner:
-    """Planner of exact transports; all ranks call it together, as the machine may have to be
+    """Planner of exact transports. All ranks call it together: the machine may have to be
     measured."""
     tp = groups.tp.size
     heads = LayerHeads(

@@ -1,7 +1,6 @@
-"""Making this rank's share of the KV cache: as many blocks as its memory holds and all ranks can
-have.
+"""Allocate this rank's share of the KV cache: as many blocks as fit on every rank.
 
-Also where this rank's memory then went.
+Memory is estimated by pure functions of model and step sizes; free memory is measured here.
 """
 
 from __future__ import annotations
@@ -26,8 +25,11 @@ from sps2_mega.parallel.launcher import LaunchInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheShare:
-    """This rank's pool of `num_blocks` blocks. Of memory (bytes): what blocks take, what a step may
-    need, and what was free before both."""
+    """This rank's pool of `num_blocks` blocks, and the memory around it in bytes.
+
+    `pool_bytes` are taken by blocks, `activation_bytes` are what the largest step may need,
+    `free_bytes` were free before both.
+    """
 
     pool: KVPool
     num_blocks: int
@@ -47,8 +49,21 @@ def allocate_cache(
     *,
     prefills: bool = True,
 ) -> CacheShare:
-    """The pool; all ranks agree on the number of blocks by the minimum. Ranks that do not prefill
-    have small steps, and keys and values of a prompt that come in from others."""
+    """Allocate the pool; all ranks agree on the number of blocks by the minimum.
+
+    Args:
+        config: of this rank's pool.
+        model: its dimensions decide the bytes of a block.
+        groups: of this rank.
+        compute: device and dtype of the cache.
+        info: tells how many ranks share the host's memory.
+        max_model_len: longest prompt plus output, in tokens.
+        transport: of prefill attention; some gather all keys.
+        prefills: False where ranks only decode: their steps are small, and prompts' keys arrive.
+
+    Raises:
+        ConfigError: not even one block fits.
+    """
     block_size, sp = config.cache.block_size, groups.sp.size
     if block_size < 1:
         raise ConfigError(f"block_size must be at least 1, got {block_size}")
@@ -86,8 +101,7 @@ def allocate_cache(
         bytes_per_block=bytes_per_block,
         free_bytes=free_bytes,
         activation_bytes=largest_step,
-        # Sequences are spread over ranks as equally as whole blocks allow; one block each for the
-        # rest.
+        # Sequences are spread over ranks evenly in whole blocks: at most one more on a rank.
         useful_blocks=config.scheduler.max_running * (-(-blocks_per_sequence // sp) + 1),
     )
     num_blocks = minimum(num_blocks, groups.control)
@@ -110,7 +124,7 @@ def allocate_cache(
 
 
 def rank_memory(cache: CacheShare, weights: Iterable[Tensor]) -> RankMemory:
-    """Where this rank's memory went."""
+    """Memory of this rank by use, in bytes; `weights` are the model's parameters."""
     return RankMemory(
         weights=sum(weight.nbytes for weight in weights),
         kv_cache=cache.pool_bytes,
@@ -122,10 +136,12 @@ def rank_memory(cache: CacheShare, weights: Iterable[Tensor]) -> RankMemory:
 def activation_bytes(
     model: ModelConfig, *, tp: int, sp: int, num_tokens: int, itemsize: int, gathers_keys: bool
 ) -> int:
-    """Upper estimate of what one layer holds at once on a rank for a step of `num_tokens` tokens:
-    residual stream and its norm, q/k/v with their exchange buffers, and the MLP's inner tensors of
-    its share; where keys are gathered also K and V of all tokens, in the order they come and in
-    sequence order."""
+    """Upper estimate of what one layer holds at once on a rank for a step of `num_tokens` tokens.
+
+    Counted are the residual stream and its norm, q/k/v with their exchange buffers, and the inner
+    tensors of this rank's share of the MLP; where keys are gathered also K and V of all tokens, in
+    the order they arrive and in sequence order.
+    """
     kv_heads = max(model.num_kv_heads, tp)
     heads = model.num_heads + 2 * kv_heads
     inner = (3 if model.gated else 2) * model.ffn_hidden_size
@@ -137,8 +153,11 @@ def activation_bytes(
 def decode_rank_bytes(
     model: ModelConfig, *, tp: int, sp: int, num_decodes: int, num_received: int, itemsize: int
 ) -> int:
-    """The same for a rank that only decodes: a step in which all of `num_decodes` run here, while
-    one layer's keys and values of a prompt of `num_received` tokens come in."""
+    """Upper estimate for a rank that only decodes.
+
+    All of `num_decodes` sequences run here in one step, while one layer's keys and values of a
+    prompt of `num_received` tokens arrive.
+    """
     step = activation_bytes(
         model, tp=tp, sp=1, num_tokens=num_decodes, itemsize=itemsize, gathers_keys=False
     )
@@ -154,8 +173,7 @@ def num_kv_blocks(
     activation_bytes: int,
     useful_blocks: int,
 ) -> int:
-    """Blocks for this rank: as configured, else what the memory holds, but no more than could be
-    used.
+    """Blocks for this rank: as configured, else what its memory holds, at most `useful_blocks`.
 
     Raises:
         ConfigError: not even one block fits.

@@ -35,7 +35,8 @@ class Meeting:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A rank's connections: groups within its pool, `bridge` to the other pool where there is one."""
+    """Connections of a rank: groups within its pool, and `bridge` to the other pool if there is
+    one."""
 
     groups: ParallelGroups
     watchdog: Watchdog

@@ -1,5 +1,4 @@
-"""What rank 0 shows while a job starts: one line per stage with the seconds so far, and the weights
-as they are read.
+"""Progress of a start on rank 0: one line per stage with the seconds so far, and the weights read.
 
     [   0.4 s] waiting for 3 other ranks
     [   2.1 s] reading the weights of llama-3-8b
@@ -21,7 +20,7 @@ _STAGE_EVERY_S = 0.5
 
 
 class LoadProgress:
-    """Shows nothing unless `show`; `on_stage` hears the same in any case, for a server's status."""
+    """Shows stages where `show` is set; `on_stage` is called in any case, for a server's status."""
 
     def __init__(
         self,
@@ -31,7 +30,7 @@ class LoadProgress:
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` gives seconds."""
+        """`stream` defaults to standard error; `clock` returns seconds."""
         self._stream = (sys.stderr if stream is None else stream) if show else None
         self._on_stage = on_stage
         self._clock = clock
@@ -43,15 +42,15 @@ class LoadProgress:
         return self._clock() - self._began
 
     def stage(self, text: str) -> None:
-        """A new part of the start begins."""
+        """Begin a new stage of the start."""
         if self._on_stage is not None:
             self._on_stage(text)
         self._line(text)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """The stage in which weights are read; gives a function of bytes read so far and of all
-        bytes."""
+        """Stage in which weights are read; yield a callback for bytes read so far and bytes in
+        all."""
         stage = f"reading the weights of {name}"
         self.stage(stage)
         if self._stream is not None and self._stream.isatty():

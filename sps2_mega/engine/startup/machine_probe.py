@@ -1,8 +1,8 @@
-"""The machine's numbers for the planner: measured once, then read from a file of the user's cache
+"""Machine figures for the planner: measured once, then read from a file in the user's cache
 directory.
 
-Rank 0 alone reads and writes the file and tells the others, so all ranks plan with the same
-numbers. A file that cannot be read or written only means measuring again.
+Only rank 0 reads and writes the file; it broadcasts the figures, so all ranks plan with the same
+ones. A file that cannot be read or written only means measuring again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _MAX_AGE_S = 24 * 3600.0
 _ROUNDS, _REPEATS = 3, 5
-_FLOPS = {"cpu": 6e8, "cuda": 2e11}  # of the timed attention: milliseconds on either
+_FLOPS = {"cpu": 6e8, "cuda": 2e11}  # of the timed attention: takes milliseconds on both
 
 
 def machine_facts(
@@ -41,10 +41,10 @@ def machine_facts(
     network: str,
     folder: Path,
 ) -> Machine:
-    """Numbers that all ranks share; all ranks call it together.
+    """Figures of the machine, the same on all ranks; all ranks call it together.
 
-    Other hosts, another `network` (an address of it) or another shape of the job are measured anew;
-    `folder` keeps the results.
+    Other hosts, another `network` (one of its addresses) or another shape of the job are measured
+    anew; `folder` keeps the results.
     """
     hosts = _hosts(groups.control)
     place = f"{hosts} {network}"
@@ -68,7 +68,7 @@ def machine_facts(
         merge_s=speed["merge_s"],
         copy_s=speed["copy_s"],
     )
-    # On CUDA the host runs ahead of the device, which hides most of what a short layer takes.
+    # On CUDA the host runs ahead of the device, which hides most of a short layer's overhead.
     if on_cpu:
         machine = measure_layers(machine, groups, heads)
     if groups.global_rank == 0:
@@ -78,6 +78,7 @@ def machine_facts(
 
 
 def describe(machine: Machine) -> str:
+    """One line about a machine, for the log."""
     links = ", ".join(
         f"{link.bytes_per_s / 1e9:.3g} GB/s and {link.latency_s * 1e6:.0f} us among {size} ranks"
         for size, link in zip(machine.sp_levels, machine.links, strict=True)
@@ -95,9 +96,12 @@ def describe(machine: Machine) -> str:
 def attention_speed(
     head_dim: int, dtype: torch.dtype, device: torch.device, control: Group
 ) -> dict[str, float]:
-    """`flops_per_s` of causal attention, `call_s` (with the merge of a small result), `merge_s` and
-    `copy_s` as in `Machine`, on the slowest rank while all compute. Means, not best times: where
-    ranks share cores, waiting for one is part of the price."""
+    """Speeds on the slowest rank while all compute, as in `Machine`.
+
+    `flops_per_s` is of causal attention, `call_s` includes the merge of a small result; `merge_s`
+    and `copy_s` are per number. Means, not best times: where ranks share cores, waiting for one is
+    part of the price.
+    """
     heads = 4 if device.type == "cpu" else 16
     tokens = max(64, int((_FLOPS[device.type] / (2 * heads * head_dim)) ** 0.5))
     q, k, v = torch.zeros(3, tokens, heads, head_dim, dtype=dtype, device=device)
@@ -126,8 +130,11 @@ def attention_speed(
 
 
 def _mean_s(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one of a few calls in a row, without the first, which may compile or allocate; the
-    middle one of several such means, since something else may run on the machine for a moment."""
+    """Mean seconds per call, the median of several such means.
+
+    The first call is left out, as it may compile or allocate; the median is taken because something
+    else may run on the machine for a moment.
+    """
     call()
     _finish(device)
     means = []
@@ -142,17 +149,17 @@ def _mean_s(call: Callable[[], object], device: torch.device) -> float:
 
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # only then has a time a meaning
+        torch.cuda.synchronize(device)  # a time means something only when the device is idle
 
 
 def _ranks_per_core(hosts: list[str], control: Group) -> float:
-    """How many ranks share a core, at least 1; the most of any host."""
+    """Ranks that share a core, at least 1; the most of any host."""
     threads = hosts.count(hosts[control.rank]) * torch.get_num_threads()
     return agree_most(max(1.0, threads / len(os.sched_getaffinity(0))), control)
 
 
 def _hosts(control: Group) -> list[str]:
-    """The host name of each rank, cut to 64 bytes."""
+    """Host name of each rank, cut to 64 bytes."""
     name = socket.gethostname().encode()[:64].ljust(64)
     rows = all_gather_rows(
         torch.frombuffer(bytearray(name), dtype=torch.uint8)[None], [1] * control.size, control

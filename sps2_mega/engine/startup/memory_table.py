@@ -1,11 +1,8 @@
-"""Where the memory of each rank went once the model is loaded, as data and as a table for people.
-Pure.
+"""Memory of each rank by use once the model is loaded, as data and as a table. Pure.
 
                  least        most
-weights       3.75 GiB    3.75 GiB
-KV cache     52.10 GiB   52.10 GiB     = 65,536 tokens on each SP rank
-activations   1.20 GiB    1.20 GiB
-free          8.90 GiB    9.70 GiB     least on rank 3
+weights 3.75 GiB 3.75 GiB KV cache 52.10 GiB 52.10 GiB = 65,536 tokens on each SP rank activations
+1.20 GiB 1.20 GiB free 8.90 GiB 9.70 GiB least on rank 3
 """
 
 from __future__ import annotations
@@ -25,8 +22,11 @@ _LABELS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """Bytes on one rank. `activations` is an upper estimate of what the largest step needs; `free`
-    is what then remains, less than zero where a configured KV cache leaves too little."""
+    """Bytes on one rank, by use.
+
+    `activations` is an upper estimate of what the largest step needs; `free` is what then remains,
+    below zero where a configured KV cache leaves too little.
+    """
 
     weights: int
     kv_cache: int
@@ -34,6 +34,7 @@ class RankMemory:
     free: int
 
     def encode(self) -> str:
+        """JSON, for the rendezvous store."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
@@ -44,8 +45,10 @@ class RankMemory:
 def memory_table(
     ranks: Sequence[RankMemory], *, cache_tokens_per_rank: int, pool: str | None = None
 ) -> str:
-    """Several lines, one per use: the least and the most that any of `ranks` has for it. Where
-    ranks do different things, `pool` names those whose cache holds so many tokens each."""
+    """Table with one line per use: the least and the most that any of `ranks` has for it.
+
+    `pool` names the ranks whose cache holds `cache_tokens_per_rank`, where ranks differ.
+    """
     rows = [("", "least", "most", "")]
     for name, label in _LABELS.items():
         values = [getattr(rank, name) for rank in ranks]
@@ -65,7 +68,7 @@ def memory_table(
 
 
 def shortage(ranks: Sequence[RankMemory]) -> str | None:
-    """A warning, where the largest step may not find its memory on some rank."""
+    """Warning where the largest step may not find its memory on some rank, else None."""
     worst = min(range(len(ranks)), key=lambda rank: ranks[rank].free)
     if ranks[worst].free >= 0:
         return None
@@ -77,7 +80,7 @@ def shortage(ranks: Sequence[RankMemory]) -> str | None:
 
 
 def _size(num_bytes: int) -> str:
-    """In GiB from a tenth of one up, else in MiB."""
+    """Size in GiB from a tenth of one up, else in MiB."""
     if abs(num_bytes) >= 2**30 / 10:
         return f"{num_bytes / 2**30:,.2f} GiB"
     return f"{num_bytes / 2**20:,.2f} MiB"

@@ -1,5 +1,4 @@
-"""Making this rank's part of the model: memory of its parameters, then weights from the checkpoint
-or made up."""
+"""Load this rank's part of the model: allocate parameters, then read or make up the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ def load_model(
     compute: Compute,
     progress: LoadProgress,
 ) -> GPT:
-    """With `load_format` dummy nothing of the model's folder is read.
+    """Model of this rank with its weights. With `load_format` dummy no file of the model is read.
 
     Raises:
         CheckpointError: the checkpoint does not hold exactly this model.

@@ -1,7 +1,7 @@
-"""The configuration of one pool of a job: what its ranks do differently from those of a job without
-pools.
+"""Configuration of one rank pool: how it differs from that of a job without decode ranks.
 
-Refuses what cannot be had with separate decode ranks; which ranks there are is `parallel.pools`'.
+Refuses what cannot be combined with separate decode ranks. The pools are defined in
+`parallel.rank_pools`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sps2_mega.parallel.rank_pools import RankPool
 
 
 def pool_config(config: EngineConfig, pool: RankPool) -> EngineConfig:
-    """The job's configuration as a rank of `pool` uses it.
+    """Configuration of the job as a rank of `pool` uses it.
 
     The decode pool never prefills: it needs no sparse pattern, plans no transports and traces
     nothing.

@@ -1,5 +1,4 @@
-"""The scheduler of a started job: what the configuration says, and what follows from model, cache
-and machine."""
+"""Scheduler of a started job: its configuration, and what follows from model, cache and machine."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def make_scheduler(rank: StartedRank) -> Scheduler:
-    """For the rank that drives the others."""
+    """Scheduler for the rank that drives the others."""
     config, model = rank.config, rank.resolved.config
     layer_flops = LayerFlops.of(model)
     threshold, crowd_threshold = _sp_thresholds(rank, layer_flops)
@@ -40,8 +39,11 @@ def make_scheduler(rank: StartedRank) -> Scheduler:
 
 
 def _sp_thresholds(rank: StartedRank, layer_flops: LayerFlops) -> tuple[int, int]:
-    """In tokens, alone and where prompts come together: as given, else what the machine suggests. 0
-    where a transport is forced: the user then wants to see it at work."""
+    """Thresholds in tokens, of a prompt alone and of prompts that arrive together.
+
+    As configured, else as the machine suggests. 0 where a transport is forced: the user then wants
+    to see it used.
+    """
     given, planner = rank.config.scheduler.sp_threshold, rank.executor.prefill.planner
     sp_size = rank.groups.sp.size
     if given is not None or planner is None or sp_size == 1:
@@ -62,7 +64,7 @@ def _sp_thresholds(rank: StartedRank, layer_flops: LayerFlops) -> tuple[int, int
 
 
 def _topology_spans(sparse: SparsePrefill | None) -> Callable[[int], tuple[int, ...]] | None:
-    """The CSA spans of a prompt length, where they come from the ranks."""
+    """CSA spans as a function of prompt length, where they follow from the topology; else None."""
     if sparse is None or sparse.csa.spans is not None:
         return None
     return lambda prompt_len: sparse.pattern(prompt_len).spans

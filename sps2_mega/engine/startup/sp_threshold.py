@@ -1,9 +1,9 @@
-"""`--sp-threshold` where it is not given: below which length a prompt is done sooner on one SP rank
-than on all.
+"""Default of `--sp-threshold`: the prompt length below which one SP rank is faster than all of
+them.
 
-A pure function of the model and of what was measured of the machine. It compares one prompt, alone
-in its step. With one for each rank nothing travels and all are busy, so then longer ones too are
-better off whole, until unequal lengths cost more than communication: by rule of thumb `CROWD` times
+A pure function of the model and of the measured machine. It compares one prompt, alone in its step.
+With one prompt for each rank nothing travels and all ranks are busy, so longer ones too are better
+off whole, until unequal lengths cost more than communication: by rule of thumb up to `CROWD` times
 as long.
 """
 
@@ -23,7 +23,7 @@ _LONGEST = 2**15  # tokens: a longer prompt is spread, whatever the links
 def auto_threshold(
     planner: PrefillPlanner, layer_flops: LayerFlops, *, block_size: int, sp_size: int, tp_size: int
 ) -> int:
-    """Tokens: the least power of two of blocks for which all ranks together are faster than one."""
+    """Least power-of-two number of blocks, in tokens, at which all ranks together beat one."""
     num_blocks = sp_size
     while num_blocks * block_size < _LONGEST:
         if _all_ranks_s(
@@ -37,7 +37,7 @@ def auto_threshold(
 def _one_rank_s(
     planner: PrefillPlanner, layer_flops: LayerFlops, num_tokens: int, tp_size: int
 ) -> float:
-    """One layer, at the speed that was measured of attention."""
+    """Seconds of one layer on one rank, at the measured speed of attention."""
     return layer_flops.flops(0, num_tokens) / tp_size / planner.machine.flops_per_s
 
 
@@ -49,7 +49,8 @@ def _all_ranks_s(
     sp_size: int,
     tp_size: int,
 ) -> float:
-    """One layer: attention by the planner's transport, everything else by equal shares."""
+    """Seconds of one layer on all ranks: attention by the planner's transport, the rest in equal
+    shares."""
     ranks = prompt_block_ranks(num_blocks, [num_blocks] * sp_size, "zigzag")
     assert ranks is not None, "every rank has room for the whole prompt"
     num_tokens = num_blocks * block_size

@@ -67,7 +67,7 @@ class StartedRank:
     transport: str
 
     def leave(self) -> None:
-        """Finish the trace, close all connections; all ranks of the job call it together."""
+        """Finish the trace and close all connections; all ranks of the job call it together."""
         with failing(self.watchdog):
             if self.trace is not None:
                 self.trace.finish()

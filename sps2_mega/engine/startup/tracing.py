@@ -1,10 +1,10 @@
-"""The trace file of a run (`--trace FILE`), for Perfetto (ui.perfetto.dev) or chrome://tracing.
+"""Trace file of a run (`--trace FILE`), for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
     during the run    every rank appends its events to FILE.rankN after each prefill step
     at a clean end    rank 0 collects them into FILE, and the parts are removed
-    after a failure   the parts stay; each is a trace of its own (the format does without its closing bracket)
+    after a failure   the parts stay; each is a valid trace (the last bracket may be missing)
 
-What the events are is `attention.pipeline.trace`'s.
+Events are defined in `attention.pipeline.trace`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sps2_mega.parallel.groups import Group
 
 
 class TraceFile:
-    """This rank's part of a trace. Made and finished by all ranks together."""
+    """This rank's part of a trace. All ranks create and finish it together."""
 
     def __init__(self, path: Path, control: Group) -> None:
         self.recorder = TraceRecorder(control.rank, offset_s=clock_offset(control))
@@ -32,13 +32,13 @@ class TraceFile:
         self._part.write("[\n")
 
     def flush(self) -> None:
-        """Writes what was recorded since the last call: it survives whatever happens next."""
+        """Write what was recorded since the last call, so that it survives a failure."""
         for event in self.recorder.take_events():
             self._part.write(json.dumps(event, separators=(",", ":")) + ",\n")
         self._part.flush()
 
     def finish(self) -> None:
-        """Rank 0 writes the whole trace."""
+        """Collect all parts on rank 0, which writes the whole trace."""
         self.flush()
         self._part.close()
         parts = gather_bytes(self._part_path.read_bytes(), self._control)
@@ -50,11 +50,16 @@ class TraceFile:
 
 
 def part_path(path: Path, rank: int) -> Path:
+    """File of one rank's part."""
     return path.with_name(f"{path.name}.rank{rank}")
 
 
 def check_trace_path(path: Path, rank: int) -> None:
-    """Raises ConfigError where this rank cannot write its part."""
+    """Check that this rank can write its part.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if path.is_dir():
         raise ConfigError(f"--trace {path} is a folder; a file name is needed")
     folder = path.parent

@@ -1,8 +1,8 @@
-"""What a layer's attention takes with each transport beside its bytes and FLOPs.
+"""Overhead of a layer's attention with each transport, beyond its bytes and FLOPs.
 
-Between CPUs every message, call and copy takes time of a core, and ranks may share cores, so short
-layers are measured as they are, with the transports themselves, and what formulas say is taken off.
-All ranks of the SP group take part.
+Between CPUs every message, call and copy takes time of a core, and ranks may share cores. So short
+layers are timed with the transports themselves, and the formulas' part is subtracted. All ranks of
+the SP group take part.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerHeads:
-    """The attention heads of one TP rank, their width and dtype."""
+    """Attention heads of one TP rank, their width and dtype."""
 
     num_heads: int
     num_kv_heads: int
@@ -47,15 +47,14 @@ class LayerHeads:
 
 
 def measure_layers(machine: Machine, groups: ParallelGroups, heads: LayerHeads) -> Machine:
-    """The machine with `layer_s` and `work_s`: the slowest rank's median times. As it was for one
+    """Machine with `layer_s` and `work_s` filled in: medians of the slowest rank. Unchanged for one
     rank."""
     sp = groups.sp
     if sp.size == 1:
         return machine
     pipeline = Pipeline(make_comm_streams(_CPU), groups.sp_back, settings=PipelineSettings())
     few, many = (_beside(tokens, machine, groups, heads, pipeline) for tokens in PROBED_TOKENS)
-    # Calls and messages do not get fewer as tokens get more: less than before is the links' or the
-    # clock's error.
+    # More tokens never need fewer calls or messages: a smaller overhead is noise of link or clock.
     layer_s: dict[str, tuple[float, ...]] = {
         name: (few[name], max(few[name], many[name])) for name in TRANSPORTS
     }
@@ -74,8 +73,8 @@ def measure_layers(machine: Machine, groups: ParallelGroups, heads: LayerHeads) 
 def _beside(
     tokens: int, machine: Machine, groups: ParallelGroups, heads: LayerHeads, pipeline: Pipeline
 ) -> dict[str, float]:
-    """By exact transport: seconds of a layer of `tokens` per rank less what the formulas say of its
-    bytes and FLOPs."""
+    """Overhead of each exact transport: seconds of a layer of `tokens` tokens per rank beyond the
+    formulas."""
     sp = groups.sp
     layout = _layout([*range(sp.size), *reversed(range(sp.size))], tokens // 2, sp.size)
     taken = _take_turns(
@@ -104,7 +103,7 @@ def _layout(ranks: Sequence[int], block_size: int, sp_size: int) -> PrefillLayou
 
 
 def _sparse(name: str, groups: ParallelGroups, heads: LayerHeads, pipeline: Pipeline) -> Transport:
-    """Next to nothing of near and of far keys over one transport on all levels; a span is one
+    """Level transport with next to no near and far keys, the same on all levels; a span is one
     rank's tokens."""
     sp, tokens = groups.sp, _SPARSE_TOKENS
     pattern = CSAPattern(
@@ -126,13 +125,15 @@ def _sparse(name: str, groups: ParallelGroups, heads: LayerHeads, pipeline: Pipe
 def _take_turns(
     contestants: Sequence[Transport], tokens: int, groups: ParallelGroups, heads: LayerHeads
 ) -> list[float]:
-    """Median seconds of each one's layer of `tokens` per rank, on the slowest rank; the first round
-    plans and is not counted. Rounds are fewer where links are slow."""
+    """Median seconds of each transport's layer of `tokens` tokens per rank, on the slowest rank.
+
+    The first round plans and is not counted. There are fewer rounds where links are slow.
+    """
     q = torch.zeros(tokens, heads.num_heads, heads.head_dim, dtype=heads.dtype)
     k, v = torch.zeros(2, tokens, heads.num_kv_heads, heads.head_dim, dtype=heads.dtype)
 
     def seconds(transport: Transport) -> float:
-        minimum(0, groups.control)  # all begin together
+        minimum(0, groups.control)  # a barrier
         began = time.perf_counter()
         transport.attend(0, q, k, v, SoftmaxParams(1.0))
         return agree_most(time.perf_counter() - began, groups.control)

@@ -1,4 +1,4 @@
-"""Repetition, presence and frequency penalties, from a record of which tokens a sequence has.
+"""Repetition, presence and frequency penalties, from a record of a sequence's tokens.
 
 Decides the formulas: repetition counts prompt and output and scales a logit towards less likely;
 presence and frequency count the output only and subtract, as in the OpenAI API.
@@ -16,11 +16,11 @@ from sps2_mega.types import SamplingParams
 
 
 class PenaltyState:
-    """Which tokens occurred in one sequence, and how often in its output; 5 bytes per vocabulary
+    """Tokens that occurred in one sequence, and their counts in its output; 5 bytes per vocabulary
     entry.
 
-    Ranks keep one only for sequences whose `SamplingParams.has_penalties`. `output_ids` is what a
-    preempted sequence had generated before.
+    Ranks keep one only for sequences whose `SamplingParams.has_penalties`. `output_ids` are the
+    tokens that a preempted sequence had generated before.
     """
 
     __slots__ = ("output_counts", "seen")

@@ -1,16 +1,16 @@
-"""How likely the tokens of prompts are, each after all before it: from the last norm's output of a
+"""Log-probabilities of prompt tokens, each after all before it, from the last norm's output of a
 prefill step.
 
 Of a row only its log-sum-exp, the logit of the token that follows and the largest few logits leave
-the rank that has them; logits exist for a bounded number of rows at a time, and of the vocabulary
-each TP rank has its own part.
+the rank that has it; logits exist for a bounded number of rows at a time, and each TP rank has its
+own part of the vocabulary.
 
     hidden rows --some at a time--> logits of this TP rank's tokens --> [lse, following, top k..]
     --TP--> packed rows
-    packed rows of all sp ranks --> log-probabilities in the order of positions, on every rank
+    packed rows of all SP ranks --> log-probabilities in the order of positions, on every rank
 
-Which prompts are scored is in their params. Shapes: T scored rows, k the most top entries asked
-for, F = 2 + 2k.
+Which prompts are scored is in their params. Shapes: T scored rows, k the most top entries
+requested, F = 2 + 2k.
 """
 
 from __future__ import annotations
@@ -45,12 +45,19 @@ def compute_prompt_logprobs(
     block_size: int,
     rows_at_once: int | None = None,
 ) -> dict[int, PromptLogprobs]:
-    """By sequence, for items that ask for it, the log-probabilities of the prompt tokens that
-    follow the computed ones, start+1 to end (or the prompt's last). Every rank calls with the same
-    items and gets the same.
+    """Log-probabilities by sequence, for items whose params request them.
 
-    The first rows of `hidden_T1C` are this rank's tokens of the items. `rows_at_once` bounds the
-    rows whose logits exist at a time; None: as many as a fixed amount of memory holds.
+    They are those of the prompt tokens that follow the computed ones, start+1 to end (or the
+    prompt's last). Every rank calls with the same items and gets the same.
+
+    Args:
+        model: this rank's part.
+        hidden_T1C: output of the last norm; its first rows are this rank's tokens of the items.
+        items: prefills of the step.
+        groups: of this rank.
+        block_size: tokens per block.
+        rows_at_once: bound of the rows whose logits exist at a time; None: as many as fit a fixed
+            amount of memory.
     """
     counts = [item.params.prompt_logprobs for item in items]
     num_top = max((count for count in counts if count is not None), default=None)
@@ -74,10 +81,10 @@ def compute_prompt_logprobs(
 
 
 def gather_rows(local: Tensor, counts: Sequence[int], groups: ParallelGroups) -> Tensor:
-    """Rows (on the CPU) of all sp ranks, rank after rank; `counts` are those of each sp rank.
+    """Rows of all SP ranks on the CPU, rank after rank; `counts[r]` are the rows of SP rank r.
 
-    They go over the world's CPU group, to which only the first rank of each TP group contributes,
-    since its peers have the same rows.
+    They travel over the world's CPU group, to which only the first rank of each TP group
+    contributes, since its peers have the same rows.
     """
     tp = groups.tp
     each = [count if t == 0 else 0 for count in counts for t in range(tp.size)]
@@ -86,8 +93,8 @@ def gather_rows(local: Tensor, counts: Sequence[int], groups: ParallelGroups) ->
 
 @dataclass(frozen=True, slots=True)
 class _ScoredRun:
-    """Positions [start, end) of an item whose next tokens are scored, on the rank whose local rows
-    `rows` they are."""
+    """Positions [start, end) of an item whose next tokens are scored, in local rows `rows` of their
+    rank."""
 
     item: int
     start: int
@@ -98,7 +105,7 @@ class _ScoredRun:
 def _scored_runs(
     items: Sequence[PrefillItem], *, block_size: int, sp_size: int
 ) -> list[list[_ScoredRun]]:
-    """For each sp rank, in the order of its rows."""
+    """Runs of each SP rank, in the order of its rows."""
     layout = build_layout(
         [item.block_ranks for item in items],
         [item.end for item in items],
@@ -131,8 +138,8 @@ def _packed_rows(
     tp: Group,
     rows_at_once: int | None,
 ) -> Tensor:
-    """[T, 1 + 2k] float64 on the CPU: the log-probability of each row's following token, the
-    largest k of all tokens, and their token ids."""
+    """[T, 1 + 2k] float64 on the CPU: log-probability of each row's following token, the largest k
+    of all tokens, and their token ids."""
     if rows_at_once is None:
         rows_at_once = max(1, _LOGITS_BYTES // (4 * max(1, model.vocab_shard)))
     parts = [torch.empty(0, 1 + 2 * num_top, dtype=torch.float64)]
@@ -149,8 +156,9 @@ def _packed_rows(
 
 
 def _summary(logits_RV: Tensor, first_id: int, following_R: Tensor, num_top: int) -> Tensor:
-    """[R, F] float64 of tokens `first_id`..: log-sum-exp, the following token's logit (-inf where
-    it is another rank's), the top logits, their ids. float64 holds ids and float32 exactly."""
+    """[R, F] float64 of the tokens from `first_id` on: log-sum-exp, logit of the following token
+    (-inf where another rank has it), top logits, their ids. float64 holds ids and float32
+    exactly."""
     num_rows, num_here = logits_RV.shape
     summary = logits_RV.new_full((num_rows, 2 + 2 * num_top), -math.inf, dtype=torch.float64)
     if num_here == 0:  # a small vocabulary ends before the last rank's part of the padded one
@@ -168,8 +176,8 @@ def _summary(logits_RV: Tensor, first_id: int, following_R: Tensor, num_top: int
 
 
 def _merged(all_RPF: Tensor, num_top: int) -> Tensor:
-    """Of all TP ranks together, as `_packed_rows` has it. A token gets the same bits by itself and
-    among the top ones."""
+    """Summaries of all TP ranks as one row of `_packed_rows`. A token gets the same bits by itself
+    and among the top ones."""
     lse_R1 = all_RPF[..., 0].logsumexp(-1, keepdim=True)
     own_R1 = all_RPF[..., 1].max(-1, keepdim=True).values
     top_RK, where_RK = all_RPF[..., 2 : 2 + num_top].flatten(1).topk(num_top)
@@ -180,8 +188,8 @@ def _merged(all_RPF: Tensor, num_top: int) -> Tensor:
 def _by_sequence(
     packed: np.ndarray, items: Sequence[PrefillItem], runs_by_rank: Sequence[Sequence[_ScoredRun]]
 ) -> dict[int, PromptLogprobs]:
-    """From packed rows of all ranks, rank after rank, to each scored item's in the order of
-    positions."""
+    """Log-probabilities of each scored item in the order of positions, from packed rows of all
+    ranks."""
     num_top = (packed.shape[1] - 1) // 2
     at = 0
     pieces: dict[int, list[tuple[int, np.ndarray]]] = {}

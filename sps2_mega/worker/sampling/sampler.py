@@ -1,8 +1,8 @@
-"""Which token comes next, given logits: one batched pass for sequences with different parameters.
+"""Choice of the next token from logits: one batched pass for sequences with different parameters.
 
 Decides the order: forbidden tokens, penalties, temperature, top-k, top-p, min-p, choice. Each
-filter works on what the one before left. Reported log-probabilities are those of the model itself:
-natural log of the softmax of the raw logits, before all of these.
+filter works on what the previous one left. Reported log-probabilities are those of the model
+itself: natural log of the softmax of the raw logits, before all of these.
 
 The choice inverts the cumulative distribution, in token-id order and float64, at one random number
 per token (`seeds.uniform`). So the text depends on the seed and the logits, not on the batch, rank
@@ -41,13 +41,14 @@ def sample(
     histories: Sequence[PenaltyState | None] | None = None,
     banned: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int | None], list[TokenLogprob | None]]:
-    """What `draw` chooses, on the host."""
+    """Tokens and log-probabilities that `draw` chooses, on the host."""
     return draw(logits_BV, params, seeds, positions, histories, banned).tokens()
 
 
 @dataclass(frozen=True, slots=True)
 class _Logprobs:
-    """Of some rows: of the chosen token [L], and of the most likely ones [L, k]."""
+    """Log-probabilities of some rows: of the chosen token [L], and of the most likely ones [L,
+    k]."""
 
     rows: list[tuple[int, int]]  # (row, how many of the most likely ones are wanted)
     chosen_L: Tensor
@@ -57,16 +58,19 @@ class _Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What the device chooses, or has chosen, in float64, which holds token ids exactly: token ids,
-    their rows' largest logits, and 1 unless a nucleus has more tokens than were looked at. `again`
-    then looks at all; the logits must still be there."""
+    """Tokens that the device is choosing, or has chosen.
+
+    `chosen_3B` is float64, which holds token ids exactly: token ids, their rows' largest logits,
+    and 1 unless a nucleus has more tokens than were considered. `again` then considers all; the
+    logits must still exist.
+    """
 
     chosen_3B: Tensor
     logprobs: _Logprobs | None
     again: Callable[[], Drawn]
 
     def tokens(self) -> tuple[list[int | None], list[TokenLogprob | None]]:
-        """One token per row, and its log-probability where asked for; waits for the device.
+        """One token per row, and its log-probability where requested; waits for the device.
 
         The token of a row with NaN, or with nothing but infinities, is None: damaged weights or an
         overflow.
@@ -93,14 +97,17 @@ def draw(
     *,
     nucleus: int = _NUCLEUS,
 ) -> Drawn:
-    """One token per row of `logits_BV` (float32, not changed), and its log-probability where asked
-    for.
+    """Choose one token per row, and its log-probability where requested, without waiting for the
+    device.
 
-    Does not wait for the device. Top-p looks at the `nucleus` most likely tokens at first.
-
-    `positions[i]` is the position that the new token will have. `histories[i]` must be given where
-    `params[i].has_penalties`. `banned[i]` are token ids that cannot be chosen, as the
-    end-of-sequence tokens before `min_tokens`.
+    Args:
+        logits_BV: float32, not changed.
+        params: of each row.
+        seeds: of each row's sequence.
+        positions: of each row's new token.
+        histories: of each row; required where `params[i].has_penalties`.
+        banned: token ids that a row cannot choose, as end-of-sequence tokens before `min_tokens`.
+        nucleus: number of most likely tokens that top-p considers at first.
     """
     assert logits_BV.dtype is torch.float32, f"logits must be float32, got {logits_BV.dtype}"
     assert len(params) == len(seeds) == len(positions) == len(logits_BV), (
@@ -132,7 +139,7 @@ def _adjusted(
     histories: Sequence[PenaltyState | None] | None,
     banned: Sequence[Sequence[int]] | None,
 ) -> Tensor:
-    """Penalties and forbidden tokens; the given tensor itself when there are none."""
+    """Logits with penalties and forbidden tokens; the given tensor itself when there are none."""
     rows = [i for i, p in enumerate(params) if p.has_penalties]
     pairs = [(i, token_id) for i, ids in enumerate(banned or ()) for token_id in ids]
     if not rows and not pairs:
@@ -159,7 +166,7 @@ def _choose(
     uniforms: list[float],
     nucleus: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Token ids [S] drawn for `rows`, and what `_filtered` says of the nucleus."""
+    """Token ids [S] drawn for `rows`, and the nucleus check of `_filtered`."""
     device = logits_BV.device
     chosen_params = [params[i] for i in rows]
     if len(rows) < len(params):
@@ -183,8 +190,10 @@ def _filtered(
     weights_SV: Tensor, params: Sequence[SamplingParams], nucleus: int
 ) -> tuple[Tensor, Tensor | None]:
     """Weights with zeros where top-k, top-p or min-p exclude a token; equal weights share one fate.
-    With them a boolean, where there is a doubt: whether `nucleus` tokens reach every row's top-p;
-    else the weights are wrong."""
+
+    The boolean, None without a doubt: whether `nucleus` tokens reach every row's top-p; otherwise
+    the weights are wrong.
+    """
     enough = None
     vocab_size = weights_SV.shape[-1]
     top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
@@ -206,7 +215,7 @@ def _keep(weights_SV: Tensor, floor_S: Tensor) -> Tensor:
 
 
 def _top_k_floor(weights_SV: Tensor, top_k: list[int]) -> Tensor:
-    """The k-th largest weight of each row [S]; 0 where k is the whole vocabulary."""
+    """k-th largest weight of each row [S]; 0 where k is the whole vocabulary."""
     vocab_size = weights_SV.shape[-1]
     limits = [k if k < vocab_size else 0 for k in top_k]
     largest = weights_SV.topk(max(limits)).values
@@ -216,9 +225,11 @@ def _top_k_floor(weights_SV: Tensor, top_k: list[int]) -> Tensor:
 
 
 def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor, nucleus: int) -> tuple[Tensor, Tensor | None]:
-    """The smallest weight of the nucleus [S], the most likely tokens that reach top_p of what is
-    left; and whether all rows reach it within `nucleus` tokens, where that is not the whole
-    vocabulary."""
+    """Smallest weight of the nucleus [S], the most likely tokens that reach top_p of what is left.
+
+    The boolean, None where `nucleus` covers the vocabulary: whether all rows reach it within
+    `nucleus` tokens.
+    """
     wanted_S1 = (top_p_S * weights_SV.sum(dim=-1, dtype=torch.float64))[:, None]
     off_S = top_p_S >= 1.0
     num_tokens = min(nucleus, weights_SV.shape[-1])
@@ -239,7 +250,8 @@ def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor, nucleus: int) -> tuple[Ten
 
 
 def _is_known_at_once(x: Tensor) -> bool:
-    """Elsewhere reading a number waits for all work that was launched before."""
+    """Whether reading a number waits for nothing. On other devices it waits for all launched
+    work."""
     return x.device.type == "cpu"
 
 

@@ -1,8 +1,7 @@
-"""What sampling needs to remember of the sequences that run, and the sampling of a step's rows with
-it.
+"""Sampling state of running sequences, and the sampling of a step's rows with it.
 
-Every rank keeps it of all sequences, since who samples a sequence changes. How a token is chosen is
-the `sampler`'s.
+Every rank keeps it for all sequences, since the rank that samples a sequence changes. `sampler`
+chooses the tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class _State:
 
 
 class SamplingStates:
-    """One for each sequence, from its prefill on until it is forgotten."""
+    """One state per sequence, from its prefill until it is forgotten."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._config, self._device = config, device
@@ -51,19 +50,21 @@ class SamplingStates:
         del self._states[seq_id]
 
     def note_chosen(self, items: Iterable[DecodeItem]) -> None:
-        """The tokens that enter with a decode step were chosen in the one before."""
+        """Record the tokens that enter with a decode step: they were chosen in the step before."""
         for item in items:
             penalties = self._states[item.seq_id].penalties
             if penalties is not None:
                 penalties.append(item.token_id)
 
     def wanted_logprobs(self, seq_ids: Sequence[int]) -> list[int | None]:
-        """How many log-probabilities each sequence asked for."""
+        """Number of log-probabilities that each sequence requested."""
         return [self._states[seq_id].params.logprobs for seq_id in seq_ids]
 
     def draw(self, logits_RV: Tensor, seq_ids: Sequence[int], positions: Sequence[int]) -> Drawn:
-        """One token for each row of the logits, which belong to the given sequences; `positions[i]`
-        is the position that the new token of row i will have."""
+        """Draw one token for each row of the logits, which belong to the given sequences.
+
+        `positions[i]` is the position that the new token of row i will have.
+        """
         states = [self._states[seq_id] for seq_id in seq_ids]
         return draw(
             logits_RV,

@@ -1,4 +1,4 @@
-"""Sampling of a step on all ranks: each SP rank samples the rows it has, then all get all tokens.
+"""Sampling of a step on all ranks: each SP rank samples its own rows, then all get all tokens.
 
 Every rank runs the same plan, so it knows which sequences each rank samples: no sizes travel.
 """
@@ -51,12 +51,14 @@ def exchange_tokens(
     wanted: Sequence[int | None],
     groups: ParallelGroups,
 ) -> StepOutput:
-    """The output of the whole step. `own` are the tokens of `items_by_rank[this sp rank]`, whose
-    entries are indices of `wanted`: how many log-probabilities each sequence of the step asked for.
+    """Output of the whole step from this rank's own.
+
+    `own` are the tokens of `items_by_rank[this SP rank]`, whose entries are indices of `wanted`:
+    the number of log-probabilities that each sequence of the step requested.
 
     All-gathers rows [token, logprob, top ids.., top logprobs..]; float64 holds token ids exactly.
-    It goes over the world's CPU group, to which only the first rank of each TP group contributes:
-    sampled tokens are needed on the CPU, and TP peers sampled the same ones.
+    They travel over the world's CPU group, to which only the first rank of each TP group
+    contributes: sampled tokens are needed on the CPU, and TP peers sampled the same ones.
     """
     num_top = max((count for count in wanted if count is not None), default=0)
     with_logprobs = any(count is not None for count in wanted)
