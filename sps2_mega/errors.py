@@ -1,5 +1,4 @@
-"""What can go wrong, by who has to act: the user's configuration, a file, one request, or a
-rank."""
+"""Errors, by who has to act: on the configuration, on a file, on one request, or on a rank."""
 
 from __future__ import annotations
 
@@ -7,24 +6,23 @@ import enum
 
 
 class ConfigError(ValueError):
-    """The configuration cannot work; the message names what was given and what is needed."""
+    """A configuration that cannot work; the message names what was given and what is needed."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded; the message lists the names, shapes or files concerned."""
+    """A checkpoint that cannot be loaded; the message lists the names, shapes or files."""
 
 
 class RequestError(ValueError):
-    """One request is malformed; other requests are not concerned."""
+    """A malformed request; other requests are not concerned."""
 
 
 class RankFailure(RuntimeError):
-    """A rank died or stopped answering; the message names rank, step and cause."""
+    """A rank that died or stopped answering; the message names rank, step and cause."""
 
 
 class Refusal(enum.Enum):
-    """Why a well-formed request was not admitted. An expected outcome, so a value and not an
-    exception."""
+    """Reason why a well-formed request was not admitted: an expected outcome, so a value."""
 
     EMPTY_PROMPT = "the prompt has no tokens"
     PROMPT_TOO_LONG = "the prompt is longer than the model's context"

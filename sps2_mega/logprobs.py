@@ -1,8 +1,6 @@
-"""Log-probabilities as they travel from ranks to clients: of one token, and of all tokens of a
-prompt.
+"""Log-probabilities for clients: of one token, and of all tokens of a prompt.
 
-Data only: which are computed is `engine.prompt_scores`' and `engine.sampler`'s, how clients see
-them `serving.responses`'.
+Data only: `worker.sampling` computes them, `serving.responses` shows them.
 """
 
 from __future__ import annotations
@@ -13,8 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probabilities (natural log, before temperature) at one position; `top` is most likely
-    first."""
+    """Log-probabilities (natural log, before temperature) at one position, most likely first."""
 
     token_id: int
     logprob: float
@@ -23,12 +20,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLogprobs:
-    """How likely the tokens of a prompt from position `first` on are, each after all before it.
-    Never the first token, which has nothing before it. Packed, since a prompt may have a million
-    tokens.
+    """Log-probabilities of a prompt's tokens from position `first` on, each after all before it.
 
-    `own[i]` (float32) is token `first` + i's; `top_ids` (int32) and `top` (float32) have `num_top`
-    entries per token, most likely first.
+    The first token of a prompt has none, as nothing precedes it. Packed, since a prompt may have a
+    million tokens: `own[i]` (float32) is that of token `first` + i; `top_ids` (int32) and `top`
+    (float32) have `num_top` entries per token, most likely first.
     """
 
     first: int
@@ -42,17 +38,17 @@ class PromptLogprobs:
         assert len(self.top_ids) == len(self.top) == self.num_top * len(self.own)
 
     def __len__(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return len(self.own)
 
     def entry(self, index: int, token_id: int) -> TokenLogprob:
-        """Of the token at position `first` + index, which is `token_id`."""
+        """Entry of the token at position `first` + index, which is `token_id`."""
         part = slice(index * self.num_top, (index + 1) * self.num_top)
         top = tuple(zip(self.top_ids[part], self.top[part], strict=True))
         return TokenLogprob(token_id, self.own[index], top)
 
     def followed_by(self, later: PromptLogprobs) -> PromptLogprobs:
-        """Both in one; `later` begins where this ends."""
+        """Both in one; `later` begins where this one ends."""
         assert (later.first, later.num_top) == (self.first + len(self), self.num_top), (
             f"scores from {self.first} to {self.first + len(self)} are not followed by "
             f"{later.first}"

@@ -1,5 +1,4 @@
-"""Seconds per request and their percentiles: the only place where TTFT, TBT and throughput are
-defined.
+"""Seconds per request and their percentiles: the only definitions of TTFT, TBT and throughput.
 
     arrival ---- scheduled ---- first token ---- ... ---- last token
     |-- queue_s --|             |                          |
@@ -39,15 +38,14 @@ def timings_of(sequence: Sequence) -> Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenWaits:
-    """Seconds that clients waited for tokens: for first ones (TTFT), and between two of one sample
-    (TBT)."""
+    """Seconds that clients waited for first tokens (TTFT), and between two tokens (TBT)."""
 
     ttfts_s: tuple[float, ...] = ()
     gaps_s: tuple[float, ...] = ()
 
 
 def waits_ended_at(now: float, sequences: Iterable[Sequence]) -> TokenWaits:
-    """What tokens of time `now` ended; sequences without such a token do not count."""
+    """Seconds of waiting that tokens of time `now` ended, for sequences that got one."""
     ttfts, gaps = [], []
     for sequence in sequences:
         times = sequence.token_times
@@ -76,7 +74,7 @@ class DurationHistogram:
         self.count += 1
 
     def percentile(self, percent: float) -> float | None:
-        """The smallest duration that `percent` of all do not exceed; None while there are none."""
+        """Smallest duration that `percent` of all do not exceed; None while there are none."""
         rank = max(1, math.ceil(self.count * percent / 100))
         for bucket in sorted(self.buckets):
             rank -= self.buckets[bucket]
@@ -90,10 +88,10 @@ _LOG_RATIO = math.log(1.02)
 
 @dataclass(slots=True)
 class StepMeter:
-    """Tokens and seconds of prefill and of decode, kept apart.
+    """Tokens and seconds of prefill and of decode, counted apart.
 
     A step that computed prompt tokens counts as prefill with all its time; the first token of each
-    request falls out of it and is not a decode token.
+    request belongs to it and is not a decode token.
     """
 
     prefill_tokens: int = 0
@@ -102,7 +100,7 @@ class StepMeter:
     decode_s: float = 0.0
 
     def record(self, *, prompt_tokens: int, output_tokens: int, seconds: float) -> None:
-        """Adds one step: what the cumulative counts grew by, and how long it took."""
+        """Add one step: growth of the cumulative counts, and its seconds."""
         if prompt_tokens:
             self.prefill_tokens += prompt_tokens
             self.prefill_s += seconds

@@ -1,6 +1,6 @@
-"""What clients get: finished requests with their samples, and what each step adds to streamed ones.
+"""Outputs for clients: finished requests with their samples, and additions to streamed ones.
 
-Data only, made by `engine.output_processor`.
+Data only, made in `text.output_processor`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from sps2_mega.types import FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds of one sample: in the queue, to the first token (queue included), mean per later
-    token, total. `gaps_s[i]` is the time between output tokens i and i+1."""
+    """Seconds of one sample: in the queue, to the first token, mean per later token, in total.
+
+    Time in the queue is part of `ttft_s`. `gaps_s[i]` is the time between output tokens i and i+1.
+    """
 
     queue_s: float
     ttft_s: float
@@ -38,8 +40,10 @@ class Completion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
     """A finished request: `completions` has n entries, or `error` says why there are none.
-    `num_cached_tokens` of the prompt were in the cache when its first sample began.
-    `prompt_logprobs` where they were asked for."""
+
+    `num_cached_tokens` of the prompt were cached when its first sample began. `prompt_logprobs` are
+    set where they were requested.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -51,9 +55,11 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDelta:
-    """What one step added to one sample of a streamed request. Texts of a sample's deltas together
-    are its completion's text; `finish_reason` is set in the last one, `prompt_logprobs` (if asked
-    for) in the first sample's first one."""
+    """Addition of one step to one sample of a streamed request.
+
+    The texts of a sample's deltas joined are its completion's text. `finish_reason` is set in the
+    last one, `prompt_logprobs` (if requested) in the first sample's first one.
+    """
 
     request_id: str
     index: int

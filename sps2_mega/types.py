@@ -1,9 +1,8 @@
-"""Plain data that crosses module borders: what a client asked, what one step does, what it
-produced.
+"""Plain data that crosses module borders: parameters, sequences, plans and outputs of steps.
 
 No torch here, so the scheduler and the simulator stay importable everywhere.
 
-    SamplingParams -> Request -> Sequence -> StepPlan -> (all ranks) -> StepOutput -> RequestOutput
+    SamplingParams -> Sequence -> StepPlan -> (all ranks) -> StepOutput -> RequestOutput
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from sps2_mega.logprobs import PromptLogprobs, TokenLogprob
 
 
 class FinishReason(enum.StrEnum):
-    """Why a sequence ended. The first two are the OpenAI API's; an aborted sequence has no output,
-    and one that failed makes its request an error."""
+    """End of a sequence. The first two are the OpenAI API's; an aborted sequence has no output, and
+    a failed one makes its request an error."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -34,7 +33,7 @@ class ForwardMode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens, with OpenAI's names and defaults.
+    """Parameters of token choice, with OpenAI's names and defaults.
 
     `max_tokens=None` means the rest of the context, 0 that the prompt is computed and nothing
     follows. `top_k=0` means off. `logprobs=k` returns the log-probability of each chosen token and
@@ -109,20 +108,20 @@ class SamplingParams:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON and Python can spell half a surrogate pair, UTF-8 cannot."""
+    """Whether a text has no lone surrogates, which JSON and Python can spell but UTF-8 cannot."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 @dataclass(slots=True, kw_only=True)
 class Sequence:
-    """The running token list of one sample of one request; changed by the scheduler only.
+    """Running token list of one sample of one request; changed by the scheduler only.
 
-    `seed` is always set (the engine draws one where the client gave none), so that a preempted or
-    moved sequence continues with the same random numbers. `max_tokens` is already resolved. Times
-    are seconds of `time.monotonic()`; `token_times[i]` is when output token i was committed.
-    `num_cached_tokens` of the prompt were found in the cache when the sequence first ran; `spans`
-    are what CSA took from the ranks for it then (None: as configured). `prompt_logprobs` grow with
-    the chunks of its prefill.
+    `seed` is always set (derived where the client gave none), so that a preempted or moved sequence
+    continues with the same random numbers. `max_tokens` is already resolved. Times are seconds of
+    `time.monotonic()`; `token_times[i]` is when output token i was committed. `num_cached_tokens`
+    of the prompt were found in the cache when the sequence first ran; `spans` are the CSA spans
+    that the topology gave it then (None: as configured). `prompt_logprobs` grow with the chunks of
+    its prefill.
     """
 
     seq_id: int
@@ -143,20 +142,19 @@ class Sequence:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether log-probabilities of prompt tokens were asked for and are not all there."""
+        """Whether log-probabilities of prompt tokens were requested and are not complete."""
         if self.params.prompt_logprobs is None:
             return False
         scores = self.prompt_logprobs
         return scores is None or len(scores) < len(self.prompt_token_ids) - 1
 
     def take_scores(self, scores: PromptLogprobs) -> None:
-        """Of one more chunk of its prompt; a prompt that is computed again begins anew."""
+        """Add the scores of one more chunk; a prompt that is computed again starts anew."""
         earlier = self.prompt_logprobs if scores.first > 1 else None
         self.prompt_logprobs = scores if earlier is None else earlier.followed_by(scores)
 
     def take_token(self, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
-        """What a step gave it at time `now`; of a sequence that wants no tokens only the time
-        counts."""
+        """Append a token committed at `now`; where no tokens are wanted only the time counts."""
         self.token_times.append(now)
         if self.max_tokens == 0:
             return
@@ -176,14 +174,15 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class PrefillItem:
-    """Tokens [start, end) of one sequence to prefill; those before are in the cache already. A
-    token is sampled after the last one only, in the step with `end == len(token_ids)`.
+    """Tokens [start, end) of one sequence to prefill; earlier ones are cached already.
 
-    Block b holds tokens [b*block_size, ..) on sp rank `block_ranks[b]` under `block_ids[b]`.
+    A token is sampled after the last one only, in the step with `end == len(token_ids)`. Block b
+    holds tokens [b*block_size, ..) on SP rank `block_ranks[b]` under `block_ids[b]`.
     `num_prompt_tokens` < len(token_ids) when a preempted sequence is recomputed: the rest are its
     own earlier outputs. The first `num_shared_tokens` are in blocks that other sequences may use
-    too, so this one never writes there. `spans` are the CSA spans to use where they come from the
-    ranks; None: as configured."""
+    too, so this one never writes there. `spans` are the CSA spans to use where they follow from the
+    topology; None: as configured.
+    """
 
     seq_id: int
     token_ids: list[int]
@@ -210,8 +209,8 @@ class PrefillItem:
 
 @dataclass(frozen=True, slots=True)
 class DecodeItem:
-    """One new token of one sequence: `token_id` enters at `position`. `new_block` is (sp rank,
-    block id) when `position` opens a block, else None. The sp rank that holds the block of
+    """One new token of one sequence: `token_id` enters at `position`. `new_block` is (SP rank,
+    block id) when `position` opens a block, else None. The SP rank that holds the block of
     `position` runs this sequence's linear layers in this step, so its new key and value never
     travel."""
 
@@ -223,13 +222,13 @@ class DecodeItem:
 
 @dataclass(frozen=True, slots=True)
 class LayerSlice:
-    """Layers [first, end) of the prefill pass `pass_id`: the way of some tokens through the model.
-    Ranks keep it from its first slice, whose plan has the items, to its last; `sampled` get a token
-    at the end of that one.
+    """Layers [first, end) of the prefill pass `pass_id`, which takes some tokens through the model.
 
-    A `chunked` pass has one item, and slices of it may begin and end inside a layer: tokens of
-    layer `first` before position `first_token` were computed by earlier slices, and layer `end` is
-    computed up to `end_token`. 0: a layer's beginning."""
+    Ranks keep the pass from its first slice, whose plan has the items, to its last one, after which
+    `sampled` get a token. A `chunked` pass has one item, and its slices may begin and end inside a
+    layer: tokens of layer `first` before position `first_token` were computed by earlier slices,
+    and layer `end` is computed up to `end_token`. 0: a layer's beginning.
+    """
 
     pass_id: int
     first: int
@@ -241,12 +240,11 @@ class LayerSlice:
 
     @property
     def begins(self) -> bool:
-        """Whether it is the first of its pass."""
+        """Whether this is the first slice of its pass."""
         return self.first == 0 and self.first_token == 0
 
     def chunks(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """What it computes of a prompt's tokens [start, end), in order: (layer, first token, end
-        token)."""
+        """Chunks (layer, first token, end token) of a prompt's tokens [start, end), in order."""
         bounds = [(layer, start, end) for layer in range(self.first, self.end)]
         if self.end_token:
             bounds.append((self.end, start, self.end_token))
@@ -258,10 +256,13 @@ class LayerSlice:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What every rank executes in one step: `prefills`, `decodes` or, as `mode` says, both, of
-    different sequences. `released` are sequences whose state ranks drop before the step (finished,
-    aborted or preempted), `dropped` are passes that they forget. `layers`: the part of a pass that
-    it runs, with `prefills` in the first slice only; None: all layers at once."""
+    """One step, executed by every rank: `prefills`, `decodes` or, as `mode` says, both, of
+    different sequences.
+
+    `released` are sequences whose state ranks drop before the step (finished, aborted or
+    preempted), `dropped` are passes that they forget. `layers` is the part of a pass that the step
+    runs, with `prefills` in the first slice only; None: all layers at once.
+    """
 
     step: int
     mode: ForwardMode
@@ -273,8 +274,7 @@ class StepPlan:
 
     @property
     def sampled(self) -> list[int]:
-        """The sequences that get a token, in the order of the step's output: prefills, then
-        decodes."""
+        """Sequences that get a token, in the order of the step's output: prefills, then decodes."""
         if self.layers is not None:
             ids = list(self.layers.sampled)
         else:
@@ -286,8 +286,8 @@ class StepPlan:
 class StepOutput:
     """One token per sequence in `StepPlan.sampled`, in that order. A token is None where the model
     gave no finite logits: that sequence has failed, the others go on. `logprobs[i]` is None unless
-    asked. `scores`: by sequence, of the prompt tokens that come after those which the step's pass
-    computed, where that was asked for."""
+    requested. `scores`, by sequence, are those of the prompt tokens that follow the tokens of the
+    step's pass, where requested."""
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprob | None]

@@ -101,8 +101,10 @@ class RequestLedger:
         return samples
 
     def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
-        """Reason why a request could never run, even alone. Safe in any thread: what it reads never
-        changes."""
+        """Reason why a request could never run, even alone; safe in any thread.
+
+        Nothing that it reads ever changes.
+        """
         sample = Sequence(
             seq_id=-1,
             prompt_token_ids=prompt_token_ids,
@@ -158,8 +160,7 @@ class RequestLedger:
         return sequence.finish_reason
 
     def end(self, sequence: Sequence) -> list[RequestOutput]:
-        """Close a sequence that has ended, and return its request's output if it was the last
-        sample."""
+        """Close a sequence that has ended; return its request's output after the last sample."""
         del self._sequences[sequence.seq_id]
         output = self._outputs.finished(sequence)
         if output is None:

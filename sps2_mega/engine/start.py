@@ -80,8 +80,7 @@ def worker_of(rank: StartedRank) -> Worker:
 
 
 def settle() -> None:
-    """Freeze the garbage collector's view of all objects, in a process that only serves from here
-    on.
+    """Exempt all objects from garbage collection, in a process that only serves from here on.
 
     There are some 300,000 objects, mostly of imported libraries, and looking through them stops a
     step for 0.1 s.

@@ -10,8 +10,7 @@ from sps2_mega.metrics import TokenWaits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVUse:
-    """KV cache blocks of each SP rank of a rank pool (`parallel.rank_pools`): all, and those in
-    use."""
+    """KV cache blocks of each SP rank of a pool (`parallel.rank_pools`): all, and those in use."""
 
     pool: str
     blocks_per_rank: int

@@ -1,10 +1,10 @@
-"""Which ranks prefill and which decode: the job's ranks cut into one or two pools, each with a
-shape of its own.
+"""Rank pools: all ranks of a job, or those that prefill and those that decode.
 
-    tp=2 sp=2, no decode ranks      all      0 1 2 3
-    tp=1 sp=2, decode_ranks=4       prefill  0 1 | decode  2 3 4 5   (tp = decode_tp, sp = 4 / decode_tp)
+    tp=2 sp=2, no decode ranks   all      0 1 2 3
+    tp=1 sp=2, decode_ranks=4    prefill  0 1 | decode  2 3 4 5   (tp=decode_tp, sp=4/decode_tp)
 
-Decides counts only; groups within a pool are `topology`'s, and nothing here looks at the machine.
+Each pool has a shape of its own. Decides counts only; `topology` forms the groups within a pool.
+Nothing here looks at the machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RankPool:
         return range(self.first, self.first + self.size)
 
     def global_rank(self, *, tp_rank: int, sp_rank: int) -> int:
-        """The rank in the job of one of this pool's ranks."""
+        """Rank in the job of one of this pool's ranks."""
         return self.first + tp_rank + self.tp * sp_rank
 
 
@@ -46,8 +46,7 @@ def split_rank_pools(parallel: ParallelConfig, world_size: int) -> tuple[RankPoo
     """One pool of all ranks, or (prefill, decode).
 
     Raises:
-        ConfigError: the degrees contradict each other or the number of ranks; all of them are
-            named.
+        ConfigError: the degrees contradict each other or the number of ranks; all are named.
     """
     tp, sp, decode = parallel.tp, parallel.sp, parallel.decode_ranks
     if decode == 0:
@@ -76,5 +75,5 @@ def split_rank_pools(parallel: ParallelConfig, world_size: int) -> tuple[RankPoo
 
 
 def rank_pool_of(pools: Sequence[RankPool], global_rank: int) -> RankPool:
-    """The pool that a rank of the job belongs to."""
+    """Pool of a rank of the job."""
     return next(pool for pool in pools if global_rank in pool.global_ranks)

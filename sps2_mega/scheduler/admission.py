@@ -22,8 +22,7 @@ class Limits:
 
     @property
     def max_len(self) -> int:
-        """Longest prompt plus output. The last token of a sequence is never fed, so it needs no
-        cache."""
+        """Longest prompt plus output. The last token is never fed, so it needs no cache."""
         return min(self.max_model_len, self.cache_tokens + 1)
 
 

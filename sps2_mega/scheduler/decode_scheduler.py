@@ -1,5 +1,4 @@
-"""Scheduler of the decode pool: reserves blocks for sequences to come, and plans steps of the
-others.
+"""Scheduler of the decode pool: blocks for sequences to come, steps for those that are here.
 
 Built from the parts of `scheduler` (ledger, prefix sharing, admission) but without prefills of its
 own: a sequence gets its blocks, waits until the prefill pool has filled them, and is then decoded
@@ -79,8 +78,7 @@ class DecodeScheduler:
         sp_size: int,
         prefix_root: bytes | None = None,
     ) -> None:
-        """`num_blocks` is per SP rank; `prefix_root` (`block_chain.chain_root`) enables prefix
-        sharing."""
+        """`num_blocks` is per SP rank; a `prefix_root` (`block_chain`) enables prefix sharing."""
         self._config, self._limits = config, limits
         self._ledger = BlockLedger(
             num_blocks=num_blocks, sp_size=sp_size, block_size=block_size, layout="contiguous"
@@ -100,8 +98,7 @@ class DecodeScheduler:
         return self._ledger.used_per_rank
 
     def add(self, sequence: Sequence, *, prefill_s: float = 0.0) -> None:
-        """Queue a sequence whose prefill elsewhere takes about `prefill_s` seconds (0: not
-        known)."""
+        """Queue a sequence whose prefill takes about `prefill_s` seconds (0: not known)."""
         key = sequence.arrival_time + self._config.overtake * prefill_s
         self._waiting[sequence.seq_id] = _Waiting(sequence, key)
 
@@ -167,8 +164,7 @@ class DecodeScheduler:
         self._running[seq_id] = sequence
 
     def plan(self) -> StepPlan | None:
-        """Plan one token for each running sequence that has room for it; None when there is
-        none."""
+        """Plan one token for each running sequence that has room; None where there is none."""
         items = []
         for seq_id in list(self._running):
             sequence = self._running.get(seq_id)
@@ -192,8 +188,7 @@ class DecodeScheduler:
         return changes
 
     def commit(self, plan: StepPlan, output: StepOutput) -> list[FinishReason | None]:
-        """Append the step's tokens; return the finish reason of each sequence, None where it goes
-        on."""
+        """Append the step's tokens; return each sequence's finish reason, None while it runs."""
         assert plan.step == self._step, f"step {plan.step} is not the last plan"
         reasons = []
         for item, token_id in zip(plan.decodes, output.token_ids, strict=True):

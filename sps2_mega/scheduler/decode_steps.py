@@ -1,5 +1,4 @@
-"""One more token for each running sequence: positions, new blocks, and preemption when none is
-left.
+"""One more token for each running sequence: positions, new blocks, preemption.
 
 Decides nothing about when sequences decode (`scheduler`) nor the rank of a new block (`kv_cache`).
 """
@@ -38,8 +37,7 @@ class DecodeSteps:
         return items
 
     def _grow_or_preempt(self, seq_id: int) -> tuple[int, int] | None:
-        """A new block, taken from the youngest sequence if need be; None when `seq_id` is the
-        youngest."""
+        """A new block, taken from the youngest if need be; None if `seq_id` is the youngest."""
         while True:
             new_block = self._ledger.grow(seq_id)
             if new_block is not None:

@@ -21,7 +21,7 @@ class LayerFlops:
 
     @classmethod
     def of(cls, model: ModelConfig) -> LayerFlops:
-        """Counts of a model."""
+        """FLOP counts of a model."""
         heads = 2 * model.num_heads + 2 * model.num_kv_heads
         params = model.hidden_size * heads * model.head_dim
         params += (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size

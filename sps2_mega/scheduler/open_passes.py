@@ -8,8 +8,7 @@ from sps2_mega.types import StepPlan
 
 
 class OpenPasses:
-    """Follows the scheduler's plans of passes that run in slices of layers; no other passes stay
-    open."""
+    """Follows the plans of passes that run in slices of layers; no other passes stay open."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
@@ -27,7 +26,6 @@ class OpenPasses:
             self._members.pop(plan.layers.pass_id, None)
 
     def goes_on(self, seq_id: int, alive: Container[int]) -> bool:
-        """Whether the open pass of an ended sequence is completed, for the sake of another one in
-        `alive`."""
+        """Whether the open pass of an ended sequence is completed, for another one in `alive`."""
         members = next((m for m in self._members.values() if seq_id in m), set())
         return any(member in alive for member in members)

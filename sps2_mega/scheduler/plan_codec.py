@@ -1,5 +1,4 @@
-"""StepPlan <-> bytes, so that one broadcast carries it: msgpack of nested lists, nothing
-executable.
+"""StepPlan <-> bytes, for one broadcast: msgpack of nested lists, nothing executable.
 
 Of a prompt that is computed in chunks, or behind a long cached prefix, only the tokens that the
 step reads are sent.
@@ -27,8 +26,7 @@ _PARAM_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def encode(plan: StepPlan) -> bytes:
-    """Bytes of a plan. Token and block lists are 64-bit integers: a prompt of a million tokens is 8
-    MB."""
+    """Bytes of a plan. Token and block lists are 64-bit: a prompt of a million tokens is 8 MB."""
     reads = [_tokens_read(item) for item in plan.prefills]
     prefills = [
         (

@@ -1,9 +1,8 @@
-"""Order and grouping of prefills: which prompts run next, with which others, and how far in this
-step.
+"""Order and grouping of prefills: which prompts run next, and with which others.
 
-Also decides where layers of a long prompt are cut. The scheduler decides between prefill and
-decode; seconds are predicted by `step_times`. Without predictions every group runs through the
-model in one step, first come first served.
+The scheduler decides between prefill and decode, `prefill_slices` how far a slice reaches,
+`step_times` predicts seconds. Without predictions every group runs through the model in one step,
+first come first served.
 
 The key of a prompt or group is arrival time + `overtake` * expected seconds of prefill left; the
 least key runs first. Keys do not grow with waiting, so a prompt that arrives later than another's
@@ -36,8 +35,7 @@ _PATIENCE = 2.0
 
 
 class PrefillQueue:
-    """Every prefilling sequence is in exactly one group, and so is every id that `SequenceStates`
-    holds."""
+    """Every prefilling sequence is in exactly one group, and so is every id that is held."""
 
     def __init__(
         self,
@@ -61,8 +59,7 @@ class PrefillQueue:
     def next_slice(
         self, now: float, room_s: float, layer_room_s: float
     ) -> tuple[list[PrefillItem], LayerSlice | None] | None:
-        """Items that enter the model and layers of the next step, as in StepPlan; None without
-        prefills.
+        """Items and layers of the next step, as in StepPlan; None where there are no prefills.
 
         The step should take `room_s` seconds at most, a layer `layer_room_s`.
         """
@@ -115,8 +112,7 @@ class PrefillQueue:
             self._drop(group)
 
     def preempt(self, seq_id: int) -> bool:
-        """Send the group of a prefilling sequence back to the waiting ones; False where it has
-        none."""
+        """Send the group of a prefilling sequence back to the queue; False where it has none."""
         group = self._group_of(seq_id)
         if group is None:
             return False
@@ -222,8 +218,7 @@ class PrefillQueue:
         return 0.0 if self._step_times is None else self._step_times.prompt_s(start, end)
 
     def _chunks(self, start: int, end: int, layer_room_s: float) -> Sequence[int] | None:
-        """Tokens of the chunks into which a prompt's layers may be cut; None where one layer is
-        short enough."""
+        """Tokens of the chunks that a prompt's layers are cut into; None where a layer is short."""
         if self._step_times is None:
             return None
         least = self._placement.least_chunk

@@ -16,8 +16,7 @@ _SCRAP = 0.25  # of a slice's room
 
 
 def slice_within(group: PrefillGroup, step_times: StepTimeModel, room_s: float) -> LayerSlice:
-    """Slice of about `room_s` seconds: at least one layer or chunk, just one where nothing is
-    known."""
+    """Slice of about `room_s` seconds, at least one layer or chunk; one where nothing is known."""
     if group.cuts is not None:
         return _chunks_within(group, group.cuts, step_times, room_s)
     layer_s = _layer_s(group, step_times)

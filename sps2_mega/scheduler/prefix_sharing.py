@@ -38,8 +38,7 @@ class _Filling:
 
 
 class PrefixSharing:
-    """Two sequences compute the same full block at the same time only if waiting is not worth
-    it."""
+    """Two sequences compute the same block at the same time only if waiting is not worth it."""
 
     def __init__(
         self,
@@ -61,8 +60,7 @@ class PrefixSharing:
     def look_up(
         self, sequence: types.Sequence, worth_waiting: WorthWaiting = lambda *_: True
     ) -> Prefix | None:
-        """Prefix with which a waiting sequence can begin now; at least one token is always left to
-        compute.
+        """Prefix that a waiting sequence can begin with; at least one token is left to compute.
 
         None when a running sequence is about to make more of it findable and that is worth waiting
         for.
@@ -91,13 +89,11 @@ class PrefixSharing:
         return Prefix(blocks, blocks[0].spans if blocks else own)
 
     def nothing(self, sequence: types.Sequence) -> Prefix:
-        """Empty prefix, whatever is cached: for a sequence of which every token must be
-        computed."""
+        """Empty prefix, whatever is cached: every token of the sequence must be computed."""
         return Prefix((), self._own_spans(sequence))
 
     def begin(self, sequence: types.Sequence, prefix: Prefix) -> None:
-        """Record that a sequence was admitted with this prefix: others may wait for what it
-        fills."""
+        """Record an admission with this prefix: others may wait for what the sequence fills."""
         self._waits_for.pop(sequence.seq_id, None)
         filling = _Filling(sequence, len(prefix.blocks), self._chain(sequence))
         self._filling[sequence.seq_id] = filling
@@ -135,8 +131,7 @@ class PrefixSharing:
         assert self._chains.keys() | self._waits_for.keys() <= known, "a sequence that is over"
 
     def _shareable(self, chain: Sequence[bytes], first: int, filler: _Filling) -> tuple[int, int]:
-        """Token positions [start, end) of the blocks from number `first` on that a filler will make
-        findable."""
+        """Token positions [start, end), from block `first` on, that a filler makes findable."""
         last = first
         for mine, theirs in zip(chain[first:], filler.chain[first:], strict=False):
             if mine != theirs:
@@ -161,8 +156,7 @@ class PrefixSharing:
         return chain
 
     def _prompt_chain(self, prompt: list[int]) -> list[bytes]:
-        """Digests of a prompt, as a new list. The samples of one request share a prompt, which is
-        hashed once."""
+        """Digests of a prompt, as a new list; samples of one request share a prompt's digests."""
         if self._last_prompt is None or self._last_prompt[0] is not prompt:
             chain: list[bytes] = []
             extend_chain(chain, prompt, root=self._root, block_size=self._ledger.block_size)
@@ -179,8 +173,7 @@ class PrefixSharing:
 
 
 def spans_fit(recorded: Spans, own: Spans) -> bool:
-    """Whether a prompt with CSA spans `own` may reuse keys that were computed under spans
-    `recorded`.
+    """Whether keys computed under CSA spans `recorded` serve a prompt with spans `own`.
 
     Recorded cells must be at least half as large; smaller ones would be a coarser approximation
     than the one configured.

@@ -1,5 +1,4 @@
-"""Spread of a prompt's blocks over SP ranks: whole on one, in stripes for its chunks, or by the
-layout.
+"""Spread of a prompt's blocks over SP ranks: whole on one, in stripes, or by the layout.
 
 Pure rules on counts; the ledger keeps the blocks. Short prompts lie whole on one rank, so that
 several run side by side and their prefill attention moves nothing; one that runs in chunks lies in

@@ -41,14 +41,13 @@ from sps2_mega.types import (
     StepPlan,
 )
 
-# Least time of a prefill slice, as a share of a decode step, whatever the target. Where decode steps
-# take as long as the target, prompts would else hardly advance, and tokens be little sooner.
+# Least time of a prefill slice, as a share of a decode step, whatever the target. Otherwise prompts
+# would hardly advance where decode steps take as long as the target.
 _LEAST_SHARE = 0.5
 
 
 class Scheduler:
-    """`plan` and `commit` alternate; `add`, `finish` and `abort` may be called at any time between
-    them.
+    """`plan` and `commit` alternate; `add`, `finish` and `abort` may be called at any time.
 
     Blocks of a dropped sequence are reused at once: ranks execute plans in order, and forget what a
     plan lists as `released` or `dropped` before they execute it. But blocks that later slices of a
@@ -233,8 +232,7 @@ class Scheduler:
         return finished
 
     def finish(self, seq_id: int, reason: FinishReason) -> bool:
-        """End a waiting or running sequence (the engine found a stop string); False when it is not
-        here."""
+        """End a sequence (the engine found a stop string); False when it is not here."""
         if seq_id not in self._states:
             return False
         self._states.end(seq_id, reason)

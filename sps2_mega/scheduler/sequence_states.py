@@ -20,8 +20,7 @@ from sps2_mega.types import FinishReason, PrefillItem, Sequence
 
 
 class SequenceStates:
-    """A sequence is either waiting, without blocks, or running, with blocks for all tokens but the
-    last.
+    """A sequence is waiting, without blocks, or running, with blocks for all tokens but the last.
 
     `waiting` and `running` are by id and to be read only. `running` is in order of admission: the
     youngest is preempted first, and returns to the front of `waiting`.
@@ -55,8 +54,7 @@ class SequenceStates:
 
     @property
     def decoding(self) -> list[Sequence]:
-        """Running sequences that have all tokens but the last cached, or planned to be, oldest
-        first."""
+        """Running sequences whose tokens but the last are cached or planned to be, oldest first."""
         return [s for seq_id, s in self.running.items() if seq_id not in self._prefilled]
 
     def is_prefilling(self, seq_id: int) -> bool:
@@ -70,8 +68,7 @@ class SequenceStates:
         self.waiting[sequence.seq_id] = sequence
 
     def has_room(self, max_running: int) -> bool:
-        """Whether a waiting sequence may perhaps be admitted: one more can run, and there is a
-        block for it."""
+        """Whether a waiting sequence may perhaps be admitted: there is a block for one more."""
         num_running = len(self.running)
         return num_running < max_running and self._ledger.num_free > num_running
 
@@ -125,8 +122,7 @@ class SequenceStates:
         return True
 
     def next_chunk(self, sequence: Sequence, max_tokens: int) -> PrefillItem:
-        """Next tokens of a prefilling sequence, as the step that is being planned will compute
-        them."""
+        """Next tokens of a prefilling sequence, for the step that is being planned."""
         start = self._prefilled[sequence.seq_id]
         end = min(sequence.num_tokens, start + max_tokens)
         table = self._ledger.table(sequence.seq_id)
@@ -161,8 +157,7 @@ class SequenceStates:
             self._prefilled[item.seq_id] = item.end
 
     def hold(self, seq_ids: Iterable[int]) -> None:
-        """Keep the blocks of these running sequences even if they end: later steps write to
-        them."""
+        """Keep the blocks of these running sequences even after they end, for later steps."""
         self._held.update(seq_ids)
 
     def let_go(self, seq_ids: Iterable[int]) -> None:
@@ -174,14 +169,12 @@ class SequenceStates:
                 self._give_back(seq_id)
 
     def cached(self, sequence: Sequence) -> None:
-        """Publish a running sequence's prefix: a step with all its tokens gave it one, which is not
-        yet added."""
+        """Publish the prefix of a running sequence, whose new token is not yet added."""
         if self._sharing is not None:
             self._sharing.cached(sequence)
 
     def preempt(self, seq_id: int) -> None:
-        """Take all blocks from a running sequence that is not held, and let it wait before all
-        others."""
+        """Take all blocks from a running sequence that is not held; it waits before all others."""
         assert seq_id not in self._held, f"ranks still write to blocks of sequence {seq_id}"
         sequence = self._leave(seq_id)
         if self._sharing is not None:
@@ -231,8 +224,7 @@ class SequenceStates:
             )
 
     def _leave(self, seq_id: int) -> Sequence:
-        """Remove a running sequence; its blocks are freed now or, if it is held, when it is let
-        go."""
+        """Remove a running sequence; blocks of a held one are freed when it is let go."""
         self._prefilled.pop(seq_id, None)
         self._num_shared.pop(seq_id, None)
         if seq_id in self._held:

@@ -35,8 +35,8 @@ class StepTimeModel:
         self.layer_flops = layer_flops
         self.decode_mean_s = self._decode_spread_s = 0.0
         self._seconds_per_flop: dict[int, float] = {}
-        # Seconds per FLOP are the machine's present speed times a rate by place. There are rates for
-        # the last layer, where attention may be next to nothing, and for all others.
+        # Seconds per FLOP are the machine's present speed times a rate by place: rates of the last
+        # layer, where attention may be next to nothing, are apart.
         self._chunk_speed = 1.0
         self._chunk_rates: tuple[dict[int, float], dict[int, float]] = ({}, {})
 
@@ -84,8 +84,7 @@ class StepTimeModel:
         return _nearest(self._seconds_per_flop, flops.bit_length(), flops)
 
     def chunk_s(self, layer: int, start: int, end: int) -> float | None:
-        """Expected seconds of tokens [start, end) of a prompt in a layer; None before anything was
-        measured."""
+        """Expected seconds of tokens [start, end) in a layer; None before anything was measured."""
         flops = self.layer_flops.flops(start, end)
         usual, last = self._chunk_rates
         rates = last if last and self._is_last(layer) else usual
@@ -95,14 +94,12 @@ class StepTimeModel:
         return known and known * self._chunk_speed
 
     def prompt_s(self, start: int, end: int) -> float:
-        """Expected seconds of tokens [start, end) of a prompt in all layers; 0 before anything was
-        measured."""
+        """Expected seconds of tokens [start, end) in all layers; 0 before anything was measured."""
         layer_s = self.layer_s(self.layer_flops.flops(start, end)) if end > start else None
         return 0.0 if layer_s is None else self.layer_flops.num_layers * layer_s
 
     def tokens_within(self, seconds: float, start: int, end: int, quantum: int) -> int:
-        """Number of the tokens [start, end) that one layer is expected to compute in so many
-        seconds.
+        """Number of tokens [start, end) that one layer is expected to compute in that time.
 
         A multiple of `quantum`, at least one of them, or all tokens; one `quantum` before anything
         was measured.

@@ -109,8 +109,7 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """Tag `{% generation %}`: marks assistant text for training masks; for inference it is just its
-    body."""
+    """Tag `{% generation %}`, which marks assistant text for training: just its body here."""
 
     tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
 

@@ -42,7 +42,7 @@ def detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int]) -> Detokenize
 def output_text(
     tokenizer: Tokenizer, prompt_token_ids: list[int], output_token_ids: list[int]
 ) -> str:
-    """Text that the whole output adds to the prompt's."""
+    """Text that the whole output adds to the text of the prompt."""
     if tokenizer.is_byte_level:
         return tokenizer.decode(output_token_ids)
     context = _prompt_context(tokenizer, prompt_token_ids)

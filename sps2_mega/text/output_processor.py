@@ -78,8 +78,7 @@ class OutputProcessor:
         return search.push(sequence.output_token_ids[-1], len(sequence.output_token_ids))
 
     def stream(self, sequence: Sequence) -> None:
-        """Note the token just committed for `take_deltas`. Call once per token of a sequence that
-        goes on."""
+        """Note the token just committed for `take_deltas`; once per token while a sequence runs."""
         stream = self._streams.get(sequence.seq_id)
         if stream is not None:
             text = stream.push(sequence.output_token_ids[-1])
@@ -91,8 +90,7 @@ class OutputProcessor:
         return deltas
 
     def finished(self, sequence: Sequence) -> RequestOutput | None:
-        """Take a sequence with a finish reason; return the request's output with its last
-        sample."""
+        """Take an ended sequence; return its request's output with the last sample."""
         completion = self._completion(sequence, self._request_of[sequence.seq_id])
         stream = self._streams.pop(sequence.seq_id, None)
         if stream is not None and completion.finish_reason is not FinishReason.ERROR:

@@ -11,8 +11,7 @@ from sps2_mega.types import SamplingParams
 
 
 class StopSearch:
-    """Searches the text of one growing sequence; keeps only as much of its tail as a stop string
-    can span."""
+    """Searches the text of one growing sequence; keeps no more tail than a stop string can span."""
 
     def __init__(self, detokenizer: Detokenizer, params: SamplingParams) -> None:
         self._detokenizer = detokenizer

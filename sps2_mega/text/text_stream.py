@@ -1,5 +1,4 @@
-"""Part of a growing text that may be shown: whole characters, and nothing that may become a stop
-string.
+"""Part of a growing text that may be shown: whole characters, and no beginning of a stop string.
 
     x = 1 ; y = 2 ; en            stop: "; end"
     |-- shown ---|--|

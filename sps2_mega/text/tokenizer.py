@@ -77,13 +77,11 @@ class Tokenizer:
         return cls(backend, special_tokens=special, chat_template=find_template(folder, config))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens that the model puts around plain text (e.g.
-        BOS)."""
+        """Token ids of `text`, with the special tokens of plain text (e.g. BOS)."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary have no
-        text."""
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
@@ -159,8 +157,7 @@ def _decodes_bytes(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100
-    onwards."""
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     shifted = {chr(256 + index): byte for index, byte in enumerate(others)}

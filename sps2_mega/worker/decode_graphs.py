@@ -38,14 +38,12 @@ _SHORTEST_TABLE = 64  # blocks
 
 class Recorder(Protocol):
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """Capture `work`; return its replay on the same memory, and the tensor that each replay
-        writes."""
+        """Capture `work`; return its replay on the same memory, and the tensor it writes."""
         ...
 
 
 class CudaRecorder:
-    """Graphs of one device; they share memory for intermediate results, since only one runs at a
-    time."""
+    """Graphs of one device; only one runs at a time, so they share memory for intermediates."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -69,8 +67,7 @@ class CudaRecorder:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A captured graph. `staged` is written by the host; pinned where the device reads it by
-    itself."""
+    """A captured graph; the host writes `staged`, pinned where the device reads it by itself."""
 
     staged_6B: Tensor
     static_6B: Tensor
@@ -115,8 +112,7 @@ class DecodeGraphs:
         return captured.logits_BV[:batch]
 
     def _capture(self, size: tuple[int, int], staged_6B: Tensor, table_RM: Tensor) -> _Captured:
-        """Capture a graph. Its first run is this step's own: it writes what the replay will write
-        again."""
+        """Capture a graph. Its first run is this step: it writes what the replay writes again."""
         rows, columns = size
         static_6B = self._numbers(rows, pinned=False)
         static_6B.copy_(staged_6B)
@@ -166,6 +162,5 @@ def batch_bucket(batch: int) -> int:
 
 
 def table_bucket(num_blocks: int) -> int:
-    """Columns of the graph's block table for rows of at most `num_blocks` blocks: a power of
-    two."""
+    """Columns of the graph's block table for rows of `num_blocks` blocks: a power of two."""
     return max(_SHORTEST_TABLE, 1 << max(0, num_blocks - 1).bit_length())

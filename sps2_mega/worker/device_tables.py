@@ -59,8 +59,7 @@ class DeviceTables:
         return self._table_RM
 
     def visible(self, rows_B: np.ndarray, starts_B: np.ndarray, ends_B: np.ndarray) -> TableRows:
-        """Rows of a step's sequences: number b has row rows[b] and sees its local tokens [start,
-        end)."""
+        """Rows of a step's sequences; number b sees local tokens [start, end) of row rows[b]."""
         table_RM = self.table(rows_B)[:, : self._tables.longest(rows_B)]
         numbers = np.zeros((3, range_stride(len(rows_B))), dtype=np.int32)
         numbers[:, : len(rows_B)] = rows_B, starts_B, ends_B

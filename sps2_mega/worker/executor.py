@@ -217,8 +217,7 @@ class Executor:
         return Pass.begin(self.model, plan.prefills, step, on_layer)
 
     def _complete(self, plan: StepPlan, passing: Pass) -> StepOutput:
-        """Finish a pass after its last layer: one token for each sequence that has all of its own
-        computed."""
+        """Finish a pass after its last layer, with a token for each sequence that is complete."""
         hidden = self.model.finish(passing.run)
         logits_RV = self.model.logits(hidden.index_select(0, passing.step.rows_R))
         ends = {item.seq_id: item.end for item in passing.prefills}

@@ -13,8 +13,7 @@ import numpy as np
 
 
 class LocalTables:
-    """Rows of (block ids, block indices, token count) for the sequences of the job on SP rank
-    `rank`."""
+    """Rows of (block ids, block indices, token count) for the job's sequences on SP rank `rank`."""
 
     def __init__(self, *, rank: int, block_size: int) -> None:
         self._rank, self._block_size = rank, block_size
@@ -75,8 +74,7 @@ class LocalTables:
         return self._block_ids[row, :count][self._block_indices[row, :count] >= first]
 
     def block_map(self, seq_id: int) -> np.ndarray:
-        """Id of each block of a sequence up to this rank's last one; -1 where another rank holds
-        it."""
+        """Id of each block of a sequence up to this rank's last one; -1 on other ranks."""
         row = self._rows[seq_id]
         indices = self._block_indices[row, : self._num_blocks[row]]
         blocks = np.full(int(indices[-1]) + 1 if len(indices) else 0, -1, dtype=np.int64)
@@ -98,8 +96,7 @@ class LocalTables:
         return self._block_ids[row, : self._num_blocks[row]]
 
     def fill(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(tenancy [B], blocks [B]) of rows; while a row's tenancy stays the same, blocks are only
-        added."""
+        """(tenancy [B], blocks [B]); while a row's tenancy stays, blocks are only added to it."""
         return self._tenancies[rows_B], self._num_blocks[rows_B]
 
     def longest(self, rows_B: np.ndarray) -> int:
@@ -109,8 +106,7 @@ class LocalTables:
     def view(
         self, seq_ids: Sequence[int], first_visible: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(block ids [B, M], start [B], end [B]): row b sees its local tokens [start, end) of the
-        table.
+        """(block ids [B, M], start [B], end [B]): row b sees its local tokens [start, end).
 
         `first_visible[b]` is the first token position that a sliding window lets the sequence see.
         """

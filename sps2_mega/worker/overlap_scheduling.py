@@ -33,8 +33,7 @@ class Begun:
 
 
 class OverlapScheduler:
-    """At most one step is begun; without graphs none is, as launching a step would take as long as
-    running it."""
+    """At most one step is begun; none without graphs, where launching takes as long as running."""
 
     def __init__(self, executor: Executor, plan: Callable[[], StepPlan | None]) -> None:
         self._executor, self._plan = executor, plan

@@ -19,8 +19,7 @@ from sps2_mega.worker.sparse_tables import SparseTables
 
 
 class RunningSequences:
-    """Every table has the same sequences: those whose prompts are computed, until they are
-    forgotten.
+    """All tables have the same sequences: those whose prompts are computed, until forgotten.
 
     `sparse_tables` exist where new tokens attend by CSA's pattern, `device_tables` where kernels
     read block tables on the device.
@@ -49,8 +48,7 @@ class RunningSequences:
         self.sampling = SamplingStates(config, device)
 
     def add(self, item: PrefillItem, pattern_of: Callable[[PrefillItem], CSAPattern]) -> None:
-        """Add a sequence whose prompt this step completes; its block table is added with the
-        step's input."""
+        """Add a sequence whose prompt this step completes; the step's input adds its table."""
         self.sampling.add(item)
         if self.sparse_tables is not None:
             self.sparse_tables.add(item.seq_id, pattern_of(item))

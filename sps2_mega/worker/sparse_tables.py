@@ -18,8 +18,7 @@ from sps2_mega.worker.local_tables import LocalTables
 
 @dataclass(slots=True)
 class _Row:
-    """Pattern of a sequence; `before[c]` are the slots of class c before the own cell, for queries
-    in `cells`."""
+    """Pattern of a sequence; `before[c]` are class c's slots before the own cell, in `cells`."""
 
     pattern: CSAPattern
     cells: tuple[int, ...] = ()
@@ -27,8 +26,7 @@ class _Row:
 
 
 class SparseTables:
-    """Follows the sequences of `tables`: each is added at its prefill and removed when it is
-    released."""
+    """Follows the sequences of `tables`: each is added at its prefill, and removed at its end."""
 
     def __init__(self, tables: LocalTables, sparse: SparsePrefill, *, block_size: int) -> None:
         self._tables, self._sparse, self._block_size = tables, sparse, block_size
@@ -42,8 +40,7 @@ class SparseTables:
         del self._rows[seq_id]
 
     def step(self, seq_ids: list[int], positions: list[int]) -> SparseStep:
-        """Keys that the given sequences see with one new token each, which is in the tables
-        already."""
+        """Keys that the given sequences see with one new token each, already in the tables."""
         return SparseStep(self, seq_ids, positions)
 
     def local_blocks(self, seq_id: int) -> np.ndarray:
@@ -76,8 +73,7 @@ class SparseTables:
 
 
 class SparseStep:
-    """One decode step: the slots of all its sequences, listed once for each class that a layer
-    needs."""
+    """One decode step: the slots of all its sequences, listed once per class that a layer needs."""
 
     def __init__(self, tables: SparseTables, seq_ids: list[int], positions: list[int]) -> None:
         self._tables = tables

@@ -1,5 +1,4 @@
-"""Rank of the decode pool: lets sequences enter and leave, and decodes, while keys of others
-arrive."""
+"""Rank of the decode pool: decodes, and admits sequences whose keys other ranks send."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from sps2_mega.types import StepOutput, StepPlan
 
 
 class DecodeRank:
-    """Any rank of the decode pool. Its driver (the first one) calls `lead`, the others `run`, for
-    the same steps."""
+    """Any rank of the decode pool: the driver calls `lead`, the others `run`, for each step."""
 
     def __init__(self, rank: StartedRank) -> None:
         assert rank.bridge is not None and len(rank.pools) == 2

@@ -1,5 +1,4 @@
-"""Engine of a job with separate decode ranks, with the interface of `engine.engine.Engine`, on rank
-0.
+"""Engine of a job with separate decode ranks, on rank 0; same interface as `engine.engine`.
 
 Rank 0 drives the prefill pool and keeps the requests. Three things happen at once, and meet in one
 queue of events that `step` handles:
@@ -44,8 +43,10 @@ _WAIT_S = 0.005
 
 
 class DisaggregatedEngine:
-    """Every sequence in `_states` still needs an output; the decode pool knows exactly these, and
-    some that it was told to drop."""
+    """Every sequence in `_states` still needs an output.
+
+    The decode pool knows exactly these sequences, and some that it has been sent a Drop for.
+    """
 
     def __init__(self, rank: StartedRank, tokenizer: Tokenizer | None) -> None:
         """`rank` is rank 0 of the job, the first one of the prefill pool."""
@@ -160,8 +161,7 @@ class DisaggregatedEngine:
         )
 
     def step(self) -> list[RequestOutput]:
-        """Wait briefly for news of either pool, if any is due, and return the requests that
-        finished."""
+        """Wait briefly for news of either pool, if any is due; return the finished requests."""
         self._requests.begin_turn()
         with failing(self._started.watchdog):
             self._prefill.begin_step()

@@ -1,8 +1,7 @@
-"""Frames that a pool's driver broadcasts to its ranks before each step: a plan and its extras <->
-bytes.
+"""Frames that a driver broadcasts to its pool before each step: a plan and its extras <-> bytes.
 
-    prefill   the plan, and the destination of each sequence whose pass begins
-    decode    changes in order (sequences that enter, ids that leave), then the plan
+prefill   the plan, and the destination of each sequence whose pass begins
+decode    changes in order (sequences that enter, ids that leave), then the plan
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Receiver of keys and values on a decode rank: writes arriving rows into blocks that nobody reads
-yet.
+"""Receiver of keys and values on a decode rank: writes rows into blocks that nobody reads yet.
 
 Runs in the channel's receiving thread, while the rank decodes other sequences in other blocks.
 Knows no plans: manifests name the slots. On CUDA it works on a stream of its own, and reports a
@@ -85,8 +84,7 @@ class KVReceiver:
                 self._num_entries[handoff] = have
 
     def _cut(self, source: int, handoff: int) -> None:
-        """Report a handoff when all senders have cut it. One that was complete before is then
-        reported twice."""
+        """Report a handoff when all senders have cut it; for the second time if it was complete."""
         for key, incoming in list(self._incoming.items()):
             if key[0] == source and any(h == handoff for h, _, _ in incoming.manifest.handoffs):
                 del self._incoming[key]

@@ -34,8 +34,7 @@ class _Load:
 
 
 class KVSender:
-    """Sends the transfers of each pass, every layer once, in layer order; several passes may be in
-    flight."""
+    """Sends the transfers of each pass, layer by layer; several passes may be in flight."""
 
     def __init__(self, channel: Channel, pool: KVPool, *, num_layers: int) -> None:
         self._channel, self._pool, self._num_layers = channel, pool, num_layers
@@ -53,8 +52,10 @@ class KVSender:
         )
 
     def cut(self, handoff: int, ranks: Sequence[int]) -> None:
-        """Tell `ranks`, which a handoff reaches, that this rank sends no more of it, in whatever
-        pass."""
+        """Tell `ranks`, which a handoff reaches, that this rank sends no more of it.
+
+        Transfers of passes in flight count, too.
+        """
         self._channel.post([Message(rank, CUT, handoff) for rank in ranks])
 
 

@@ -75,8 +75,7 @@ def head_cuts(num_kv_heads: int, *, src_tp: int, dst_tp: int) -> list[HeadCut]:
 def rows_from(
     src_rank: int, src: Placement, dst: Placement, *, first: int, end: int, block_size: int
 ) -> dict[int, Rows]:
-    """Rows of tokens [first, end) that SP rank `src_rank` of the prefill pool sends, by receiving
-    SP rank."""
+    """Rows of tokens [first, end) that prefill SP rank `src_rank` sends, by receiving SP rank."""
     positions = np.arange(first, end)
     blocks, offsets = positions // block_size, positions % block_size
     mine = np.asarray(src.block_ranks)[blocks] == src_rank
@@ -91,8 +90,7 @@ def rows_from(
 
 
 def rows_per_rank(dst: Placement, *, first: int, end: int, block_size: int) -> dict[int, int]:
-    """Number of tokens [first, end) on each SP rank of the decode pool; `first` is a block's first
-    token."""
+    """Number of tokens [first, end) on each decode SP rank; `first` is a block's first token."""
     counts: dict[int, int] = {}
     for start in range(first, end, block_size):
         rank = dst.block_ranks[start // block_size]

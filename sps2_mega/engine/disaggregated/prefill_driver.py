@@ -1,5 +1,4 @@
-"""Driver of the prefill pool, on rank 0: which sequences it computes, and what is sent of dropped
-ones.
+"""Driver of the prefill pool, on rank 0: plans its steps, and cuts sequences that were dropped.
 
 Plans are made here, in the caller's thread; a thread of its own runs them on all prefill ranks.
 """
@@ -27,8 +26,7 @@ from sps2_mega.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Token that a prefill gave a live sequence. `reason`: why it was also its last one, else
-    None."""
+    """Token that a prefill gave a live sequence, its last one if there is a `reason`."""
 
     state: RequestState
     token_id: int | None
@@ -37,8 +35,7 @@ class FirstToken:
 
 
 class PrefillDriver:
-    """Runs one step at a time. For each dropped sequence the decode pool gets one Drop, by
-    `send_drop`."""
+    """Runs one step at a time, and sends the decode pool one Drop for each dropped sequence."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""Rank of the prefill pool: runs plans, and sends keys and values to decode ranks as layers
-complete."""
+"""Rank of the prefill pool: runs plans, and sends keys and values as layers complete."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ from sps2_mega.types import PrefillItem, StepOutput, StepPlan
 
 
 class PrefillRank:
-    """Any rank of the prefill pool. The driver calls `lead`, the others `run`, for the same
-    steps."""
+    """Any rank of the prefill pool: the driver calls `lead`, the others `run`, for each step."""
 
     def __init__(self, rank: StartedRank) -> None:
         assert rank.bridge is not None and len(rank.pools) == 2
@@ -41,8 +39,7 @@ class PrefillRank:
         self._passes: dict[int, tuple[PrefillItem, Destination]] = {}
 
     def lead(self, plan: StepPlan, destinations: Destinations) -> StepOutput:
-        """Run a step on all prefill ranks; `destinations` are those of sequences whose passes begin
-        with it."""
+        """Run a step on all prefill ranks; `destinations` are those of passes that begin here."""
         self._tell(encode_prefill(plan, destinations))
         return self._execute(plan, destinations)
 

@@ -53,8 +53,7 @@ def make_planner(
     compute: Compute,
     info: LaunchInfo,
 ) -> PrefillPlanner:
-    """Planner of exact transports. All ranks call it together: the machine may have to be
-    measured."""
+    """Planner of exact transports; all ranks call it together, as the machine may be measured."""
     tp = groups.tp.size
     heads = LayerHeads(
         num_heads=model.num_heads // tp,

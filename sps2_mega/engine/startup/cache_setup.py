@@ -77,25 +77,9 @@ def allocate_cache(
     )
     blocks_per_sequence = -(-max_model_len // block_size)
     free_bytes = _free_bytes(compute.device, info)
-    longest_pass = max(config.scheduler.max_prefill_tokens, max_model_len)
-    if prefills:
-        largest_step = activation_bytes(
-            model,
-            tp=groups.tp.size,
-            sp=sp,
-            num_tokens=longest_pass,
-            itemsize=compute.dtype.itemsize,
-            gathers_keys=transport in ("gather", "auto"),
-        )
-    else:
-        largest_step = decode_rank_bytes(
-            model,
-            tp=groups.tp.size,
-            sp=sp,
-            num_decodes=config.scheduler.max_running,
-            num_received=longest_pass,
-            itemsize=compute.dtype.itemsize,
-        )
+    largest_step = _largest_step_bytes(
+        config, model, groups, compute, max_model_len, transport, prefills=prefills
+    )
     num_blocks = num_kv_blocks(
         config.cache,
         bytes_per_block=bytes_per_block,
@@ -195,6 +179,36 @@ def num_kv_blocks(
             "Raise kv_memory_fraction, lower max_prefill_tokens, or use more ranks"
         )
     return blocks
+
+
+def _largest_step_bytes(
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    compute: Compute,
+    max_model_len: int,
+    transport: str,
+    *,
+    prefills: bool,
+) -> int:
+    longest_pass = max(config.scheduler.max_prefill_tokens, max_model_len)
+    if prefills:
+        return activation_bytes(
+            model,
+            tp=groups.tp.size,
+            sp=groups.sp.size,
+            num_tokens=longest_pass,
+            itemsize=compute.dtype.itemsize,
+            gathers_keys=transport in ("gather", "auto"),
+        )
+    return decode_rank_bytes(
+        model,
+        tp=groups.tp.size,
+        sp=groups.sp.size,
+        num_decodes=config.scheduler.max_running,
+        num_received=longest_pass,
+        itemsize=compute.dtype.itemsize,
+    )
 
 
 def _free_bytes(device: torch.device, info: LaunchInfo) -> int:

@@ -35,8 +35,7 @@ class Meeting:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Connections of a rank: groups within its pool, and `bridge` to the other pool if there is
-    one."""
+    """Connections of a rank: groups within its pool, and the `bridge` to the other pool, if any."""
 
     groups: ParallelGroups
     watchdog: Watchdog

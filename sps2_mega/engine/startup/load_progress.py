@@ -49,8 +49,7 @@ class LoadProgress:
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Stage in which weights are read; yield a callback for bytes read so far and bytes in
-        all."""
+        """Stage in which weights are read; yield a callback for bytes read and bytes in all."""
         stage = f"reading the weights of {name}"
         self.stage(stage)
         if self._stream is not None and self._stream.isatty():

@@ -1,5 +1,4 @@
-"""Machine figures for the planner: measured once, then read from a file in the user's cache
-directory.
+"""Machine figures for the planner: measured once, then read from the user's cache directory.
 
 Only rank 0 reads and writes the file; it broadcasts the figures, so all ranks plan with the same
 ones. A file that cannot be read or written only means measuring again.
@@ -130,7 +129,7 @@ def attention_speed(
 
 
 def _mean_s(call: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds per call, the median of several such means.
+    """Mean seconds per call: the median of several means.
 
     The first call is left out, as it may compile or allocate; the median is taken because something
     else may run on the machine for a moment.

@@ -1,5 +1,4 @@
-"""Default of `--sp-threshold`: the prompt length below which one SP rank is faster than all of
-them.
+"""Default of `--sp-threshold`: the prompt length below which one SP rank beats all together.
 
 A pure function of the model and of the measured machine. It compares one prompt, alone in its step.
 With one prompt for each rank nothing travels and all ranks are busy, so longer ones too are better
@@ -49,8 +48,7 @@ def _all_ranks_s(
     sp_size: int,
     tp_size: int,
 ) -> float:
-    """Seconds of one layer on all ranks: attention by the planner's transport, the rest in equal
-    shares."""
+    """Seconds of one layer on all ranks: the planner's attention, the rest in equal shares."""
     ranks = prompt_block_ranks(num_blocks, [num_blocks] * sp_size, "zigzag")
     assert ranks is not None, "every rank has room for the whole prompt"
     num_tokens = num_blocks * block_size

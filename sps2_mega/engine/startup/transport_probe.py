@@ -47,8 +47,7 @@ class LayerHeads:
 
 
 def measure_layers(machine: Machine, groups: ParallelGroups, heads: LayerHeads) -> Machine:
-    """Machine with `layer_s` and `work_s` filled in: medians of the slowest rank. Unchanged for one
-    rank."""
+    """Machine with `layer_s` and `work_s`: medians of the slowest rank; unchanged for one rank."""
     sp = groups.sp
     if sp.size == 1:
         return machine
@@ -73,8 +72,7 @@ def measure_layers(machine: Machine, groups: ParallelGroups, heads: LayerHeads) 
 def _beside(
     tokens: int, machine: Machine, groups: ParallelGroups, heads: LayerHeads, pipeline: Pipeline
 ) -> dict[str, float]:
-    """Overhead of each exact transport: seconds of a layer of `tokens` tokens per rank beyond the
-    formulas."""
+    """Overhead of each exact transport for `tokens` per rank: seconds beyond the formulas."""
     sp = groups.sp
     layout = _layout([*range(sp.size), *reversed(range(sp.size))], tokens // 2, sp.size)
     taken = _take_turns(
@@ -103,8 +101,10 @@ def _layout(ranks: Sequence[int], block_size: int, sp_size: int) -> PrefillLayou
 
 
 def _sparse(name: str, groups: ParallelGroups, heads: LayerHeads, pipeline: Pipeline) -> Transport:
-    """Level transport with next to no near and far keys, the same on all levels; a span is one
-    rank's tokens."""
+    """Level transport with next to no near and far keys, the same on all levels.
+
+    A span is one rank's tokens.
+    """
     sp, tokens = groups.sp, _SPARSE_TOKENS
     pattern = CSAPattern(
         degrees=(1, 2), spans=(tokens,), sinks=0, halo=0, tail=0, sample_queries=False

@@ -16,11 +16,11 @@ from sps2_mega.types import SamplingParams
 
 
 class PenaltyState:
-    """Tokens that occurred in one sequence, and their counts in its output; 5 bytes per vocabulary
-    entry.
+    """Tokens that occurred in one sequence, and their counts in its output.
 
-    Ranks keep one only for sequences whose `SamplingParams.has_penalties`. `output_ids` are the
-    tokens that a preempted sequence had generated before.
+    Takes 5 bytes per vocabulary entry, so ranks keep one only for sequences whose
+    `SamplingParams.has_penalties`. `output_ids` are the tokens that a preempted sequence had
+    generated before.
     """
 
     __slots__ = ("output_counts", "seen")

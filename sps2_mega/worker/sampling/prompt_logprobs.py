@@ -1,9 +1,8 @@
-"""Log-probabilities of prompt tokens, each after all before it, from the last norm's output of a
-prefill step.
+"""Log-probabilities of prompt tokens, each after all before it, from a prefill step.
 
-Of a row only its log-sum-exp, the logit of the token that follows and the largest few logits leave
-the rank that has it; logits exist for a bounded number of rows at a time, and each TP rank has its
-own part of the vocabulary.
+Input is the last norm's output. Of a row only its log-sum-exp, the logit of the token that follows
+and the largest few logits leave the rank that has it; logits exist for a bounded number of rows at
+a time, and each TP rank has its own part of the vocabulary.
 
     hidden rows --some at a time--> logits of this TP rank's tokens --> [lse, following, top k..]
     --TP--> packed rows
@@ -93,8 +92,7 @@ def gather_rows(local: Tensor, counts: Sequence[int], groups: ParallelGroups) ->
 
 @dataclass(frozen=True, slots=True)
 class _ScoredRun:
-    """Positions [start, end) of an item whose next tokens are scored, in local rows `rows` of their
-    rank."""
+    """Positions [start, end) of an item whose next tokens are scored, in its rank's rows `rows`."""
 
     item: int
     start: int
@@ -188,8 +186,7 @@ def _merged(all_RPF: Tensor, num_top: int) -> Tensor:
 def _by_sequence(
     packed: np.ndarray, items: Sequence[PrefillItem], runs_by_rank: Sequence[Sequence[_ScoredRun]]
 ) -> dict[int, PromptLogprobs]:
-    """Log-probabilities of each scored item in the order of positions, from packed rows of all
-    ranks."""
+    """Log-probabilities of each scored item by position, from packed rows of all ranks."""
     num_top = (packed.shape[1] - 1) // 2
     at = 0
     pieces: dict[int, list[tuple[int, np.ndarray]]] = {}

@@ -47,8 +47,7 @@ def sample(
 
 @dataclass(frozen=True, slots=True)
 class _Logprobs:
-    """Log-probabilities of some rows: of the chosen token [L], and of the most likely ones [L,
-    k]."""
+    """Log-probabilities of some rows: of chosen tokens [L], and of the most likely ones [L, k]."""
 
     rows: list[tuple[int, int]]  # (row, how many of the most likely ones are wanted)
     chosen_L: Tensor
@@ -97,8 +96,7 @@ def draw(
     *,
     nucleus: int = _NUCLEUS,
 ) -> Drawn:
-    """Choose one token per row, and its log-probability where requested, without waiting for the
-    device.
+    """Choose one token per row, and its log-probability where requested; does not wait.
 
     Args:
         logits_BV: float32, not changed.
@@ -250,8 +248,7 @@ def _top_p_floor(weights_SV: Tensor, top_p_S: Tensor, nucleus: int) -> tuple[Ten
 
 
 def _is_known_at_once(x: Tensor) -> bool:
-    """Whether reading a number waits for nothing. On other devices it waits for all launched
-    work."""
+    """Whether a number can be read without waiting for all launched work."""
     return x.device.type == "cpu"
 
 

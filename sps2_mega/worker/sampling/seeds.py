@@ -1,8 +1,7 @@
-"""Random numbers that depend only on a sequence's seed and a position, never on when or where it
-runs.
+"""Random numbers that depend only on a sequence's seed and a position.
 
 A counter-based generator: the same (seed, position) gives the same number on every rank and device,
-in any batch, and after a preemption. Decides nothing about tokens; `sampler` does.
+at any time, in any batch, and after a preemption. Decides nothing about tokens; `sampler` does.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ def derive_seed_from_text(seed: int, text: str) -> int:
 
 
 def _mix(z: int) -> int:
-    """Finaliser of SplitMix64 (public domain): a bijection in which every input bit reaches every
-    output bit."""
+    """Finaliser of SplitMix64 (public domain): every input bit reaches every output bit."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
