@@ -70,7 +70,7 @@ class SamplingParams:
                 raise RequestError(f"{name} must be {range_text}, got {given}")
 
         def small(value: int) -> bool:
-            return 0 <= value < 2**31  # what travels to the ranks, and what devices count with
+            return 0 <= value < 2**31  # sent to ranks and counted on devices as int32
 
         need(
             self.max_tokens is None or small(self.max_tokens), "max_tokens", ">= 0 and below 2**31"
@@ -81,7 +81,7 @@ class SamplingParams:
         need(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
         need(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
         need(1 <= self.n <= 128, "n", "in [1, 128]")
-        # Each token is held against all of them.
+        # Each new token is compared with all of them.
         need(len(self.stop) <= 64, "stop", "at most 64 strings")
         need(len(self.stop_token_ids) <= 1024, "stop_token_ids", "at most 1024 token ids")
         need(all(self.stop), "stop", "free of empty strings")
@@ -141,17 +141,17 @@ class Sequence:
     prompt_logprobs: PromptLogprobs | None = None
 
     @property
-    def needs_scores(self) -> bool:
+    def needs_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of prompt tokens were requested and are not complete."""
         if self.params.prompt_logprobs is None:
             return False
-        scores = self.prompt_logprobs
-        return scores is None or len(scores) < len(self.prompt_token_ids) - 1
+        known = self.prompt_logprobs
+        return known is None or len(known) < len(self.prompt_token_ids) - 1
 
-    def take_scores(self, scores: PromptLogprobs) -> None:
-        """Add the scores of one more chunk; a prompt that is computed again starts anew."""
-        earlier = self.prompt_logprobs if scores.first > 1 else None
-        self.prompt_logprobs = scores if earlier is None else earlier.followed_by(scores)
+    def add_prompt_logprobs(self, new: PromptLogprobs) -> None:
+        """Add those of one more chunk; a prompt that is computed again starts anew."""
+        earlier = self.prompt_logprobs if new.first > 1 else None
+        self.prompt_logprobs = new if earlier is None else earlier.followed_by(new)
 
     def take_token(self, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
         """Append a token committed at `now`; where no tokens are wanted only the time counts."""
@@ -286,9 +286,9 @@ class StepPlan:
 class StepOutput:
     """One token per sequence in `StepPlan.sampled`, in that order. A token is None where the model
     gave no finite logits: that sequence has failed, the others go on. `logprobs[i]` is None unless
-    requested. `scores`, by sequence, are those of the prompt tokens that follow the tokens of the
-    step's pass, where requested."""
+    requested. `prompt_logprobs`, by sequence, are those of the prompt tokens that follow the tokens
+    of the step's pass, where requested."""
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprob | None]
-    scores: dict[int, PromptLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)

@@ -123,8 +123,8 @@ class FakeEngine:
         for request_id, samples in list(self._running.items()):
             # Which sample comes first is the scheduler's business.
             for sample in reversed(samples):
-                if not sample.token_times and sample is samples[0] and sample.needs_scores:
-                    sample.take_scores(_scores(sample))
+                if not sample.token_times and sample is samples[0] and sample.needs_prompt_logprobs:
+                    sample.add_prompt_logprobs(_scores(sample))
                 token_id = sample.prompt_token_ids[-1]
                 logprob = (
                     TokenLogprob(token_id, -0.5) if sample.params.logprobs is not None else None

@@ -210,9 +210,9 @@ class Scheduler:
             f"{len(planned)} sequences were planned, the output has {len(output.token_ids)} tokens"
         )
         self._learn(plan, now - self._planned_at)
-        for seq_id, scores in output.scores.items():
+        for seq_id, logprobs in output.prompt_logprobs.items():
             if seq_id in self._states.running:
-                self._states.running[seq_id].take_scores(scores)
+                self._states.running[seq_id].add_prompt_logprobs(logprobs)
         finished = []
         for sequence, token_id, logprob in zip(
             planned, output.token_ids, output.logprobs, strict=True

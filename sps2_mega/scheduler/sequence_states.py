@@ -86,7 +86,7 @@ class SequenceStates:
             if not self.has_room(max_running):
                 return  # not worth looking for a prefix in every step
             prefix = Prefix((), None)
-            if self._sharing is not None and sequence.needs_scores:
+            if self._sharing is not None and sequence.needs_prompt_logprobs:
                 prefix = self._sharing.nothing(sequence)  # cached keys give no log-probabilities
             elif self._sharing is not None:
                 found = self._sharing.look_up(sequence, worth_waiting)
@@ -127,7 +127,7 @@ class SequenceStates:
         end = min(sequence.num_tokens, start + max_tokens)
         table = self._ledger.table(sequence.seq_id)
         params = sequence.params
-        if params.prompt_logprobs is not None and not sequence.needs_scores:
+        if params.prompt_logprobs is not None and not sequence.needs_prompt_logprobs:
             params = params.replace(prompt_logprobs=None)  # it was preempted after it had them
         # Copies: the plan must not change when the sequence grows.
         item = PrefillItem(

@@ -20,7 +20,7 @@ from sps2_mega.text.tokenizer import Tokenizer
 
 # A decoder looks back a token or two (word marks, runs of byte tokens).
 _CONTEXT_TOKENS = 6
-# Tokens without text, such as word marks, that are waited for.
+# Tokens without text, such as word marks, that may be pending.
 _MAX_SILENT = 4
 
 
@@ -102,7 +102,7 @@ class WindowDetokenizer:
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._context)
         after = self._tokenizer.decode(self._context + self._pending)
-        # A run of byte tokens that becomes invalid changes its own past; what went out stays.
+        # A run of byte tokens that becomes invalid changes its own past; text given out stays.
         return (
             after[len(before) :]
             if after.startswith(before)

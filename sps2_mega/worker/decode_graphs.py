@@ -50,15 +50,15 @@ class CudaRecorder:
         self._memory = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        # Kernels are compiled and libraries choose theirs in a first run, which a capture cannot
-        # take.
+        # A first run compiles kernels and lets libraries choose theirs, which a capture does not
+        # allow.
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             work()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads (server, watchdogs) may use the device meanwhile; only this one's mistakes
+        # Other threads (server, watchdogs) may use the device meanwhile; only errors of this one
         # count.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             result = work()

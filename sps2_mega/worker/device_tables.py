@@ -30,7 +30,7 @@ class DeviceTables:
         self._tables, self._device = tables, device
         self._table_RM = torch.empty((0, 0), dtype=torch.int32, device=device)
         self._sent = np.zeros(0, dtype=np.int64)  # entries of each row that the device has
-        self._tenancies = np.zeros(0, dtype=np.int64)  # whose they are
+        self._tenancies = np.zeros(0, dtype=np.int64)  # tenancy of the row when they were sent
 
     def table(self, rows_B: np.ndarray) -> Tensor:
         """Table [rows, columns], int32, in which the given rows equal those of `LocalTables` now.
@@ -70,7 +70,7 @@ class DeviceTables:
         rows, columns = self._table_RM.shape
         if num_rows <= rows and num_columns <= columns:
             return
-        # All entries travel again as their rows are next asked for; that is once per doubling.
+        # All entries are sent again with the next use of their rows: once per doubling.
         rows = max(_FIRST_ROWS, rows, 1 << (num_rows - 1).bit_length())
         columns = max(_FIRST_COLUMNS, columns, 1 << max(0, num_columns - 1).bit_length())
         self._table_RM = torch.zeros((rows, columns), dtype=torch.int32, device=self._device)

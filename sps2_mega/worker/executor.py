@@ -97,7 +97,7 @@ class Executor:
             pool,
             groups.sp,
             sparse=prefill.sparse if sparse_decode else None,
-            # Our own kernels read block tables on the device, captured graphs always.
+            # Captured graphs and our own kernels read block tables on the device.
             on_device=graphs is not None or choose(device, None) is Backend.TRITON,
             device=device,
         )
@@ -143,8 +143,8 @@ class Executor:
             assert plan.layers is not None, "a whole pass ends with the last layer"
             self._suspended[plan.layers.pass_id] = passing
             if self.device.type == "cuda":
-                # Nothing else waits for a slice, and its seconds tell how many layers the next one
-                # may have.
+                # Nothing else waits for a slice, and its seconds decide how many layers the next
+                # one may have.
                 torch.cuda.current_stream(self.device).synchronize()
             output = StepOutput([], [])
         if passing.prefills:
@@ -233,10 +233,10 @@ class Executor:
         )
         if None in output.token_ids:
             self._running.clear_failed(plan, passing.prefills, output)
-        scores = compute_prompt_logprobs(
+        prompt_logprobs = compute_prompt_logprobs(
             self.model, hidden, passing.prefills, self.groups, block_size=self.pool.block_size
         )
-        return replace(output, scores=scores) if scores else output
+        return replace(output, prompt_logprobs=prompt_logprobs) if prompt_logprobs else output
 
     def _prefill_input(self, items: list[PrefillItem], *, chunked: bool) -> StepInput:
         for item in items:

@@ -20,7 +20,7 @@ from sps2_mega.scheduler.admission import Limits
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class Received:
     """Message from rank `source` of the job."""
 
     source: int
@@ -42,7 +42,7 @@ class Control:
         self._channel.post([Message(dst, kind_of(message), 0, payload)])
 
     def _receive(self, source: int, kind: int, detail: int, payload: Tensor) -> None:
-        self.events.put(Heard(source, decode(kind, payload.numpy().tobytes())))
+        self.events.put(Received(source, decode(kind, payload.numpy().tobytes())))
 
 
 @dataclass(frozen=True, slots=True)

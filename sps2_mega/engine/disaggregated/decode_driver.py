@@ -11,7 +11,7 @@ import queue
 import time
 from dataclasses import dataclass, field
 
-from sps2_mega.engine.disaggregated.control import Heard, agree
+from sps2_mega.engine.disaggregated.control import Received, agree
 from sps2_mega.engine.disaggregated.decode_rank import DecodeRank
 from sps2_mega.engine.disaggregated.kv_transfer import (
     Destination,
@@ -105,17 +105,17 @@ class DecodeDriver:
         elif not self._reported_idle and not self._handoffs:
             self._scheduler.check_integrity()
             self._reported_idle = True
-        self._hear(wait=plan is None)
+        self._handle_messages(wait=plan is None)
 
-    def _hear(self, *, wait: bool) -> None:
+    def _handle_messages(self, *, wait: bool) -> None:
         """Handle all messages in the queue; with `wait`, block for the first one."""
         while True:
             try:
-                heard: Heard = self._events.get(block=wait)
+                received: Received = self._events.get(block=wait)
             except queue.Empty:
                 return
             wait = False
-            self._handle(heard.source, heard.message)
+            self._handle(received.source, received.message)
 
     def _handle(self, source: int, message: ControlMessage) -> None:
         match message:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sps2_mega.comm.collectives import broadcast_bytes
-from sps2_mega.engine.disaggregated.control import Control, Heard
+from sps2_mega.engine.disaggregated.control import Control, Received
 from sps2_mega.engine.disaggregated.frames import decode_decode, encode_decode
 from sps2_mega.engine.disaggregated.kv_receiver import KVReceiver
 from sps2_mega.engine.disaggregated.messages import Arrived
@@ -28,7 +28,7 @@ class DecodeRank:
             rank.executor.pool,
             num_layers=rank.executor.config.num_layers,
             num_senders=rank.pools[0].size,
-            on_arrival=self._tell_driver,
+            on_arrival=self._report_arrival,
         )
         rank.bridge.channel(on_message=receiver.receive, on_error=rank.watchdog.fail)
 
@@ -60,9 +60,9 @@ class DecodeRank:
         self._rank.watchdog.step_end()
         return output
 
-    def _tell_driver(self, handoff: int) -> None:
+    def _report_arrival(self, handoff: int) -> None:
         """Report a complete handoff. Runs in the receiving thread."""
         if self._global_rank == self._driver:
-            self.control.events.put(Heard(self._global_rank, Arrived(handoff)))
+            self.control.events.put(Received(self._global_rank, Arrived(handoff)))
         else:
             self.control.send(self._driver, Arrived(handoff))

@@ -4,7 +4,7 @@ Rank 0 drives the prefill pool and keeps the requests. Three things happen at on
 queue of events that `step` handles:
 
     a thread      prefill steps on the prefill ranks, one after another         -> StepDone
-    decode pool   reservations, and the tokens of its steps (`decode_driver`)   -> Heard
+    decode pool   reservations, and the tokens of its steps (`decode_driver`)   -> Received
     the caller    add_request, abort
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import time
 
-from sps2_mega.engine.disaggregated.control import Heard, agree
+from sps2_mega.engine.disaggregated.control import Received, agree
 from sps2_mega.engine.disaggregated.messages import (
     ControlMessage,
     Drop,
@@ -181,8 +181,8 @@ class DisaggregatedEngine:
                 self._handle_events(_WAIT_S)
             self._prefill.close()
             self._send(Leave())
-            while not isinstance(heard := self._events.get(), Heard) or not isinstance(
-                heard.message, Left
+            while not isinstance(received := self._events.get(), Received) or not isinstance(
+                received.message, Left
             ):
                 continue
             self._rank.dismiss()
@@ -204,9 +204,9 @@ class DisaggregatedEngine:
             if isinstance(event, StepDone):
                 finished += self._end_prefill(event)
             else:
-                finished += self._hear(event.message)
+                finished += self._handle_message(event.message)
 
-    def _hear(self, message: ControlMessage) -> list[RequestOutput]:
+    def _handle_message(self, message: ControlMessage) -> list[RequestOutput]:
         if isinstance(message, Room):
             state = self._states.get(message.seq_id)
             if state is not None:
@@ -220,7 +220,7 @@ class DisaggregatedEngine:
         for token in message.tokens:
             state = self._states.get(token.seq_id)
             if state is None:
-                continue  # dropped here before the decode pool heard of it
+                continue  # dropped here before the decode pool received of it
             got.append(state.sequence)
             reason = self._requests.take_token(
                 state.sequence, token.token_id, token.logprob, token.reason, now

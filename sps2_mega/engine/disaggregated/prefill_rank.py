@@ -40,12 +40,12 @@ class PrefillRank:
 
     def lead(self, plan: StepPlan, destinations: Destinations) -> StepOutput:
         """Run a step on all prefill ranks; `destinations` are those of passes that begin here."""
-        self._tell(encode_prefill(plan, destinations))
+        self._broadcast(encode_prefill(plan, destinations))
         return self._execute(plan, destinations)
 
     def cut(self, cuts: Sequence[Cut]) -> None:
         """Stop all prefill ranks from sending more of these sequences, after the last step."""
-        self._tell(encode_prefill(None, {}, cuts))
+        self._broadcast(encode_prefill(None, {}, cuts))
         self._cut(cuts)
 
     def run(self) -> None:
@@ -62,7 +62,7 @@ class PrefillRank:
         """Tell the other ranks that no step follows."""
         broadcast_bytes(SHUTDOWN, self._rank.groups.control)
 
-    def _tell(self, frame: bytes) -> None:
+    def _broadcast(self, frame: bytes) -> None:
         if self._rank.groups.control.size > 1:
             broadcast_bytes(frame, self._rank.groups.control)
 

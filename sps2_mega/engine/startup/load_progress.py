@@ -54,11 +54,13 @@ class LoadProgress:
         self.stage(stage)
         if self._stream is not None and self._stream.isatty():
             with self._bar(name) as show:
-                yield self._told(stage, show)
+                yield self._with_updates(stage, show)
         else:
-            yield self._told(stage, self._lines())
+            yield self._with_updates(stage, self._lines())
 
-    def _told(self, stage: str, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def _with_updates(
+        self, stage: str, show: Callable[[int, int], None]
+    ) -> Callable[[int, int], None]:
         due = self._clock() + _STAGE_EVERY_S
 
         def on_bytes(done: int, total: int) -> None:

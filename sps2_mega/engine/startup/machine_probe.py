@@ -51,9 +51,9 @@ def machine_facts(
     known = None
     if groups.global_rank == 0:
         known = _read(path)
-    told = broadcast_bytes(known.to_json().encode() if known else b"", groups.control)
-    if told:
-        return Machine.from_json(told.decode())
+    shared = broadcast_bytes(known.to_json().encode() if known else b"", groups.control)
+    if shared:
+        return Machine.from_json(shared.decode())
     began = time.monotonic()
     on_cpu = device.type == "cpu"
     speed = attention_speed(heads.head_dim, heads.dtype, device, groups.control)

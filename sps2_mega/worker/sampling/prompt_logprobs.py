@@ -30,8 +30,7 @@ from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.groups import Group, ParallelGroups
 from sps2_mega.types import PrefillItem
 
-# Logits of one TP rank that exist at a time, in float32. Two or three tensors of this size live
-# together.
+# Bytes of float32 logits of one TP rank at a time; two or three tensors of this size exist at once.
 _LOGITS_BYTES = 32 * 2**20
 
 
@@ -114,7 +113,7 @@ def _scored_runs(
     by_rank: list[list[_ScoredRun]] = [[] for _ in range(sp_size)]
     for run in layout.runs:
         item = items[run.sequence]
-        # The last token of a prompt is followed by none of its own.
+        # No prompt token follows the last one.
         end = min(run.end, item.num_prompt_tokens - 1)
         if item.params.prompt_logprobs is not None and run.start < end:
             rows = range(run.local_start, run.local_start + end - run.start)
@@ -147,16 +146,19 @@ def _packed_rows(
         logits_RV, first_id = model.shard_logits(hidden_T1C.index_select(0, rows))
         own_RF = _summary(logits_RV, first_id, following, num_top)
         all_RPF = all_gather_last_dim(own_RF, tp).reshape(len(rows), tp.size, own_RF.shape[1])
-        # Waits for the device, which bounds the logits that exist; results are small, and wanted
-        # there anyway.
+        # Waits for the device, which bounds the logits that exist; results are small, and needed on
+        # the CPU anyway.
         parts.append(_merged(all_RPF, num_top).cpu())
     return torch.cat(parts)
 
 
 def _summary(logits_RV: Tensor, first_id: int, following_R: Tensor, num_top: int) -> Tensor:
-    """[R, F] float64 of the tokens from `first_id` on: log-sum-exp, logit of the following token
-    (-inf where another rank has it), top logits, their ids. float64 holds ids and float32
-    exactly."""
+    """Summary of the tokens from `first_id` on: [R, F] float64, which holds ids and float32
+    exactly.
+
+    Columns are log-sum-exp, logit of the following token (-inf where another rank has it), top
+    logits, and their ids.
+    """
     num_rows, num_here = logits_RV.shape
     summary = logits_RV.new_full((num_rows, 2 + 2 * num_top), -math.inf, dtype=torch.float64)
     if num_here == 0:  # a small vocabulary ends before the last rank's part of the padded one
@@ -193,22 +195,22 @@ def _by_sequence(
     for run in _chain(runs_by_rank):
         pieces.setdefault(run.item, []).append((run.start, packed[at : at + len(run.rows)]))
         at += len(run.rows)
-    scores = {}
+    found = {}
     for index, item in enumerate(items):
-        asked = item.params.prompt_logprobs
-        if asked is None:
+        wanted = item.params.prompt_logprobs
+        if wanted is None:
             continue
         ordered = [rows for _, rows in sorted(pieces.get(index, ()), key=lambda piece: piece[0])]
         rows = np.concatenate([packed[:0], *ordered])
-        count = min(asked, num_top)
-        scores[item.seq_id] = PromptLogprobs(
+        count = min(wanted, num_top)
+        found[item.seq_id] = PromptLogprobs(
             first=item.start + 1,
             num_top=count,
             own=array("f", rows[:, 0].astype(np.float32).tobytes()),
             top_ids=array("i", rows[:, 1 + num_top :][:, :count].astype(np.int32).tobytes()),
             top=array("f", rows[:, 1 : 1 + count].astype(np.float32).tobytes()),
         )
-    return scores
+    return found
 
 
 def _chain(runs_by_rank: Sequence[Sequence[_ScoredRun]]) -> Iterator[_ScoredRun]:

@@ -30,7 +30,7 @@ from sps2_mega.worker.sampling.seeds import derive_seed, uniform
 __all__ = ["Drawn", "PenaltyState", "derive_seed", "draw", "sample", "uniform"]
 
 _GREEDY_BELOW = 1e-5  # a temperature so low leaves one token in float32 anyway
-_NUCLEUS = 1024  # top-p looks at so many most likely tokens before it sorts the whole vocabulary
+_NUCLEUS = 1024  # most likely tokens that top-p considers before it sorts the vocabulary
 
 
 def sample(
@@ -49,7 +49,7 @@ def sample(
 class _Logprobs:
     """Log-probabilities of some rows: of chosen tokens [L], and of the most likely ones [L, k]."""
 
-    rows: list[tuple[int, int]]  # (row, how many of the most likely ones are wanted)
+    rows: list[tuple[int, int]]  # (row, number of most likely tokens requested)
     chosen_L: Tensor
     top_Lk: Tensor
     top_ids_Lk: Tensor
@@ -126,7 +126,7 @@ def draw(
         if enough is not None:
             enough_B *= enough
         token_ids_B[to_device(rows, torch.int64, logits.device)] = chosen_S
-    # In one tensor, so that there is one to wait for.
+    # One tensor, so that there is one to wait for.
     chosen_3B = torch.stack([token_ids_B.double(), best.double(), enough_B])
     return Drawn(chosen_3B, _logprobs(logits_BV, params, token_ids_B), again)
 

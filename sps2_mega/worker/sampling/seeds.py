@@ -10,9 +10,8 @@ import hashlib
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: multiples of it spread over all 64 bits
-_SAMPLE = (
-    0xD1B54A32D192ED03  # another odd constant, so that samples and positions never share a stream
-)
+# Another odd constant, so that samples and positions never share a stream.
+_SAMPLE = 0xD1B54A32D192ED03
 
 
 def uniform(seed: int, position: int) -> float:

@@ -83,9 +83,9 @@ def exchange_tokens(
             continue
         chosen = int(values[0])
         output.token_ids[index] = chosen
-        asked = wanted[index]
-        if asked is not None:
-            top_ids, top_values = values[2 : 2 + asked], values[2 + num_top :][:asked]
+        num_wanted = wanted[index]
+        if num_wanted is not None:
+            top_ids, top_values = values[2 : 2 + num_wanted], values[2 + num_top :][:num_wanted]
             top = tuple(
                 (int(token), value) for token, value in zip(top_ids, top_values, strict=True)
             )

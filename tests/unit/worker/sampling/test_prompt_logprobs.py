@@ -100,9 +100,9 @@ def test_chunks_follow_each_other_and_a_second_beginning_replaces_the_first():
         arrival_time=0.0,
     )
     for first, count in ((1, 2), (1, 3), (4, 2)):
-        assert sequence.needs_scores
-        sequence.take_scores(chunk(first, count))
-    assert not sequence.needs_scores
+        assert sequence.needs_prompt_logprobs
+        sequence.add_prompt_logprobs(chunk(first, count))
+    assert not sequence.needs_prompt_logprobs
     assert list(sequence.prompt_logprobs.own) == [1.0, 2.0, 3.0, 4.0, 5.0]
     with pytest.raises(AssertionError, match="not followed by 9"):
-        sequence.take_scores(chunk(9, 1))
+        sequence.add_prompt_logprobs(chunk(9, 1))
