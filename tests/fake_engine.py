@@ -19,7 +19,7 @@ from sps2_mega.text.output_processor import OutputProcessor
 from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import FinishReason, SamplingParams, Sequence
 
-KV_SIDES = (KVUse(pool="all", blocks_per_rank=10, used_per_rank=(0, 5, 10)),)
+KV_POOLS = (KVUse(pool="all", blocks_per_rank=10, used_per_rank=(0, 5, 10)),)
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Stats:
     cached_tokens: int = 0
     output_tokens: int = 0
     prefill_comm: CommSeconds = field(default_factory=CommSeconds)
-    kv_pools: tuple[KVUse, ...] = KV_SIDES
+    kv_pools: tuple[KVUse, ...] = KV_POOLS
     num_steps: int = 0
     last_waits: TokenWaits = field(default_factory=TokenWaits)
 
@@ -57,7 +57,7 @@ class FakeEngine:
         self._max_queue, self._die_after = max_queue, die_after
         self._next_id = 0
         self._waits = TokenWaits()
-        self.kv_sides = KV_SIDES
+        self.kv_pools = KV_POOLS
 
     def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:
         if not prompt_token_ids:
@@ -149,7 +149,7 @@ class FakeEngine:
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             num_steps=self.steps,
-            kv_pools=self.kv_sides,
+            kv_pools=self.kv_pools,
             last_waits=self._waits,
         )
 

@@ -1,5 +1,4 @@
-"""What all ranks together remember while they execute plans, without tensors; used by tests of the
-scheduler."""
+"""Memory of all ranks while they execute plans, without tensors; used by tests of the scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that an engine reports between two steps; others decide who shows them, and how."""
+"""Figures of an engine between two steps; how they are shown is decided elsewhere."""
 
 from __future__ import annotations
 

@@ -127,7 +127,9 @@ class PrefixSharing:
             AssertionError: something is.
         """
         assert self._filling.keys() <= running, "a sequence that does not run fills blocks"
-        assert set(self._filled_by.values()) <= self._filling.keys(), "nobody fills a block"
+        assert set(self._filled_by.values()) <= self._filling.keys(), (
+            "a block to fill has no filler"
+        )
         assert self._chains.keys() | self._waits_for.keys() <= known, "a sequence that is over"
 
     def _shareable(self, chain: Sequence[bytes], first: int, filler: _Filling) -> tuple[int, int]:

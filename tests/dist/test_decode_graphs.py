@@ -1,5 +1,8 @@
-"""Decode steps through graphs give the tokens of steps without: on the CPU "graphs" that just call
-again, so that buffers, padding and buckets are real, and captured ones on a GPU."""
+"""Decode steps through graphs give the tokens of steps without.
+
+On the CPU "graphs" just call again, so that buffers, padding and buckets are real; on a GPU they
+are captured.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A job with separate decode ranks gives what one rank gives, whatever the shapes of its two
-pools."""
+"""A job with separate decode ranks equals one rank, whatever the shapes of its two pools."""
 
 from __future__ import annotations
 

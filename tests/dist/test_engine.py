@@ -1,5 +1,4 @@
-"""The engine on several ranks gives what one rank gives: sampling, penalties, logprobs, n, stop,
-failures."""
+"""The engine on several ranks equals one rank: sampling, penalties, logprobs, n, stop, failures."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""An engine whose decode steps are launched before the last answers are dealt with gives the same
-answers as one that does one after the other: on the CPU with "graphs" that call again, and captured
-ones on a GPU."""
+"""Decode steps launched before the last answers are dealt with give the same answers.
+
+On the CPU "graphs" just call again; on a GPU they are captured.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Sharing the blocks of common prefixes changes what is computed, and nothing else: against one
-rank without it."""
+"""Sharing the blocks of common prefixes changes what is computed, not the answers of one rank."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Log-probabilities of prompts that requests ask for: transformers', whatever chunks, caches and
-others do. Layouts are `test_scoring`'s: both go through the same function."""
+"""Log-probabilities of prompts equal transformers', whatever chunks, caches and other requests.
+
+Layouts are covered by `test_scoring`: both use the same function.
+"""
 
 from __future__ import annotations
 

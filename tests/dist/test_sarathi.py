@@ -1,5 +1,4 @@
-"""Chunks of prompts that ride along with decodes give the tokens of whole prompts, on every
-layout."""
+"""Chunks of prompts in steps with decodes give the tokens of whole prompts, on every layout."""
 
 from __future__ import annotations
 

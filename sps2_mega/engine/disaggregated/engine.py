@@ -130,7 +130,7 @@ class DisaggregatedEngine:
             state = self._states.pop(sample.seq_id, None)
             if state is not None:  # else this sample has ended
                 self._prefill.drop(state)
-        self._prefill.dropped_all()
+        self._prefill.finish_drops()
         return bool(samples)
 
     @property

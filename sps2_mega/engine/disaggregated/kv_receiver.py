@@ -1,4 +1,4 @@
-"""Receiver of keys and values on a decode rank: writes rows into blocks that nobody reads yet.
+"""Receiver of keys and values on a decode rank: writes rows into blocks that are not read yet.
 
 Runs in the channel's receiving thread, while the rank decodes other sequences in other blocks.
 Knows no plans: manifests name the slots. On CUDA it works on a stream of its own, and reports a

@@ -131,7 +131,7 @@ class PrefillDriver:
         else:
             self._send_drop(Drop(seq_id, state.handoff))
 
-    def dropped_all(self) -> None:
+    def finish_drops(self) -> None:
         """Close a series of drops: sequences that were dropped together are known from now on."""
         self._cut_dropped()
 

@@ -30,7 +30,7 @@ class PrefillRank:
         self._prefill_pool, self._decode_pool = rank.pools
         self.control = Control(rank)
         channel = rank.bridge.channel(
-            on_message=_nobody_sends_here, on_error=rank.watchdog.fail, max_batches=MAX_BATCHES
+            on_message=_refuse_message, on_error=rank.watchdog.fail, max_batches=MAX_BATCHES
         )
         self._sender = KVSender(
             channel, rank.executor.pool, num_layers=rank.executor.config.num_layers
@@ -121,5 +121,5 @@ class PrefillRank:
         )
 
 
-def _nobody_sends_here(source: int, kind: int, detail: int, payload: object) -> None:
+def _refuse_message(source: int, kind: int, detail: int, payload: object) -> None:
     raise AssertionError(f"rank {source} sent keys and values to a prefill rank")

@@ -153,8 +153,7 @@ def _packed_rows(
 
 
 def _summary(logits_RV: Tensor, first_id: int, following_R: Tensor, num_top: int) -> Tensor:
-    """Summary of the tokens from `first_id` on: [R, F] float64, which holds ids and float32
-    exactly.
+    """[R, F] float64 of the tokens from `first_id` on; float64 holds ids and float32 exactly.
 
     Columns are log-sum-exp, logit of the following token (-inf where another rank has it), top
     logits, and their ids.

@@ -1,4 +1,4 @@
-"""How the ranks of a job are cut into pools, and what is said when they cannot be."""
+"""Division of a job's ranks into pools, and errors where it is impossible."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Cells of a long prompt: all of it, in multiples of a block on each rank, and about as long as
-each other in time."""
+"""Chunks of a long prompt: they cover it in multiples of a block on each rank, and take equal
+time."""
 
 import pytest
 

@@ -1,5 +1,8 @@
-"""Random histories of the decode pool's scheduler: no block leaks or is taken while somebody writes
-to it, nobody is lost, and ranks hear of sequences in an order that they can follow."""
+"""Random histories of the decode pool's scheduler.
+
+No block leaks or is reused while a rank writes to it, no sequence is lost, and ranks get changes in
+an order that they can follow.
+"""
 
 from __future__ import annotations
 

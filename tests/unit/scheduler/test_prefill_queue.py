@@ -1,5 +1,4 @@
-"""Prefills that are interrupted: whose turn it is, who overtakes whom, how far a slice goes, what
-ends in between."""
+"""Interrupted prefills: order, overtaking, length of slices, and ends in between."""
 
 import random
 

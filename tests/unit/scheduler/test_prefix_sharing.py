@@ -1,5 +1,4 @@
-"""Common prefixes as the scheduler plans them: who shares, who waits, what is found again, and what
-it costs."""
+"""Common prefixes as the scheduler plans them: sharing, waiting, reuse, and cost."""
 
 import random
 import time

@@ -1,5 +1,4 @@
-"""The scheduler's policy: order, admission, preemption, endings, and what a step of planning
-costs."""
+"""Policy of the scheduler: order, admission, preemption, ends, and the cost of planning a step."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What is expected of the next layers, from what was measured of earlier ones."""
+"""Expected seconds of the next layers, from measurements of earlier ones."""
 
 import itertools
 

@@ -169,7 +169,7 @@ def test_status_in_every_state(tokenizer) -> None:
 
 def test_both_sides_of_a_job_in_status_and_metrics(tokenizer) -> None:
     engine = FakeEngine(tokenizer)
-    engine.kv_sides = (
+    engine.kv_pools = (
         KVUse(pool="prefill", blocks_per_rank=10, used_per_rank=(0, 5)),
         KVUse(pool="decode", blocks_per_rank=4, used_per_rank=(3, 1, 0)),
     )

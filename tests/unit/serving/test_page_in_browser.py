@@ -63,8 +63,8 @@ def test_numbers_of_the_server(browser, server) -> None:
 
 
 def test_both_sides_of_a_job(browser, server) -> None:
-    one_side = server.engine.kv_sides
-    server.engine.kv_sides = (
+    one_pool = server.engine.kv_pools
+    server.engine.kv_pools = (
         KVUse(pool="prefill", blocks_per_rank=10, used_per_rank=(4,)),
         KVUse(pool="decode", blocks_per_rank=7, used_per_rank=(3, 7)),
     )
@@ -78,7 +78,7 @@ def test_both_sides_of_a_job(browser, server) -> None:
         )
         assert labels == ["prefill SP rank 0", "decode SP rank 0", "decode SP rank 1"]
     finally:
-        server.engine.kv_sides = one_side
+        server.engine.kv_pools = one_pool
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat"])

@@ -1,4 +1,4 @@
-"""Block tables on the device are what `LocalTables` has, and only news travels."""
+"""Block tables on the device equal those of `LocalTables`, and only new entries are sent."""
 
 import random
 

@@ -1,5 +1,4 @@
-"""The slots that decode reads under CSA are those of the definition, on each rank, as a sequence
-grows."""
+"""Slots that decode reads under CSA, on each rank, as a sequence grows, against the definition."""
 
 import numpy as np
 from hypothesis import given, settings

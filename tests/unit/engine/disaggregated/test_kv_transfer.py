@@ -1,5 +1,5 @@
-"""Transfers bring every token's every head to where the decode pool wants it, whatever the shapes
-of both pools."""
+"""Transfers bring every head of every token to its decode rank, whatever the shapes of the
+pools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages and frames are the same on the other pool."""
+"""Messages and frames survive the way from one pool to the other."""
 
 from __future__ import annotations
 

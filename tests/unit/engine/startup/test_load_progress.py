@@ -1,5 +1,4 @@
-"""What a start shows: stages at once, weights every few seconds, and the same to whoever
-listens."""
+"""Progress of a start: stages at once, weights every few seconds, and the same to `on_stage`."""
 
 from __future__ import annotations
 

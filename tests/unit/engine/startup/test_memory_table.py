@@ -1,4 +1,4 @@
-"""The memory table names what every rank has, and warns where the largest step may not fit."""
+"""Memory table: figures of every rank, and a warning where the largest step may not fit."""
 
 from __future__ import annotations
 

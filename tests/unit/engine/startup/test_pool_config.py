@@ -1,4 +1,4 @@
-"""What the pools of a job are asked to do, and what cannot be combined with them."""
+"""Configuration of each rank pool, and settings that cannot be combined with decode ranks."""
 
 from __future__ import annotations
 

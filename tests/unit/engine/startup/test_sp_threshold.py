@@ -1,5 +1,4 @@
-"""The length below which a prompt is faster on one rank: slow links raise it, slow arithmetic
-lowers it."""
+"""Default SP threshold: slow links raise it, slow arithmetic lowers it."""
 
 from sps2_mega.attention.planner.exact import TRANSPORTS
 from sps2_mega.attention.planner.step_planner import PrefillPlanner

@@ -1,4 +1,4 @@
-"""Scores of prompt tokens put together from parts of the vocabulary and from any placement of the
+"""Log-probabilities of prompt tokens from parts of the vocabulary and any placement of the
 tokens."""
 
 from __future__ import annotations
