@@ -87,8 +87,7 @@ class Engine:
         if isinstance(samples, Refusal):
             return samples
         for sample in samples:
-            refused = self._scheduler.add(sample)
-            assert refused is None, f"sequence {sample.seq_id} was refused late: {refused}"
+            self._scheduler.queue(sample)
         return None
 
     def refusal(self, prompt_token_ids: list[int], params: SamplingParams) -> Refusal | None:

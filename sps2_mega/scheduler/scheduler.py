@@ -168,8 +168,12 @@ class Scheduler:
         max_waiting = self._config.max_waiting
         if max_waiting is not None and self.num_waiting >= max_waiting:
             return Refusal.QUEUE_FULL
-        self._states.add(sequence)
+        self.queue(sequence)
         return None
+
+    def queue(self, sequence: Sequence) -> None:
+        """Queue a sequence that was checked against `limits` and has an id of its own."""
+        self._states.add(sequence)
 
     def plan(self, now: float) -> StepPlan | None:
         """Next step, or None when there is nothing to do. `now` is time.monotonic() in seconds."""
@@ -244,11 +248,7 @@ class Scheduler:
         return self.finish(seq_id, FinishReason.ABORT)
 
     def check_integrity(self) -> None:
-        """Recount sequences and blocks.
-
-        Raises:
-            AssertionError: something was lost or is held twice.
-        """
+        """Assert that no sequence or block was lost or is held twice."""
         self._states.check_integrity()
         if not self._chunked:
             self._prefills.check_integrity()
