@@ -139,13 +139,13 @@ def measure(
 class _NoAttention:
     """Stands where attention would: what is left of the layer is timed."""
 
-    def attend(
+    def run_layer(
         self,
         layer: int,
         q_TNH: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rule: object,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        softmax: object,
         rotation: object = None,
     ) -> Tensor:
         return q_TNH

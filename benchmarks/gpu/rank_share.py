@@ -22,7 +22,8 @@ from benchmarks.gpu.engine_rank import config_of, started
 from benchmarks.gpu.part import Part
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.csa.pieces import csa_pieces
-from sps2_mega.attention.step import Rotation, keep
+from sps2_mega.attention.step import StepAttention
+from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.checkpoint.random_weights import fill_random
 from sps2_mega.checkpoint.resolve import resolve_model
 from sps2_mega.config import ModelConfig
@@ -30,6 +31,7 @@ from sps2_mega.engine.startup.start_rank import StartedRank
 from sps2_mega.kernels.csa.dispatch import attend_pieces
 from sps2_mega.kernels.csa.piece import Piece
 from sps2_mega.kernels.lse.reference import merge_two
+from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 
 _LONG = 262144  # tokens beyond which a layer's attention takes seconds: timed once, after a warm-up
@@ -65,25 +67,12 @@ def run(part: Part) -> None:
                 )
 
 
-class _KeysKept:
-    """Attention of nothing: new keys and values only enter a cache, after the rotation where the
-    model leaves it to us."""
-
-    def __init__(self, part: Part, model: ModelConfig, tokens: int) -> None:
-        shape = (2, -(-tokens // _BLOCK), _BLOCK, model.num_kv_heads, model.head_dim)
-        self._keys, self._values = torch.zeros(shape, dtype=part.dtype, device=part.device)
-        self._slots_T = torch.arange(tokens, device=part.device)
+class _QueriesOut:
+    """Attention of nothing, so that new keys and values only enter the cache."""
 
     def attend(
-        self,
-        layer: int,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        rule: object,
-        rotation: Rotation | None = None,
+        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, softmax: SoftmaxParams
     ) -> Tensor:
-        keep((self._keys, self._values), q_TNH, k_TKH, v_TKH, self._slots_T, rotation)
         return q_TNH
 
 
@@ -95,7 +84,16 @@ def _short_model(rank: StartedRank, model: ModelConfig) -> GPT:
 
 
 def _layer(part: Part, model: ModelConfig, gpt: GPT, tokens: int) -> dict[str, Any]:
-    attention = _KeysKept(part, model, tokens)
+    pool = KVPool(
+        num_layers=_LAYERS,
+        num_blocks=-(-tokens // _BLOCK),
+        block_size=_BLOCK,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=part.dtype,
+        device=part.device,
+    )
+    attention = StepAttention(pool, torch.arange(tokens, device=part.device), _QueriesOut())
     ids = torch.zeros(tokens, dtype=torch.int64, device=part.device)
     start = gpt.begin(ids, torch.arange(tokens, device=part.device), attention)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.transports.shapes import DEGREES, SHAPES, TRANSPORTS, Shape
+from sps2_mega.attention.build import make_transport
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import PrefillLayout, build_layout
 from sps2_mega.attention.levels.transport import HierarchicalTransport, num_kv_parts
@@ -31,8 +32,7 @@ from sps2_mega.attention.pipeline.settings import CPU_PART, PipelineSettings
 from sps2_mega.attention.planner.by_level import CANDIDATES, choose_levels, visible_between
 from sps2_mega.attention.planner.exact import choose
 from sps2_mega.attention.planner.step_shape import step_shape
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.attention.transports.base import Transport, make_transport
+from sps2_mega.attention.transports.base import SoftmaxParams, Transport
 from sps2_mega.comm.collectives import minimum
 from sps2_mega.comm.comm_streams import make_comm_streams
 from sps2_mega.comm.probe import agree_most

@@ -1,46 +1,36 @@
-"""Attention of a step that prefills some sequences and decodes others: each kind for its own
-tokens."""
+"""Attention of a step that prefills some sequences and decodes others, each kind for its tokens."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.decode import DecodeAttention
-from sps2_mega.attention.prefill import PrefillAttention
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.attention.step import Rotation
+if TYPE_CHECKING:
+    from sps2_mega.attention.step import AttentionKind
+    from sps2_mega.attention.transports.base import SoftmaxParams
 
 
 class HybridAttention:
-    """The first `num_prefill_tokens` of this rank's tokens are being prefilled, one each of the
-    rest decodes. Either may be none on a rank; it still takes part in the collectives of both."""
+    """Prefill for the first `num_prefill_tokens` of this rank's tokens, decode for the rest.
+
+    Either part may be empty on a rank, which still takes part in the collectives of both.
+    """
 
     def __init__(
-        self, prefill: PrefillAttention, decode: DecodeAttention, num_prefill_tokens: int
+        self, prefill: AttentionKind, decode: AttentionKind, num_prefill_tokens: int
     ) -> None:
         self._prefill, self._decode, self._split = prefill, decode, num_prefill_tokens
 
     def attend(
-        self,
-        layer: int,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        rule: SoftmaxParams,
-        rotation: Rotation | None = None,
+        self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, softmax: SoftmaxParams
     ) -> Tensor:
-        new, one_each = slice(None, self._split), slice(self._split, None)
-        return torch.cat(
-            [
-                kind.attend(
-                    layer,
-                    q_TNH[part],
-                    k_TKH[part],
-                    v_TKH[part],
-                    rule,
-                    None if rotation is None else rotation.rows(part),
-                )
-                for kind, part in ((self._prefill, new), (self._decode, one_each))
-            ]
+        split = self._split
+        prefill_TNH = self._prefill.attend(
+            layer, q_TNH[:split], k_TKH[:split], v_TKH[:split], softmax
         )
+        decode_TNH = self._decode.attend(
+            layer, q_TNH[split:], k_TKH[split:], v_TKH[split:], softmax
+        )
+        return torch.cat([prefill_TNH, decode_TNH])

@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sps2_mega.comm.exchange import all_gather_single, unpadded
 from sps2_mega.parallel.groups import Group
-
-# torch 2.13 renamed it and warns about the old name.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
@@ -36,10 +34,7 @@ def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     gathered = x.new_empty(group.size * longest, *x.shape[1:])
     all_gather_single(gathered, x.contiguous(), group=group.handle)
     group.traffic.bytes_sent += x.nbytes * (group.size - 1)
-    if min(counts) == longest:
-        return gathered
-    parts = gathered.split(longest)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return unpadded(gathered, counts)
 
 
 def all_to_all_flat(

@@ -20,15 +20,19 @@ import threading
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sps2_mega.comm.collectives import all_gather_single
 from sps2_mega.comm.messages import post_messages
-from sps2_mega.parallel.groups import Group
+
+if TYPE_CHECKING:
+    from sps2_mega.parallel.groups import Group
+
+# torch 2.13 renamed it and warns about the old name.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _CPU_PART_BYTES = 512 * 2**10
 
@@ -107,6 +111,15 @@ def post_all_gather(x: Tensor, longest: int, group: Group) -> Pending:
         for start, end in pairwise(bounds)
     ]
     return Pending(works, gathered, x)
+
+
+def unpadded(gathered: Tensor, counts: Sequence[int]) -> Tensor:
+    """Drop the padding of an all-gather: [size * max(counts), ...] -> [sum(counts), ...]."""
+    longest = max(counts)
+    if min(counts) == longest:
+        return gathered
+    shards = zip(gathered.split(longest), counts, strict=True)
+    return torch.cat([shard[:count] for shard, count in shards])
 
 
 def post_shift(x: Tensor, receive_rows: int, group: Group) -> Pending:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sps2_mega.parallel.groups import Group
+if TYPE_CHECKING:
+    from sps2_mega.parallel.groups import Group
 
 Addressed = Sequence[tuple[int, Tensor]]
 

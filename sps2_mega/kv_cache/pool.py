@@ -27,6 +27,7 @@ class KVPool:
         # zeros, which cost no memory on CPU until a page is written.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = [(self._keys[i], self._values[i]) for i in range(num_layers)]
         self.block_size = block_size
         self.num_blocks = num_blocks
 
@@ -36,7 +37,7 @@ class KVPool:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of one layer."""
-        return self._keys[index], self._values[index]
+        return self._layers[index]
 
     def clear(self, block_ids: np.ndarray) -> None:
         """Zero the given blocks in all layers."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.checkpoint.sharding import padded_vocab_size
 from sps2_mega.comm.collectives import all_gather_last_dim
 from sps2_mega.config import ModelConfig
@@ -27,7 +27,7 @@ from sps2_mega.mcore._compat import (
     without_warnings,
 )
 from sps2_mega.mcore.config import transformer_config
-from sps2_mega.mcore.core_attention import SPCoreAttention, StepAttention
+from sps2_mega.mcore.core_attention import LayerAttention, SPCoreAttention
 from sps2_mega.mcore.rope import angles, attention_factor, inverse_frequencies, rotation
 from sps2_mega.parallel.groups import ParallelGroups
 
@@ -53,7 +53,7 @@ def build_gpt_model(
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=SPCoreAttention,
         params={
-            "rule": SoftmaxParams(
+            "softmax": SoftmaxParams(
                 scale=attention_factor(model.rope) ** 2 * model.head_dim**-0.5,
                 window=model.sliding_window,
             ),
@@ -123,7 +123,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, rows_R: Tensor, attention: StepAttention
+        self, tokens_T: Tensor, positions_T: Tensor, rows_R: Tensor, attention: LayerAttention
     ) -> Tensor:
         """Logits [R, vocab] float32 of local rows `rows_R`; every rank of the TP group gets all
         columns.
@@ -134,7 +134,7 @@ class GPT(nn.Module):
         return self.logits(hidden.index_select(0, rows_R))
 
     @torch.inference_mode()
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: StepAttention) -> Tensor:
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: LayerAttention) -> Tensor:
         """What the last norm gives for each local token, [T, 1, hidden_size]; see `begin` for T =
         0."""
         run = self.begin(tokens_T, positions_T, attention)
@@ -146,7 +146,9 @@ class GPT(nn.Module):
         return self._config.num_layers
 
     @torch.inference_mode()
-    def begin(self, tokens_T: Tensor, positions_T: Tensor, attention: StepAttention) -> ForwardPass:
+    def begin(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: LayerAttention
+    ) -> ForwardPass:
         """Embeds this rank's tokens; no layer runs yet.
 
         Megatron's layers cannot take 0 tokens, so without any a placeholder goes through them and

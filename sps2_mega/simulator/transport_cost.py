@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sps2_mega.attention.layout.heads import split_heads
-from sps2_mega.attention.pipeline.parts import most_kv_heads
+from sps2_mega.attention.layout.heads import most_kv_heads
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,

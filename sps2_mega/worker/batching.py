@@ -1,4 +1,4 @@
-"""StepPlan -> this rank's input tensors and attention: index work in numpy, once per step.
+"""A StepPlan as this rank's input tensors and attention: index work in numpy, once per step.
 
 prefill   a rank gets the tokens of the blocks placed on it; the last token of a sequence is sampled
           on the rank that holds it
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.build import PrefillSetup
-from sps2_mega.attention.chunked import ChunkedPrefill
 from sps2_mega.attention.decode import DecodeAttention, DenseKeys, LocalKeys, SparseKeys
 from sps2_mega.attention.hybrid import HybridAttention
 from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.prefill import PrefillAttention
+from sps2_mega.attention.step import AttentionKind, StepAttention
 from sps2_mega.kernels.host_to_device import array_to_device
 from sps2_mega.kernels.paged_decode.dispatch import prepare
 from sps2_mega.kv_cache.pool import KVPool
@@ -33,14 +33,16 @@ from sps2_mega.worker.sparse_tables import SparseTables
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """What one rank feeds to the model. `rows_R` are the local tokens to sample after;
-    `items_by_rank[r]` says which entries of `StepPlan.sampled` are sampled on sp rank r, in the
-    order of its rows."""
+    """Input of the model on one rank.
+
+    `rows_R` are the local tokens to sample after. `items_by_rank[r]` says which entries of
+    `StepPlan.sampled` are sampled on SP rank r, in the order of its rows.
+    """
 
     tokens_T: Tensor
     positions_T: Tensor
     rows_R: Tensor
-    attention: PrefillAttention | ChunkedPrefill | DecodeAttention | HybridAttention
+    attention: StepAttention
     items_by_rank: list[list[int]]
 
 
@@ -54,8 +56,17 @@ def prefill_input(
     device: torch.device,
     chunked: bool = False,
 ) -> StepInput:
-    """Enters the items' sequences into `tables` and lays out their tokens; `chunked`: of one item,
-    which goes through each layer in chunks."""
+    """Enter the items' sequences into `tables` and lay out their tokens.
+
+    Args:
+        items: Prompts of the step, one where it is `chunked`.
+        tables: This rank's block tables.
+        pool: KV cache of this rank.
+        group: SP group.
+        setup: How prefill attends in this job.
+        device: Where tensors go.
+        chunked: The prompt goes through each layer chunk by chunk.
+    """
     layout = build_layout(
         [item.block_ranks for item in items],
         [item.end for item in items],
@@ -84,30 +95,32 @@ def prefill_input(
             if run.rank == group.rank:
                 rows.append(run.local.stop - 1)
     new, before = _join(slots, device), _join(cached_slots, device)
-    attention: PrefillAttention | ChunkedPrefill
+    kind: AttentionKind
     if chunked:
         (item,) = items
-        attention = setup.chunked(layout, item, pool, (new, before), group)
+        kind = setup.chunked(layout, item, pool, before, group)
     else:
-        transport = setup.transport_over(layout, items, group, device)
-        attention = PrefillAttention(pool, new, before, transport)
+        kind = PrefillAttention(pool, before, setup.transport_over(layout, items, group, device))
     for item in items:
-        # A table is asked for only once its sequence decodes, when all of its tokens are there.
+        # A table is read only once its sequence decodes, when all of its tokens are there.
         if item.samples:
             tables.add(item.seq_id, item.block_ranks, item.block_ids, len(item.token_ids))
     return StepInput(
         tokens_T=_join(tokens, device),
         positions_T=_join(positions, device),
         rows_R=_tensor(rows, device),
-        attention=attention,
+        attention=StepAttention(pool, new, kind),
         items_by_rank=items_by_rank,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeTokens:
-    """This rank's new tokens of a decode step, and in `items` the step's sequences rank by rank, as
-    attention has them; `items_by_rank[r]` are indices of the plan's decodes."""
+    """New tokens of this rank in a decode step, and all sequences of the step.
+
+    `items` has the sequences rank by rank, as attention orders them; `items_by_rank[r]` are indices
+    of the plan's decodes.
+    """
 
     tokens: list[int]
     positions: list[int]
@@ -118,14 +131,13 @@ class DecodeTokens:
     def visible(
         self, tables: LocalTables, window: int | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(block ids [B, M], start [B], end [B]) of what each of `items` sees on this rank without
-        CSA."""
+        """Return (block ids [B, M], start [B], end [B]) of what `items` see here without CSA."""
         return tables.view([item.seq_id for item in self.items], self._first_visible(window))
 
     def ranges(
         self, tables: LocalTables, window: int | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same with rows of `tables` [B] in place of their block ids."""
+        """Return (rows of `tables` [B], start [B], end [B]) of what `items` see here."""
         rows_B = tables.rows([item.seq_id for item in self.items])
         return rows_B, *tables.ranges(rows_B, self._first_visible(window))
 
@@ -138,7 +150,7 @@ class DecodeTokens:
 def decode_tokens(
     items: Sequence[DecodeItem], tables: LocalTables, group: Group, *, block_size: int
 ) -> DecodeTokens:
-    """Advances the items' sequences in `tables` by one token."""
+    """Advance the items' sequences in `tables` by one token."""
     items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
     tokens, positions, slots = [], [], []
     for index, item in enumerate(items):
@@ -167,9 +179,19 @@ def decode_input(
     sparse_tables: SparseTables | None = None,
     device_tables: DeviceTables | None = None,
 ) -> StepInput:
-    """Advances the items' sequences in `tables` by one token and lays out the step; with
-    `sparse_tables` new tokens see what CSA shows them, else all keys. `device_tables`: `tables` as
-    our own decode kernel reads it."""
+    """Advance the items' sequences in `tables` by one token and lay out the step.
+
+    Args:
+        items: Sequences of the step.
+        tables: This rank's block tables.
+        pool: KV cache of this rank.
+        group: SP group.
+        window: Sliding window in tokens, or None.
+        dtype: Type of queries.
+        device: Where tensors go.
+        sparse_tables: Keys that CSA shows; without it new tokens see all keys.
+        device_tables: `tables` as our own decode kernel reads them; without it torch decodes.
+    """
     new = decode_tokens(items, tables, group, block_size=pool.block_size)
     keys: LocalKeys
     if device_tables is not None:
@@ -191,23 +213,22 @@ def decode_input(
         tokens_T=tokens_T,
         positions_T=positions_T,
         rows_R=torch.arange(len(new.tokens), device=device),
-        attention=DecodeAttention(pool, slots_T, keys, counts, group),
+        attention=StepAttention(pool, slots_T, DecodeAttention(pool, keys, counts, group)),
         items_by_rank=new.items_by_rank,
     )
 
 
 def hybrid_input(prefill: StepInput, decode: StepInput) -> StepInput:
-    """Both in one pass through the model; the two must be of different sequences, as in one
-    StepPlan."""
-    assert isinstance(prefill.attention, PrefillAttention)
-    assert isinstance(decode.attention, DecodeAttention)
+    """Join both in one pass through the model; their sequences differ, as in one StepPlan."""
     num_prefill_tokens = len(prefill.tokens_T)
+    kind = HybridAttention(prefill.attention.kind, decode.attention.kind, num_prefill_tokens)
+    slots_T = torch.cat([prefill.attention.slots_T, decode.attention.slots_T])
     num_sampled = sum(map(len, prefill.items_by_rank))
     return StepInput(
         tokens_T=torch.cat([prefill.tokens_T, decode.tokens_T]),
         positions_T=torch.cat([prefill.positions_T, decode.positions_T]),
         rows_R=torch.cat([prefill.rows_R, decode.rows_R + num_prefill_tokens]),
-        attention=HybridAttention(prefill.attention, decode.attention, num_prefill_tokens),
+        attention=StepAttention(prefill.attention.pool, slots_T, kind),
         items_by_rank=[
             first + [num_sampled + index for index in second]
             for first, second in zip(prefill.items_by_rank, decode.items_by_rank, strict=True)
@@ -216,7 +237,7 @@ def hybrid_input(prefill: StepInput, decode: StepInput) -> StepInput:
 
 
 def _slots(block_ids: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
-    """The cache slot of each token position of a sequence, on the rank that holds it."""
+    """Return the cache slot of each token position of a sequence, on the rank that holds it."""
     return block_ids[positions // block_size] * block_size + positions % block_size
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.decode import DecodeAttention, DenseKeys
+from sps2_mega.attention.step import StepAttention
 from sps2_mega.config import EngineConfig
 from sps2_mega.kernels.backend import Backend, choose
 from sps2_mega.kernels.paged_decode.dispatch import TableRows, range_stride
@@ -122,7 +123,8 @@ class DecodeGraphs:
             ranges_2B = static_6B[4:].int()[:, :rows]
             table_BM = table_RM[:, :columns].index_select(0, rows_T)
             keys = DenseKeys(TableRows(table_BM, *ranges_2B))
-            attention = DecodeAttention(self._pool, slots_T, keys, [rows], SINGLE)
+            kind = DecodeAttention(self._pool, keys, [rows], SINGLE)
+            attention = StepAttention(self._pool, slots_T, kind)
             return self._model.logits(self._model.hidden(tokens_T, positions_T, attention))
 
         replay, logits_BV = self._recorder.capture(work)

@@ -125,7 +125,7 @@ def layers_on_rank(rank, port, folder):
     class Averaging:
         """Attention that needs no cache: each token gets the mean value of those before it."""
 
-        def attend(self, layer, q_TNH, k_TKH, v_TKH, rule, rotation=None):
+        def run_layer(self, layer, q_TNH, k_TKH, v_TKH, softmax, rotation=None):
             counts = torch.arange(1, len(v_TKH) + 1).view(-1, 1, 1)
             mean_TKH = v_TKH.cumsum(0) / counts
             return mean_TKH.repeat_interleave(q_TNH.shape[1] // v_TKH.shape[1], 1)

@@ -96,7 +96,7 @@ def test_short_runs_are_not_worth_a_measurement(monkeypatch):
     monkeypatch.setitem(LIBRARIES, DEFAULT, right)
     monkeypatch.setattr(choice, "_speeds", lambda kind: pytest.fail("was measured"))
     q, k = torch.randn(1, 6, 33, 16), torch.randn(1, 2, 33, 16)
-    out, lse = choice.attend(q, k, k, scale=0.1, causal=True)
+    out, lse = choice.attend_fastest(q, k, k, scale=0.1, causal=True)
     assert out.shape == q.shape and lse.shape == q.shape[:3]
 
 
@@ -107,7 +107,7 @@ def test_long_runs_take_the_fastest(monkeypatch):
     )
     monkeypatch.setitem(LIBRARIES, "cuDNN", lambda *qkv, **how: ("cuDNN", how))
     q, k = torch.randn(1, 6, 33, 16), torch.randn(1, 2, 33, 16)
-    assert choice.attend(q, k, k, scale=0.1, causal=True) == (
+    assert choice.attend_fastest(q, k, k, scale=0.1, causal=True) == (
         "cuDNN",
         {"scale": 0.1, "causal": True},
     )

@@ -1,8 +1,8 @@
-"""Which keys a generated token sees under CSA: the pattern of its position, without the exact tail.
+"""Keys that a generated token sees under CSA: the pattern of its position without the exact tail.
 
-Decode never samples queries: each token is asked for once, and by all heads. A KV head of a layer
-sees keys by the remainder of (head + layer) only, its class, so heads and layers of one class share
-their list.
+Decode never samples queries, as every token is computed once and by all heads. The keys of a KV
+head depend only on its class, the remainder of (head + layer), so heads and layers of one class
+share a list.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from sps2_mega.attention.csa.pieces import csa_pieces
 
 
 def num_classes(degrees: tuple[int, ...]) -> int:
-    """Classes of KV head + layer, `(kv_head + layer) % num_classes`, that see different keys."""
+    """Return the number of classes `(kv_head + layer) % num_classes` that see different keys."""
     return math.lcm(*degrees)
 
 
 def keys_before_own_cell(pattern: CSAPattern, position: int, head_class: int) -> list[range]:
-    """Disjoint keys before the cell of level 0 that holds the query: the same for all positions
-    that share their cells of all levels."""
+    """Return disjoint keys before the query's own cell, the cell of level 0 that holds it.
+
+    They are the same for all positions that share their cells of all levels.
+    """
     return _seen(pattern, position, head_class, range(pattern.own_start(position)))
 
 
 def keys_of_own_cell(pattern: CSAPattern, position: int, head_class: int) -> list[range]:
-    """Disjoint keys of the query's own cell, up to itself; they depend on the class by its
-    remainder for the degree of level 0 only."""
+    """Return disjoint keys of the query's own cell, up to itself.
+
+    They depend on the class only by its remainder for the degree of level 0.
+    """
     return _seen(pattern, position, head_class, range(pattern.own_start(position), position + 1))
 
 

@@ -1,7 +1,7 @@
-"""Far keys that are kept or dropped by blocks of neighbours, and pieces of work with such keys.
+"""Far keys kept or dropped by blocks of neighbours, and pieces of work with them.
 
-A stride of blocks is no view of a tensor, so kernels get these keys only after they were brought
-together (`key_segments`), where they are neighbours.
+A stride of blocks is no view of a tensor, so these keys are gathered into a buffer first
+(`levels.key_segments`), in which kernels find them as neighbours.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from sps2_mega.kernels.csa.piece import Piece
 
 @dataclass(frozen=True, slots=True)
 class KeyBlocks:
-    """Keys kept in blocks: those positions j with (j // block) % degree == residue, by their number
-    among all such positions, `first` to `stop`."""
+    """Keys kept in blocks: positions j with (j // block) % degree == residue.
+
+    `first` and `stop` number them among all these positions.
+    """
 
     first: int
     stop: int
@@ -30,7 +32,7 @@ class KeyBlocks:
         return (position for part in self.ranges() for position in part)
 
     def ranges(self) -> list[range]:
-        """The same positions, a range for each block."""
+        """Return the positions, a range for each block."""
         found = []
         number = self.first
         while number < self.stop:
@@ -43,7 +45,7 @@ class KeyBlocks:
 
 
 def key_blocks(keys: range, *, degree: int, residue: int, block: int) -> KeyBlocks:
-    """The positions of `keys` (neighbours) that are kept."""
+    """Return the kept positions of `keys`, which are neighbours."""
 
     def kept_before(position: int) -> int:
         group, offset = divmod(position, degree * block)
@@ -53,13 +55,13 @@ def key_blocks(keys: range, *, degree: int, residue: int, block: int) -> KeyBloc
 
 
 def key_ranges(keys: range | KeyBlocks) -> list[range]:
-    """The same keys as arithmetic progressions."""
+    """Return keys as arithmetic progressions."""
     return [keys] if isinstance(keys, range) else keys.ranges()
 
 
 @dataclass(frozen=True, slots=True)
 class BlockPiece:
-    """As `Piece`, a rectangle whose keys are blocks."""
+    """Rectangle of work like `Piece`, with keys in blocks."""
 
     queries: range
     keys: KeyBlocks
@@ -71,7 +73,7 @@ class BlockPiece:
 
     @property
     def num_pairs(self) -> int:
-        """(query, key) pairs of one KV head."""
+        """Number of (query, key) pairs of one KV head."""
         return len(self.queries) * len(self.keys)
 
 

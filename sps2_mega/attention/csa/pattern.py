@@ -1,15 +1,12 @@
-"""Which keys a query sees under communication-efficient sparse attention (CSA): the definition, in
-ints.
+"""Definition of communication-efficient sparse attention (CSA): the keys a query sees, in ints.
 
-    level l joins query i and key j when both lie in one cell of span S_l and in none of a smaller
-    span:
+Level l joins query i and key j when both lie in one cell of span S_l and in none of a smaller span:
 
     keys  |........|........|........|....i      degrees (1, 2, 4), spans (S, 2S)
            level 2: 1 key in 4 | level 1: 1 in 2 | level 0: all
 
-Positions, spans, degrees, sinks and halo decide everything; ranks do not occur. How the visible
-pairs are cut into pieces of work is `pieces.py`, what has to be computed and moved for them is
-`volume.py`.
+Positions, spans, degrees, sinks and halo decide everything; ranks do not occur. `pieces` cuts the
+visible pairs into pieces of work, `planner.sparse_volume` counts what is computed and moved.
 """
 
 from __future__ import annotations
@@ -25,13 +22,14 @@ MAX_DEGREE = 65536  # plans enumerate residues; more than this is a typing mista
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CSAPattern:
-    """`degrees[l]`: at level l a KV head sees one key of `degrees[l]`; all 1 is exact attention.
+    """Degrees, spans and exceptions of one prompt's sparse attention.
 
-    `spans` are the tokens of one cell of each level but the last, which has no end, so there is one
-    span less than there are degrees. Keys are kept or dropped by blocks of `block` neighbours.
-    Always seen are the first `sinks` tokens and the `halo` keys right before the query's own cell
-    of level 0; the last `tail` queries of a prompt see all keys. With `sample_queries` a query
-    takes part in level l only for the KV heads g with i % d_l == g % d_l.
+    At level l a KV head sees one key of `degrees[l]`; all 1 is exact attention. `spans[l]` is the
+    number of tokens in a cell of level l. The last level has no end, so there is one span less than
+    there are degrees. Keys are kept or dropped by blocks of `block` neighbours. The first `sinks`
+    tokens and the `halo` keys right before the query's own cell of level 0 are always seen; the
+    last `tail` queries of a prompt see all keys. With `sample_queries`, query i takes part in level
+    l only for KV heads g with i % degrees[l] == g % degrees[l].
 
     Raises:
         ConfigError: a number is out of range, or the numbers of spans and degrees do not fit.
@@ -76,8 +74,7 @@ class CSAPattern:
             # The own cell is a triangle, which a stride of blocks would cut into steps.
             raise ConfigError(
                 f"csa block {self.block} keeps blocks of far keys: it needs degree 1 in the own "
-                "cell, got degrees "
-                f"{_joined(self.degrees)}, and no sampled queries"
+                f"cell, got degrees {_joined(self.degrees)}, and no sampled queries"
             )
 
     @property
@@ -86,25 +83,26 @@ class CSAPattern:
         return all(degree == 1 for degree in self.degrees)
 
     def level(self, i: int, j: int) -> int:
-        """The level that joins query i and key j: the smallest whose cells hold both."""
+        """Return the level that joins query i and key j: the smallest whose cells hold both."""
         for level, span in enumerate(self.spans):
             if i // span == j // span:
                 return level
         return len(self.spans)
 
     def own_start(self, i: int) -> int:
-        """First position of query i's own cell of level 0."""
+        """Return the first position of query i's own cell of level 0."""
         return i // self.spans[0] * self.spans[0] if self.spans else 0
 
     def always_seen(self, i: int, j: int) -> bool:
-        """Whether key j is a sink, or in the halo of query i."""
+        """Tell whether key j is a sink, or in the halo of query i."""
         own = self.own_start(i)
         return j < self.sinks or own - self.halo <= j < own
 
     def sees(self, i: int, j: int, *, kv_head: int, layer: int, prompt_len: int) -> bool:
-        """Whether the query heads of `kv_head` (numbered over all ranks) at i see key j in `layer`.
+        """Tell whether the query heads of `kv_head` at position i see key j in `layer`.
 
-        The definition, pair by pair; everything else in this package is measured against it.
+        `kv_head` is numbered over all ranks. This is the definition, pair by pair; everything else
+        in this package is measured against it.
         """
         if j > i:
             return False
@@ -117,15 +115,18 @@ class CSAPattern:
 
 
 def residue(kv_head: int, layer: int, degree: int) -> int:
-    """Which keys KV head `kv_head` of `layer` keeps at a level of this degree: those with j //
-    block % degree == residue. It rotates with the layer, so that fewer heads than `degree` still
-    cover all positions."""
+    """Return the residue of the keys j that a KV head keeps: j // block % degree == residue.
+
+    It rotates with the layer, so that fewer heads than `degree` still cover all positions.
+    """
     return (kv_head + layer) % degree
 
 
 def tail_starts(patterns: Sequence[CSAPattern], prompt_lens: Sequence[int]) -> list[int]:
-    """Per prompt the position from which on queries see all keys by the tail's rule; exact patterns
-    need none."""
+    """Return the position of each prompt from which on queries see all keys as its tail.
+
+    Exact patterns need no tail.
+    """
     return [
         length if pattern.exact else max(0, length - pattern.tail)
         for pattern, length in zip(patterns, prompt_lens, strict=True)
@@ -133,11 +134,10 @@ def tail_starts(patterns: Sequence[CSAPattern], prompt_lens: Sequence[int]) -> l
 
 
 def topology_spans(shard_len: int, group_sizes: Sequence[int]) -> tuple[int, ...]:
-    """Spans that follow the ranks: cells of one rank, one node and so on, each rank with
-    `shard_len` tokens.
+    """Return spans that follow the ranks: cells of one rank, one node and so on.
 
-    `group_sizes` are the ranks of one group of each level, (1, ..., all); the last level needs no
-    span.
+    Each rank has `shard_len` tokens. `group_sizes` are the ranks of one group of each level, (1,
+    ..., all); the last level needs no span.
     """
     if shard_len < 1:
         raise ConfigError(f"spans from the topology need >= 1 token per rank, got {shard_len}")

@@ -1,16 +1,14 @@
-"""A CSA pattern as disjoint pieces of work without masks: rectangles and triangles of strided
-ranges.
+"""Pieces of a CSA pattern: disjoint rectangles and triangles of strided ranges, without masks.
 
-A run of queries is cut into segments in which all queries see the same cells; then
+A run of queries is cut into segments in which all queries see the same cells:
 
-    keys    0 ........................ start ....... stop
-    segment [sinks| 1 in d_2 | 1 in d_1 |halo| own cell][ triangle ]
+    keys    0 .......................................... start .... stop
+    segment [sinks| 1 in d_2 | 1 in d_1 |halo| own cell ][  triangle   ]
 
-the keys before a segment are bands of one degree each (rectangles), and its own keys are a
-triangle. A band of degree d is one piece per residue of KV heads. Sinks and halo are bands of
-degree 1, and neighbouring bands of one degree are joined, so a pattern that is dense somewhere
-costs no more there. Where pieces run, and on which tensors, is not decided here: ranges are
-positions.
+The keys before a segment form bands of one degree each (rectangles), and its own keys a triangle. A
+band of degree d is one piece per residue of KV heads. Sinks and halo are bands of degree 1, and
+neighbouring bands of one degree are joined, so a dense part of a pattern costs no more than
+exact attention. Ranges are positions; which tensors they mean is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -33,11 +31,11 @@ def csa_pieces(
     layer: int,
     keys: range | None = None,
 ) -> list[CSAPiece]:
-    """The pieces of `queries` against `keys` (neighbouring positions, default: all keys up to the
-    last query): each visible (i, j) of each KV head is in exactly one.
+    """Cut `queries` against `keys` into pieces; each visible (i, j) of a KV head is in exactly one.
 
-    `kv_heads` are the neighbouring KV heads at hand, numbered over all ranks; in the pieces they
-    count from 0. The result depends on the layer only by its remainder for each degree.
+    `keys` are neighbouring positions, by default all up to the last query. `kv_heads` are
+    neighbouring KV heads, numbered over all ranks; the pieces count them from 0. The result depends
+    on the layer only by its remainder for each degree.
     """
     assert queries.step == 1 and kv_heads.step == 1 and (keys is None or keys.step == 1)
     if keys is None:
@@ -57,8 +55,7 @@ def csa_pieces(
 
 
 def join_queries(found: Sequence[CSAPiece]) -> list[CSAPiece]:
-    """Join rectangles on the same keys whose queries continue each other (the sinks of all
-    segments)."""
+    """Join rectangles on the same keys whose queries are neighbours, as the sinks of segments."""
     last: dict[tuple[range | KeyBlocks, range], int] = {}
     joined: list[CSAPiece] = []
     for piece in found:
@@ -77,21 +74,20 @@ def join_queries(found: Sequence[CSAPiece]) -> list[CSAPiece]:
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """The KV heads at hand, and the classes that share a residue."""
+    """KV heads of this TP rank, in classes that share a residue."""
 
     held: range
     layer: int
 
     def classes(self, degree: int) -> Iterator[tuple[int, int, range]]:
-        """(g % degree, residue of the keys, held heads g counted from 0) of each class that has
-        heads."""
+        """Yield (g % degree, residue of the keys, heads g counted from 0) of each class."""
         for rest in sorted({head % degree for head in self.held}):
             members = range((rest - self.held.start) % degree, len(self.held), degree)
             yield rest, residue(rest, self.layer, degree), members
 
 
 def _segments(pattern: CSAPattern, prompt_len: int, queries: range, keys: range) -> Iterator[range]:
-    """Cut the queries where what they see changes, and where the given keys begin and end."""
+    """Cut the queries where the keys they see change, and where the given keys begin and end."""
     cuts = {keys.start, keys.stop}
     if not pattern.exact:
         cuts.add(prompt_len - pattern.tail)
@@ -108,7 +104,7 @@ def _segments(pattern: CSAPattern, prompt_len: int, queries: range, keys: range)
 def _bands(
     pattern: CSAPattern, start: int, keys: range, dense: bool
 ) -> Iterator[tuple[range, int]]:
-    """(keys, degree) of the bands before a segment that begins at `start`, far keys first."""
+    """Yield (keys, degree) of the bands before a segment at `start`, far keys first."""
     end = min(start, keys.stop)
     cuts = {keys.start, end}
     if not dense:
@@ -151,8 +147,11 @@ def _rectangles(
 
 
 def _triangles(pattern: CSAPattern, segment: range, degree: int, heads: _Heads) -> Iterator[Piece]:
-    """A segment against its own keys. With a stride, queries are cut by their own residue too: in
-    each part queries and keys alternate, which is a plain triangle again."""
+    """Yield the pieces of a segment against its own keys.
+
+    With a stride, queries are cut by residue too. Queries and keys then alternate in each part,
+    which is a plain triangle again.
+    """
     if degree == 1:
         yield Piece(segment, segment, range(len(heads.held)), causal=True)
         return
@@ -167,5 +166,5 @@ def _triangles(pattern: CSAPattern, segment: range, degree: int, heads: _Heads) 
 
 
 def _every(positions: range, degree: int, rest: int) -> range:
-    """The positions p with p % degree == rest."""
+    """Return the positions p with p % degree == rest."""
     return range(positions.start + (rest - positions.start) % degree, positions.stop, degree)

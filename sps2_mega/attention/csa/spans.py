@@ -1,7 +1,6 @@
-"""Which CSA pattern a request gets: the configured one, with spans from the ranks where none are
-given.
+"""CSA pattern of a request: the configured one, with spans from the ranks where none are given.
 
-Decides nothing about visibility (`pattern`) or work (`pieces`).
+`pattern` decides what is visible, `pieces` how it is computed.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from sps2_mega.parallel.topology import group_sizes_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparsePrefill:
-    """What the ranks of a job need to lay out sparse prefill steps.
+    """Settings with which the ranks of a job lay out sparse prefill steps.
 
-    `sp_levels` are ring sizes, innermost first. `kv_heads` are the KV heads of this TP rank,
-    numbered over all TP ranks, so that a pattern does not change with TP.
+    `sp_levels` are ring sizes, innermost first. `kv_heads` of this TP rank are numbered over all TP
+    ranks, so that a pattern does not change with TP.
     """
 
     csa: CSAConfig
@@ -29,13 +28,13 @@ class SparsePrefill:
     transports: tuple[str, ...] = ("gather",)
 
     def check(self) -> None:
-        """Raises ConfigError where degrees or transports, spans and SP levels do not fit."""
+        """Raise ConfigError where degrees or transports, spans and SP levels do not fit."""
         self.pattern(1)  # a pattern of any length shows whether the numbers fit
         if self.transports != ("auto",):
             prefill_exchanges(self.transports, self.sp_levels, num_heads=1, num_kv_heads=1)
 
     def pattern(self, prompt_len: int) -> CSAPattern:
-        """The pattern of a prompt; topology spans are whole blocks, as equal as blocks allow.
+        """Return the pattern of a prompt; topology spans are whole blocks, as equal as possible.
 
         Raises:
             ConfigError: the numbers of degrees and of spans, or of SP levels, do not fit.
@@ -60,8 +59,10 @@ class SparsePrefill:
 
 
 def local_kv_heads(num_kv_heads: int, *, tp_rank: int, tp: int) -> range:
-    """The KV heads whose queries this TP rank computes; one shared head where there are fewer heads
-    than ranks."""
+    """Return the KV heads whose queries this TP rank computes.
+
+    With fewer heads than ranks, that is one head shared with other ranks.
+    """
     if num_kv_heads < tp:
         head = tp_rank * num_kv_heads // tp
         return range(head, head + 1)

@@ -1,9 +1,10 @@
-"""A stretch of one prompt's tokens: where they lie, numbered from its own beginning on each sp
-rank. Pure ints.
+"""Layout of a stretch of one prompt's tokens, numbered from its beginning on each SP rank.
 
-prompt   rank 0 [0..7]  rank 1 [8..15]  rank 0 [16..23]  rank 1 [24..30]        stripes of 8
-stretch [12, 26)              [12..15]         [16..23]        [24, 25]
-rows     rank 0: 8 from its local token 8 on, rank 1: 6 from its local token 4 on
+Pure ints.
+
+    prompt   rank 0 [0..7]  rank 1 [8..15]  rank 0 [16..23]  rank 1 [24..30]      stripes of 8
+    stretch [12, 26)              [12..15]         [16..23]         [24..25]
+    rows     rank 0: 8 from its local token 8 on, rank 1: 6 from its local token 4 on
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from sps2_mega.attention.layout.token_layout import Run, TokenLayout
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """`tokens` has the runs with local numbers of the stretch; on rank r its first one is the local
-    token `first_rows[r]` of the prompt (0 where the rank has none)."""
+    """Neighbouring tokens of a prompt.
+
+    `tokens` has its runs with local numbers of the stretch. Its first token on rank r is local
+    token `first_rows[r]` of the prompt; 0 where the rank has none.
+    """
 
     tokens: TokenLayout
     first_rows: tuple[int, ...]
 
     def rows(self, rank: int) -> slice:
-        """The stretch among the local tokens of the prompt on a rank."""
+        """Return the rows of the stretch among the prompt's local tokens on a rank."""
         first = self.first_rows[rank]
         return slice(first, first + self.tokens.counts[rank])
 
 
 def stretch(layout: TokenLayout, start: int, end: int) -> Stretch:
-    """Positions [start, end) of the only sequence of `layout`, whose local tokens are in order of
-    position."""
+    """Cut positions [start, end) out of a layout of one sequence, local tokens in their order."""
     assert len(layout.first) == 1, f"chunks are cut from one sequence, got {len(layout.first)}"
     assert layout.first[0] <= start <= end <= layout.last[0], (
         f"[{start}, {end}) of tokens [{layout.first[0]}, {layout.last[0]})"

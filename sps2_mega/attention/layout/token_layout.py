@@ -1,13 +1,12 @@
-"""Where the tokens of a prefill step are: pure ints, made once per step and read by every
-transport.
+"""Layout of a prefill step's tokens on SP ranks: pure ints, made once for all transports.
 
-A sequence is cut into runs of neighbouring tokens that lie on one sp rank. Queries are the tokens
-that the step computes; keys are those and what the cache holds of their sequences already. Three
-orders of tokens occur:
+A sequence is cut into runs of neighbouring tokens that lie on one SP rank. Queries are the tokens
+that the step computes; keys are these and the cached tokens of their sequences. Tokens occur in
+three orders:
 
-    local       the tokens of one rank: by sequence, then position; of keys, those from the cache come first
-    rank-major  all ranks' local tokens one after another (what a gather or an all-to-all delivers)
-    sequence    by sequence, then position (what attention wants)
+    local       tokens of one rank by sequence, then position; among keys, cached ones first
+    rank-major  local tokens of all ranks one after another, as a gather or all-to-all delivers
+    sequence    by sequence, then position, as attention needs
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Tokens [start, end) of `sequence`, at `local_start`.. among the tokens of sp rank `rank`."""
+    """Tokens [start, end) of `sequence`, from `local_start` on among those of SP rank `rank`."""
 
     sequence: int
     rank: int
@@ -34,14 +33,16 @@ class Run:
 
     @property
     def local(self) -> slice:
-        """Where the run stands among its rank's tokens."""
+        """Rows of the run among its rank's tokens."""
         return slice(self.local_start, self.local_start + self.end - self.start)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
-    """Tokens [first[s], last[s]) of each sequence s. `runs` are in sequence order; `counts[r]` is
-    the number of tokens on sp rank r (may be 0)."""
+    """Tokens [first[s], last[s]) of each sequence s.
+
+    `runs` are in sequence order; `counts[r]` is the number of tokens on SP rank r, maybe 0.
+    """
 
     first: tuple[int, ...]
     last: tuple[int, ...]
@@ -49,17 +50,16 @@ class TokenLayout:
     runs: tuple[Run, ...]
 
     def local_runs(self, rank: int) -> list[Run]:
-        """In sequence order, which among keys is not always the local one."""
+        """Return a rank's runs in sequence order, which for keys may differ from local order."""
         return [run for run in self.runs if run.rank == rank]
 
     def seq_starts(self) -> list[int]:
-        """Index of each sequence's first token in sequence order."""
+        """Return the index of each sequence's first token in sequence order."""
         lengths = [last - first for first, last in zip(self.first, self.last, strict=True)]
         return [0, *np.cumsum(lengths).tolist()][:-1]
 
     def rank_major_index(self) -> np.ndarray | None:
-        """For each token in sequence order its index in rank-major order; None when the orders
-        agree."""
+        """Return each token's index in rank-major order, by sequence order; None if they agree."""
         starts = np.concatenate(([0], np.cumsum(self.counts)))
         pieces = [
             np.arange(run.num_tokens) + (starts[run.rank] + run.local_start) for run in self.runs
@@ -70,9 +70,11 @@ class TokenLayout:
 
 @dataclass(frozen=True, slots=True)
 class PrefillLayout:
-    """What a step computes (`queries`) and all that it may look at (`keys`): of every sequence s
-    the keys are the tokens [0, queries.last[s]); on each rank those that were cached before come
-    first among local keys. Nothing cached before: both are the same object."""
+    """Tokens that a step computes (`queries`) and that they may see (`keys`).
+
+    The keys of sequence s are its tokens [0, queries.last[s]). On each rank the cached ones come
+    first among local keys. Where nothing was cached before, both are the same object.
+    """
 
     queries: TokenLayout
     keys: TokenLayout
@@ -86,9 +88,11 @@ def build_layout(
     sp_size: int,
     starts: Sequence[int] | None = None,
 ) -> PrefillLayout:
-    """Layout of a step that computes tokens [starts[s], ends[s]) of each sequence (default: from 0)
-    and finds those before in the cache. Block b (tokens b*block_size..) lies on rank
-    `block_ranks[s][b]`; starts may cut a block."""
+    """Lay out a step that computes tokens [starts[s], ends[s]) of each sequence s.
+
+    Earlier tokens are in the cache; by default there are none. Block b, the tokens from
+    b * block_size on, lies on rank `block_ranks[s][b]`. Starts may cut a block.
+    """
     zeros = (0,) * len(ends)
     starts = zeros if starts is None else tuple(starts)
     counts = [0] * sp_size
@@ -128,7 +132,7 @@ def _runs(
     block_size: int,
     counts: list[int],
 ) -> list[Run]:
-    """Runs of tokens [start, end), appended to what `counts` says is on each rank already."""
+    """Return the runs of tokens [start, end), appended to the `counts` tokens of each rank."""
     ranks = block_ranks[sequence]
     runs = []
     while start < end:

@@ -1,8 +1,7 @@
-"""Who asks for what in a work: each rank's queries with the pieces that they see, in positions of
-their sequences.
+"""Demand of an exchange: each rank's queries with the pieces they see, in sequence positions.
 
-The same on all ranks, so that sender and receiver agree. Which rows follow is `work_rows`', what is
-sent `work_plan`'s.
+All ranks derive the same demand, so sender and receiver agree. `rows` turns it into rows, `plan`
+decides what is sent.
 """
 
 from __future__ import annotations
@@ -14,14 +13,16 @@ from sps2_mega.attention.csa.key_blocks import CSAPiece
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.csa.pieces import csa_pieces
 from sps2_mega.attention.layout.token_layout import PrefillLayout, Run
-from sps2_mega.attention.levels.exchanges import Work
+from sps2_mega.attention.levels.exchanges import Exchange
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Pieces of one run of queries, of some heads, in positions of its sequence. Pieces count KV
-    heads from `kv_heads`, whose query heads are `heads`. `key_run` is the first run that their keys
-    are in."""
+    """Pieces of one run of queries, of some heads, in positions of its sequence.
+
+    Pieces count KV heads from the first of `kv_heads`, whose query heads are `heads`. `key_run` is
+    the first run that their keys are in.
+    """
 
     run: Run
     key_run: Run
@@ -31,8 +32,7 @@ class Demand:
 
 
 class ExchangeDemand:
-    """The runs of one step's queries, all of them, those before the exact tails and those of the
-    tails."""
+    """Runs of one step's queries: all, the ones before the exact tails, and the tails."""
 
     def __init__(
         self,
@@ -59,26 +59,28 @@ class ExchangeDemand:
                         Run(run.sequence, run.rank, start, end, local)
                     )
 
-    def needs(self, work: Work) -> bool:
-        """Whether any rank has queries for this work: the same on all ranks."""
-        return any(self._runs[work.queries])
+    def needs(self, exchange: Exchange) -> bool:
+        """Tell whether any rank has queries for this exchange; all ranks agree."""
+        return any(self._runs[exchange.queries])
 
-    def asked(
+    def of_rank(
         self,
-        work: Work,
+        exchange: Exchange,
         at: int,
         layer: int,
         *,
         asking: int | None = None,
         holding: int | None = None,
     ) -> Iterator[Demand]:
-        """What rank `at` computes: of queries of all ranks or of `asking`, against keys of all or
-        of `holding`."""
+        """Yield what rank `at` computes.
+
+        `asking` restricts it to queries of one rank, `holding` to keys of one rank.
+        """
         for a in self._ranks if asking is None else (asking,):
-            for run in self._runs[work.queries][a]:
+            for run in self._runs[exchange.queries][a]:
                 pattern = self._patterns[run.sequence]
-                for keys, key_run in self._key_ranges(work, at, run, holding):
-                    for heads, kv_heads in work.heads(at):
+                for keys, key_run in self._key_ranges(exchange, at, run, holding):
+                    for heads, kv_heads in exchange.heads(at):
                         pieces = csa_pieces(
                             pattern,
                             prompt_len=self._tail_starts[run.sequence] + pattern.tail,
@@ -91,26 +93,27 @@ class ExchangeDemand:
                             yield Demand(run, key_run, heads, kv_heads, pieces)
 
     def _key_ranges(
-        self, work: Work, at: int, queries: Run, holding: int | None
+        self, exchange: Exchange, at: int, queries: Run, holding: int | None
     ) -> list[tuple[range, Run]]:
-        """Positions before the end of a run of queries whose keys the work takes; neighbouring runs
-        are joined where a buffer is made of them."""
+        """Return the positions before the end of a run of queries whose keys the exchange takes.
+
+        Neighbouring runs are joined where a buffer is made of them.
+        """
         found: list[tuple[range, Run]] = []
         for run in self._key_runs[queries.sequence]:
             if run.start >= queries.end:
                 break
-            if holding not in (None, run.rank) or not work.takes(at, queries.rank, run.rank):
+            if holding not in (None, run.rank) or not exchange.takes(at, queries.rank, run.rank):
                 continue
-            if found and self.brings_keys(work) and found[-1][0].stop == run.start:
+            if found and self.brings_keys(exchange) and found[-1][0].stop == run.start:
                 found[-1] = (range(found[-1][0].start, run.end), found[-1][1])
             else:
                 found.append((range(run.start, run.end), run))
         return found
 
-    def brings_keys(self, work: Work) -> bool:
-        """Whether keys are brought together in a buffer: such as come from elsewhere, and blocks of
-        far keys."""
-        return not work.keys_stay or any(pattern.block > 1 for pattern in self._patterns)
+    def brings_keys(self, exchange: Exchange) -> bool:
+        """Tell whether keys go into a buffer: keys from other ranks, and blocks of far keys."""
+        return not exchange.keys_stay or any(pattern.block > 1 for pattern in self._patterns)
 
 
 def _shift(numbers: range, by: int) -> range:

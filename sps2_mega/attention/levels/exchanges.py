@@ -1,18 +1,16 @@
-"""Which rank computes which part of a prefill's attention: every transport as a rule over ranks,
-pure ints.
+"""Exchanges of a prefill step: which rank computes what, each transport as a rule over ranks.
 
-A pair (a, b) is the queries of rank a against the keys of rank b. Where a pair is computed says
-what travels:
+Pure ints. A pair (a, b) is the queries of rank a against the keys of rank b. Where a pair is
+computed decides what travels:
 
-    own      (a, a) at a                            nothing
-    gather   (a, b) at a                            keys and values        (pass-KV, all at once)
-    ring     (a, b) at a, one distance per work     keys and values        (pass-KV, one rank after the other)
-    pass_q   (a, b) at b                            queries, partials      (pass-Q)
-    ulysses  (a, b) at all ranks, each its heads    queries, keys, values, partials
+    own      (a, a) at a                              nothing
+    gather   (a, b) at a                              K and V                 pass-KV, all at once
+    ring     (a, b) at a, one distance per exchange   K and V                 pass-KV, in turn
+    pass_q   (a, b) at b                              Q and partials          pass-Q
+    ulysses  (a, b) at all ranks, each its heads      Q, K, V and partials
 
-The pair belongs to the SP level whose group is the smallest that holds both ranks, and each level
-may be computed by another transport. Which tokens a pair has, and what of them is visible, is
-decided elsewhere.
+A pair belongs to the SP level whose group is the smallest that holds both ranks, and each level may
+have its own transport. The tokens of a pair, and which of them are visible, are decided elsewhere.
 """
 
 from __future__ import annotations
@@ -30,13 +28,13 @@ LEVEL_TRANSPORTS: tuple[Kind, ...] = ("gather", "ring", "pass_q", "ulysses")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """One exchange and what is computed after it. `level` is None where pairs of all levels but 0
-    belong to it.
+class Exchange:
+    """One exchange between ranks and the attention computed after it.
 
-    `queries`: those that see all keys (`tail`), the others (`body`), or both. `distance` is that of
-    a ring's step. `num_heads` and `num_kv_heads` are this TP rank's; `kv_part` of them, (i, n), is
-    the i-th of n parts.
+    `level` is None where pairs of all levels but 0 belong to it. `queries` are the ones that see
+    all keys (`tail`), the others (`body`), or both. `distance` is how far a ring step reaches.
+    `num_heads` and `num_kv_heads` count this TP rank's heads; `kv_part` (i, n) takes part i of n of
+    them.
     """
 
     kind: Kind
@@ -50,7 +48,7 @@ class Work:
 
     @property
     def name(self) -> str:
-        """For logs and traces, as `gather level 2, heads 1/4`."""
+        """Name for logs and traces, as `gather level 2, heads 1/4`."""
         words: str = "tail" if self.queries == "tail" else self.kind
         if self.level is not None and self.kind != "own":
             words += f" level {self.level}"
@@ -69,7 +67,7 @@ class Work:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What comes in before it can be computed: `kv`, `q`."""
+        """Parts that must arrive before it is computed: `kv`, `q`."""
         keys = () if self.keys_stay else ("kv",)
         return keys if self.queries_stay else (*keys, "q")
 
@@ -93,8 +91,7 @@ class Work:
         raise AssertionError(self.kind)
 
     def heads(self, at: int) -> list[tuple[range, range]]:
-        """What rank `at` computes, as (query heads, KV heads) with equally many query heads per KV
-        head."""
+        """Return what rank `at` computes: (query heads, KV heads), evenly many per KV head."""
         part, parts = self.kv_part
         kv = range(part * self.num_kv_heads // parts, (part + 1) * self.num_kv_heads // parts)
         per_kv_head = self.num_heads // self.num_kv_heads
@@ -127,14 +124,13 @@ def prefill_exchanges(
     num_heads: int,
     num_kv_heads: int,
     kv_parts: int = 1,
-) -> list[Work]:
-    """All works of one prefill, each pair of ranks in one of them for each kind of queries, in the
-    order in which they are best computed: what needs nothing first, then what has results to
-    return, the smallest first.
+) -> list[Exchange]:
+    """List the exchanges of one prefill in the order in which they are best computed.
 
-    `transports` names one transport per SP level, innermost first, or one for all of them. With
-    `kv_parts` every exchange is cut into that many, by KV heads, of which an even share is not
-    needed.
+    First the one that needs nothing from others, then those with results to return, the smallest
+    first. Each pair of ranks is in one exchange for each kind of queries. `transports` names one
+    transport per SP level, innermost first, or one for all. `kv_parts` cuts every exchange into
+    that many by KV heads; the heads need not divide evenly.
 
     Raises:
         ConfigError: a transport is unknown, or there are not as many as levels.
@@ -145,13 +141,12 @@ def prefill_exchanges(
     if len(transports) not in (1, len(sp_levels)):
         raise ConfigError(
             f"transports {','.join(transports)} are {len(transports)}: give one, or one for each "
-            "of the "
-            f"{len(sp_levels)} SP levels"
+            f"of the {len(sp_levels)} SP levels"
         )
     group_sizes = group_sizes_of(sp_levels)
 
-    def work(kind: Kind, **rest: object) -> Work:
-        return Work(
+    def exchange(kind: Kind, **rest: object) -> Exchange:
+        return Exchange(
             kind=kind,
             group_sizes=group_sizes,
             num_heads=num_heads,
@@ -160,24 +155,24 @@ def prefill_exchanges(
         )
 
     parts = min(kv_parts, num_kv_heads)
-    works = [work("own", level=0, queries="all")]
+    exchanges = [exchange("own", level=0, queries="all")]
     for level in range(1, len(group_sizes)):
         if group_sizes[level] == group_sizes[level - 1]:
             continue
         kind: Kind = transports[level - 1 if len(transports) > 1 else 0]  # type: ignore[assignment]
         for part in range(parts):
             steps = _ring_distances(group_sizes, level) if kind == "ring" else [0]
-            works += [
-                work(kind, level=level, distance=step, kv_part=(part, parts)) for step in steps
+            exchanges += [
+                exchange(kind, level=level, distance=step, kv_part=(part, parts)) for step in steps
             ]
     if group_sizes[-1] > 1:
-        works.append(work("pass_q", queries="tail"))
+        exchanges.append(exchange("pass_q", queries="tail"))
     order = {"own": 0, "pass_q": 1, "ulysses": 2, "gather": 3, "ring": 3}
-    return sorted(works, key=lambda work: (order[work.kind], work.queries == "body"))
+    return sorted(exchanges, key=lambda one: (order[one.kind], one.queries == "body"))
 
 
 def _ring_distances(group_sizes: Sequence[int], level: int) -> list[int]:
-    """The distances a - b, modulo all ranks, at which pairs of this level lie."""
+    """Return the distances a - b, modulo all ranks, at which pairs of this level lie."""
     ranks = range(group_sizes[-1])
     return sorted(
         {

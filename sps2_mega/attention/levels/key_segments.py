@@ -1,10 +1,10 @@
-"""The compact order of keys in a buffer: of each sequence and degree d one row for d positions.
+"""Compact order of keys in a buffer: one row per d positions of each sequence and degree d.
 
-    positions  0 1 2 3 | 4 5 6 7 | 8 9 ..     degree 4, a head that keeps residue 1: rows are the keys 1, 5, 9
-    rows          0         1        2        a head that keeps residue 2: 2, 6, 10
+    positions  0 1 2 3 | 4 5 6 7 | 8 9 ..     degree 4
+    rows          0         1        2        residue 1: keys 1, 5, 9; residue 2: keys 2, 6, 10
 
-So strided keys become neighbours and all heads share the row numbers, whatever their residues. Pure
-numpy.
+So strided keys become neighbours, and all heads share the row numbers, whatever their residues.
+Pure numpy.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from sps2_mega.attention.levels.rows import (
 
 
 class KeySegments:
-    """Segments for the keys of all `asked` pieces: intervals of rows of one sequence, degree and
-    block size."""
+    """Segments of a buffer for the keys of all demands.
 
-    def __init__(self, asked: Sequence[Demand]) -> None:
+    A segment is an interval of rows of one sequence, degree and block size.
+    """
+
+    def __init__(self, demands: Sequence[Demand]) -> None:
         intervals: dict[tuple[int, int, int], set[tuple[int, int]]] = {}
-        for one in asked:
+        for one in demands:
             for piece in one.pieces:
                 kept = kept_keys(piece.keys)
                 kind = one.run.sequence, kept.degree, kept.block
                 intervals.setdefault(kind, set()).add((kept.first, kept.stop - 1))
         self.num_rows = 0
-        # Per kind the first and last number of each segment, and its first row in the buffer.
+        # For each kind, the first and last number of each segment and its first row in the buffer.
         self._segments: dict[tuple[int, int, int], tuple[list[int], list[int], list[int]]] = {}
         for kind, members in intervals.items():
             lows, highs, starts = [], [], []
@@ -50,7 +52,7 @@ class KeySegments:
             self._segments[kind] = lows, highs, starts
 
     def rows(self, sequence: int, keys: range | KeyBlocks) -> range:
-        """Buffer rows of the keys of a piece: neighbours."""
+        """Return the buffer rows of the keys of a piece, which are neighbours."""
         kept = kept_keys(keys)
         lows, _, starts = self._segments[sequence, kept.degree, kept.block]
         place = bisect_right(lows, kept.first) - 1
@@ -58,8 +60,11 @@ class KeySegments:
         return range(first, first + len(keys))
 
     def codes(self, places: TokenPlaces, kv_heads: range, held: range, layer: int) -> np.ndarray:
-        """The code of each (row, KV head) of the buffer, row by row. `kv_heads` are numbered among
-        the `held` ones, those over all ranks. Rows without a key of a head get some code."""
+        """Return the code of each (row, KV head) of the buffer, row by row.
+
+        `kv_heads` are numbered among the `held` ones, which are numbered over all ranks. A row
+        without a key of a head gets some code.
+        """
         found = [NO_ROWS]
         for (sequence, degree, block), (lows, highs, _) in self._segments.items():
             residues = np.array([residue(held.start + head, layer, degree) for head in kv_heads])

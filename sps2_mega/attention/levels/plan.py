@@ -1,10 +1,10 @@
-"""What one rank sends, receives and computes for one work: index tensors, made once per step.
+"""Plan of one exchange on one rank: index tensors of what it sends, receives and computes.
 
-    own rows --send--> other ranks                       rows that somebody there needs, each once
-    own and received rows --gather--> buffer             keys compact: of a degree d one row per d positions
-    pieces of buffer rows --> partials --back--> owner   rows in the order in which they were sent
+    own rows --send--> other ranks                       rows needed there, each once
+    own and received rows --gather--> buffer             compact keys: one row per d positions
+    pieces of buffer rows --> partials --back--> owner   rows in the order they were sent
 
-All ranks derive the same rows from the pattern, so no sizes are exchanged.
+Made once per step. All ranks derive the same rows from the pattern, so no sizes are exchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sps2_mega.attention.csa.key_blocks import CSAPiece
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.layout.token_layout import PrefillLayout, Run
 from sps2_mega.attention.levels.demand import Demand, ExchangeDemand
-from sps2_mega.attention.levels.exchanges import Work
+from sps2_mega.attention.levels.exchanges import Exchange
 from sps2_mega.attention.levels.key_segments import KeySegments
 from sps2_mega.attention.levels.rows import (
     NO_ROWS,
@@ -35,9 +35,11 @@ from sps2_mega.kernels.csa.piece import Piece
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """One exchange of rows and the buffer [tokens, heads] made of it. `send` numbers own rows, rank
-    by rank; `gather` numbers rows of (own, received), one for each row of the buffer; rows that
-    nobody reads are any."""
+    """Exchange of rows and the buffer [tokens, heads] made of it.
+
+    `send` numbers own rows, rank by rank. `gather` numbers rows of (own, received), one for each
+    row of the buffer; it is arbitrary for rows that nobody reads.
+    """
 
     send: Tensor
     send_counts: list[int]
@@ -48,19 +50,20 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True)
 class BackPlan:
-    """The way back of partials. `pick` numbers rows of the computed (token, head) buffer, rank by
-    rank; `home[r]` numbers this rank's (token, head) rows that come back from rank r, itself
-    included."""
+    """Way back of partials.
+
+    `pick` numbers rows of the computed (token, head) buffer, rank by rank. `owned[r]` numbers this
+    rank's (token, head) rows that rank r returns, itself included.
+    """
 
     pick: Tensor
     counts: list[int]
-    home: list[Tensor]
+    owned: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Pieces of some heads, which are numbered in the buffers, or among all local ones where
-    nothing moved."""
+    """Pieces of some heads, numbered in the buffers, or among the local heads if nothing moved."""
 
     heads: slice
     kv_heads: slice
@@ -69,9 +72,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class ExchangePlan:
-    """`queries` and `back`, or `keys`, are None where these stay: pieces then number local tokens.
-    Where a work's keys stay and `keys` is not None, the buffer is made of own rows alone and
-    nothing is exchanged."""
+    """Rows that move and pieces to compute.
+
+    `queries` and `back`, or `keys`, are None where they stay; pieces then number local tokens.
+    Where an exchange's keys stay and `keys` is not None, the buffer is made of own rows alone and
+    nothing travels.
+    """
 
     queries: RowPlan | None
     keys: RowPlan | None
@@ -80,10 +86,10 @@ class ExchangePlan:
 
 
 class ExchangePlanner:
-    """Makes the plans of one step on sp rank `rank`.
+    """Makes the plans of one step on SP rank `rank`.
 
-    `kv_heads` are this TP rank's, numbered over all; `num_heads` its query heads. Queries of
-    sequence s see all keys from position `tail_starts[s]` on.
+    `kv_heads` of this TP rank are numbered over all ranks; `num_heads` counts its query heads. From
+    position `tail_starts[s]` on, queries of sequence s see all keys.
     """
 
     def __init__(
@@ -97,31 +103,31 @@ class ExchangePlanner:
         rank: int,
         device: torch.device,
     ) -> None:
-        self._asks = ExchangeDemand(layout, patterns, tail_starts, kv_heads)
+        self._demand = ExchangeDemand(layout, patterns, tail_starts, kv_heads)
         self._kv_heads, self._num_heads = kv_heads, num_heads
         self._rank, self._device = rank, device
         self._ranks = range(len(layout.keys.counts))
         self._key_places, self._query_places = TokenPlaces(layout.keys), TokenPlaces(layout.queries)
         self._num_keys, self._num_queries = layout.keys.counts[rank], layout.queries.counts[rank]
 
-    def needs(self, work: Work) -> bool:
-        """Whether any rank has queries for this work: the same on all ranks."""
-        return self._asks.needs(work)
+    def needs(self, exchange: Exchange) -> bool:
+        """Tell whether any rank has queries for this exchange; all ranks agree."""
+        return self._demand.needs(exchange)
 
-    def plan(self, work: Work, layer: int) -> ExchangePlan:
-        """The plan of all layers with this remainder for each degree."""
-        asked = list(self._asks.asked(work, self._rank, layer))
-        own_heads = work.heads(self._rank)
+    def plan(self, exchange: Exchange, layer: int) -> ExchangePlan:
+        """Plan all layers with the remainder of `layer` for each degree."""
+        demands = list(self._demand.of_rank(exchange, self._rank, layer))
+        own_heads = exchange.heads(self._rank)
         heads = _hull(part for part, _ in own_heads)
         kv_heads = _hull(part for _, part in own_heads)
         queries = back = keys = None
         query_row: Callable[[Run], int] = _first_local
-        if not work.queries_stay:
-            queries, back, query_row = self._move_queries(work, layer, asked, heads)
+        if not exchange.queries_stay:
+            queries, back, query_row = self._move_queries(exchange, layer, demands, heads)
         segments = None
-        if self._asks.brings_keys(work):
-            segments = KeySegments(asked)
-            keys = self._move_keys(work, layer, asked, kv_heads, segments)
+        if self._demand.brings_keys(exchange):
+            segments = KeySegments(demands)
+            keys = self._move_keys(exchange, layer, demands, kv_heads, segments)
         head_0, kv_0 = (heads.start if queries else 0), (kv_heads.start if keys else 0)
         blocks = []
         for part, kv_part in own_heads:
@@ -134,7 +140,7 @@ class ExchangePlanner:
                     piece.kv_heads,
                     piece.causal,
                 )
-                for one in asked
+                for one in demands
                 if one.heads == part
                 for piece in one.pieces
             ]
@@ -143,12 +149,17 @@ class ExchangePlanner:
         return ExchangePlan(queries=queries, keys=keys, back=back, blocks=blocks)
 
     def _move_keys(
-        self, work: Work, layer: int, asked: list[Demand], kv_heads: range, segments: KeySegments
+        self,
+        exchange: Exchange,
+        layer: int,
+        demands: list[Demand],
+        kv_heads: range,
+        segments: KeySegments,
     ) -> RowPlan:
         me, width, places = self._rank, len(self._kv_heads), self._key_places
         send = [
             rows_of(
-                key_codes(self._asks.asked(work, at, layer, holding=me), places, width),
+                key_codes(self._demand.of_rank(exchange, at, layer, holding=me), places, width),
                 places,
                 width,
             )
@@ -156,7 +167,7 @@ class ExchangePlanner:
             else NO_ROWS
             for at in self._ranks
         ]
-        needed = key_codes(asked, places, width)
+        needed = key_codes(demands, places, width)
         owners = places.rank[needed // width]
         received = [needed[owners == rank] if rank != me else NO_ROWS for rank in self._ranks]
         own = needed[owners == me]
@@ -169,15 +180,15 @@ class ExchangePlanner:
         return self._row_plan(send, received, find(codes), (segments.num_rows, len(kv_heads)))
 
     def _move_queries(
-        self, work: Work, layer: int, asked: list[Demand], heads: range
+        self, exchange: Exchange, layer: int, demands: list[Demand], heads: range
     ) -> tuple[RowPlan, BackPlan, Callable[[Run], int]]:
         me, width, places = self._rank, self._num_heads, self._query_places
         sent = [
-            query_codes(self._asks.asked(work, at, layer, asking=me), places, width)
+            query_codes(self._demand.of_rank(exchange, at, layer, asking=me), places, width)
             for at in self._ranks
         ]
         received = [
-            query_codes((one for one in asked if one.run.rank == rank), places, width)
+            query_codes((one for one in demands if one.run.rank == rank), places, width)
             for rank in self._ranks
         ]
         own = received[me]
@@ -189,19 +200,19 @@ class ExchangePlanner:
         )
         rows: dict[Run, int] = {}
         num_tokens, codes = 0, [NO_ROWS]
-        for one in asked:
+        for one in demands:
             if one.run not in rows:
                 rows[one.run] = num_tokens
                 num_tokens += one.run.num_tokens
                 tokens = places.tokens(one.run.sequence, range(one.run.start, one.run.end))
                 codes.append((tokens[:, None] * width + np.arange(heads.start, heads.stop)).ravel())
         buffer = np.concatenate(codes)
-        home = [rows_of(codes, places, width) for codes in sent]
-        send = [numbers if rank != me else NO_ROWS for rank, numbers in enumerate(home)]
+        owned = [rows_of(codes, places, width) for codes in sent]
+        send = [numbers if rank != me else NO_ROWS for rank, numbers in enumerate(owned)]
         back = BackPlan(
             pick=self._tensor(Finder([buffer], [np.arange(len(buffer))])(np.concatenate(received))),
             counts=[len(codes) for codes in received],
-            home=[self._tensor(numbers) for numbers in home],
+            owned=[self._tensor(numbers) for numbers in owned],
         )
         plan = self._row_plan(send, others, find(buffer), (num_tokens, len(heads)))
         return plan, back, rows.__getitem__

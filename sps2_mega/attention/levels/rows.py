@@ -1,12 +1,11 @@
-"""The rows that a work's pieces touch, as sorted integer codes, so that sender and receiver agree
-without asking.
+"""Rows that the pieces of an exchange touch, as sorted integer codes.
 
 A key row is one KV head of one token, a query row one query head of one token:
 
     code = token in sequence order * heads + head
 
-Both ranks of an exchange make the same list from the pattern. Pure numpy; what travels for whom is
-decided in `work_plan`.
+Both ranks of an exchange derive the same list from the pattern, so they agree without asking. Pure
+numpy; `plan` decides what travels to whom.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class TokenPlaces:
-    """Where each token of a layout is: numbers in sequence order -> (sp rank, local number)."""
+    """Places of a layout's tokens: numbers in sequence order -> (SP rank, local number)."""
 
     def __init__(self, layout: TokenLayout) -> None:
         self._number_0 = [
@@ -38,27 +37,29 @@ class TokenPlaces:
             self.local[tokens] = run.local_start + np.arange(run.num_tokens)
 
     def tokens(self, sequence: int, positions: range | np.ndarray) -> np.ndarray:
-        """Numbers in sequence order of positions of a sequence; of positions beyond it, those of
-        its last token."""
+        """Return the numbers in sequence order of positions of a sequence.
+
+        A position beyond the sequence gets the number of its last token.
+        """
         if isinstance(positions, range):
             positions = np.arange(positions.start, positions.stop, positions.step)
         return self._number_0[sequence] + np.minimum(positions, self._last[sequence] - 1)
 
 
-def key_codes(asked: Iterable[Demand], places: TokenPlaces, num_kv_heads: int) -> np.ndarray:
-    """Sorted codes of all key rows that the pieces read, each once."""
+def key_codes(demands: Iterable[Demand], places: TokenPlaces, num_kv_heads: int) -> np.ndarray:
+    """Return the sorted codes of all key rows that the pieces read, each once."""
     wanted = (
         (one.run.sequence, kept_keys(piece.keys), _shift(piece.kv_heads, one.kv_heads.start))
-        for one in asked
+        for one in demands
         for piece in one.pieces
     )
     return _codes(wanted, places, num_kv_heads)
 
 
-def query_codes(asked: Iterable[Demand], places: TokenPlaces, num_heads: int) -> np.ndarray:
-    """Sorted codes of all query rows that have pieces, each once."""
+def query_codes(demands: Iterable[Demand], places: TokenPlaces, num_heads: int) -> np.ndarray:
+    """Return the sorted codes of all query rows that have pieces, each once."""
     wanted = []
-    for one in asked:
+    for one in demands:
         per_kv_head = len(one.heads) // len(one.kv_heads)
         for piece in one.pieces:
             for kv_head in piece.kv_heads:
@@ -69,7 +70,7 @@ def query_codes(asked: Iterable[Demand], places: TokenPlaces, num_heads: int) ->
 
 
 def kept_keys(keys: range | KeyBlocks) -> KeyBlocks:
-    """A range as blocks of one position, so that there is one form of keys."""
+    """Return a range as blocks of one position, so that keys have one form."""
     if isinstance(keys, KeyBlocks):
         return keys
     number, residue = divmod(keys.start, keys.step)
@@ -77,13 +78,13 @@ def kept_keys(keys: range | KeyBlocks) -> KeyBlocks:
 
 
 def rows_of(codes: np.ndarray, places: TokenPlaces, num_heads: int) -> np.ndarray:
-    """The (token, head) row numbers of codes among the local tokens of the rank that holds them."""
+    """Return the (token, head) row numbers of codes on the rank that holds the tokens."""
     tokens, heads = np.divmod(codes, num_heads)
     return places.local[tokens] * num_heads + heads
 
 
 class Finder:
-    """Where codes stand in a buffer: code -> row."""
+    """Index of a buffer: code -> row."""
 
     def __init__(self, codes: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> None:
         all_codes = np.concatenate([NO_ROWS, *codes])
@@ -92,7 +93,7 @@ class Finder:
         self._rows = np.concatenate([NO_ROWS, *rows])[order]
 
     def __call__(self, codes: np.ndarray) -> np.ndarray:
-        """Rows of the codes; 0 for those that are not there, which nobody reads."""
+        """Return the rows of the codes; 0 for missing ones, which nobody reads."""
         if not len(self._codes):
             return np.zeros_like(codes)
         at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
@@ -102,7 +103,7 @@ class Finder:
 def _codes(
     wanted: Iterable[tuple[int, KeyBlocks, range]], places: TokenPlaces, num_heads: int
 ) -> np.ndarray:
-    # The far keys of neighbouring cells are nested: joined first, they are enumerated once.
+    # Far keys of neighbouring cells are nested; joined first, they are enumerated once.
     intervals: dict[tuple[int, int, int, int, range], set[tuple[int, int]]] = {}
     for sequence, kept, heads in wanted:
         kind = (sequence, kept.degree, kept.block, kept.residue, heads)
@@ -120,13 +121,13 @@ def _codes(
 def kept_positions(
     numbers: np.ndarray, degree: int, block: int, residue: int | np.ndarray
 ) -> np.ndarray:
-    """Positions of kept keys by their numbers (`KeyBlocks`)."""
+    """Return the positions of kept keys by their numbers (`KeyBlocks`)."""
     groups, offsets = np.divmod(numbers, block)
     return (groups * degree + residue) * block + offsets
 
 
 def join_intervals(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Closed intervals as their union, ascending; such that overlap are joined."""
+    """Merge overlapping closed intervals; the result ascends."""
     joined: list[tuple[int, int]] = []
     for low, high in sorted(intervals):
         if joined and low <= joined[-1][1]:

@@ -1,26 +1,25 @@
-"""Prefill as a list of works: each SP level by its own transport, CSA or exact, and the exact tail
-by pass-Q.
+"""Prefill as a list of exchanges: each SP level by its own transport, CSA or exact.
 
-    for each work   rows in -> attention over a compact buffer -> partials back      (`work_plan`)
-    then            partials of all works are merged by LSE in float32
+    for each exchange   receive rows -> attend over a compact buffer -> return partials     (`plan`)
+    then                partials of all exchanges merge by LSE in float32
 
-Works are the micro-batches of the pipeline: what needs nothing from others is computed first, while
-the rest comes in; works whose results travel come early, those that only take keys last.
+The exact tail goes by pass-Q. Exchanges are the micro-batches of the pipeline. The one that needs
+nothing from others is computed first, while the rest is in flight; then the ones whose results
+travel, and last the ones that only take keys.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
-from sps2_mega.attention.layout.token_layout import PrefillLayout
-from sps2_mega.attention.levels.exchanges import Work, prefill_exchanges
+from sps2_mega.attention.levels.exchanges import Exchange, prefill_exchanges
 from sps2_mega.attention.levels.plan import ExchangePlan, ExchangePlanner, RowPlan
-from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
 from sps2_mega.attention.pipeline.schedule import stage_order
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
@@ -29,20 +28,19 @@ from sps2_mega.attention.pipeline.settings import (
     SmallestPart,
     num_micro_batches,
 )
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.attention.transports.partial_sum import PartialSum
+from sps2_mega.attention.transports.partials import PartialSum
 from sps2_mega.comm.exchange import Pending, post_all_to_all
 from sps2_mega.kernels.csa.dispatch import attend_pieces
-from sps2_mega.parallel.groups import Group
+
+if TYPE_CHECKING:
+    from sps2_mega.attention.layout.token_layout import PrefillLayout
+    from sps2_mega.attention.pipeline.executor import Pipeline
+    from sps2_mega.attention.transports.base import SoftmaxParams
+    from sps2_mega.parallel.groups import Group
 
 
 class HierarchicalTransport:
-    """One step's prefill over sequences with one pattern each.
-
-    `prompt_lens[s]` may be less than the sequence's length: what follows are its own earlier
-    outputs, which see all keys as generated tokens do. `transports` name one for each SP level of
-    `sp_levels`, or one for all. `kv_heads` are this TP rank's, numbered over all ranks.
-    """
+    """Transport of one step over sequences with one pattern each."""
 
     def __init__(
         self,
@@ -55,41 +53,55 @@ class HierarchicalTransport:
         kv_heads: range,
         group: Group,
         device: torch.device,
-        pipeline: Pipeline | None = None,
+        pipeline: Pipeline,
     ) -> None:
+        """Take what all layers share.
+
+        Args:
+            layout: Tokens of the step.
+            patterns: CSA pattern of each sequence.
+            prompt_lens: Prompt tokens of each sequence. Tokens that follow are earlier outputs of
+                the sequence, which see all keys as generated tokens do.
+            transports: One transport per SP level, innermost first, or one for all.
+            sp_levels: Ring size of each SP level, innermost first.
+            kv_heads: KV heads of this TP rank, numbered over all ranks.
+            group: SP group.
+            device: Where indices go.
+            pipeline: Runs the layers and counts their communication.
+        """
         self._group, self._layout, self._patterns = group, layout, patterns
         self._transports, self._sp_levels = transports, sp_levels
         self._kv_heads, self._device = kv_heads, device
-        self._pipeline = pipeline or plain_pipeline(device)
+        self._pipeline = pipeline
         self._tail_starts = tail_starts(patterns, prompt_lens)
         self._period = math.lcm(*(d for pattern in patterns for d in pattern.degrees))
-        self._plans: dict[tuple[Work, int], ExchangePlan] = {}
+        self._plans: dict[tuple[Exchange, int], ExchangePlan] = {}
         self._planner: ExchangePlanner | None = None
-        self._works: list[Work] = []
+        self._exchanges: list[Exchange] = []
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: SoftmaxParams
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, softmax: SoftmaxParams
     ) -> Tensor:
-        assert rule.window is None, "works know no sliding window; it is refused at start-up"
+        assert softmax.window is None, "no sliding window here; start-up refuses it"
         if self._planner is None:
             self._prepare(q_TNH)
-        run = _LayerRun(
-            self._works,
-            [self._plan(work, layer) for work in self._works],
+        tensors = _HierarchicalLayer(
+            [self._plan(exchange, layer) for exchange in self._exchanges],
             (q_TNH, k_CKH, v_CKH),
-            rule.scale,
+            softmax.scale,
             self._group,
             self._pipeline.back or self._group,
         )
-        # All exchanges at once: those of the outer levels are needed last and take longest. Memory
-        # is planned for the keys of all tokens, of which they hold a d-th.
-        window = len(self._works) if self._pipeline.settings.mode != "off" else 0
-        stages = stage_order([work.inputs for work in self._works], ahead=window, behind=window)
-        self._pipeline.run(stages, run, layer)
-        return run.total.result()
+        # All exchanges at once: the outer levels are needed last and take longest. Memory is
+        # planned for the keys of all tokens, of which they hold a d-th.
+        window = len(self._exchanges) if self._pipeline.settings.mode != "off" else 0
+        inputs = [exchange.inputs for exchange in self._exchanges]
+        stages = stage_order(inputs, ahead=window, behind=window)
+        self._pipeline.run(stages, tensors, layer)
+        return tensors.total.result()
 
     def _prepare(self, q_TNH: Tensor) -> None:
-        """What depends on the number and width of heads, which the first layer tells."""
+        """Plan from the number and width of heads, which the first layer shows."""
         num_heads, width = q_TNH.shape[1:]
         self._planner = ExchangePlanner(
             self._layout,
@@ -110,20 +122,19 @@ class HierarchicalTransport:
             head_dim=width,
             smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
         )
-        works = prefill_exchanges(
+        exchanges = prefill_exchanges(
             self._transports,
             self._sp_levels,
             num_heads=num_heads,
             num_kv_heads=len(self._kv_heads),
             kv_parts=parts,
         )
-        self._works = [work for work in works if self._planner.needs(work)]
+        self._exchanges = [one for one in exchanges if self._planner.needs(one)]
 
-    def _plan(self, work: Work, layer: int) -> ExchangePlan:
-        """The plan of a work in a layer; layers with the same remainder for each degree share
-        it."""
+    def _plan(self, exchange: Exchange, layer: int) -> ExchangePlan:
+        """Plan an exchange; layers with the same remainder for each degree share the plan."""
         assert self._planner is not None
-        key = work, 0 if work.queries == "tail" else layer % self._period
+        key = exchange, 0 if exchange.queries == "tail" else layer % self._period
         if key not in self._plans:
             self._plans[key] = self._planner.plan(*key)
         return self._plans[key]
@@ -140,8 +151,20 @@ def num_kv_parts(
     head_dim: int,
     smallest: SmallestPart,
 ) -> int:
-    """Into how many parts, by KV heads, the exchanges of a step are cut. From all ranks together,
-    so that all cut alike; `row_bytes` are those of one head of one token."""
+    """Return into how many parts, by KV heads, the exchanges of a step are cut.
+
+    It depends on all ranks together, so that all cut alike.
+
+    Args:
+        layout: Tokens of the step.
+        patterns: CSA pattern of each sequence.
+        settings: Pipeline of the job.
+        num_heads: Query heads of this TP rank.
+        num_kv_heads: KV heads of this TP rank.
+        row_bytes: Bytes of one head of one token.
+        head_dim: Elements of a head.
+        smallest: Bytes and FLOPs below which a part does not pay.
+    """
     queries, keys = layout.queries, layout.keys
     pairs = sum(
         (last - first) * (last + first) // 2
@@ -158,19 +181,18 @@ def num_kv_parts(
     return min(wanted, num_kv_heads)
 
 
-class _LayerRun:
-    """The tensors of one layer: a micro-batch of the pipeline is a work."""
+class _HierarchicalLayer:
+    """Tensors of one layer (`ReturningLayer`); a micro-batch is an exchange."""
 
     def __init__(
         self,
-        works: Sequence[Work],
         plans: Sequence[ExchangePlan],
         qkv: tuple[Tensor, Tensor, Tensor],
         scale: float,
         group: Group,
         back: Group,
     ) -> None:
-        self._works, self._plans, self._scale = works, plans, scale
+        self._plans, self._scale = plans, scale
         self._q_TNH, self._k_CKH, self._v_CKH = qkv
         self._group, self._back = group, back
         self._kv_CKW: Tensor | None = None
@@ -222,10 +244,10 @@ class _LayerRun:
             self._partials[micro_batch] = out_BnH, lse_Bn
         else:
             for block in plan.blocks:
-                self.total.add(block.heads, out_BnH[:, block.heads], lse_Bn[:, block.heads])
+                self.total.add(out_BnH[:, block.heads], lse_Bn[:, block.heads], heads=block.heads)
 
     def post_scatter(self, micro_batch: int) -> Pending | None:
-        """Partials travel as bytes in one exchange: out in its own type and lse in float32."""
+        # Partials travel as bytes in one exchange: out in its own type and lse in float32.
         plan = self._plans[micro_batch].back
         if plan is None:
             return None
@@ -237,7 +259,7 @@ class _LayerRun:
         return post_all_to_all(
             packed.flatten(),
             [count * width for count in plan.counts],
-            [len(rows) * width for rows in plan.home],
+            [len(rows) * width for rows in plan.owned],
             self._back,
         )
 
@@ -248,10 +270,10 @@ class _LayerRun:
         packed = received.view(-1, width)
         out_RH = packed[:, :-4].contiguous().view(self._q_TNH.dtype)
         lse_R = packed[:, -4:].contiguous().view(torch.float32).squeeze(-1)
-        self.total.add_rows(plan.home, out_RH, lse_R)
+        self.total.add_single_rows(plan.owned, out_RH, lse_R)
 
     def _moved(self, micro_batch: int, part: str) -> tuple[Tensor, RowPlan]:
-        """The local rows that a part takes from, and its plan."""
+        """Return the local rows that a part takes from, and its plan."""
         plan = self._plans[micro_batch]
         if part == "q":
             assert plan.queries is not None

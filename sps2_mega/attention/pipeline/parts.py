@@ -1,8 +1,7 @@
-"""Cutting the queries of a step, and the heads of a rank, into parts of about equal work: pure
-ints.
+"""Micro-batches of about equal cost: parts of a step's queries, or groups of KV heads. Pure ints.
 
-    rank 0   [ a | b  | c  |  d  ]        part 0 = every rank's tokens a, part 1 = every rank's tokens b, ..
-    rank 1   [ a | b  | c  |  d  ]        so each part moves the same share of each rank's bytes
+    rank 0   [  a  |  b  | c | d ]        part 0 = tokens a of every rank, part 1 = tokens b, ..
+    rank 1   [  a  |  b  | c | d ]        so each part moves the same share of each rank's bytes
 
 A query costs as many keys as it sees, so later parts have fewer tokens.
 """
@@ -11,21 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sps2_mega.attention.layout.heads import group_heads, split_heads
-from sps2_mega.attention.layout.token_layout import TokenLayout
-from sps2_mega.attention.pipeline.settings import (
-    PipelineSettings,
-    SmallestPart,
-    num_micro_batches,
-)
+from sps2_mega.attention.pipeline.settings import num_micro_batches
+
+if TYPE_CHECKING:
+    from sps2_mega.attention.layout.token_layout import TokenLayout
+    from sps2_mega.attention.pipeline.settings import PipelineSettings, SmallestPart
 
 
 @dataclass(frozen=True, slots=True)
 class PartRun:
-    """Queries [start, end) of `sequence`, from `row` on in the part's tokens."""
+    """Queries [start, end) of `sequence`; the first one is token `row` of the part."""
 
     sequence: int
     start: int
@@ -39,8 +37,11 @@ class PartRun:
 
 @dataclass(frozen=True, slots=True)
 class QueryPart:
-    """`local[r]` are rank r's tokens of the part. `index` brings them from rank-major into sequence
-    order, in which `runs` counts rows; None when the orders agree."""
+    """One part of the queries; `local[r]` are the tokens of rank r.
+
+    `index` orders them from rank-major to sequence order, in which `runs` count rows; None where
+    the orders agree.
+    """
 
     local: tuple[slice, ...]
     index: np.ndarray | None
@@ -48,15 +49,17 @@ class QueryPart:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Tokens on each rank; may be 0 on all of them."""
+        """Tokens on each rank; may be 0 on all."""
         return tuple(part.stop - part.start for part in self.local)
 
 
 def cut_queries(
     queries: TokenLayout, num_parts: int, *, window: int | None = None
 ) -> list[QueryPart]:
-    """All queries in `num_parts` parts that cost about the same, at the same fraction of each
-    rank's local tokens."""
+    """Cut all queries into `num_parts` parts that cost about the same.
+
+    Every rank is cut at the same fractions of its local tokens.
+    """
     bounds = _bounds(queries, num_parts, window)
     return [
         _part(queries, tuple(slice(cuts[p], cuts[p + 1]) for cuts in bounds))
@@ -65,7 +68,7 @@ def cut_queries(
 
 
 def seen_keys(queries: TokenLayout, *, window: int | None = None) -> int:
-    """(query, key) pairs of causal attention over all sequences."""
+    """Count the (query, key) pairs of causal attention over all sequences."""
     pairs = 0
     for first, last in zip(queries.first, queries.last, strict=True):
         pairs += _pairs_before(last, window) - _pairs_before(first, window)
@@ -84,9 +87,21 @@ def kv_head_groups(
     window: int | None,
     smallest: SmallestPart,
 ) -> list[range]:
-    """KV heads in groups of which each is a micro-batch, for transports that are cut by KV heads
-    alone. From what all ranks know alike, the mean over ranks; `moved_rows` are rows of one head
-    that all ranks together give to others, `row_bytes` what one of them takes."""
+    """Group KV heads into micro-batches, for transports that are cut by KV heads alone.
+
+    It takes the mean over ranks, so that all ranks group alike.
+
+    Args:
+        settings: Pipeline of the job.
+        queries: Queries of the step.
+        moved_rows: Rows of one head that all ranks together send.
+        num_heads: Query heads of this TP rank.
+        num_kv_heads: KV heads of this TP rank.
+        row_bytes: Bytes of such a row.
+        head_dim: Elements of a head.
+        window: Sliding window in tokens, or None.
+        smallest: Bytes and FLOPs below which a micro-batch does not pay.
+    """
     size = len(queries.counts)
     wanted = num_micro_batches(
         settings,
@@ -100,39 +115,15 @@ def kv_head_groups(
     ]
 
 
-def head_groups(
-    num_heads: int, num_kv_heads: int, num_ranks: int, num_groups: int
-) -> list[list[tuple[range, range]]]:
-    """[group][rank] -> (query heads, KV heads). Each rank's heads are cut where its KV head
-    changes; a rank with fewer KV heads than groups has nothing in some of them."""
-    repeats = num_heads // num_kv_heads
-    groups: list[list[tuple[range, range]]] = [[] for _ in range(num_groups)]
-    for heads, _ in split_heads(num_heads, num_kv_heads, num_ranks):
-        pieces = group_heads(heads, repeats)
-        for g, group in enumerate(groups):
-            own = pieces[len(pieces) * g // num_groups : len(pieces) * (g + 1) // num_groups]
-            if own:
-                query_heads = range(own[0][0].start, own[-1][0].stop)
-                group.append((query_heads, range(own[0][1], own[-1][1] + 1)))
-            else:
-                group.append((range(0), range(0)))
-    return groups
-
-
-def most_kv_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> int:
-    """KV heads of the rank that has most."""
-    return max(len(kv_heads) for _, kv_heads in split_heads(num_heads, num_kv_heads, num_ranks))
-
-
 def _pairs_before(position: int, window: int | None) -> int:
-    """Keys seen by the queries [0, position)."""
+    """Count the keys seen by the queries [0, position)."""
     if window is None or position <= window:
         return position * (position + 1) // 2
     return window * (window + 1) // 2 + (position - window) * window
 
 
 def _bounds(queries: TokenLayout, num_parts: int, window: int | None) -> list[list[int]]:
-    """Where each rank's local tokens are cut: num_parts + 1 bounds per rank."""
+    """Return where each rank's local tokens are cut: num_parts + 1 bounds per rank."""
     steps = max(64, 8 * num_parts)
     fractions = np.arange(steps + 1) / steps
     cost_at = np.zeros(steps + 1)
@@ -149,7 +140,7 @@ def _bounds(queries: TokenLayout, num_parts: int, window: int | None) -> list[li
 
 
 def _costs(queries: TokenLayout, rank: int, window: int | None) -> np.ndarray:
-    """Keys seen by each local token of a rank."""
+    """Count the keys seen by each local token of a rank."""
     seen = np.zeros(queries.counts[rank])
     for run in queries.local_runs(rank):
         seen[run.local] = np.arange(run.start, run.end) + 1.0

@@ -1,16 +1,15 @@
-"""In which order a pipelined attention layer posts, waits and computes: a list of stages, made from
-counts alone.
+"""Stages of a pipelined attention layer: the order of posts, waits and computations, from counts.
 
-Three phases: `gather` brings the inputs of a micro-batch in, `compute` works on them, `scatter`
-returns the result. While micro-batch m computes, m + 1 .. m + ahead come in and m - behind .. m - 1
-go back:
+There are three phases: `gather` brings in the inputs of a micro-batch, `compute` works on them,
+`scatter` returns the result. While micro-batch m computes, m + 1 .. m + ahead are on their way in
+and m - behind .. m - 1 on their way back:
 
     gather    0 1   2   3
     compute       0   1   2   3            ahead = behind = 1, time to the right
     scatter           0   1   2   3
 
 Every rank runs the same list, so the collectives of all ranks match whatever each of them holds.
-What travels and what is computed is the transport's affair.
+The transport decides what travels and what is computed.
 """
 
 from __future__ import annotations
@@ -21,12 +20,16 @@ from enum import StrEnum
 
 
 class Action(StrEnum):
+    """Action of a stage."""
+
     POST = "post"
     WAIT = "wait"
     COMPUTE = "compute"
 
 
 class Phase(StrEnum):
+    """Phase of a micro-batch."""
+
     GATHER = "gather"
     COMPUTE = "compute"
     SCATTER = "scatter"
@@ -34,8 +37,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One thing to do. `part` names an input of the micro-batch (`k`, `q`, `v`, ...); empty
-    elsewhere."""
+    """One action; `part` names an input of the micro-batch (`k`, `q`, `v`, ...), else empty."""
 
     action: Action
     phase: Phase
@@ -51,16 +53,16 @@ def stage_order(
     relayed: bool = False,
     returns: bool = True,
 ) -> tuple[Stage, ...]:
-    """Stages of one layer. `inputs[m]` are the parts that micro-batch m needs and none before it
-    brought, in the order in which they are posted.
+    """List the stages of one layer.
 
-    At most `ahead` micro-batches are posted and not yet needed, and `behind` results have not
-    arrived when the next one is computed. `relayed`: what comes in next is what has just arrived
-    here (a ring), so it cannot be posted before that; `ahead` is then 1. Without `returns` results
-    stay where they are computed.
+    `inputs[m]` are the parts that micro-batch m needs and that no earlier one brought, in the order
+    in which they are posted. At most `ahead` micro-batches are posted before they are needed, and
+    at most `behind` results are in flight when the next one is computed. With `relayed` (a ring),
+    the next input is the one that has just arrived, so it cannot be posted earlier; `ahead` is then
+    1. Without `returns`, results stay where they are computed.
 
     Raises:
-        ValueError: a window is negative, or a ring is asked to look further ahead.
+        ValueError: a window is negative, or a ring would look further ahead than 1.
     """
     if ahead < 0 or behind < 0:
         raise ValueError(f"windows must not be negative, got ahead={ahead}, behind={behind}")
@@ -89,9 +91,11 @@ def stage_order(
 
 
 def inputs_by_heads_and_queries(head_groups: int, query_parts: int) -> list[tuple[str, ...]]:
-    """Inputs of attention cut by KV heads, and each group of heads by query tokens: micro-batch
-    `group * query_parts + part`. Keys first, then the first queries, then values: scores need no
-    values. All other queries of the group meet keys and values that are there."""
+    """List the inputs of attention cut by KV heads, and each group of heads by query tokens.
+
+    Micro-batch `group * query_parts + part`. Keys come first, then the first queries, then values,
+    as scores need no values. The other queries of the group find keys and values in place.
+    """
     first: tuple[str, ...] = ("k", "q", "v")
     return ([first] + [("q",)] * (query_parts - 1)) * head_groups
 

@@ -1,12 +1,11 @@
-"""How many micro-batches a layer's attention is cut into, from how much there is to send and to
-compute.
+"""Number of micro-batches of a layer's attention, from the bytes it sends and the FLOPs it computes.
 
-Both ends of a pipeline are bare: the first micro-batch has nothing to hide behind, nor has the way
-back of the last. With M micro-batches about 1/M of the communication stays visible, so more are
-better, until each exchange costs more in latency, and each computation more in launching and small
-tiles, than hiding still gains. Past 8 the visible part shrinks by less than a tenth of the
-communication, so that is the most; below it, an exchange should carry enough bytes and a
-computation enough work to be worth its fixed costs.
+Both ends of a pipeline are exposed: the inputs of the first micro-batch and the way back of the
+last one have nothing to hide behind. With M micro-batches about 1/M of the communication stays
+visible. More are better until each exchange costs more latency, and each computation more launches
+and small tiles, than hiding still gains. Past 8 the visible part shrinks by less than a tenth of
+the communication, so 8 is the most. Below that, an exchange should carry enough bytes and a
+computation enough work to be worth their fixed costs.
 """
 
 from __future__ import annotations
@@ -18,15 +17,14 @@ from sps2_mega.errors import ConfigError
 
 MAX_AUTO = 8
 
-# Micro-batches that may be under way in each direction. With 1, keys and values of the next heads,
-# several times the bytes of a part of queries, would have only one part's computation to hide
-# behind.
+# Micro-batches that may be in flight in each direction. With 1, the keys and values of the next
+# heads, several times the bytes of a part of queries, could hide behind one part's computation only.
 WINDOW = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineSettings:
-    """`mode` as in the configuration; `micro_batches` overrides the automatic number."""
+    """Pipeline of a job: `mode` as configured; `micro_batches` overrides the automatic number."""
 
     mode: Literal["auto", "on", "off"] = "auto"
     micro_batches: int | None = None
@@ -45,8 +43,7 @@ PIPELINE_OFF = PipelineSettings(mode="off")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallestPart:
-    """Below this a micro-batch is not worth its fixed costs: bytes sent by a rank, and FLOPs
-    computed by it."""
+    """Bytes sent and FLOPs computed by a rank below which a micro-batch does not pay."""
 
     num_bytes: int
     flops: int
@@ -62,8 +59,11 @@ CUDA_PART = SmallestPart(num_bytes=4 * 1024 * 1024, flops=50_000_000_000)
 def num_micro_batches(
     settings: PipelineSettings, *, num_bytes: int, flops: int, smallest: SmallestPart
 ) -> int:
-    """Micro-batches of a layer in which a rank sends `num_bytes` and computes `flops`. 1 is no
-    overlap. `on` cuts in two even where it does not pay; where nothing travels nothing is cut."""
+    """Return the micro-batches of a layer in which a rank sends `num_bytes` and computes `flops`.
+
+    1 is no overlap. Mode `on` cuts in two even where it does not pay. Where nothing travels,
+    nothing is cut.
+    """
     if settings.micro_batches is not None:
         return settings.micro_batches
     if settings.mode == "off" or num_bytes == 0:
@@ -74,17 +74,19 @@ def num_micro_batches(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """`head_groups` groups of KV heads times `query_parts` parts of the query tokens."""
+    """Cut into `head_groups` groups of KV heads times `query_parts` parts of the query tokens."""
 
     head_groups: int
     query_parts: int
 
 
 def cut_by_heads_and_queries(wanted: int, *, kv_heads: int, query_tokens: int) -> Cut:
-    """About `wanted` micro-batches, of at most `kv_heads` KV heads (of the rank that has most) and
-    `query_tokens` (of the rank that has most). Heads are cut first: it divides K and V too, which
-    queries of all parts need, and costs attention nothing; cutting queries tears their causal
-    triangle into pieces."""
+    """Cut into about `wanted` micro-batches, heads first.
+
+    `kv_heads` and `query_tokens` are of the rank with most. Cutting heads also divides K and V,
+    which queries of all parts need, and costs attention nothing; cutting queries tears their causal
+    triangle into pieces.
+    """
     head_groups = max(1, min(wanted, kv_heads))
     query_parts = max(1, min(-(-wanted // head_groups), query_tokens))
     return Cut(head_groups=head_groups, query_parts=query_parts)

@@ -1,9 +1,9 @@
-"""What a rank did in prefill steps, as events of the Chrome trace format, which Perfetto reads.
+"""Prefill steps of a rank as events of the Chrome trace format, which Perfetto reads.
 
-One process row per rank. Thread rows: steps, `gather` and `scatter` (exchanges under way, several
+One process row per rank. Thread rows: steps, `gather` and `scatter` (exchanges in flight, several
 rows where they overlap, since events of one row must nest), and `compute` with the computations and
-the waits between them. Times are microseconds of one clock for all ranks; how clocks are compared
-and files written is `engine.tracing`'s.
+the waits between them. Times are microseconds of one clock for all ranks; `engine.startup.tracing`
+compares clocks and writes files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_ROWS = 20
 
 @dataclass(slots=True)
 class TraceRecorder:
-    """Events of one rank. `offset_s` is added to its times to get those of rank 0."""
+    """Events of one rank; its times plus `offset_s` are times of rank 0."""
 
     rank: int
     offset_s: float = 0.0
@@ -31,29 +31,28 @@ class TraceRecorder:
     _row_ends: dict[int, float] = field(default_factory=dict)
 
     def step(self, name: str, span: Interval, **facts: Any) -> None:
-        """A whole step; `facts` are shown with it."""
+        """Record a whole step; `facts` are shown with it."""
         self._add(name, "step", _STEP_ROW, span, **facts)
 
-    def exchange(self, layer: int, stage: Stage, flown: Interval, blocked: Interval) -> None:
-        """An exchange that was under way during `flown` and waited for during `blocked`, in
-        seconds."""
+    def exchange(self, layer: int, stage: Stage, in_flight: Interval, blocked: Interval) -> None:
+        """Record an exchange in flight and the wait for it, both in seconds."""
         first = _FIRST_ROW[stage.phase]
         rows = range(first, first + _MAX_ROWS)
-        free = (row for row in rows if self._row_ends.get(row, flown[0]) <= flown[0])
+        free = (row for row in rows if self._row_ends.get(row, in_flight[0]) <= in_flight[0])
         row = next(free, rows[-1])
-        self._row_ends[row] = flown[1]
+        self._row_ends[row] = in_flight[1]
         name = _name(stage, layer)
         facts = {"layer": layer, "micro_batch": stage.micro_batch}
-        self._add(name, stage.phase, row, flown, **facts)
+        self._add(name, stage.phase, row, in_flight, **facts)
         self._add(f"wait: {name}", "wait", _COMPUTE_ROW, blocked, **facts)
 
     def computed(self, layer: int, stage: Stage, span: Interval) -> None:
-        """A micro-batch was computed during `span`, in seconds."""
+        """Record the computation of a micro-batch during `span`, in seconds."""
         facts = {"layer": layer, "micro_batch": stage.micro_batch}
         self._add(_name(stage, layer), stage.phase, _COMPUTE_ROW, span, **facts)
 
     def take_events(self) -> list[dict[str, Any]]:
-        """Events since the last call; names of rows come before their first event."""
+        """Return the events since the last call; names of rows precede their first event."""
         new, self._events = self._events, []
         labels: list[dict[str, Any]] = []
         if not self._named:
@@ -63,7 +62,7 @@ class TraceRecorder:
             labels.append(self._label("thread_name", row, {"name": _row_name(row)}))
             labels.append(self._label("thread_sort_index", row, {"sort_index": row}))
             self._named.add(row)
-        # A row's events in the order of time, an outer one before those inside it.
+        # Events of a row in the order of time, an outer one before the ones inside it.
         return labels + sorted(new, key=lambda event: (event["ts"], -event["dur"]))
 
     def _add(self, name: str, category: str, row: int, span: Interval, **facts: Any) -> None:

@@ -1,54 +1,41 @@
-"""How prefill brings queries and keys together: one file per transport, all giving the one-rank
-result.
+"""The contract of transports: ways to bring queries and keys together in prefill.
 
     Gather    keys and values go to every rank at once, queries stay
     Ring      keys and values go round, one rank further per step (pass-KV, arXiv 2310.01889)
     PassQ     queries go to every rank at once, keys and values stay
     Ulysses   heads are dealt to ranks by all-to-all, each rank sees every token (arXiv 2309.14509)
 
-A transport is made per step from the layout; indices are computed then, not in each layer.
+All give the result of one rank. `attention.build` makes a transport per step from the layout, so
+indices are computed once and not in each layer.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout.token_layout import PrefillLayout
-from sps2_mega.attention.pipeline.executor import Pipeline
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.attention.transports.gather import Gather
-from sps2_mega.attention.transports.pass_q import PassQ
-from sps2_mega.attention.transports.ring import Ring
-from sps2_mega.attention.transports.ulysses import Ulysses
-from sps2_mega.parallel.groups import Group
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxParams:
+    """Per-layer softmax scale and sliding window; scores are `scale * q @ k`.
+
+    With a window of w, a query sees itself and the w - 1 tokens before it; None is no window.
+    """
+
+    scale: float
+    window: int | None = None
 
 
 class Transport(Protocol):
+    """Attention of one prefill step over the tokens of all SP ranks."""
+
     def attend(
-        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: SoftmaxParams
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, softmax: SoftmaxParams
     ) -> Tensor:
-        """Causal attention of this rank's queries over the keys of all ranks, both in their local order
-        -> out [T, N, H]. C = T where nothing was cached before."""
+        """Attend causally with this rank's queries over the keys of all ranks -> [T, N, H].
+
+        Rows are in the rank's local order; C = T where nothing was cached before.
+        """
         ...
-
-
-def make_transport(
-    name: str,
-    layout: PrefillLayout,
-    group: Group,
-    device: torch.device,
-    pipeline: Pipeline | None = None,
-) -> Transport:
-    """The transport called `name` in the configuration, for one step. Without `pipeline` nothing
-    overlaps."""
-    if name == "gather":
-        return Gather(layout, group, device, pipeline)
-    if name == "ring":
-        return Ring(layout, group, device, pipeline)
-    if name == "pass_q":
-        return PassQ(layout, group, device, pipeline)
-    assert name == "ulysses", f"unknown transport {name!r}"
-    return Ulysses(layout, group, device, pipeline)

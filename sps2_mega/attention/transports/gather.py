@@ -1,42 +1,41 @@
 """Transport `gather`: keys and values go to every rank at once, queries stay.
 
-A micro-batch is one group of KV heads with all queries: what one group computes hides the way of
-the next.
+A micro-batch is one group of KV heads with all queries, so computing one group hides the exchange
+of the next.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout.token_layout import PrefillLayout
 from sps2_mega.attention.layout.token_order import reorder, sequence_index
-from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
 from sps2_mega.attention.pipeline.parts import kv_head_groups
 from sps2_mega.attention.pipeline.schedule import stage_order
 from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.comm.exchange import Pending, post_all_gather
+from sps2_mega.comm.exchange import Pending, post_all_gather, unpadded
 from sps2_mega.kernels.attention.sdpa import attend_run
-from sps2_mega.parallel.groups import Group
+
+if TYPE_CHECKING:
+    from sps2_mega.attention.layout.token_layout import PrefillLayout
+    from sps2_mega.attention.pipeline.executor import Pipeline
+    from sps2_mega.attention.transports.base import SoftmaxParams
+    from sps2_mega.parallel.groups import Group
 
 
 class Gather:
     """All-gather of K and V; bytes sent per rank and layer: 2 * S * K * H * e * (P-1)/P."""
 
     def __init__(
-        self,
-        layout: PrefillLayout,
-        group: Group,
-        device: torch.device,
-        pipeline: Pipeline | None = None,
+        self, layout: PrefillLayout, group: Group, device: torch.device, pipeline: Pipeline
     ) -> None:
-        self._layout, self._group = layout, group
-        self._pipeline = pipeline or plain_pipeline(device)
+        self._layout, self._group, self._pipeline = layout, group, pipeline
         self._index = sequence_index(layout.keys, device)
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: SoftmaxParams
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, softmax: SoftmaxParams
     ) -> Tensor:
         head_groups = kv_head_groups(
             self._pipeline.settings,
@@ -46,21 +45,20 @@ class Gather:
             num_kv_heads=k_CKH.shape[1],
             row_bytes=k_CKH.shape[2] * k_CKH.itemsize,
             head_dim=k_CKH.shape[2],
-            window=rule.window,
+            window=softmax.window,
             smallest=CUDA_PART if q_TNH.is_cuda else CPU_PART,
         )
-        work = _LayerWork(
-            self._layout, self._index, head_groups, (q_TNH, k_CKH, v_CKH), rule, self._group
+        tensors = _GatherLayer(
+            self._layout, self._index, head_groups, (q_TNH, k_CKH, v_CKH), softmax, self._group
         )
         ahead = int(self._pipeline.settings.mode != "off")
         stages = stage_order([("k", "v")] * len(head_groups), ahead=ahead, returns=False)
-        self._pipeline.run(stages, work, layer)
-        return work.out_TNH
+        self._pipeline.run(stages, tensors, layer)
+        return tensors.out_TNH
 
 
-class _LayerWork:
-    """One layer's tensors on their way (`PipelineWork`); all of them stay until the layer is
-    done."""
+class _GatherLayer:
+    """Tensors of one layer (`PipelinedLayer`), all kept until the layer is done."""
 
     def __init__(
         self,
@@ -68,10 +66,10 @@ class _LayerWork:
         index: Tensor | None,
         head_groups: list[range],
         qkv: tuple[Tensor, Tensor, Tensor],
-        rule: SoftmaxParams,
+        softmax: SoftmaxParams,
         group: Group,
     ) -> None:
-        self._layout, self._index, self._group, self._rule = layout, index, group, rule
+        self._layout, self._index, self._group, self._softmax = layout, index, group, softmax
         self._q_TNH, k_CKH, v_CKH = qkv
         self._own = {"k": k_CKH, "v": v_CKH}
         self._head_groups = head_groups
@@ -89,12 +87,8 @@ class _LayerWork:
         return post_all_gather(x, longest, self._group)
 
     def arrived(self, micro_batch: int, part: str, received: Tensor) -> None:
-        counts = self._layout.keys.counts
-        longest = max(counts)
-        if min(counts) < longest:
-            shards = zip(received.split(longest), counts, strict=True)
-            received = torch.cat([shard[:count] for shard, count in shards])
-        self._keys[micro_batch, part] = reorder(received, self._index)
+        rows = unpadded(received, self._layout.keys.counts)
+        self._keys[micro_batch, part] = reorder(rows, self._index)
 
     def compute(self, micro_batch: int) -> None:
         kv_heads = self._head_groups[micro_batch]
@@ -108,13 +102,7 @@ class _LayerWork:
                 self._q_TNH[run.local, heads],
                 k_SKH[keys],
                 v_SKH[keys],
-                scale=self._rule.scale,
+                scale=self._softmax.scale,
                 q_start=run.start,
-                window=self._rule.window,
+                window=self._softmax.window,
             )
-
-    def post_scatter(self, micro_batch: int) -> Pending | None:
-        raise AssertionError("queries stay, so nothing returns")
-
-    def returned(self, micro_batch: int, received: Tensor) -> None:
-        raise AssertionError("queries stay, so nothing returns")

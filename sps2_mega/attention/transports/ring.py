@@ -1,50 +1,54 @@
-"""Transport `ring`: keys and values go round, one rank further per step (pass-KV, arXiv
-2310.01889)."""
+"""Transport `ring`: keys and values go round, one rank further per step (pass-KV).
+
+Source: arXiv 2310.01889.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout.token_layout import PrefillLayout
-from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
 from sps2_mega.attention.pipeline.schedule import stage_order
-from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.transports.partials import PartialSum
 from sps2_mega.comm.exchange import Pending, post_shift
 from sps2_mega.kernels.attention.sdpa import attend_run
-from sps2_mega.kernels.lse.reference import merge_two
-from sps2_mega.parallel.groups import Group
+
+if TYPE_CHECKING:
+    from sps2_mega.attention.layout.token_layout import PrefillLayout
+    from sps2_mega.attention.pipeline.executor import Pipeline
+    from sps2_mega.attention.transports.base import SoftmaxParams
+    from sps2_mega.parallel.groups import Group
 
 
 class Ring:
-    """Pass-KV: as many bytes as `Gather`, but only two shards of keys are held at a time, and the
-    next one comes in while the present one is computed on. Micro-batch m is the shard that came m
-    ranks far."""
+    """Pass-KV: the bytes of `Gather`, but at most two shards of keys are held at a time.
+
+    The next shard is received while the present one is computed on. Micro-batch m is the shard
+    that started m ranks away.
+    """
 
     def __init__(
-        self,
-        layout: PrefillLayout,
-        group: Group,
-        device: torch.device,
-        pipeline: Pipeline | None = None,
+        self, layout: PrefillLayout, group: Group, device: torch.device, pipeline: Pipeline
     ) -> None:
-        self._layout, self._group = layout, group
-        self._pipeline = pipeline or plain_pipeline(device)
+        self._layout, self._group, self._pipeline = layout, group, pipeline
         inputs = [()] + [("kv",)] * (group.size - 1)
-        # Without overlap a shard is passed on only when it has been computed on.
-        overlap = self._pipeline.settings.mode != "off"
+        # Without overlap a shard is passed on only after it has been computed on.
+        overlap = pipeline.settings.mode != "off"
         self._stages = stage_order(inputs, ahead=int(overlap), relayed=overlap, returns=False)
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: SoftmaxParams
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, softmax: SoftmaxParams
     ) -> Tensor:
-        work = _LayerWork(self._layout, self._group, q_TNH, torch.stack([k_CKH, v_CKH], 1), rule)
-        self._pipeline.run(self._stages, work, layer)
-        return work.out_TNH.to(q_TNH.dtype)
+        kv_C2KH = torch.stack([k_CKH, v_CKH], 1)
+        tensors = _RingLayer(self._layout, self._group, q_TNH, kv_C2KH, softmax)
+        self._pipeline.run(self._stages, tensors, layer)
+        return tensors.total.result()
 
 
-class _LayerWork:
-    """One layer's queries, and the shards of keys and values that are here (`PipelineWork`)."""
+class _RingLayer:
+    """Queries of one layer and the shards of keys and values at hand (`PipelinedLayer`)."""
 
     def __init__(
         self,
@@ -52,15 +56,13 @@ class _LayerWork:
         group: Group,
         q_TNH: Tensor,
         kv_C2KH: Tensor,
-        rule: SoftmaxParams,
+        softmax: SoftmaxParams,
     ) -> None:
-        self._layout, self._group, self._rule = layout, group, rule
+        self._layout, self._group, self._softmax = layout, group, softmax
         self._queries = layout.queries.local_runs(group.rank)
         self._q_TNH = q_TNH
         self._shards = {0: kv_C2KH}
-        # Partials of all steps add up in float32: rounding once per step would grow with the ring.
-        self.out_TNH = torch.zeros(q_TNH.shape, dtype=torch.float32, device=q_TNH.device)
-        self._lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, device=q_TNH.device)
+        self.total = PartialSum(q_TNH)
 
     def post_gather(self, micro_batch: int, part: str) -> Pending | None:
         counts = self._layout.keys.counts
@@ -73,40 +75,32 @@ class _LayerWork:
     def compute(self, micro_batch: int) -> None:
         kv_C2KH = self._shards[micro_batch]
         self._drop(micro_batch - 1)
+        shard_runs = self._layout.keys.local_runs(self._source(micro_batch))
         for queries in self._queries:
-            rows = queries.local
-            for keys in self._layout.keys.local_runs(self._source(micro_batch)):
-                # Runs never overlap but where they are the same, so later keys are invisible as a
-                # whole.
+            for keys in shard_runs:
+                # Two runs overlap only where they are the same one, so keys that start later are
+                # wholly invisible.
                 if keys.sequence != queries.sequence or keys.start > queries.start:
                     continue
                 shard = kv_C2KH[keys.local]
-                out, lse = attend_run(
-                    self._q_TNH[rows],
+                partial = attend_run(
+                    self._q_TNH[queries.local],
                     shard[:, 0],
                     shard[:, 1],
-                    scale=self._rule.scale,
+                    scale=self._softmax.scale,
                     q_start=queries.start,
                     k_start=keys.start,
-                    window=self._rule.window,
+                    window=self._softmax.window,
                 )
-                self.out_TNH[rows], self._lse_TN[rows] = merge_two(
-                    self.out_TNH[rows], self._lse_TN[rows], out, lse
-                )
-
-    def post_scatter(self, micro_batch: int) -> Pending | None:
-        raise AssertionError("queries stay, so nothing returns")
-
-    def returned(self, micro_batch: int, received: Tensor) -> None:
-        raise AssertionError("queries stay, so nothing returns")
+                self.total.add(*partial, rows=queries.local)
 
     def _drop(self, micro_batch: int) -> None:
-        """A shard that was computed on and has been passed on."""
+        """Release a shard that was computed on and passed on."""
         shard = self._shards.pop(micro_batch, None)
         if shard is not None and shard.is_cuda:
             # It belongs to the side stream, which must not reuse it before the computation is done.
             shard.record_stream(torch.cuda.current_stream())
 
     def _source(self, micro_batch: int) -> int:
-        """The rank whose shard is computed on then."""
+        """Return the rank whose shard micro-batch `micro_batch` computes on."""
         return (self._group.rank - micro_batch) % self._group.size

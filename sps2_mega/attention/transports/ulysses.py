@@ -1,88 +1,82 @@
-"""Transport `ulysses`: heads are dealt to ranks by all-to-all, each rank sees every token (arXiv
-2309.14509).
+"""Transport `ulysses`: heads are dealt to ranks by all-to-all, each rank sees every token.
 
-K, V and Q travel as exchanges of their own, outputs go back by part on the second communicator, all
-in the stage order of `pipeline.order`. A micro-batch is one group of KV heads and one part of the
-query tokens.
+Source: arXiv 2309.14509. K, V and Q travel as exchanges of their own, outputs go back by part over
+the second communicator, all in the order of `pipeline.schedule`. A micro-batch is one group of KV
+heads and one part of the query tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sps2_mega.attention.layout.heads import group_heads
-from sps2_mega.attention.layout.token_layout import PrefillLayout
+from sps2_mega.attention.layout.heads import group_heads, head_groups, most_kv_heads
 from sps2_mega.attention.layout.token_order import reorder, sequence_index
-from sps2_mega.attention.pipeline.executor import Pipeline, plain_pipeline
-from sps2_mega.attention.pipeline.parts import (
-    QueryPart,
-    cut_queries,
-    head_groups,
-    most_kv_heads,
-    seen_keys,
-)
-from sps2_mega.attention.pipeline.schedule import Stage, inputs_by_heads_and_queries, stage_order
+from sps2_mega.attention.pipeline.parts import cut_queries, seen_keys
+from sps2_mega.attention.pipeline.schedule import inputs_by_heads_and_queries, stage_order
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,
     WINDOW,
-    Cut,
     cut_by_heads_and_queries,
     num_micro_batches,
 )
-from sps2_mega.attention.softmax_params import SoftmaxParams
 from sps2_mega.comm.exchange import Pending, post_all_to_all
 from sps2_mega.kernels.attention.sdpa import attend_run
-from sps2_mega.parallel.groups import Group
 
-_Shares = Sequence[tuple[range, range]]  # of each rank: (query heads, KV heads)
+if TYPE_CHECKING:
+    from sps2_mega.attention.layout.token_layout import PrefillLayout
+    from sps2_mega.attention.pipeline.executor import Pipeline
+    from sps2_mega.attention.pipeline.parts import QueryPart
+    from sps2_mega.attention.pipeline.schedule import Stage
+    from sps2_mega.attention.pipeline.settings import Cut
+    from sps2_mega.attention.transports.base import SoftmaxParams
+    from sps2_mega.parallel.groups import Group
+
+_Shares = Sequence[tuple[range, range]]  # (query heads, KV heads) of each rank
 
 
 class Ulysses:
-    """All-to-all over heads; bytes sent per rank and layer: (T/P) * (2N + 2max(K, P)) * H * e *
-    (P-1)/P.
+    """All-to-all over heads.
 
-    Ranks may get unequal numbers of heads, or none where there are more ranks than heads.
+    Bytes sent per rank and layer: (T/P) * (2N + 2max(K, P)) * H * e * (P-1)/P. Ranks may get
+    unequal numbers of heads, or none where there are more ranks than heads.
     """
 
     def __init__(
-        self,
-        layout: PrefillLayout,
-        group: Group,
-        device: torch.device,
-        pipeline: Pipeline | None = None,
+        self, layout: PrefillLayout, group: Group, device: torch.device, pipeline: Pipeline
     ) -> None:
         self._layout, self._group, self._device = layout, group, device
-        self._pipeline = pipeline or plain_pipeline(device)
+        self._pipeline = pipeline
         self._key_index = sequence_index(layout.keys, device)
         self._plan: _Plan | None = None
 
     def attend(
-        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, rule: SoftmaxParams
+        self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, softmax: SoftmaxParams
     ) -> Tensor:
         # All layers of a step have the same shapes, so the first one plans for all.
-        plan = self._plan = self._plan or self._make_plan(q_TNH, k_CKH, rule)
+        plan = self._plan = self._plan or self._make_plan(q_TNH, k_CKH, softmax.window)
         back = self._pipeline.back or self._group
-        work = _LayerWork(plan, (q_TNH, k_CKH, v_CKH), rule, self._group, back)
-        self._pipeline.run(plan.stages, work, layer)
-        return work.out_TNH
+        tensors = _UlyssesLayer(plan, (q_TNH, k_CKH, v_CKH), softmax, self._group, back)
+        self._pipeline.run(plan.stages, tensors, layer)
+        return tensors.out_TNH
 
-    def _make_plan(self, q_TNH: Tensor, k_CKH: Tensor, rule: SoftmaxParams) -> _Plan:
+    def _make_plan(self, q_TNH: Tensor, k_CKH: Tensor, window: int | None) -> _Plan:
         size, queries = self._group.size, self._layout.queries
         num_heads, width = q_TNH.shape[1:]
         num_kv_heads = k_CKH.shape[1]
-        # From what all ranks know alike: the mean over ranks.
+        # The mean over ranks, so that all ranks cut alike.
         rows = 2 * sum(queries.counts) * num_heads + 2 * sum(self._layout.keys.counts) * max(
             num_kv_heads, size
         )
         wanted = num_micro_batches(
             self._pipeline.settings,
             num_bytes=rows * width * q_TNH.itemsize * (size - 1) // size**2,
-            flops=4 * width * num_heads * seen_keys(queries, window=rule.window) // size,
+            flops=4 * width * num_heads * seen_keys(queries, window=window) // size,
             smallest=CUDA_PART if self._device.type == "cuda" else CPU_PART,
         )
         cut = cut_by_heads_and_queries(
@@ -100,7 +94,7 @@ class Ulysses:
             shares=head_groups(num_heads, num_kv_heads, size, cut.head_groups),
             parts=[
                 _PlacedPart.of(part, self._device)
-                for part in cut_queries(queries, cut.query_parts, window=rule.window)
+                for part in cut_queries(queries, cut.query_parts, window=window)
             ],
             key_counts=self._layout.keys.counts,
             key_index=self._key_index,
@@ -111,7 +105,7 @@ class Ulysses:
 
 @dataclass(frozen=True, slots=True)
 class _PlacedPart:
-    """A part of the queries with its indices on the device."""
+    """Part of the queries with its indices on the device."""
 
     part: QueryPart
     index: Tensor | None
@@ -127,8 +121,10 @@ class _PlacedPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """What all layers of a step share. Micro-batch m is head group m // query_parts, part m %
-    query_parts."""
+    """Plan that all layers of a step share.
+
+    Micro-batch m is head group m // query_parts and query part m % query_parts.
+    """
 
     cut: Cut
     stages: tuple[Stage, ...]
@@ -144,23 +140,22 @@ class _Plan:
         return self.shares[group], self.parts[part]
 
     def first_of_group(self, micro_batch: int) -> int:
-        """The micro-batch that brings the keys and values of this one's heads."""
+        """Return the micro-batch that brings the keys and values of the same heads."""
         return micro_batch - micro_batch % self.cut.query_parts
 
 
-class _LayerWork:
-    """One layer's tensors on their way (`PipelineWork`); all of them stay until the layer is
-    done."""
+class _UlyssesLayer:
+    """Tensors of one layer (`ReturningLayer`), all kept until the layer is done."""
 
     def __init__(
         self,
         plan: _Plan,
         qkv: tuple[Tensor, Tensor, Tensor],
-        rule: SoftmaxParams,
+        softmax: SoftmaxParams,
         group: Group,
         back: Group,
     ) -> None:
-        self._plan, self._rule, self._group, self._back = plan, rule, group, back
+        self._plan, self._softmax, self._group, self._back = plan, softmax, group, back
         self._q_TNH, self._k_CKH, self._v_CKH = qkv
         self._inputs: dict[tuple[int, str], Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
@@ -210,9 +205,9 @@ class _LayerWork:
                     q_SnH[run.rows, query_heads],
                     k_SkH[keys, key_heads],
                     v_SkH[keys, key_heads],
-                    scale=self._rule.scale,
+                    scale=self._softmax.scale,
                     q_start=run.start,
-                    window=self._rule.window,
+                    window=self._softmax.window,
                 )
         self._outputs[micro_batch] = out_SnH
 
@@ -238,15 +233,18 @@ class _LayerWork:
             own[:, heads.start : heads.stop] = piece.view(len(own), len(heads), own.shape[-1])
 
     def _return_sizes(self, micro_batch: int) -> list[int]:
-        """Elements that each rank computed for this rank's queries."""
+        """Return how many elements each rank computed for this rank's queries."""
         shares, placed = self._plan.of(micro_batch)
         rows = placed.part.counts[self._group.rank] * self._q_TNH.shape[-1]
         return [rows * len(heads) for heads, _ in shares]
 
 
 def _uniform_groups(heads: range, kv_heads: range, repeats: int) -> list[tuple[slice, slice]]:
-    """Pieces of this rank's heads that one grouped-query call can do: all at once where every KV
-    head serves equally many of them, else one KV head at a time (indices local to the rank)."""
+    """Split this rank's heads into pieces that one grouped-query call computes: (queries, keys).
+
+    That is all heads at once where every KV head serves equally many of them, else one KV head at a
+    time. Indices are local to the rank.
+    """
     if not heads:
         return []
     pieces = group_heads(heads, repeats)

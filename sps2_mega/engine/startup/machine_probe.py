@@ -107,18 +107,18 @@ def attention_speed(
     out, lse = attend_run(q, k, v, scale=1.0, q_start=0)
     sum_out = out.float()
 
-    def attend(rows: int) -> None:
+    def attend_rows(rows: int) -> None:
         attend_run(q[:rows], k[:rows], v[:rows], scale=1.0, q_start=0)
 
     def attend_one() -> None:
-        attend(1)
+        attend_rows(1)
         merge_two(sum_out[:1], lse[:1], out[:1], lse[:1])
 
     call_s = agree_most(_mean_s(attend_one, device), control)
     merge_s = agree_most(_mean_s(lambda: merge_two(sum_out, lse, out, lse), device), control)
     rows = torch.arange(tokens, device=device).flip(0)
     copy_s = agree_most(_mean_s(lambda: out.index_select(0, rows), device), control)
-    attend_s = agree_most(_mean_s(lambda: attend(tokens), device), control)
+    attend_s = agree_most(_mean_s(lambda: attend_rows(tokens), device), control)
     flops = tokens * (tokens + 1) // 2 * heads * 4 * head_dim
     return {
         "flops_per_s": flops / max(attend_s - call_s, attend_s / 10),

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from sps2_mega.attention.build import make_transport
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.layout.token_layout import PrefillLayout, build_layout
 from sps2_mega.attention.levels.transport import HierarchicalTransport
@@ -22,8 +23,7 @@ from sps2_mega.attention.pipeline.settings import PipelineSettings
 from sps2_mega.attention.planner.by_level import CANDIDATES
 from sps2_mega.attention.planner.exact import TRANSPORTS, estimate
 from sps2_mega.attention.planner.step_shape import step_shape
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.attention.transports.base import Transport, make_transport
+from sps2_mega.attention.transports.base import SoftmaxParams, Transport
 from sps2_mega.comm.collectives import minimum
 from sps2_mega.comm.comm_streams import make_comm_streams
 from sps2_mega.comm.probe import agree_most

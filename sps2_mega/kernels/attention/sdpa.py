@@ -44,21 +44,21 @@ def attend_run(
     if before < 0:
         raise ValueError(f"keys begin at {k_start}, after the first query at {q_start}")
     if before == visible_end:
-        return attend(q_TNH, k_SKH[:before], v_SKH[:before], scale=scale, causal=False)
+        return attend_dense(q_TNH, k_SKH[:before], v_SKH[:before], scale=scale, causal=False)
     if visible_end - before != num_q:
         raise ValueError(
             f"keys end inside the query run: {num_k} keys from {k_start}, {num_q} queries from "
             f"{q_start}"
         )
     square = slice(before, visible_end)
-    triangle = attend(q_TNH, k_SKH[square], v_SKH[square], scale=scale, causal=True)
+    triangle = attend_dense(q_TNH, k_SKH[square], v_SKH[square], scale=scale, causal=True)
     if before == 0:
         return triangle
-    rectangle = attend(q_TNH, k_SKH[:before], v_SKH[:before], scale=scale, causal=False)
+    rectangle = attend_dense(q_TNH, k_SKH[:before], v_SKH[:before], scale=scale, causal=False)
     return merge_two(*rectangle, *triangle)
 
 
-def attend(
+def attend_dense(
     q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Full (any T, S) or causal (T == S) attention -> out [T, N, H], lse [T, N] float32."""
@@ -130,7 +130,7 @@ def _fused_cuda(
     """The device's fastest library where they apply (16-bit types, no bias), memory-efficient
     attention elsewhere."""
     if bias_TS is None and q.dtype in (torch.float16, torch.bfloat16):
-        return choice.attend(q, k, v, scale=scale, causal=causal)
+        return choice.attend_fastest(q, k, v, scale=scale, causal=causal)
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)

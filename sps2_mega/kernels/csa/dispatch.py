@@ -35,10 +35,10 @@ def attend_pieces(
     if choose(q_TNH.device, backend) is Backend.TRITON:
         from sps2_mega.kernels.csa import triton
 
-        attend = triton.attend_pieces
+        form = triton.attend_pieces
     else:
-        attend = sdpa.attend_pieces
-    return attend(q_TNH, k_SKH, v_SKH, pieces, scale=scale, q_start=q_start, k_start=k_start)
+        form = sdpa.attend_pieces
+    return form(q_TNH, k_SKH, v_SKH, pieces, scale=scale, q_start=q_start, k_start=k_start)
 
 
 def is_dense_run(pieces: Sequence[Piece]) -> bool:

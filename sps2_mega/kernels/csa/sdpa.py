@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sps2_mega.kernels.attention.sdpa import attend
+from sps2_mega.kernels.attention.sdpa import attend_dense
 from sps2_mega.kernels.csa.batches import Batch, batch_pieces, split_triangles
 from sps2_mega.kernels.csa.piece import Piece
 
@@ -114,7 +114,9 @@ def _attend_batch(
         )
         return out, lse.float()
     parts = [
-        attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale=scale, causal=causal)
+        attend_dense(
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale=scale, causal=causal
+        )
         for q, k, v in zip(q_bntH, k_bnsH, v_bnsH, strict=True)
     ]
     outs, lses = zip(*parts, strict=True)

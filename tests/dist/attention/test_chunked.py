@@ -17,7 +17,8 @@ from sps2_mega.attention.layout.chunk_layout import stretch
 from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.pipeline.settings import PIPELINE_OFF, PipelineSettings
-from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.step import StepAttention
+from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.comm.comm_streams import make_comm_streams
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.parallel.groups import SINGLE, Group
@@ -49,7 +50,7 @@ def pattern_of(name: str) -> CSAPattern | None:
 
 
 def case(name: str, number: int, size: int):
-    """(layout, q, k, v by layer, scores, rule)"""
+    """(layout, q, k, v by layer, scores, softmax)"""
     generator = torch.Generator().manual_seed(number)
     tokens, prompt_len, cached, _ = PROMPTS[number]
     # The last rank of three has no token of the second prompt.
@@ -70,7 +71,7 @@ def case(name: str, number: int, size: int):
 def on_one_rank(name: str, number: int, settings: PipelineSettings, group: Group):
     """Positions and outputs [layers, T, N, H] of this rank's tokens, and the bytes that it sent in
     each layer."""
-    layout, (q, k, v), scores, rule = case(name, number, group.size)
+    layout, (q, k, v), scores, softmax = case(name, number, group.size)
     cuts = PROMPTS[number][3]
 
     def positions(tokens) -> torch.Tensor:
@@ -93,9 +94,8 @@ def on_one_rank(name: str, number: int, settings: PipelineSettings, group: Group
     for layer in range(LAYERS):
         for cache, x in zip(pool.layer(layer), (k, v), strict=True):
             cache.flatten(0, 1)[cached] = x[layer][keys[: len(cached)]]
-    attention = ChunkedPrefill(
+    chunks = ChunkedPrefill(
         pool,
-        slots[len(cached) :],
         cached,
         layout,
         scores,
@@ -103,16 +103,18 @@ def on_one_rank(name: str, number: int, settings: PipelineSettings, group: Group
         Pipeline(make_comm_streams(cpu), settings=settings),
         whole_output=group.size < 3,
     )
+    attention = StepAttention(pool, slots[len(cached) :], chunks)
     tokens, _, start, _ = PROMPTS[number]
     out = torch.full((LAYERS, len(queries), HEADS, WIDTH), torch.nan)
     sent = []
     for layer in range(LAYERS):
         before = group.traffic.bytes_sent
         for low, high in zip((start, *cuts), (*cuts, tokens), strict=True):
-            rows = attention.begin(low, high)
+            rows = chunks.begin(low, high)
+            attention.select_rows(rows, ends_layer=high == tokens)
             mine = queries[rows]
             new = (x[layer][mine] for x in (q, k, v))
-            out[layer, rows] = attention.attend(layer, *new, rule)
+            out[layer, rows] = attention.run_layer(layer, *new, softmax)
         sent.append(group.traffic.bytes_sent - before)
         for cache, x in zip(pool.layer(layer), (k, v), strict=True):
             assert torch.equal(cache.flatten(0, 1)[slots], x[layer][keys])
@@ -145,7 +147,7 @@ def all_cases(settings: PipelineSettings, group: Group):
 def by_definition(name: str, number: int) -> torch.Tensor:
     """[layers, tokens, N, H] from masks made pair by pair."""
     tokens, prompt_len, _, _ = PROMPTS[number]
-    _, (q, k, v), _, rule = case(name, number, 1)
+    _, (q, k, v), _, softmax = case(name, number, 1)
     pattern, repeats = pattern_of(name), HEADS // KV_HEADS
     out = torch.empty_like(q)
     for layer in range(LAYERS):
@@ -153,7 +155,7 @@ def by_definition(name: str, number: int) -> torch.Tensor:
             mask = torch.tensor(
                 [
                     [
-                        (j <= i and (rule.window is None or j > i - rule.window))
+                        (j <= i and (softmax.window is None or j > i - softmax.window))
                         if pattern is None
                         else pattern.sees(
                             i, j, kv_head=FIRST_HEAD + head, layer=layer, prompt_len=prompt_len

@@ -17,7 +17,7 @@ from sps2_mega.attention.levels.exchanges import prefill_exchanges
 from sps2_mega.attention.levels.transport import HierarchicalTransport
 from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.pipeline.settings import PIPELINE_OFF, PipelineSettings
-from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.comm.comm_streams import make_comm_streams
 from sps2_mega.config import CSAConfig
 from sps2_mega.parallel.groups import SINGLE, Group

@@ -9,11 +9,11 @@ import pytest
 import torch
 from harness import default_group, run_ranks
 
+from sps2_mega.attention.build import make_transport
 from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.pipeline.settings import PipelineSettings
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.attention.transports.base import make_transport
+from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.comm.comm_streams import make_comm_streams
 from sps2_mega.kernels.attention.reference import attend_run
 from sps2_mega.parallel.groups import SINGLE, Group
@@ -98,8 +98,8 @@ def errors_on_rank(rank, sp, transport):
             continue
         layout = build_layout(ranks(sp), ends, starts=starts, block_size=BLOCK, sp_size=sp)
         q, k, v = tensors(layout, *counts, dtype)
-        rule = SoftmaxParams(0.3, window=window)
-        expected = local(one_rank(layout, q, k, v, rule), layout.queries, rank)
+        softmax = SoftmaxParams(0.3, window=window)
+        expected = local(one_rank(layout, q, k, v, softmax), layout.queries, rank)
         mine = (
             local(q, layout.queries, rank),
             local(k, layout.keys, rank),
@@ -110,7 +110,7 @@ def errors_on_rank(rank, sp, transport):
             pipeline = Pipeline(make_comm_streams(CPU), back, settings=settings)
             attention = make_transport(transport, layout, group, CPU, pipeline)
             before = group.traffic.bytes_sent
-            outs = [attention.attend(layer, *mine, rule) for layer in range(2)]
+            outs = [attention.attend(layer, *mine, softmax) for layer in range(2)]
             sent = group.traffic.bytes_sent - before
             assert torch.equal(outs[0], outs[1])
             seconds = pipeline.take_seconds()
@@ -124,7 +124,7 @@ def errors_on_rank(rank, sp, transport):
     return results
 
 
-def one_rank(layout, q, k, v, rule):
+def one_rank(layout, q, k, v, softmax):
     """All queries in sequence order, by the reference."""
     outs = []
     queries, keys = layout.queries, layout.keys
@@ -135,9 +135,9 @@ def one_rank(layout, q, k, v, rule):
             q[q_at : q_at + last - first].float(),
             k[k_at : k_at + last].float(),
             v[k_at : k_at + last].float(),
-            scale=rule.scale,
+            scale=softmax.scale,
             q_start=first,
-            window=rule.window,
+            window=softmax.window,
         )
         outs.append(out)
     return torch.cat(outs)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from harness import free_port, run_ranks
 
+from sps2_mega.attention.build import make_transport
 from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.planner.exact import TRANSPORTS
 from sps2_mega.attention.planner.step_shape import step_shape
 from sps2_mega.attention.planner.traffic import bytes_moved
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.attention.transports.base import make_transport
+from sps2_mega.attention.transports.base import SoftmaxParams
 
 BLOCK, WIDTH = 4, 8
 # Blocks of each sequence by rank, its length, the tokens cached before.

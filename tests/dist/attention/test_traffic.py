@@ -9,11 +9,12 @@ import pytest
 import torch
 from harness import free_port, run_ranks
 
+from sps2_mega.attention.build import make_transport
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.levels.transport import HierarchicalTransport
-from sps2_mega.attention.softmax_params import SoftmaxParams
-from sps2_mega.attention.transports.base import make_transport
+from sps2_mega.attention.pipeline.executor import plain_pipeline
+from sps2_mega.attention.transports.base import SoftmaxParams
 
 TOKENS, BLOCK, HEADS, KV_HEADS, WIDTH, ITEM = 96, 8, 12, 6, 16, 4
 TAIL, SINKS, HALO, DEGREE = 8, 2, 4, 3
@@ -51,6 +52,7 @@ def bytes_on_rank(rank, port, sp, name):
             kv_heads=range(KV_HEADS),
             group=groups.sp,
             device=cpu,
+            pipeline=plain_pipeline(cpu),
         )
     else:
         transport = make_transport(name, layout, groups.sp, cpu)

@@ -13,7 +13,7 @@ from sps2_mega.attention.levels import transport as leveled
 from sps2_mega.attention.levels.exchanges import LEVEL_TRANSPORTS
 from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.pipeline.settings import PIPELINE_OFF, PipelineSettings
-from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.comm.comm_streams import make_comm_streams
 from sps2_mega.kernels.csa.reference import attend_csa
 

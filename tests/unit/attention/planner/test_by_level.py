@@ -10,9 +10,10 @@ from rank_threads import RankThreads
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.levels import transport as leveled
+from sps2_mega.attention.pipeline.executor import plain_pipeline
 from sps2_mega.attention.planner.by_level import CANDIDATES, choose_levels, visible_between
 from sps2_mega.attention.planner.exact import link_seconds
-from sps2_mega.attention.softmax_params import SoftmaxParams
+from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.parallel.machine import Link, Machine
 
 BLOCK, KV_HEADS = 4, range(2, 5)
@@ -187,6 +188,7 @@ def test_bytes_are_those_that_travel(names, monkeypatch):
             kv_heads=range(kv_heads),
             group=group,
             device=torch.device("cpu"),
+            pipeline=plain_pipeline(torch.device("cpu")),
         )
         q, k, v = (torch.randn(24, heads, 8) for heads in (8, kv_heads, kv_heads))
         return transport.attend(0, q, k, v, SoftmaxParams(1.0))
