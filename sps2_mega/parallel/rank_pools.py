@@ -1,10 +1,11 @@
-"""Which ranks prefill and which decode: the job's ranks cut into one or two sides, each with a
-shape of its own.
+"""Rank pools: the job's ranks as one pool, or as a prefill pool and a decode pool.
 
     tp=2 sp=2, no decode ranks      all      0 1 2 3
-    tp=1 sp=2, decode_ranks=4       prefill  0 1 | decode  2 3 4 5   (tp = decode_tp, sp = 4 / decode_tp)
+    tp=1 sp=2, decode_ranks=4       prefill  0 1 | decode  2 3 4 5   (tp = decode_tp,
+                                                                     sp = 4 / decode_tp)
 
-Decides counts only; groups within a side are `topology`'s, and nothing here looks at the machine.
+Each pool has its own degrees. This module decides counts only; `topology`
+forms the groups within a pool, and nothing here looks at the machine.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from sps2_mega.config import ParallelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.topology import check_degrees
 
-SideName = Literal["all", "prefill", "decode"]
+PoolName = Literal["all", "prefill", "decode"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPool:
     """Ranks [first, first + tp * sp) of the job, which form a world of their own."""
 
-    name: SideName
+    name: PoolName
     first: int
     tp: int
     sp: int
@@ -38,16 +39,15 @@ class RankPool:
         return range(self.first, self.first + self.size)
 
     def global_rank(self, *, tp_rank: int, sp_rank: int) -> int:
-        """The rank in the job of one of this side's ranks."""
+        """Rank in the job of one of this pool's ranks."""
         return self.first + tp_rank + self.tp * sp_rank
 
 
 def split_rank_pools(parallel: ParallelConfig, world_size: int) -> tuple[RankPool, ...]:
-    """One side of all ranks, or (prefill, decode).
+    """Split the job into one pool of all ranks, or into (prefill, decode).
 
     Raises:
-        ConfigError: the degrees contradict each other or the number of ranks; all of them are
-            named.
+        ConfigError: the degrees contradict each other or the number of ranks; all are named.
     """
     tp, sp, decode = parallel.tp, parallel.sp, parallel.decode_ranks
     if parallel.prefill_ranks is not None and parallel.prefill_ranks != tp * sp:
@@ -65,7 +65,7 @@ def split_rank_pools(parallel: ParallelConfig, world_size: int) -> tuple[RankPoo
     decode_tp = tp if parallel.decode_tp is None else parallel.decode_tp
     if decode < 0 or decode_tp < 1 or decode % decode_tp:
         raise ConfigError(
-            f"decode_ranks must be a multiple of the decode side's tp: decode_ranks={decode}, "
+            f"decode_ranks must be a multiple of the decode pool's tp: decode_ranks={decode}, "
             f"decode_tp={decode_tp}{' (from tp)' if parallel.decode_tp is None else ''}"
         )
     if tp * sp + decode != world_size:
@@ -80,6 +80,6 @@ def split_rank_pools(parallel: ParallelConfig, world_size: int) -> tuple[RankPoo
     )
 
 
-def rank_pool_of(sides: Sequence[RankPool], global_rank: int) -> RankPool:
-    """The side that a rank of the job belongs to."""
-    return next(side for side in sides if global_rank in side.global_ranks)
+def rank_pool_of(pools: Sequence[RankPool], global_rank: int) -> RankPool:
+    """Pool that a rank of the job belongs to."""
+    return next(pool for pool in pools if global_rank in pool.global_ranks)

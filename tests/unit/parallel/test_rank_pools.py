@@ -1,4 +1,4 @@
-"""How the ranks of a job are cut into sides, and what is said when they cannot be."""
+"""Split of a job's ranks into pools, and the errors for impossible splits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.rank_pools import rank_pool_of, split_rank_pools
 
 
-def test_without_decode_ranks_there_is_one_side():
-    (side,) = split_rank_pools(ParallelConfig(tp=2, sp=3), 6)
-    assert (side.name, side.tp, side.sp, list(side.global_ranks)) == ("all", 2, 3, list(range(6)))
+def test_without_decode_ranks_there_is_one_pool():
+    (pool,) = split_rank_pools(ParallelConfig(tp=2, sp=3), 6)
+    assert (pool.name, pool.tp, pool.sp, list(pool.global_ranks)) == ("all", 2, 3, list(range(6)))
 
 
 def test_the_last_ranks_decode_in_a_shape_of_their_own():
@@ -54,5 +54,5 @@ def test_what_does_not_add_up_is_named(parallel, world_size, text):
 
 
 def test_prefill_ranks_are_only_checked():
-    sides = split_rank_pools(ParallelConfig(sp=2, prefill_ranks=2, decode_ranks=1), 3)
-    assert sides == split_rank_pools(ParallelConfig(sp=2, decode_ranks=1), 3)
+    pools = split_rank_pools(ParallelConfig(sp=2, prefill_ranks=2, decode_ranks=1), 3)
+    assert pools == split_rank_pools(ParallelConfig(sp=2, decode_ranks=1), 3)
