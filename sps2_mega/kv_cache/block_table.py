@@ -1,11 +1,12 @@
-"""Where the tokens of one sequence are: an ordered list of (sp rank, block id), one per block.
+"""Block table of one sequence: an ordered list of (SP rank, block id), one per block.
 
-Decides nothing; `placement` chose the ranks and the allocators the ids. The scheduler and every
-rank keep the same table. Per-rank views are kept up to date as blocks come, so that nothing here
-costs a walk over the whole table in a decode step.
+`placement` chose the ranks and the allocators the ids. The scheduler
+and every rank keep the same table. Per-rank views are updated as blocks
+are appended, so that a decode step never walks over the whole table.
 
     block_size 4, 10 tokens, blocks 0 and 1 on rank 0, block 2 on rank 1:
-    position 9 -> rank 1, its block id, offset 1     local_runs(0) = [(0, 8)]   local_runs(1) = [(8, 10)]
+    position 9 -> rank 1, its block id, offset 1
+    local_runs(0) = [(0, 8)]   local_runs(1) = [(8, 10)]
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 
 class BlockTable:
-    """Block index i holds the token positions [i * block_size, (i + 1) * block_size)."""
+    """Ordered blocks; block i holds token positions [i * block_size, (i + 1) * block_size)."""
 
     __slots__ = ("_block_ids", "_local_blocks", "_local_runs", "_ranks", "block_size")
 
@@ -32,27 +33,27 @@ class BlockTable:
 
     @property
     def capacity(self) -> int:
-        """Tokens that the blocks of this table can hold."""
+        """Number of tokens that the blocks of this table can hold."""
         return len(self._block_ids) * self.block_size
 
     @property
     def last_rank(self) -> int:
-        """The sp rank of the last block."""
+        """SP rank of the last block."""
         assert self._ranks, "an empty block table has no last block"
         return self._ranks[-1]
 
     @property
     def ranks(self) -> Sequence[int]:
-        """The sp rank of each block: the table's own list, to read only."""
+        """SP rank of each block: the table's own list, read-only for callers."""
         return self._ranks
 
     @property
     def block_ids(self) -> Sequence[int]:
-        """The block id of each block on its rank: the table's own list, to read only."""
+        """Block id of each block on its rank: the table's own list, read-only for callers."""
         return self._block_ids
 
     def append(self, rank: int, block_id: int) -> None:
-        """Add the next block of the sequence."""
+        """Append the next block of the sequence."""
         index = len(self._block_ids)
         self._ranks.append(rank)
         self._block_ids.append(block_id)
@@ -69,7 +70,7 @@ class BlockTable:
             self.append(rank, block_id)
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """(sp rank, block id, offset in the block) of a token position."""
+        """(SP rank, block id, offset in the block) of a token position."""
         index, offset = divmod(position, self.block_size)
         assert 0 <= index < len(self._block_ids), (
             f"position {position} is outside the {self.capacity} tokens of this block table"
@@ -77,13 +78,14 @@ class BlockTable:
         return self._ranks[index], self._block_ids[index], offset
 
     def local_blocks(self, rank: int) -> Sequence[tuple[int, int]]:
-        """(block index, block id) of the blocks on `rank`, in token order: to read only, it grows
-        by append."""
+        """(block index, block id) of the blocks on `rank`, in token order.
+
+        The list is read-only for callers and grows with `append`.
+        """
         return self._local_blocks.get(rank, ())
 
     def local_runs(self, rank: int, num_tokens: int) -> list[tuple[int, int]]:
-        """Token positions [start, end) below `num_tokens` on `rank`, with neighbouring blocks
-        merged."""
+        """Token positions [start, end) below `num_tokens` on `rank`; adjacent blocks are merged."""
         assert 0 <= num_tokens <= self.capacity, (
             f"num_tokens ({num_tokens}) is not in [0, {self.capacity}], the tokens of this block "
             "table"
@@ -97,8 +99,10 @@ class BlockTable:
         return runs
 
     def num_local_tokens(self, rank: int, num_tokens: int) -> int:
-        """How many of the first `num_tokens` tokens are on `rank`; O(1) when they reach into the
-        last block."""
+        """Number of the first `num_tokens` tokens that are on `rank`.
+
+        O(1) if they reach into the last block.
+        """
         if self._ranks and self.capacity - self.block_size < num_tokens <= self.capacity:
             unused = self.capacity - num_tokens if self._ranks[-1] == rank else 0
             return len(self.local_blocks(rank)) * self.block_size - unused
