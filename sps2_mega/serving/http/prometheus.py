@@ -1,7 +1,7 @@
-"""Metrics for Prometheus: the names that dashboards of LLM servers know, under our prefix.
+"""Prometheus metrics, under the names that dashboards of LLM servers know, with our prefix.
 
-What the durations mean is defined in `sps2_mega.metrics`. A renamed metric breaks dashboards, so a
-test freezes the names.
+`sps2_mega.metrics` defines the durations. A renamed metric breaks
+dashboards, so a test freezes the names.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ class ServerMetrics:
         self._last: Any = None
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Metrics in the exposition format."""
         return generate_latest(self._registry)
 
     def engine_stats(self, stats: Any) -> None:
-        """Takes a snapshot of the engine; its token counts are cumulative."""
+        """Record a snapshot of the engine; its token counts are cumulative."""
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
@@ -144,5 +144,5 @@ class ServerMetrics:
         self._rejections.labels(self._model_name, reason).inc()
 
     def responded(self, path: str, status: int) -> None:
-        """`path` must be one of few: every value becomes a series."""
+        """Count an HTTP response; `path` must be one of few: every value becomes a series."""
         self._http.labels(self._model_name, path, str(status)).inc()
