@@ -1,9 +1,9 @@
 """Canonical form of a model's weights: the names and global shapes of its tensors.
 
-Names are those of megatron-core's GPTModel built from its local layer spec;
-tensors are whole (no TP, no PP) and vocabulary rows are not padded. Every
-file format is translated to this form and back. `sharding` cuts a tensor
-for one TP rank; each format's module knows the spelling in its files.
+Names are those of megatron-core's GPTModel built from its local layer spec; tensors
+are whole (no TP, no PP) and vocabulary rows are not padded. Every file format is
+translated to this form and back. `sharding` cuts a tensor for one TP rank; each
+format's module knows the spelling in its files.
 
     decoder.layers.{i}.self_attention.linear_qkv.weight
         [kv heads * (q per kv + 2) * head_dim, hidden]

@@ -1,7 +1,7 @@
 """End-of-text token ids of checkpoints that do not state them: Megatron stores no token ids.
 
-The files beside the tokenizer have them: generation_config.json, config.json, or the name of
-the end token in tokenizer_config.json, looked up among the added tokens of tokenizer.json.
+The files beside the tokenizer have them: generation_config.json, config.json, or the name of the
+end token in tokenizer_config.json, looked up among the added tokens of tokenizer.json.
 """
 
 from __future__ import annotations

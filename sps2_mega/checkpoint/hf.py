@@ -1,8 +1,8 @@
 """Reader of Hugging Face safetensors folders, sharded or not, one tensor at a time.
 
-Files are memory-mapped: opening reads headers, `read` touches the pages of one
-canonical tensor. `hf_layout` maps file tensors to canonical ones. Names may have
-the usual prefix (`model.`, `transformer.`) or none, as in saved base models.
+Files are memory-mapped: opening reads headers, `read` touches the pages of one canonical tensor.
+`hf_layout` maps file tensors to canonical ones. Names may have the usual prefix (`model.`,
+`transformer.`) or none, as in saved base models.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class HuggingFaceSource:
                 transposed = recipe.how in ("transpose", "qkv_columns")
                 shapes[name] = actual[::-1] if transposed else actual
             elif all(found.get(part) == shape for part, shape in self._wanted(name)):
-                # Parts of a joined tensor must fit one by one:
-                # wrong ones can add up to the right total.
+                # Parts of a joined tensor must fit one by one: wrong ones
+                # can add up to the right total.
                 rows = sum(found.pop(part)[0] for part in recipe.parts)
                 shapes[name] = (rows, *recipe.shapes[0][1:])
         return shapes | {self._names[bare]: shape for bare, shape in found.items()}

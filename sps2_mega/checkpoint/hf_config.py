@@ -24,8 +24,8 @@ ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    # Defaults of each family's transformers class for
-    # fields absent from config.json (None: see the code).
+    # Defaults of each family's transformers class for fields absent
+    # from config.json (None: see the code).
     "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},

@@ -1,7 +1,7 @@
 """Hugging Face's spelling of the canonical weights: a table per architecture, for both directions.
 
-A `Recipe` says which file tensors form one canonical tensor and how. The same recipe joins them
-for reading and splits them for writing. Reader and writer add prefixes (`model.`, `transformer.`).
+A `Recipe` says which file tensors form one canonical tensor and how. The same recipe joins them for
+reading and splits them for writing. Reader and writer add prefixes (`model.`, `transformer.`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Recipe:
     """File tensors of one canonical tensor: their names without prefix and their shapes.
 
     copy: unchanged. qkv: q, k, v joined per query group. gate_up: stacked.
-    transpose: the file has [in, out]. qkv_columns: GPT-2's single tensor
-    [in, 3 * hidden] (or [3 * hidden]), q, k and v as its columns.
+    transpose: the file has [in, out]. qkv_columns: GPT-2's single tensor [in, 3 *
+    hidden] (or [3 * hidden]), q, k and v as its columns.
     """
 
     how: How

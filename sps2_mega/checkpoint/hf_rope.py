@@ -1,8 +1,8 @@
 """Rotary embedding fields of a Hugging Face config.json <-> RopeConfig.
 
 Old files have `rope_theta` and `rope_scaling` ({"type" or "rope_type": ..}); new ones
-`rope_parameters`. Types whose frequencies depend on the length of the input (dynamic,
-longrope) are refused: they would make keys in the cache depend on later tokens.
+`rope_parameters`. Types whose frequencies depend on the length of the input (dynamic, longrope) are
+refused: they would make keys in the cache depend on later tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Check that a source holds exactly the model, with all problems in one error.
 
-Missing, left-over and wrongly shaped names are problems. Vocabulary rows are
-the one tolerance: a file may have more (Megatron pads them), never fewer.
+Missing, left-over and wrongly shaped names are problems. Vocabulary rows are the one tolerance: a
+file may have more (Megatron pads them), never fewer.
 """
 
 from __future__ import annotations

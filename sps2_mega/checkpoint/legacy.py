@@ -1,8 +1,8 @@
 """Reader of Megatron's older checkpoints, one file per rank: mp_rank_TT[_PPP]/model_optim_rng.pt.
 
-Each file holds one TP shard of one pipeline stage, with layers
-numbered from 0 within the stage. Files are memory-mapped, so optimizer
-state in them costs nothing; `read` merges the TP shards of one tensor.
+Each file holds one TP shard of one pipeline stage, with layers numbered from 0
+within the stage. Files are memory-mapped, so optimizer state in them costs nothing;
+`read` merges the TP shards of one tensor.
 """
 
 from __future__ import annotations

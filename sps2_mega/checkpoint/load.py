@@ -1,7 +1,7 @@
 """Load of a source's weights into the parameters of one TP rank: read one tensor, cut, copy, drop.
 
-Peak memory above the parameters is one canonical tensor. Names and shapes are compared first,
-so a wrong checkpoint fails before any data is read. `sharding` decides a rank's slice.
+Peak memory above the parameters is one canonical tensor. Names and shapes are compared first, so a
+wrong checkpoint fails before any data is read. `sharding` decides a rank's slice.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Arguments stored with Megatron checkpoints <-> ModelConfig.
 
 Megatron describes an architecture by switches. Switches that the runtime cannot
-reproduce are refused with name and value; an absent switch (older Megatron) has
-the value that Megatron gave it then. Checkpoints written here carry the whole
-ModelConfig beside the switches, which cannot express all of it.
+reproduce are refused with name and value; an absent switch (older Megatron) has the
+value that Megatron gave it then. Checkpoints written here carry the whole ModelConfig
+beside the switches, which cannot express all of it.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def saved_layout(args: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _family(fields: Mapping[str, Any]) -> str:
-    # The family only decides the spelling of weights for
-    # Hugging Face; the numbers follow from the fields.
+    # The family only decides the spelling of weights for Hugging Face;
+    # the numbers follow from the fields.
     if fields["rope"] is None:
         return "gpt2"
     if fields["qk_norm"]:

@@ -1,8 +1,8 @@
 """Facts about the run that wrote a Megatron checkpoint: architecture, iteration, parallel layout.
 
 Megatron-LM keeps its arguments in common.pt; Megatron Bridge writes
-run_config.yaml, whose `model` section uses megatron-core's names. Both
-become the same mapping of arguments, which `megatron_args` reads.
+run_config.yaml, whose `model` section uses megatron-core's names. Both become the
+same mapping of arguments, which `megatron_args` reads.
 """
 
 from __future__ import annotations

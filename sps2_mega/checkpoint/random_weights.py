@@ -1,8 +1,8 @@
 """Random weights, for measuring a machine with a model whose checkpoint is not on it.
 
-Values are made on the parameters' device, so a large model starts within
-seconds. The model's text is noise; its speed and memory are those of
-real weights (zeros would not do: matrix units run faster on them).
+Values are made on the parameters' device, so a large model starts within seconds.
+The model's text is noise; its speed and memory are those of real weights (zeros
+would not do: matrix units run faster on them).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def fill_random(
 ) -> None:
     """Fill `parameters` (canonical names, this TP rank's shapes, any dtype and device).
 
-    Norms are 1, biases 0, the rest normally distributed. Tensors
-    that every TP rank holds whole are the same on all of them.
+    Norms are 1, biases 0, the rest normally distributed. Tensors that every TP rank
+    holds whole are the same on all of them.
 
     Raises:
         ConfigError: `config` cannot be cut into `tp` ranks.

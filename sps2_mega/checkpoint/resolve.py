@@ -1,7 +1,7 @@
 """Resolution of a model's name or folder to its configuration, weights and tokenizer.
 
-A name is a folder (Hugging Face or Megatron) or, if no such folder exists, a file
-of model_configs/. Nothing is downloaded. `source` decides the format of a folder.
+A name is a folder (Hugging Face or Megatron) or, if no such folder exists, a file of
+model_configs/. Nothing is downloaded. `source` decides the format of a folder.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 class ResolvedModel:
     """Configuration and folders of a model; `path` is the folder of its weights.
 
-    `tokenizer` is None if none was found (prompts are then token ids).
-    Without a suggestion the degrees of parallelism are 1 and `csa` is None.
+    `tokenizer` is None if none was found (prompts are then token ids). Without a suggestion the
+    degrees of parallelism are 1 and `csa` is None.
     """
 
     name: str
@@ -41,8 +41,8 @@ def resolve_model(
 ) -> ResolvedModel:
     """Resolve a name or folder; `tokenizer` is a folder that replaces the model's own.
 
-    Without `needs_weights` a folder with only a config.json is enough,
-    or a name whose weights are elsewhere: `path` must then not be read.
+    Without `needs_weights` a folder with only a config.json is enough, or a name whose
+    weights are elsewhere: `path` must then not be read.
 
     Raises:
         ConfigError: no such folder or name, weights not on this machine, or a model that cannot be

@@ -6,9 +6,9 @@
     embeddings, output    by rows, after zero rows up to a multiple of 128 * tp
     norms, positions      on every rank
 
-With fewer KV heads than TP ranks, tp / num_kv_heads ranks hold each
-KV head: the model is then built with `num_query_groups(config, tp)`
-= tp groups, and group g has KV head g * num_kv_heads // tp.
+With fewer KV heads than TP ranks, tp / num_kv_heads ranks hold each KV head:
+the model is then built with `num_query_groups(config, tp)` = tp groups, and
+group g has KV head g * num_kv_heads // tp.
 """
 
 from __future__ import annotations

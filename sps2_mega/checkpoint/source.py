@@ -4,8 +4,8 @@
     Megatron torch_dist      iter_*/{metadata.json,.metadata,*.distcp}       `torch_dist`
     Megatron legacy          iter_*/mp_rank_XX[_YYY]/model_optim_rng.pt      `legacy`
 
-Opening a source reads headers only. This file chooses the
-reader of a folder; `inventory` decides what must be in it.
+Opening a source reads headers only. This file chooses the reader of a folder;
+`inventory` decides what must be in it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 class WeightSource(Protocol):
     """One checkpoint, as canonical tensors.
 
-    `saved_layout` is the writer's (tp, pp) if the format records it. `dtype`
-    is the stored one (`bfloat16`, ..). `shapes()` maps canonical names to the
-    shapes found, and includes, under their own names, tensors of the file
-    that are not part of the model. `origin(name)` is the name in the file.
+    `saved_layout` is the writer's (tp, pp) if the format records it. `dtype` is the
+    stored one (`bfloat16`, ..). `shapes()` maps canonical names to the shapes found,
+    and includes, under their own names, tensors of the file that are not part of the
+    model. `origin(name)` is the name in the file.
     """
 
     path: Path

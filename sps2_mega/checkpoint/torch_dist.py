@@ -1,10 +1,10 @@
 """Reader of Megatron's distributed checkpoints (`torch_dist`), written at any TP x PP.
 
-It does not need Megatron. `.metadata` gives for every tensor its global size and, for every
-stored piece, its offset in the tensor and its bytes in a `.distcp` file. Layers are stacked:
-`decoder.layers.mlp.linear_fc2.weight` is [L, ..], stored in pieces of one layer and one TP
-rank; checkpoints with numbered layers are read as well. `read` loads only the pieces that
-overlap the wanted layer. Optimizer state, random states and `_extra_state` are never touched.
+It does not need Megatron. `.metadata` gives for every tensor its global size and, for every stored
+piece, its offset in the tensor and its bytes in a `.distcp` file. Layers are stacked:
+`decoder.layers.mlp.linear_fc2.weight` is [L, ..], stored in pieces of one layer and one TP rank;
+checkpoints with numbered layers are read as well. `read` loads only the pieces that overlap the
+wanted layer. Optimizer state, random states and `_extra_state` are never touched.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Writer of `torch_dist` checkpoints for megatron-core, with one tensor in memory at a time.
 
-torch's own `save` needs the whole state dict at once; the format itself does not: a `.distcp`
-file is the concatenation of stored tensors, and `.metadata` maps pieces to bytes. Layers
-become pieces of one stacked tensor, as Megatron writes them. Single process, no process group.
+torch's own `save` needs the whole state dict at once; the format itself does not: a `.distcp` file
+is the concatenation of stored tensors, and `.metadata` maps pieces to bytes. Layers become pieces
+of one stacked tensor, as Megatron writes them. Single process, no process group.
 """
 
 from __future__ import annotations

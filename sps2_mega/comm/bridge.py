@@ -1,7 +1,7 @@
 """Point-to-point channels between any two ranks of a job, across its rank pools.
 
-The bridge is a gloo group over all ranks of the job, beside torch's default group, which each
-pool has for itself. It carries CPU tensors; senders and receivers stage data of other devices.
+The bridge is a gloo group over all ranks of the job, beside torch's default group, which each pool
+has for itself. It carries CPU tensors; senders and receivers stage data of other devices.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Bridge:
         self._meet("silent")
         for channel in self._channels:
             channel.finish((self.rank + 1) % self.world_size)
-        # The first rank to leave breaks connections, which a rank
-        # that still waits for its last message would notice.
+        # The first rank to leave breaks connections, which a rank that still
+        # waits for its last message would notice.
         self._meet("closed")
         self._group = None
 

@@ -1,8 +1,8 @@
 """Ordered messages between any two ranks; receivers need not expect them.
 
-A message is a header of four integers and a payload of bytes. Each rank
-has two threads per channel: one receives from all ranks and delivers,
-one sends. Neither end of a conversation waits for the other's steps.
+A message is a header of four integers and a payload of bytes. Each rank has two
+threads per channel: one receives from all ranks and delivers, one sends. Neither end
+of a conversation waits for the other's steps.
 
     post([Message(dst, kind, detail, payload), ..])    one batch; its messages are sent concurrently
     on_message(src, kind, detail, payload)             in the receiving thread, one after another
@@ -40,8 +40,8 @@ class PointToPoint(Protocol):
 class Message:
     """A message to rank `dst`.
 
-    Sender and receiver agree on the meaning of `kind` (>= 0) and `detail`. `payload`
-    is a contiguous CPU tensor of bytes, which must not change until it is sent.
+    Sender and receiver agree on the meaning of `kind` (>= 0) and `detail`. `payload` is a
+    contiguous CPU tensor of bytes, which must not change until it is sent.
     """
 
     dst: int
@@ -73,9 +73,9 @@ class Channel:
     ) -> None:
         """Start the two threads of the channel, which run both callbacks.
 
-        `on_message` is called with (sender, kind, detail, payload),
-        `on_error` with the exception that ended a thread. With
-        `max_batches` > 0, `post` blocks while that many batches are unsent.
+        `on_message` is called with (sender, kind, detail, payload), `on_error`
+        with the exception that ended a thread. With `max_batches` > 0, `post`
+        blocks while that many batches are unsent.
         """
         self._group, self._header_tag, self._payload_tag = group, 2 * number, 2 * number + 1
         self._on_message, self._on_error = on_message, on_error
@@ -98,8 +98,8 @@ class Channel:
     def finish(self, neighbour: int) -> None:
         """End both threads, on all ranks together and after the last message.
 
-        Each rank releases the receiving thread of another
-        one; the neighbours form a permutation of ranks.
+        Each rank releases the receiving thread of another one; the
+        neighbours form a permutation of ranks.
         """
         self.post([Message(neighbour, _CLOSE)])
         self._queue.put(None)

@@ -1,8 +1,8 @@
 """Common clock of the ranks: the offset from `time.perf_counter()` to rank 0's start.
 
-As in NTP, a rank sends a request and rank 0 replies with its time, which
-is taken as the time at the middle of the round trip. The shortest of
-several round trips is the most accurate; half of it bounds the error.
+As in NTP, a rank sends a request and rank 0 replies with its time, which is taken as
+the time at the middle of the round trip. The shortest of several round trips is the
+most accurate; half of it bounds the error.
 """
 
 from __future__ import annotations

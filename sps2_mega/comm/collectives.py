@@ -1,8 +1,8 @@
 """The runtime's collectives, on tensors whose row counts may differ between ranks (zero included).
 
-Groups are arguments; for a group of one rank each collective is a local no-op with the
-same return shape. The plan gives the row counts of all ranks, so no sizes are exchanged.
-Bytes of model data that a rank sends are counted on its group (`Group.traffic`).
+Groups are arguments; for a group of one rank each collective is a local no-op with the same return
+shape. The plan gives the row counts of all ranks, so no sizes are exchanged. Bytes of model data
+that a rank sends are counted on its group (`Group.traffic`).
 """
 
 from __future__ import annotations

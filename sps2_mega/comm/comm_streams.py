@@ -5,10 +5,10 @@
     ... compute ...
     stream.land(in_flight)                    # received data can be read from here on
 
-On CPU, gloo's threads move the bytes; packing happens in `launch`, unpacking in `land`. On
-CUDA everything runs on a side stream, and `land` makes the computing stream wait for an
-event; the program itself never waits. Tensors that an exchange touches must stay referenced
-until all exchanges of their layer have landed, so that streams never reuse memory too early.
+On CPU, gloo's threads move the bytes; packing happens in `launch`, unpacking in `land`. On CUDA
+everything runs on a side stream, and `land` makes the computing stream wait for an event; the
+program itself never waits. Tensors that an exchange touches must stay referenced until all
+exchanges of their layer have landed, so that streams never reuse memory too early.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class CpuCommStream:
 class CudaClock:
     """Event times relative to one moment at which both clocks were read.
 
-    Distances of events are float32 milliseconds: an hour after that
-    moment they would be accurate to 0.2 ms only, hence `restart`.
+    Distances of events are float32 milliseconds: an hour after that moment they would
+    be accurate to 0.2 ms only, hence `restart`.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Last message and exit of a failing process: one message per node, then `os._exit`.
 
-Nothing here may wait for a lock that the main thread could hold (it may be inside a collective
-or a blocked write), so messages bypass `sys.stderr` and the process ends by `os._exit`.
+Nothing here may wait for a lock that the main thread could hold (it may be inside a collective or a
+blocked write), so messages bypass `sys.stderr` and the process ends by `os._exit`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sps2_mega.comm.process_facts import start_ticks
 from sps2_mega.comm.root_cause import Member
 
 FLUSH_S = 0.3
-# Ranks of a node learn of a root cause within milliseconds
-# of each other; the speaker's claim must outlast that.
+# Ranks of a node learn of a root cause within milliseconds of each other;
+# the speaker's claim must outlast that.
 CLAIM_HELD_S = 0.6
 # For all listeners together; they run while the claim is held anyway.
 LISTENERS_S = 0.8

@@ -3,10 +3,10 @@
     with guard(from_environment()):
         main()
 
-An uncaught exception or a non-zero exit ends all ranks, as do SIGTERM, SIGINT and the
-end of the launcher, even while the main thread is inside a collective. The guard finds
-the process's `Watchdog` by itself and tells the other ranks through it, with one
-message per node; before there is one, only the ranks of this node agree on who speaks.
+An uncaught exception or a non-zero exit ends all ranks, as do SIGTERM, SIGINT and the end of the
+launcher, even while the main thread is inside a collective. The guard finds the process's
+`Watchdog` by itself and tells the other ranks through it, with one message per node; before there
+is one, only the ranks of this node agree on who speaks.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sps2_mega.parallel.launcher import LaunchInfo
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.5  # between looks at the launcher; signals are seen at once
-# Launchers forward a signal that the terminal or a
-# cluster's agent has already sent to every process.
+# Launchers forward a signal that the terminal or a cluster's agent
+# has already sent to every process.
 ECHO_S = 1.0
 # Called with the reason to stop; returns the seconds that the program needs to end by itself.
 StopHandler = Callable[[str], float]
@@ -42,13 +42,13 @@ StopHandler = Callable[[str], float]
 def guard(info: LaunchInfo, *, on_stop: StopHandler | None = None) -> Iterator[None]:
     """End the whole job when the body fails; leaving it normally closes the watchdog.
 
-    Enter it in the main thread. A signal, or the loss of the launcher, ends the
-    job at once; with `on_stop`, which another thread calls, it ends the job after
-    the seconds that `on_stop` returns. A second signal does not wait for them.
+    Enter it in the main thread. A signal, or the loss of the launcher, ends the job at once; with
+    `on_stop`, which another thread calls, it ends the job after the seconds that `on_stop`
+    returns. A second signal does not wait for them.
 
-    After a failure the context manager does not return: the process ends by
-    `os._exit`, since threads and destructors of a broken job may wait for ever. Exit
-    codes: 1 for an exception, 128 + n for signal n, else the argument of `sys.exit`.
+    After a failure the context manager does not return: the process ends by `os._exit`, since
+    threads and destructors of a broken job may wait for ever. Exit codes: 1 for an exception, 128 +
+    n for signal n, else the argument of `sys.exit`.
     """
     with _ending_by_signal_or_orphaned(info, on_stop or _at_once):
         try:
@@ -95,8 +95,8 @@ def _stop(info: LaunchInfo, cause: str, exit_code: int) -> NoReturn:
 def _speak_once_per_node_and_leave(info: LaunchInfo, text: str, exit_code: int) -> NoReturn:
     """Write the message once per node: all ranks often fail for one reason, as a missing file."""
     since = time.monotonic()
-    # The ranks of a node are children of one launcher
-    # process; otherwise they do not know each other.
+    # The ranks of a node are children of one launcher process;
+    # otherwise they do not know each other.
     name = f"{info.master_addr}:{info.master_port}-{os.getppid()}-{info.node_rank}"
     if info.world_size == 1:
         crash_report.write_error(text)
@@ -112,8 +112,8 @@ def _speak_once_per_node_and_leave(info: LaunchInfo, text: str, exit_code: int) 
 def _ending_by_signal_or_orphaned(info: LaunchInfo, on_stop: StopHandler) -> Iterator[None]:
     """Handle signals in a thread, since Python's handlers run in the main thread.
 
-    The main thread may be in a collective. The C handler writes the
-    signal's number to a socket at once, and the thread reads it there.
+    The main thread may be in a collective. The C handler writes the signal's number to a
+    socket at once, and the thread reads it there.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -4,9 +4,9 @@
     ... compute ...
     messages.wait()
 
-Receives are posted before sends. A gloo all-to-all does not do that: two ranks that exchange
-one large message each over a slow link need up to twice the link's time with it, and the link's
-time here. Messages between two ranks of a group match in the order in which they were posted.
+Receives are posted before sends. A gloo all-to-all does not do that: two ranks that exchange one
+large message each over a slow link need up to twice the link's time with it, and the link's time
+here. Messages between two ranks of a group match in the order in which they were posted.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     deepspeed (runner) -> deepspeed.launcher.launch -> rank        torchrun (agent) -> rank
 
-The kernel signals a rank whose parent dies. A deepspeed runner that dies
-orphans `launch` and with it all ranks, so there the grandparent is watched
-too. This module only decides whether the chain is broken; `guard` acts on it.
+The kernel signals a rank whose parent dies. A deepspeed runner that dies orphans `launch`
+and with it all ranks, so there the grandparent is watched too. This module only decides
+whether the chain is broken; `guard` acts on it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PR_SET_PDEATHSIG = 1
 class LauncherChain:
     """The launcher processes above this rank, as they were when it started.
 
-    Nothing is watched unless a launcher started the rank
-    as its child: a background job may outlive its shell.
+    Nothing is watched unless a launcher started the rank as its child: a
+    background job may outlive its shell.
     """
 
     def __init__(self, info: LaunchInfo) -> None:
@@ -33,8 +33,8 @@ class LauncherChain:
             self._parent = os.getppid()
         if self._parent is not None and info.launcher == "deepspeed":
             grandparent = parent_of(self._parent)
-            # `launch` may also have been started by hand
-            # or over ssh; its parent then means nothing.
+            # `launch` may also have been started by hand or over ssh;
+            # its parent then means nothing.
             if grandparent is not None and _is_deepspeed_runner(grandparent):
                 self._runner = grandparent
 

@@ -1,8 +1,8 @@
 """Measurement of each SP level's links: latency of a small exchange, bandwidth of a larger one.
 
-All groups of a level exchange at the same time, as they do in prefill, so
-that links shared by several ranks are shared here too. Messages grow until
-one takes long enough to be timed, so a slow link needs only the first few.
+All groups of a level exchange at the same time, as they do in prefill, so that links
+shared by several ranks are shared here too. Messages grow until one takes long enough to
+be timed, so a slow link needs only the first few.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def measure_links(
 ) -> tuple[Link, ...]:
     """Measure one link per level: the slowest that any rank saw.
 
-    All ranks call it and get the same links. `control` is the CPU group of all
-    ranks. A level of one rank has no link: zero latency and infinite bandwidth.
+    All ranks call it and get the same links. `control` is the CPU group of all ranks. A level of
+    one rank has no link: zero latency and infinite bandwidth.
     """
     return tuple(_measure(group, control, device) for group in levels)
 

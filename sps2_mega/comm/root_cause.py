@@ -1,8 +1,8 @@
 """Root cause of a job's end, derived from the evidence of its ranks. Pure: no sockets, no clocks.
 
-When a rank dies, the others see their collectives break and the launcher
-signals every rank, so evidence arrives in several forms at once. `Kind` orders
-them by distance from the root cause; `find_root_cause` keeps the nearest.
+When a rank dies, the others see their collectives break and the launcher signals every
+rank, so evidence arrives in several forms at once. `Kind` orders them by distance from the
+root cause; `find_root_cause` keeps the nearest.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Kind(enum.IntEnum):
 class Member:
     """Process of a rank.
 
-    `start_ticks` tells it from a later process with the same pid; `node_label`
-    is for messages. Two members are on one node iff their `node` is equal.
+    `start_ticks` tells it from a later process with the same pid; `node_label` is for messages. Two
+    members are on one node iff their `node` is equal.
     """
 
     rank: int
@@ -117,8 +117,8 @@ def kind_of(exception: BaseException) -> Kind:
 def cause_of(exception: BaseException, limit: int | None = 500) -> str:
     """Format an exception as `Type: message`.
 
-    With a `limit` the text is the message's first line,
-    shortened to `limit` characters; without one, all of it.
+    With a `limit` the text is the message's first line, shortened to
+    `limit` characters; without one, all of it.
     """
     message = str(exception).strip()
     name = type(exception).__name__

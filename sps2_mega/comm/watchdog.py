@@ -1,9 +1,9 @@
 """Watchdog that ends the whole job, on all nodes, when a rank dies, hangs or raises.
 
 Launchers stop at best the ranks of their own node. Here every rank, including rank 0, keeps a
-connection to a hub in rank 0 (`watchdog_hub`). A daemon thread sends heartbeats and carries
-out the hub's decision, even while the main thread is inside a collective, so that all ranks
-end for one reason. If rank 0 itself is lost, each rank decides alone, from the same fact.
+connection to a hub in rank 0 (`watchdog_hub`). A daemon thread sends heartbeats and carries out the
+hub's decision, even while the main thread is inside a collective, so that all ranks end for one
+reason. If rank 0 itself is lost, each rank decides alone, from the same fact.
 
     watchdog = Watchdog.start(info, publish=..., lookup=..., step_timeout=600)
     watchdog.wait_for_work()      # started; idle time from here on belongs to no step
@@ -45,12 +45,12 @@ from sps2_mega.comm.watchdog_wire import LineSocket
 from sps2_mega.parallel.launcher import LaunchInfo
 
 FAREWELL_S = 2.0
-# Between two steps of a busy engine a rank still counts as in the
-# step it just ended, which best tells where it was when it died.
+# Between two steps of a busy engine a rank still counts as in the step it just ended,
+# which best tells where it was when it died.
 WAITING_AFTER_S = 1.0
 ANSWER_S = 2.5  # for the hub to answer evidence, including its longest window
-# Signals and uncaught exceptions concern the process
-# and not an object, so `guard` finds watchdogs here.
+# Signals and uncaught exceptions concern the process and not an
+# object, so `guard` finds watchdogs here.
 _active: set[Watchdog] = set()
 
 
@@ -215,8 +215,8 @@ class Watchdog:
     def _watch(self) -> None:
         """Loop of the daemon thread.
 
-        It sends heartbeats, reports an overdue step, carries
-        out the hub's decision and notices the loss of the hub.
+        It sends heartbeats, reports an overdue step, carries out the hub's
+        decision and notices the loss of the hub.
         """
         poller = select.poll()
         poller.register(self._link, select.POLLIN)

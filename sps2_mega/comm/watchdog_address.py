@@ -1,8 +1,8 @@
 """Address of the watchdog's hub, and the connection of other ranks to it.
 
-The hub listens on a free port of the interface of MASTER_ADDR,
-which every rank can reach by definition. The address passes through
-the job's own store as text, with a secret that keeps strangers out.
+The hub listens on a free port of the interface of MASTER_ADDR, which every
+rank can reach by definition. The address passes through the job's own store as
+text, with a secret that keeps strangers out.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _bind(info: LaunchInfo) -> socket.socket:
         raise RankFailure(f"cannot resolve MASTER_ADDR {info.master_addr!r}: {error}") from error
     family, address = found[0], found[4][0]
     everywhere = "::" if family == socket.AF_INET6 else "0.0.0.0"
-    # A host often resolves its own name to 127.0.1.1, which other nodes could not reach;
-    # and behind address translation MASTER_ADDR is no interface of this host at all.
+    # A host often resolves its own name to 127.0.1.1, which other nodes could not reach; and behind
+    # address translation MASTER_ADDR is no interface of this host at all.
     several_nodes = info.local_world_size < info.world_size
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     choices = [everywhere] if several_nodes and loopback else [address, everywhere]

@@ -4,9 +4,9 @@
     rank 1 --TCP----------+--> Hub: closed without goodbye -> DIED      no heartbeat -> HUNG
     rank 2 --TCP----------+         evidence sent by a rank -> as it says
 
-The first evidence opens a short window for more, since effects may be
-heard before their cause. Then `find_root_cause` decides and the hub sends
-the decision to every rank. Rank 0 itself is a connection like any other.
+The first evidence opens a short window for more, since effects may be heard before
+their cause. Then `find_root_cause` decides and the hub sends the decision to every
+rank. Rank 0 itself is a connection like any other.
 """
 
 from __future__ import annotations
@@ -34,11 +34,8 @@ NOT_CONNECTED = Place(None, "start-up")
 class Limits:
     """Limits in seconds.
 
-    interval: between heartbeats.
-    heartbeat: of silence, until a rank counts as hung.
-    step: until a step is overdue.
-    start: for all ranks to connect.
-    close: for all ranks to finish after rank 0.
+    interval: between heartbeats. heartbeat: of silence, until a rank counts as hung. step: until a
+    step is overdue. start: for all ranks to connect. close: for all ranks to finish after rank 0.
     """
 
     interval: float
@@ -205,8 +202,8 @@ class Hub:
     def _blame_the_silent(self, now: float) -> None:
         """Blame ranks that stand still for an overdue step or a lost peer.
 
-        Both are often the effect of a rank that stands
-        still, and that rank would not end by itself.
+        Both are often the effect of a rank that stands still, and
+        that rank would not end by itself.
         """
         if min(evidence.kind for evidence in self._evidence) not in (Kind.OVERDUE, Kind.LOST_PEER):
             return
@@ -218,8 +215,8 @@ class Hub:
     def _blame(self, peer: _Peer, kind: Kind, cause: str) -> None:
         """Add evidence against a peer, at its last place or at rank 0's if that is further.
 
-        Ranks step together, so rank 0's current place
-        tells more than a heartbeat up to a second old.
+        Ranks step together, so rank 0's current place tells more than
+        a heartbeat up to a second old.
         """
         assert peer.member is not None
         place, now = peer.place, self._place_now()

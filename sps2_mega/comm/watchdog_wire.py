@@ -41,8 +41,8 @@ class LineSocket:
     def send(self, kind: str, **content: Any) -> bool:
         """Send one message; False if the peer is gone or does not read.
 
-        Messages are too few and small to fill a buffer otherwise. The
-        caller learns the reason from `receive` or from missing heartbeats.
+        Messages are too few and small to fill a buffer otherwise. The caller learns the
+        reason from `receive` or from missing heartbeats.
         """
         data = json.dumps({"kind": kind, **content}).encode() + b"\n"
         with self._send_lock:

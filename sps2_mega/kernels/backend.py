@@ -1,7 +1,7 @@
 """Choice of a kernel's form: Triton, or torch's own operations.
 
-Each `kernels/*/dispatch.py` calls `choose` once per call; its docstring says what the
-operation gains from Triton. Triton is optional: without it everything runs on torch.
+Each `kernels/*/dispatch.py` calls `choose` once per call; its docstring says what the operation
+gains from Triton. Triton is optional: without it everything runs on torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Copies of small lists of numbers to the device, without waiting for its current work.
 
-A plain copy from pageable memory to a CUDA device waits until all launched
-work is done: after a forward pass that is the whole step. A copy from pinned
-memory is queued in the stream; torch keeps the memory until the copy is done.
+A plain copy from pageable memory to a CUDA device waits until all launched work is done:
+after a forward pass that is the whole step. A copy from pinned memory is queued in the
+stream; torch keeps the memory until the copy is done.
 """
 
 from __future__ import annotations

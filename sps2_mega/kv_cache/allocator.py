@@ -1,8 +1,8 @@
 """Free and used KV cache blocks of one SP rank, with a holder count for each used block.
 
-The allocator does not choose the rank or the sequence of a block (see `placement` and
-`ledger`) or the blocks worth keeping (`prefix_cache`), and touches no tensor. Ids are
-handed out lowest first, so that long prompts tend to get neighbouring blocks.
+The allocator does not choose the rank or the sequence of a block (see `placement` and `ledger`) or
+the blocks worth keeping (`prefix_cache`), and touches no tensor. Ids are handed out lowest first,
+so that long prompts tend to get neighbouring blocks.
 
     empty --allocate--> held --free--> empty
                          | keep: later requests may find its content
@@ -21,8 +21,8 @@ _BULK = 64  # from here on one sort is cheaper than a heap operation per block
 class BlockAllocator:
     """Allocator whose blocks are each empty, held at least once, or evictable; `num_blocks` in all.
 
-    Callers check first: running out is an expected outcome, but allocating regardless is a bug
-    and stops the program with an AssertionError, as do double frees and ids that do not exist.
+    Callers check first: running out is an expected outcome, but allocating regardless is a bug and
+    stops the program with an AssertionError, as do double frees and ids that do not exist.
     """
 
     __slots__ = ("_empty", "_evictable", "_kept", "_ref_counts", "num_blocks")
@@ -33,8 +33,8 @@ class BlockAllocator:
         self._empty = list(range(num_blocks))  # a heap; an ascending list is one
         self._ref_counts = [0] * num_blocks
         self._kept: set[int] = set()
-        # Least recently used first. A plain dict would walk
-        # over its deleted entries to find the first one.
+        # Least recently used first. A plain dict would walk over its
+        # deleted entries to find the first one.
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -83,8 +83,8 @@ class BlockAllocator:
     def free(self, block_ids: Sequence[int]) -> None:
         """Remove one holder from each block.
 
-        A block without holders can be allocated again, a kept one only after `forget`.
-        Kept blocks that lose their last holder become evictable in the given order.
+        A block without holders can be allocated again, a kept one only after `forget`. Kept blocks
+        that lose their last holder become evictable in the given order.
         """
         released = []
         for block_id in block_ids:

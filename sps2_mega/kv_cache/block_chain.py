@@ -1,9 +1,9 @@
 """Content names of token blocks: a chain of digests over a block and everything before it.
 
-The digest of block i covers the attention settings, the tokens of block i and the digest
-of block i-1, so equal digests mean equal keys and values. With SHA-256, tokens need no
-comparison: two texts with one digest cannot be constructed, so no request can read another
-text's cache. A long prompt is digested once per request, whatever the cache holds.
+The digest of block i covers the attention settings, the tokens of block i and the digest of block
+i-1, so equal digests mean equal keys and values. With SHA-256, tokens need no comparison: two texts
+with one digest cannot be constructed, so no request can read another text's cache. A long prompt is
+digested once per request, whatever the cache holds.
 
     root = H(settings)    d0 = H(root, tokens 0..15)    d1 = H(d0, tokens 16..31)    ...
 """

@@ -1,8 +1,8 @@
 """Block table of one sequence: an ordered list of (SP rank, block id), one per block.
 
-`placement` chose the ranks and the allocators the ids. The scheduler
-and every rank keep the same table. Per-rank views are updated as blocks
-are appended, so that a decode step never walks over the whole table.
+`placement` chose the ranks and the allocators the ids. The scheduler and every rank
+keep the same table. Per-rank views are updated as blocks are appended, so that a
+decode step never walks over the whole table.
 
     block_size 4, 10 tokens, blocks 0 and 1 on rank 0, block 2 on rank 1:
     position 9 -> rank 1, its block id, offset 1

@@ -1,8 +1,8 @@
 """Ledger of KV cache blocks: one allocator per SP rank, one block table per sequence.
 
 Order and priority are the scheduler's decision, sharing is
-`scheduler.prefix_sharing`'s; `placement` chooses the ranks of new blocks. Rank
-0 keeps the only ledger; the other ranks learn the outcome from the step plan.
+`scheduler.prefix_sharing`'s; `placement` chooses the ranks of new blocks. Rank 0 keeps
+the only ledger; the other ranks learn the outcome from the step plan.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class BlockLedger:
     ) -> None:
         """Create an empty ledger of `num_blocks` blocks per SP rank.
 
-        `layout` and `stripe` (consecutive blocks on one rank in layout
-        `striped`) place a prompt unless `admit` gets another spread.
+        `layout` and `stripe` (consecutive blocks on one rank in layout `striped`) place a
+        prompt unless `admit` gets another spread.
         """
         self.block_size = block_size
         self._spread = Spread(layout, (stripe,))
@@ -100,8 +100,8 @@ class BlockLedger:
     ) -> BlockTable | None:
         """Allocate a table for `num_tokens` (>= 1) tokens; None if it does not fit.
 
-        It fits if `spare_blocks` stay free. The table begins with the
-        shared blocks of `prefix`; the others are placed by `spread`.
+        It fits if `spare_blocks` stay free. The table begins with the shared blocks of
+        `prefix`; the others are placed by `spread`.
         """
         assert seq_id not in self._tables, f"sequence {seq_id} has blocks already"
         assert num_tokens >= 1, f"sequence {seq_id} has no tokens"

@@ -20,8 +20,8 @@ Layout = Literal["contiguous", "zigzag", "striped"]
 class Spread:
     """Placement of a prompt's new blocks: over all ranks by `layout`, or all on one `rank`.
 
-    `rank` takes them if it has room. `stripes` are the consecutive blocks on one rank
-    in layout `striped`, for each turn; the last number holds for all later turns.
+    `rank` takes them if it has room. `stripes` are the consecutive blocks on one rank in layout
+    `striped`, for each turn; the last number holds for all later turns.
     """
 
     layout: Layout
@@ -60,10 +60,10 @@ def prompt_block_ranks(
 ) -> list[int] | None:
     """SP rank of each block of a prompt, in block order; None if it does not fit.
 
-    `contiguous`: each rank has one run of blocks, in rank order. `zigzag`: rank r of P has
-    runs r and 2P-1-r of 2P, an early and a late one, so that causal attention costs every
-    rank about the same. `striped`: ranks take turns, `stripes[t]` blocks each in turn t
-    and `stripes[-1]` in all later ones, so that each chunk of a prompt is on all ranks.
+    `contiguous`: each rank has one run of blocks, in rank order. `zigzag`: rank r of P has runs r
+    and 2P-1-r of 2P, an early and a late one, so that causal attention costs every rank about the
+    same. `striped`: ranks take turns, `stripes[t]` blocks each in turn t and `stripes[-1]` in all
+    later ones, so that each chunk of a prompt is on all ranks.
     """
     sizes = shard_sizes(num_blocks, free)
     if sizes is None:
@@ -88,9 +88,9 @@ def prompt_block_ranks(
 def next_block_rank(num_tails: Sequence[int], free: Sequence[int]) -> int | None:
     """SP rank for the block that a decoding sequence opens; None if no rank has a free block.
 
-    `num_tails[rank]` counts the other running sequences whose last block is
-    there. The fewest win, because the rank of the last block runs that sequence's
-    linear layers; ties go to most free blocks, then to the lowest rank.
+    `num_tails[rank]` counts the other running sequences whose last block is there. The
+    fewest win, because the rank of the last block runs that sequence's linear layers; ties
+    go to most free blocks, then to the lowest rank.
     """
     candidates = [rank for rank in range(len(free)) if free[rank] > 0]
     if not candidates:

@@ -36,8 +36,8 @@ class KVPool:
             device: device of the tensors.
         """
         shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
-        # Invisible slots are masked, but masked NaN garbage times zero is NaN:
-        # hence zeros, which cost no memory on CPU until a page is written.
+        # Invisible slots are masked, but masked NaN garbage times zero is NaN: hence zeros, which
+        # cost no memory on CPU until a page is written.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size

@@ -1,7 +1,7 @@
 """Index of full blocks by the prefix they hold: a forest of block digests, one per CSA spans.
 
-This module decides what is findable. Holders, eviction order and empty blocks
-belong to the allocators; `scheduler.prefix_sharing` decides what may be shared.
+This module decides what is findable. Holders, eviction order and empty blocks belong to the
+allocators; `scheduler.prefix_sharing` decides what may be shared.
 
     spans (256,)    d0 -- d1 -- d2         request A: d0 d1 d2
                            `--- d2'        request B: d0 d1 d2'

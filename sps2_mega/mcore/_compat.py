@@ -19,8 +19,8 @@ from torch import Tensor
 def without_warnings() -> Iterator[None]:
     """Silence warnings of Megatron and torch on import and construction, on which users cannot act.
 
-    They concern missing optional packages (`sps2 doctor`
-    reports those) and names that newer torch deprecates.
+    They concern missing optional packages (`sps2 doctor` reports those)
+    and names that newer torch deprecates.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -31,8 +31,8 @@ def without_warnings() -> Iterator[None]:
 def eager_import(device_type: str) -> Iterator[None]:
     """Import Megatron on CPU without the compiler stack, a third of the import time.
 
-    `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its
-    small fused functions stay eager for good, which suits CPU inference.
+    `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its small fused
+    functions stay eager for good, which suits CPU inference.
     """
     original = torch.compile
     if device_type == "cpu":
@@ -51,9 +51,9 @@ def eager_import(device_type: str) -> Iterator[None]:
 def step_carrier_class() -> type:
     """Type that carries a step's attention through Megatron's layers to `core_attention`.
 
-    Megatron passes `packed_seq_params` unchanged from `TransformerBlock.forward` down to the
-    core attention, so a subclass of it is a way through without globals. Its format must not
-    be 'thd', which would make Megatron squeeze tensors and choose another rotary path.
+    Megatron passes `packed_seq_params` unchanged from `TransformerBlock.forward` down to the core
+    attention, so a subclass of it is a way through without globals. Its format must not be 'thd',
+    which would make Megatron squeeze tensors and choose another rotary path.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -72,8 +72,8 @@ def run_layers(
 ) -> Tensor:
     """Run some layers as `TransformerBlock.forward` does: [T, 1, hidden_size] in and out.
 
-    This is its loop, with the arguments of inference without Megatron's own
-    caches; the code around that loop is for training, FP8 and offloading.
+    This is its loop, with the arguments of inference without Megatron's own caches; the code
+    around that loop is for training, FP8 and offloading.
     """
     for index in layers:
         hidden_T1C, _ = decoder.layers[index](

@@ -1,9 +1,9 @@
 """Megatron's GPTModel with our core attention, driven one step at a time.
 
-The model is built on the meta device and then gets real memory, so no rank
-ever holds an unsharded parameter. Embedding, layers and output head are called
-one after the other, so that logits exist only for sampled rows, rotary angles
-follow each token's own position, and other steps may run between two layers.
+The model is built on the meta device and then gets real memory, so no rank ever holds
+an unsharded parameter. Embedding, layers and output head are called one after the
+other, so that logits exist only for sampled rows, rotary angles follow each token's own
+position, and other steps may run between two layers.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def build_gpt_model(
             position_embedding_type="learned_absolute" if model.rope is None else "none",
             parallel_output=True,
         )
-    # Norms are created in float32 whatever params_dtype says. Frozen weights take
-    # Megatron's plain linear path, without its preparations (and warnings) for gradients.
+    # Norms are created in float32 whatever params_dtype says. Frozen weights take Megatron's plain
+    # linear path, without its preparations (and warnings) for gradients.
     return gpt.to(dtype).requires_grad_(False).eval()
 
 
@@ -98,9 +98,9 @@ class GPT(nn.Module):
     ) -> None:
         """Build the model with uninitialised weights.
 
-        With `fused_rotary` the step's attention rotates q and k as it
-        writes the cache; otherwise Megatron's layers do, in some
-        twenty launches each. None: fused wherever our own kernels run.
+        With `fused_rotary` the step's attention rotates q and k as it writes the
+        cache; otherwise Megatron's layers do, in some twenty launches each.
+        None: fused wherever our own kernels run.
         """
         super().__init__()
         self._config, self._tp, self._dtype = model, groups.tp, dtype
@@ -152,8 +152,8 @@ class GPT(nn.Module):
     def begin(self, tokens_T: Tensor, positions_T: Tensor, attention: StepAttention) -> ForwardPass:
         """Embed this rank's tokens; no layer runs yet.
 
-        Megatron's layers cannot take 0 tokens, so an empty rank sends a placeholder
-        through them, which stops at the core attention; `finish` returns its one row.
+        Megatron's layers cannot take 0 tokens, so an empty rank sends a placeholder through them,
+        which stops at the core attention; `finish` returns its one row.
         """
         num_tokens = tokens_T.shape[0]
         if num_tokens == 0:

@@ -1,7 +1,7 @@
 """Start of a job: rendezvous, layout check, Megatron's parallel state, groups.
 
-Every refusal happens between the rendezvous and the first collective,
-where all ranks still see the same facts through the store.
+Every refusal happens between the rendezvous and the first collective, where all ranks
+still see the same facts through the store.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def agree_topology(
 ) -> Topology:
     """Exchange node names and degrees, check them, and return the layout of this rank's pool.
 
-    All ranks check the same facts. `problem` is a reason found on this rank alone
-    (a missing folder, a missing GPU) for which the job cannot run; the job then
-    ends on all ranks with that reason, instead of leaving the others waiting.
+    All ranks check the same facts. `problem` is a reason found on this rank alone (a missing
+    folder, a missing GPU) for which the job cannot run; the job then ends on all ranks with
+    that reason, instead of leaving the others waiting.
 
     Raises:
         ConfigError: the same error on every rank.
@@ -147,8 +147,8 @@ def initialize(
 ) -> ParallelGroups:
     """Create all groups through Megatron's parallel state (its context-parallel axis is our SP).
 
-    The world of the groups, and torch's default group, are the ranks
-    of a pool with layout `topology`; None: all ranks of the job.
+    The world of the groups, and torch's default group, are the ranks of a pool with
+    layout `topology`; None: all ranks of the job.
     """
     if side is None:
         side = RankPool(name="all", first=0, tp=topology.tp, sp=topology.sp)

@@ -66,8 +66,8 @@ def _llama3(rope: RopeConfig, base: Tensor) -> Tensor:
 def _yarn(rope: RopeConfig, base: Tensor, head_dim: int, max_positions: int) -> Tensor:
     """YaRN, "NTK-by-parts" (arXiv 2309.00071, section 3.2).
 
-    Dimensions that turn fewer than `beta_slow` times over the original context
-    are interpolated, those above `beta_fast` kept, with a ramp between.
+    Dimensions that turn fewer than `beta_slow` times over the original context are interpolated,
+    those above `beta_fast` kept, with a ramp between.
     """
     context = rope.original_max_position_embeddings or max_positions
 

@@ -40,10 +40,10 @@ class ParallelGroups:
     """All groups of this rank.
 
     The world is the job, or the rank's pool where prefill and decode have separate
-    ranks (`rank_pools`). `control` spans the world on CPU tensors (plans and
-    sampled tokens); `tp`, `sp` and `sp_levels` carry model data on the compute
-    device. `sp_back` has the ranks of `sp` and its own communicator, for results
-    that return while inputs still arrive; both count into the same traffic.
+    ranks (`rank_pools`). `control` spans the world on CPU tensors (plans and sampled
+    tokens); `tp`, `sp` and `sp_levels` carry model data on the compute device.
+    `sp_back` has the ranks of `sp` and its own communicator, for results that return
+    while inputs still arrive; both count into the same traffic.
     """
 
     global_rank: int

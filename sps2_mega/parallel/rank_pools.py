@@ -4,8 +4,8 @@
     tp=1 sp=2, decode_ranks=4       prefill  0 1 | decode  2 3 4 5   (tp = decode_tp,
                                                                      sp = 4 / decode_tp)
 
-Each pool has its own degrees. This module decides counts only; `topology`
-forms the groups within a pool, and nothing here looks at the machine.
+Each pool has its own degrees. This module decides counts only; `topology` forms the groups
+within a pool, and nothing here looks at the machine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Choice of the library for dense attention on CUDA: measured once per kind of heads, then by size.
 
-A library is timed on one long causal run. The cost of the first run of a new shape
-(cuDNN then makes a plan) is paid once per prompt and spread over its layers, so
-short runs keep the library without that cost. A library that fails, or disagrees
-with the default, is left out: nothing counts that was not tried on this device.
+A library is timed on one long causal run. The cost of the first run of a new shape (cuDNN then
+makes a plan) is paid once per prompt and spread over its layers, so short runs keep the
+library without that cost. A library that fails, or disagrees with the default, is left out:
+nothing counts that was not tried on this device.
 """
 
 from __future__ import annotations

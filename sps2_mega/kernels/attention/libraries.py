@@ -1,8 +1,8 @@
 """Dense attention by the CUDA libraries that torch ships, with one contract; `choice` picks one.
 
-q [1, N, T, H], k and v [1, K, S, H], any strides as long as the elements
-of a head are contiguous, 16-bit types; causal only with T == S. Each
-returns out [1, N, T, H] and lse [1, N, T], float32 and natural logarithm.
+q [1, N, T, H], k and v [1, K, S, H], any strides as long as the elements of a head are
+contiguous, 16-bit types; causal only with T == S. Each returns out [1, N, T, H] and
+lse [1, N, T], float32 and natural logarithm.
 """
 
 from __future__ import annotations

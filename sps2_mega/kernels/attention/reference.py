@@ -18,8 +18,8 @@ def attend_run(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of consecutive queries over consecutive keys.
 
-    Query i sees key j if j <= i and, with a window w,
-    j > i - w. Query head n uses key head n // (N/K).
+    Query i sees key j if j <= i and, with a window w, j > i - w.
+    Query head n uses key head n // (N/K).
 
     Args:
         q_TNH: [T, N, H].
@@ -30,8 +30,8 @@ def attend_run(
         window: sliding window in tokens; None for none.
 
     Returns:
-    out [T, N, H] in q's type and lse [T, N] float32
-    (natural log); 0 and -inf without a visible key.
+    out [T, N, H] in q's type and lse [T, N] float32 (natural log);
+    0 and -inf without a visible key.
     """
     num_q, num_k = q_TNH.shape[0], k_SKH.shape[0]
     repeats = q_TNH.shape[1] // k_SKH.shape[1]

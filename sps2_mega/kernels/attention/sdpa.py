@@ -1,7 +1,7 @@
 """Causal attention of a run of queries over a run of keys, on torch's fused kernels with LSE.
 
-A run never needs a T x S mask: keys before the first query form a full rectangle, later keys
-a causal square, and the two partials merge by LSE. Only a sliding window masks, tile by tile:
+A run never needs a T x S mask: keys before the first query form a full rectangle, later keys a
+causal square, and the two partials merge by LSE. Only a sliding window masks, tile by tile:
 
     keys ->  k_start      q_start      q_end
     queries  [ rectangle  ][ triangle  ]          no window

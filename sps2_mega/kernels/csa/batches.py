@@ -1,9 +1,9 @@
 """Batches of sparse attention's pieces for one fused call: equal shapes at even distances.
 
-A long prompt has many cells of one span, so triangles, and halos, differ only by their
-start; and the KV heads of one residue have the same far rectangle, a constant number
-of heads further on. A fused kernel has one batch axis, so a batch moves along the
-sequence or along the heads. Pure Python; kernels turn a batch into views of tensors.
+A long prompt has many cells of one span, so triangles, and halos, differ only by their start; and
+the KV heads of one residue have the same far rectangle, a constant number of heads further on. A
+fused kernel has one batch axis, so a batch moves along the sequence or along the heads. Pure
+Python; kernels turn a batch into views of tensors.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sps2_mega.kernels.csa.piece import Piece
 class Batch:
     """`count` pieces at constant steps of queries, keys or heads, beginning with `first`.
 
-    The KV heads of `first` are neighbours. `fresh`: no
-    earlier batch has touched any of its (query, head) pairs.
+    The KV heads of `first` are neighbours. `fresh`: no earlier batch has
+    touched any of its (query, head) pairs.
     """
 
     first: Piece
@@ -56,8 +56,8 @@ def batch_pieces(pieces: Sequence[Piece]) -> list[Batch]:
 def split_triangles(pieces: Sequence[Piece], longest: int) -> list[Piece]:
     """Split triangles so that none has more than `longest` queries; the pairs stay the same.
 
-    A longer one becomes two triangles and the rectangle between
-    them, cut so that all small triangles but the last have one size.
+    A longer one becomes two triangles and the rectangle between them, cut so that all
+    small triangles but the last have one size.
     """
     split: list[Piece] = []
     for piece in pieces:

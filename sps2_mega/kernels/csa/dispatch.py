@@ -1,9 +1,9 @@
 """Sparse attention in the form that suits the device and the pieces.
 
-On CUDA one launch of our own kernel computes many pieces at once, without partials
-in memory. A dense run, which is a rectangle and a triangle of neighbouring rows,
-is left to the libraries' attention kernels, which are made for it: they are faster
-there, and one merge costs little. On CPU torch's kernel computes everything.
+On CUDA one launch of our own kernel computes many pieces at once, without partials in memory.
+A dense run, which is a rectangle and a triangle of neighbouring rows, is left to the
+libraries' attention kernels, which are made for it: they are faster there, and one merge costs
+little. On CPU torch's kernel computes everything.
 """
 
 from __future__ import annotations

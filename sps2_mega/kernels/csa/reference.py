@@ -1,8 +1,8 @@
 """Communication-efficient sparse attention: slow, obviously right forms with a full mask.
 
-`attend_csa` follows the definition, `attend_pieces` a list of pieces,
-both in float32; the fast forms of the latter must equal both. Shapes:
-T queries, S keys, N query heads, K KV heads, H head width.
+`attend_csa` follows the definition, `attend_pieces` a list of pieces, both in
+float32; the fast forms of the latter must equal both. Shapes: T queries, S
+keys, N query heads, K KV heads, H head width.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def attend_csa(
         k_start: position of key 0, in tokens.
 
     Returns:
-    out [T, N, H] in q's type and lse [T, N] float32
-    (natural log); 0 and -inf without a visible key.
+    out [T, N, H] in q's type and lse [T, N] float32 (natural log);
+    0 and -inf without a visible key.
     """
     i_T1 = torch.arange(q_start, q_start + q_TNH.shape[0], device=q_TNH.device)[:, None]
     j_1S = torch.arange(k_start, k_start + k_SKH.shape[0], device=q_TNH.device)[None, :]
@@ -99,8 +99,8 @@ def attend_pieces(
         k_start: position of row 0 of k and v.
 
     Returns:
-    out [T, N, H] in q's type and lse [T, N] float32
-    (natural log); 0 and -inf without a visible key.
+    out [T, N, H] in q's type and lse [T, N] float32 (natural log);
+    0 and -inf without a visible key.
     """
     count = torch.zeros(k_SKH.shape[1], q_TNH.shape[0], k_SKH.shape[0], dtype=torch.int64)
     for piece in pieces:

@@ -1,11 +1,11 @@
 """Communication-efficient sparse attention on torch's fused kernels, without masks or gathers.
 
-Every piece is full or plain causal attention between two strided ranges, so it is a view
-of q, k and v and one call of a kernel that returns the LSE. Partials are merged into a
-float32 accumulator: with w = sigmoid(lse_new - lse_old), out += w * (out_new - out).
+Every piece is full or plain causal attention between two strided ranges, so it is a view of q, k
+and v and one call of a kernel that returns the LSE. Partials are merged into a float32 accumulator:
+with w = sigmoid(lse_new - lse_old), out += w * (out_new - out).
 
-Shapes: T queries, S keys, N query heads, K KV heads,
-H head width; b batch, n heads and t rows of one call.
+Shapes: T queries, S keys, N query heads, K KV heads, H head width; b
+batch, n heads and t rows of one call.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sps2_mega.kernels.attention.sdpa import attend
 from sps2_mega.kernels.csa.batches import Batch, batch_pieces, split_triangles
 from sps2_mega.kernels.csa.piece import Piece
 
-# Along the diagonal torch's CPU kernel computes whole blocks of 512
-# keys: 256 wasted per row, a fifth of a triangle of 2048. Small
-# triangles and the rectangles between them waste a quarter of that.
+# Along the diagonal torch's CPU kernel computes whole blocks of 512 keys: 256
+# wasted per row, a fifth of a triangle of 2048. Small triangles and the
+# rectangles between them waste a quarter of that.
 _LONGEST_TRIANGLE_CPU = 128
 
 
@@ -134,8 +134,8 @@ def _merge_into(
         out_view.copy_(out_bntH)
         lse_view.copy_(lse_bnt)
         return
-    # Each row of a piece has a key, so the new LSE is finite
-    # and the difference is never between two infinities.
+    # Each row of a piece has a key, so the new LSE is finite and the
+    # difference is never between two infinities.
     weight_bnt = torch.sigmoid(lse_bnt - lse_view)
     out_view.lerp_(out_bntH.float(), weight_bnt.unsqueeze(3))
     lse_view.copy_(torch.logaddexp(lse_view, lse_bnt))

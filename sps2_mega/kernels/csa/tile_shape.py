@@ -1,8 +1,8 @@
 """Tile sizes of the strided attention kernel, constant for each head width and type.
 
-A tile of queries holds the query heads of one KV head as extra rows, so `rows` counts (query,
-head) pairs. The numbers keep the query tile, the output in float32 and the keys and values being
-loaded within registers and shared memory of one multiprocessor. Nothing is tuned at run time.
+A tile of queries holds the query heads of one KV head as extra rows, so `rows` counts (query, head)
+pairs. The numbers keep the query tile, the output in float32 and the keys and values being loaded
+within registers and shared memory of one multiprocessor. Nothing is tuned at run time.
 """
 
 from __future__ import annotations

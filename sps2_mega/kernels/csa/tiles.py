@@ -1,15 +1,15 @@
 """Tables of one kernel launch, made from pieces: the queries and key segments of each program.
 
-Per KV head, queries are cut into runs that see the same pieces, and
-runs into tiles. A run whose pieces stride over queries is split by
-residue, so that every row of a tile sees all key segments of the tile:
+Per KV head, queries are cut into runs that see the same pieces, and runs into
+tiles. A run whose pieces stride over queries is split by residue, so that every row
+of a tile sees all key segments of the tile:
 
     tiles     kv_head, first query row, query step, queries, first segment, end of segments, part
     segments  first key row, key step, keys, causal
 
-Rows count from the first row of q and of k. A query at position p sees a causal segment's
-keys at positions <= p. With several parts, the keys of each run are divided among that many
-tiles, whose partials are then merged by LSE. Pure ints and numpy: no kernel, no device.
+Rows count from the first row of q and of k. A query at position p sees a causal segment's keys at
+positions <= p. With several parts, the keys of each run are divided among that many tiles, whose
+partials are then merged by LSE. Pure ints and numpy: no kernel, no device.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Communication-efficient sparse attention in one launch, one program per tile of queries.
 
-A program owns some queries of one KV head, with the query heads of that head as
-extra rows, so keys and values are read once per tile. It walks over all key
-segments of its tile with a running softmax and writes out and lse once: no partial
-leaves the chip. Masks occur only at the ends of segments and along diagonals.
+A program owns some queries of one KV head, with the query heads of that head as extra
+rows, so keys and values are read once per tile. It walks over all key segments of its tile
+with a running softmax and writes out and lse once: no partial leaves the chip. Masks occur
+only at the ends of segments and along diagonals.
 
-Shapes: T queries, S keys, N query heads, K KV heads, H head width;
-in the kernel M rows of a tile, J keys. Row r of a tile is query r //
-G and query head r % G of its G heads. Scores are in base 2 inside.
+Shapes: T queries, S keys, N query heads, K KV heads, H head width; in the kernel
+M rows of a tile, J keys. Row r of a tile is query r // G and query head r % G of
+its G heads. Scores are in base 2 inside.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def _check(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, scale: float) -> None:
         raise ValueError(f"scale {scale}: the kernel needs a positive one")
 
 
-# Numbers that change from step to step are not
-# specialized: each new one would compile the kernel again.
+# Numbers that change from step to step are not specialized: each new
+# one would compile the kernel again.
 @triton.jit(do_not_specialize=["q_minus_k", "num_q"])
 def _attend_kernel(
     q,

@@ -152,8 +152,8 @@ def _finish(acc_RH, sum_R, shift_R):
     return acc_RH / safe_R[:, None], lse_R
 
 
-# Numbers that change from step to step are not
-# specialized: each new one would compile the kernel again.
+# Numbers that change from step to step are not specialized: each new
+# one would compile the kernel again.
 @triton.jit(do_not_specialize=["num_partials", "num_rows", "lse_stride_p"])
 def _merge_kernel(
     out,

@@ -1,8 +1,8 @@
 """One-token attention over a block table, in the form that suits the device.
 
-On CUDA our own kernel reads the cache in place, for any lengths, straight from the
-block table; torch's operations need rows gathered into buckets of similar length.
-Either layout is prepared once per step, from numpy, and used by every layer.
+On CUDA our own kernel reads the cache in place, for any lengths, straight from the block table;
+torch's operations need rows gathered into buckets of similar length. Either layout is prepared
+once per step, from numpy, and used by every layer.
 """
 
 from __future__ import annotations

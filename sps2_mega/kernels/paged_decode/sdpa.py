@@ -1,8 +1,8 @@
 """One-token attention over a block table, batched: rows of similar length share one fused call.
 
-Padding every row to the longest would mostly read (and multiply) padding when
-lengths differ, so rows are put into buckets whose longest row has at most twice the
-blocks of the shortest. A bucket is prepared once per step and used by every layer.
+Padding every row to the longest would mostly read (and multiply) padding when lengths differ, so
+rows are put into buckets whose longest row has at most twice the blocks of the shortest. A bucket
+is prepared once per step and used by every layer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 class Bucket:
     """Rows computed together; `rows_B` is None if the bucket is the whole batch in order.
 
-    `blocks` is [b * m] block ids; `hidden_BS` [b, m * block_size]
-    is True for invisible slots, or None if every slot is visible.
+    `blocks` is [b * m] block ids; `hidden_BS` [b, m * block_size] is True for
+    invisible slots, or None if every slot is visible.
     """
 
     rows_B: Tensor | None
@@ -116,8 +116,8 @@ def _attend_bucket(
     shape = (size, bucket.num_blocks * block_size, num_kv_heads, head_dim)
     k = k_cache.index_select(0, bucket.blocks).view(shape).transpose(1, 2)  # [b, K, S, H]
     v = v_cache.index_select(0, bucket.blocks).view(shape).transpose(1, 2)
-    # Without a causal mask the query heads of one KV
-    # head fold into query rows: K and V are read once.
+    # Without a causal mask the query heads of one KV head fold into
+    # query rows: K and V are read once.
     q = q_bNH.reshape(size, num_kv_heads, num_heads // num_kv_heads, head_dim)
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

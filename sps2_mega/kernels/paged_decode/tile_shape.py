@@ -11,8 +11,8 @@ import torch
 class TileShape:
     """`heads` query heads of `width` elements (both padded) against `tokens` at a time.
 
-    `precision` is the way float32 is multiplied (other types have
-    one way only); `warps` and pipeline `stages` are the program's.
+    `precision` is the way float32 is multiplied (other types have one way only);
+    `warps` and pipeline `stages` are the program's.
     """
 
     heads: int
@@ -26,8 +26,8 @@ class TileShape:
 def tile_shape(width: int, heads_per_group: int, dtype: torch.dtype) -> TileShape:
     """Tile shape for `heads_per_group` query heads per KV head, of `width` elements.
 
-    Its tokens let a few programs together keep a multiprocessor's
-    reads in flight and, in exact float32, fit into registers.
+    Its tokens let a few programs together keep a multiprocessor's reads in flight
+    and, in exact float32, fit into registers.
     """
     exact = dtype == torch.float32
     padded = _power_of_two(width)

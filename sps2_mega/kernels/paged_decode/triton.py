@@ -1,13 +1,13 @@
 """One-token attention over a block table: many programs per row read the cache in place, once.
 
-A program reads one chunk of one row's cached tokens for one KV head; that head's query heads
-are the rows of its tile. If a row has several chunks, a second launch merges their partials:
+A program reads one chunk of one row's cached tokens for one KV head; that head's query heads are
+the rows of its tile. If a row has several chunks, a second launch merges their partials:
 
     row b, KV head   [start ... chunk 0 ...][... chunk 1 ...][... chunk 2, end) -> partials -> merge
 
-Lengths stay on the device: the grid covers the longest possible row, and
-programs past a row's end stop at once. Shapes: B rows, N query heads, K
-KV heads, H head width; C chunks; in the kernel G query heads, J tokens.
+Lengths stay on the device: the grid covers the longest possible row, and programs past a
+row's end stop at once. Shapes: B rows, N query heads, K KV heads, H head width; C
+chunks; in the kernel G query heads, J tokens.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def _check(
         raise ValueError(f"scale {scale}: the kernel needs a positive one")
 
 
-# Numbers that change from step to step are not
-# specialized: each new one would compile the kernel again.
+# Numbers that change from step to step are not specialized: each new
+# one would compile the kernel again.
 @triton.jit(do_not_specialize=["num_rows", "chunk_tokens", "table_stride_b"])
 def _decode_kernel(
     q,
@@ -222,8 +222,8 @@ def _decode_kernel(
     table = block_table + row * table_stride_b
     for j in range(begin, end, TOKENS):
         token_J = j + j_J
-        # Neither entries nor slots past the end are read:
-        # they may be any sequence's and hold anything.
+        # Neither entries nor slots past the end are read: they may be
+        # any sequence's and hold anything.
         inside_J = token_J < end
         block_J = tl.load(table + token_J // BLOCK_SIZE * table_stride_m, mask=inside_J, other=0)
         block_J, slot_J = block_J.to(tl.int64), (token_J % BLOCK_SIZE).to(tl.int64)

@@ -1,10 +1,10 @@
 """Rotary embedding of new queries and keys, and write of keys and values to the paged KV cache.
 
-The order of operations, and so of roundings, follows Megatron's unfused rotary embedding:
-cos and sin in the type of the heads, each product rounded to it, then their sum.
+The order of operations, and so of roundings, follows Megatron's unfused rotary embedding: cos and
+sin in the type of the heads, each product rounded to it, then their sum.
 
-Shapes: T tokens, N query heads, K KV heads, H head width,
-R rotated pairs (2R <= H; elements from 2R on stay).
+Shapes: T tokens, N query heads, K KV heads, H head width, R rotated
+pairs (2R <= H; elements from 2R on stay).
 """
 
 from __future__ import annotations

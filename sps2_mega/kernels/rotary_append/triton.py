@@ -4,9 +4,9 @@ A program takes one token and a few of its heads: query heads, or KV heads with 
 
     program_id(1)   0 .. query tiles - 1: query heads    above: KV heads, of k, v and both caches
 
-Queries and keys change in place: a program alone reads what it writes,
-and writes after reading. Shapes: T tokens, N query heads, K KV heads,
-H head width, R rotated pairs; in the kernel G heads of a tile.
+Queries and keys change in place: a program alone reads what it writes, and writes
+after reading. Shapes: T tokens, N query heads, K KV heads, H head width, R
+rotated pairs; in the kernel G heads of a tile.
 """
 
 from __future__ import annotations

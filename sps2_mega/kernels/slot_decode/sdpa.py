@@ -20,8 +20,8 @@ from sps2_mega.kernels.paged_decode.sdpa import bucket_rows
 class SlotBatch:
     """Rows computed together; `rows_B` is None if the batch is all rows in order.
 
-    `index` [b * K * S] counts (slot, KV head) pairs of the
-    cache; `hidden_bKS` is True for padding, or None without any.
+    `index` [b * K * S] counts (slot, KV head) pairs of the cache; `hidden_bKS`
+    is True for padding, or None without any.
     """
 
     rows_B: Tensor | None
@@ -42,8 +42,8 @@ def prepare(
         index = np.empty((len(rows), num_kv_heads, longest), dtype=np.int64)
         counts = np.empty((len(rows), num_kv_heads), dtype=np.int64)
         for place, row in enumerate(rows):
-            # Padding is hidden, but multiplied by zero: it must be one of the
-            # row's own slots, which is finite or makes the row fail anyway.
+            # Padding is hidden, but multiplied by zero: it must be one of the row's own slots,
+            # which is finite or makes the row fail anyway.
             own = next(chosen[0] for chosen in slots[row] if len(chosen))
             for head, chosen in enumerate(slots[row]):
                 counts[place, head] = len(chosen)
