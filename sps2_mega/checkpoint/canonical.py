@@ -43,7 +43,7 @@ def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def layer_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Names, without `decoder.layers.{i}.` in front, and shapes of one decoder layer's weights."""
+    """Names, without the prefix `decoder.layers.{i}.`, and shapes of one layer's weights."""
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     heads = config.num_heads * config.head_dim
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

@@ -116,7 +116,7 @@ class HuggingFaceSource:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Safetensors files of a folder: those of the index if there is one.
+    """Safetensors files of a folder, as listed in its index if there is one.
 
     Raises:
         CheckpointError: none, or the index names files that are absent or outside the folder.

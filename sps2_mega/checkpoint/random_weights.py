@@ -1,8 +1,8 @@
 """Random weights, for measuring a machine with a model whose checkpoint is not on it.
 
 Values are made on the parameters' device, so a large model starts within seconds.
-The model's text is noise; its speed and memory are those of real weights (zeros
-would not do: matrix units run faster on them).
+The model's text is noise; its speed and memory equal a real model's (zeros would
+not do: matrix units run faster on them).
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ OnMessage = Callable[[int, int, int, Tensor], None]
 
 
 class Channel:
-    """Complete, ordered delivery between ranks; `number` tells the channels of a group apart."""
+    """Complete, ordered delivery between ranks; `number` identifies the channel in its group."""
 
     def __init__(
         self,

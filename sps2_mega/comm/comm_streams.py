@@ -43,8 +43,7 @@ class Clock(Protocol):
 
 @dataclass(slots=True)
 class InFlight:
-    """Marks of one exchange: in flight from `posted`
-    to `finished`, waited for from `blocked` to `free`."""
+    """Marks of one exchange: in flight `posted` to `finished`, waited for `blocked` to `free`."""
 
     pending: Pending | None
     arrived: Arrived | None

@@ -91,11 +91,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RootCause:
-    """Decision that every rank carries out: print `message`
-    (one rank per node), kill hung processes, exit.
+    """Decision that every rank carries out: print (one rank per node), kill hung processes, exit.
 
-    `culprit` also prints its own traceback, if it has one.
-    `hung` lists processes that may not end by themselves.
+    `culprit` also prints its own traceback, if it has one. `hung` lists
+    processes that may not end by themselves.
     """
 
     kind: Kind

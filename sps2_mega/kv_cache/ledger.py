@@ -1,8 +1,8 @@
 """Ledger of KV cache blocks: one allocator per SP rank, one block table per sequence.
 
-Order and priority are the scheduler's decision, sharing is
-`scheduler.prefix_sharing`'s; `placement` chooses the ranks of new blocks. Rank 0 keeps
-the only ledger; the other ranks learn the outcome from the step plan.
+The scheduler decides order and priority, `scheduler.prefix_sharing` decides sharing,
+and `placement` chooses the ranks of new blocks. Rank 0 keeps the only ledger; the
+other ranks learn the outcome from the step plan.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_keys_divided_among_several_programs_give_the_same(device, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_views_are_read_in_place_and_what_no_query_sees_is_not(device):
-    """Heads of q, k and v side by side in memory; NaN where nobody may read."""
+    """Heads of q, k and v are adjacent in memory; rows that must not be read are NaN."""
     length, heads, kv_heads, width = 70, 4, 2, 16
     packed = torch.randn(length + 2, heads + 2 * kv_heads + 1, width, device=device)
     packed[0], packed[-1], packed[:, -1] = torch.nan, torch.nan, torch.nan
@@ -127,7 +127,7 @@ def test_huge_scores_do_not_overflow(device):
     piece = Piece(range(40), range(40), range(2), causal=True)
     actual = kernels.attend_pieces(q * 1000, k, v, [piece], scale=0.1)
     expected = reference.attend_pieces(q * 1000, k, v, [piece], scale=0.1)
-    # Scores are in the hundreds, where float32 itself is good to 3e-5.
+    # Scores are in the hundreds, where float32 itself is accurate to 3e-5.
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=4e-4)
 

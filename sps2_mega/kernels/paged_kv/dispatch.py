@@ -1,4 +1,4 @@
-"""Write to the KV cache in the form that suits the device: both caches in one launch on CUDA."""
+"""Append to the KV cache in the form that suits the device: both caches in one launch on CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write of new keys and values to the blocks of the paged KV cache."""
+"""Append of new keys and values to the blocks of the paged KV cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write of new keys and values to the blocks of the paged KV cache, both in one launch.
+"""Append of new keys and values to the paged KV cache, both in one launch.
 
 A program moves one token: all its heads of K and of V, from any strides of a packed projection.
 """

@@ -1,4 +1,4 @@
-"""Rotary embedding and write to the KV cache, in one launch on CUDA."""
+"""Rotary embedding and append to the KV cache, in one launch on CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of new queries and keys, and write of keys and values to the paged KV cache.
+"""Rotary embedding of new queries and keys, and append of keys and values to the KV cache.
 
 The order of operations, and so of roundings, follows Megatron's unfused rotary embedding: cos and
 sin in the type of the heads, each product rounded to it, then their sum.

@@ -1,4 +1,4 @@
-"""Rotary embedding of new queries and keys, and write of keys and values, in one launch.
+"""Rotary embedding of new queries and keys, and append of keys and values, in one launch.
 
 A program takes one token and a few of its heads: query heads, or KV heads with their values:
 

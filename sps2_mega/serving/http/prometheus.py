@@ -74,7 +74,7 @@ class ServerMetrics:
         self._kv_usage = gauge("kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.")
         self._rank_kv_usage = Gauge(
             PREFIX + "kv_cache_rank_usage_perc",
-            "The same of each SP rank of a side: all, or prefill and decode.",
+            "Used share of each SP rank's KV cache; side is all, prefill or decode.",
             [*labels, "side", "sp_rank"],
             registry=self._registry,
         )

@@ -62,7 +62,7 @@ def main(info: LaunchInfo, folder: Path, scenario: str, culprit: int) -> None:
 
 
 def wait_for_work(ready: Path) -> None:
-    time.sleep(0.5)  # the hub has heard of it
+    time.sleep(0.5)  # until the hub knows of it
     ready.touch()
     time.sleep(60)
 

@@ -1,5 +1,4 @@
-"""Block ids of one rank: normal use, exhaustion, double frees, unknown ids, and a long mix of
-all."""
+"""Block ids of one rank: normal use, exhaustion, double frees, unknown ids, and long mixes."""
 
 import random
 

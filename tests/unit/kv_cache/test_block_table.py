@@ -1,4 +1,4 @@
-"""Block tables: where a position is, which runs a rank holds, at partly full last blocks too."""
+"""Block tables: location of positions and runs of each rank, with partly full last blocks."""
 
 import itertools
 import time
