@@ -44,7 +44,7 @@ class HuggingFaceSource:
                 if not name.endswith(hf_layout.IGNORED_SUFFIXES):
                     bare = name.removeprefix(prefix)
                     if bare in self._names:
-                        raise CheckpointError(f"{folder}: {name} is there twice")
+                        raise CheckpointError(f"{folder}: {name} occurs twice")
                     self._files[bare], self._names[bare] = handle, name
         self._tied_head = self.config.tie_embeddings and _LM_HEAD in self._names
         self._recipes = hf_layout.recipes(self.config)

@@ -71,7 +71,7 @@ class TorchDistSource:
         for stored in read_index(folder):
             for name, place in _places(stored):
                 if name in self._places:
-                    raise CheckpointError(f"{folder}: {name} is there twice: {stored.name}")
+                    raise CheckpointError(f"{folder}: {name} occurs twice: {stored.name}")
                 self._places[name] = place
         if not self._places:
             raise CheckpointError(f"{folder}: no model weights in .metadata")

@@ -110,17 +110,17 @@ class Channel:
         while (batch := self._queue.get()) is not None:
             if batch.ready is not None:
                 batch.ready()
-            works = []
+            sends = []
             for message in batch.messages:
                 size = message.payload.numel()
                 header = torch.tensor([message.kind, message.detail, size, 0])
-                works.append((self._group.send([header], message.dst, self._header_tag), header))
+                sends.append((self._group.send([header], message.dst, self._header_tag), header))
                 if size:
                     payload = message.payload
-                    works.append(
+                    sends.append(
                         (self._group.send([payload], message.dst, self._payload_tag), payload)
                     )
-            for work, _ in works:  # tensors stay alive until they are sent
+            for work, _ in sends:  # tensors stay alive until they are sent
                 work.wait()
             self._queue.task_done()
 

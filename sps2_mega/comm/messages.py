@@ -32,7 +32,7 @@ class Messages:
     """
 
     def __init__(self, receives: list[Any], sends: list[Any]) -> None:
-        self._works = receives + sends
+        self._posted = receives + sends
         self._complete: torch.futures.Future[None] = torch.futures.Future()
 
     def get_future(self) -> torch.futures.Future[None]:
@@ -46,7 +46,7 @@ class Messages:
     def follow(self) -> None:
         """Wait on behalf of all other waiters: a message may be waited for only once."""
         try:
-            for work in self._works:
+            for work in self._posted:
                 work.wait()
         except BaseException as error:  # noqa: BLE001  every waiter must see any error
             self._complete.set_exception(error)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def choose(device: torch.device, forced: Backend | None) -> Backend:
         ValueError: Triton is forced and not installed.
     """
     if forced is Backend.TRITON and not _installed():
-        raise ValueError("the Triton kernels were asked for, and triton is not installed")
+        raise ValueError("the Triton kernels are requested, but triton is not installed")
     return forced or _default(device.type)
 
 

@@ -142,7 +142,7 @@ def _serve(
     engine.shutdown()
     if ranks is not None:
         ranks.close()
-    sys.stdout.write("sps2_mega has stopped: all requests were answered or told why not\n")
+    sys.stdout.write("sps2_mega has stopped: all requests were answered or got an error\n")
     sys.stdout.flush()
 
 

@@ -56,7 +56,7 @@ def attend_pieces(
         pieces = split_triangles(pieces, _LONGEST_TRIANGLE_CPU)
     for batch in batch_pieces(pieces):
         _check_bounds(batch, q_TNH, k_SKH, q_start, k_start)
-        of_queries = partial(
+        query_view = partial(
             _view,
             batch,
             batch.first.queries,
@@ -64,15 +64,17 @@ def attend_pieces(
             row_0=q_start,
             per_head=q_TNH.shape[1] // k_SKH.shape[1],
         )
-        of_keys = partial(_view, batch, batch.first.keys, batch.key_step, row_0=k_start, per_head=1)
+        key_view = partial(
+            _view, batch, batch.first.keys, batch.key_step, row_0=k_start, per_head=1
+        )
         new = _attend_batch(
-            of_queries(q_TNH),
-            of_keys(k_SKH),
-            of_keys(v_SKH),
+            query_view(q_TNH),
+            key_view(k_SKH),
+            key_view(v_SKH),
             scale=scale,
             causal=batch.first.causal,
         )
-        _merge_into(of_queries(out_TNH), of_queries(lse_TN1).squeeze(3), *new, fresh=batch.fresh)
+        _merge_into(query_view(out_TNH), query_view(lse_TN1).squeeze(3), *new, fresh=batch.fresh)
     return out_TNH.to(q_TNH.dtype), lse_TN1.squeeze(2)
 
 

@@ -69,8 +69,8 @@ class ServerMetrics:
             )
             return metric.labels(model_name)
 
-        self._running = gauge("num_requests_running", "Samples that are decoded or prefilled.")
-        self._waiting = gauge("num_requests_waiting", "Samples that wait in the queue.")
+        self._running = gauge("num_requests_running", "Samples being prefilled or decoded.")
+        self._waiting = gauge("num_requests_waiting", "Samples waiting in the queue.")
         self._kv_usage = gauge("kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.")
         self._rank_kv_usage = Gauge(
             PREFIX + "kv_cache_rank_usage_perc",
@@ -83,7 +83,7 @@ class ServerMetrics:
         self._output = counter("generation_tokens", "Tokens generated.")
         self._success = counter("request_success", "Samples answered.", "finished_reason")
         self._errors = counter("request_error", "Requests whose generation failed.")
-        self._aborted = counter("request_aborted", "Calls left by their clients, or failed.")
+        self._aborted = counter("request_aborted", "Calls abandoned by their clients, or failed.")
         self._rejections = counter("admission_rejections", "Calls turned away.", "reason")
         self._http = counter("http_requests", "HTTP responses.", "path", "status")
         self._ttft = histogram("time_to_first_token_seconds", "TTFT, queue included.", _FIRST_TOKEN)
