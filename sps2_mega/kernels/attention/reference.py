@@ -1,4 +1,4 @@
-"""Causal attention of a run of queries over a run of keys: the slow, obviously right form."""
+"""Causal attention of a run of queries over a run of keys: the slow, obviously correct form."""
 
 from __future__ import annotations
 

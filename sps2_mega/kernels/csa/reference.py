@@ -1,4 +1,4 @@
-"""Communication-efficient sparse attention: slow, obviously right forms with a full mask.
+"""Communication-efficient sparse attention: slow, obviously correct forms with a full mask.
 
 `attend_csa` follows the definition, `attend_pieces` a list of pieces, both in
 float32; the fast forms of the latter must equal both. Shapes: T queries, S

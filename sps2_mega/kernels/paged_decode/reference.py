@@ -1,4 +1,4 @@
-"""One-token attention over a block table: the slow, obviously right form."""
+"""One-token attention over a block table: the slow, obviously correct form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One-token attention over listed cache slots, per KV head: the slow, obviously right form."""
+"""One-token attention over listed cache slots, per KV head: the slow, obviously correct form."""
 
 from __future__ import annotations
 
