@@ -112,7 +112,7 @@ def parse_request(
     if echo:
         params = params.replace(prompt_logprobs=params.logprobs)
     elif params.max_tokens == 0:
-        raise RequestError("max_tokens must be >= 1, got 0, which is allowed with echo only")
+        raise RequestError("max_tokens must be >= 1, got 0; 0 is allowed only with echo")
     return ParsedRequest(
         prompt=_one_prompt(fields.prompt) if isinstance(fields, CompletionFields) else None,
         messages=[message.flat() for message in fields.messages]

@@ -9,6 +9,7 @@ from sps2_mega.kernels.csa import reference
 from sps2_mega.kernels.csa.piece import Piece
 
 pytest.importorskip("triton")
+from sps2_mega.kernels.csa import device_tables
 from sps2_mega.kernels.csa import triton as kernels
 
 
@@ -88,14 +89,14 @@ def test_no_rows_no_keys_no_heads(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_keys_divided_among_several_programs_give_the_same(device, monkeypatch):
-    monkeypatch.setattr(kernels, "num_parts", lambda *_: 3)
-    kernels._tables.cache_clear()
+    monkeypatch.setattr(device_tables, "num_parts", lambda *_: 3)
+    device_tables.device_tables.cache_clear()
     q, k, v = random_qkv(9, 420, 4, 2, 32, torch.float16, device)
     exact = csa((1,), ())
     where = dict(prompt_len=420, queries=range(411, 420), kv_heads=range(2), layer=0)
     compare(csa_pieces(exact, **where), (q, k, v), q_start=411)
     compare([], (q, k, v), q_start=411)
-    kernels._tables.cache_clear()
+    device_tables.device_tables.cache_clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)

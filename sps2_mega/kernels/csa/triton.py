@@ -13,18 +13,17 @@ its G heads. Scores are in base 2 inside.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sps2_mega.kernels.csa.device_tables import device_tables
 from sps2_mega.kernels.csa.piece import Piece
-from sps2_mega.kernels.csa.tile_shape import num_parts, padded_width, tile_shape
-from sps2_mega.kernels.csa.tiles import SEGMENT_COLUMNS, TILE_COLUMNS, plan_tiles
+from sps2_mega.kernels.csa.tile_shape import padded_width, tile_shape
+from sps2_mega.kernels.csa.tiles import SEGMENT_COLUMNS, TILE_COLUMNS
 from sps2_mega.kernels.lse.triton import end_softmax, merge
-from sps2_mega.kernels.processors import num_processors
 
 _LOG2_E = 1.4426950408889634
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,7 +64,7 @@ def attend_pieces(
     group = num_heads // num_kv_heads
     if group > shape.rows:
         raise ValueError(f"{group} query heads per KV head: a tile has {shape.rows} rows")
-    tiles, segments, parts = _tables(
+    tiles, segments, parts = device_tables(
         tuple(pieces),
         range(q_start, q_start + num_q),
         range(k_start, k_start + k_SKH.shape[0]),
@@ -109,36 +108,6 @@ def attend_pieces(
     )
     out_TNH, lse_TN = merge(out_PTNH, lse_PTN)
     return out_TNH.to(q_TNH.dtype), lse_TN
-
-
-@lru_cache(maxsize=64)
-def _tables(
-    pieces: tuple[Piece, ...],
-    queries: range,
-    keys: range,
-    num_kv_heads: int,
-    tile_queries: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, int]:
-    """Tiles and segments on the device, and the number of parts.
-
-    They are made once per plan and used by every layer.
-    """
-    plan_in = partial(
-        plan_tiles,
-        pieces,
-        queries=queries,
-        keys=keys,
-        num_kv_heads=num_kv_heads,
-        tile_queries=tile_queries,
-    )
-    plan = plan_in()
-    most_keys = max((len(piece.keys) for piece in pieces if not piece.causal), default=0)
-    parts = num_parts(len(plan.tiles), most_keys, num_processors(device))
-    if parts > 1:
-        plan = plan_in(num_parts=parts)
-    tiles, segments = (torch.from_numpy(x).to(device) for x in (plan.tiles, plan.segments))
-    return tiles, segments, parts
 
 
 def _check(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, scale: float) -> None:

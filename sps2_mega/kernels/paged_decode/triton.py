@@ -115,19 +115,9 @@ def _merge_chunks(
     """Merge the partials of each row's chunks, of `chunk` tokens each, into `out` and `lse`."""
     num_rows, num_heads, width = out.shape
     _merge_chunks_kernel[(num_rows, triton.cdiv(num_heads, _MERGED_ROWS))](
-        out_C,
-        lse_C,
-        starts_B,
-        ends_B,
-        out,
-        lse,
-        chunk,
-        num_rows,
-        num_heads,
-        WIDTH=width,
-        PADDED_WIDTH=padded_width,
-        HEADS=_MERGED_ROWS,
-    )
+        out_C, lse_C, starts_B, ends_B, out, lse, chunk, num_rows, num_heads,
+        WIDTH=width, PADDED_WIDTH=padded_width, HEADS=_MERGED_ROWS,
+    )  # fmt: skip
 
 
 def _check(
