@@ -1,7 +1,7 @@
-"""sps2_mega: sequence-parallel serving of long prompts for Megatron and DeepSpeed models.
+"""Sequence-parallel serving of long prompts for Megatron and DeepSpeed models.
 
-Importing this package loads plain data types only (no torch); the offline API is
-`sps2_mega.serving.LLM`.
+Importing this package loads plain data types only (no
+torch); the offline API is `sps2_mega.serving.LLM`.
 """
 
 from sps2_mega.config import EngineConfig

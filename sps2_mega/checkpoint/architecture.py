@@ -1,5 +1,7 @@
-"""ModelConfig <-> a plain mapping (YAML, JSON), strictly: unknown, absent or mistyped fields are
-refused."""
+"""Strict conversion between a ModelConfig and a plain mapping (YAML, JSON).
+
+Unknown, absent or mistyped fields are errors.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ _T = typing.TypeVar("_T")
 
 
 def model_config_from_mapping(fields: Mapping[str, Any], where: str) -> ModelConfig:
-    """`where` starts every error message. `rope: null` means learned positions.
+    """Build a ModelConfig; `where` starts every error message.
+
+    `rope: null` means learned positions.
 
     Raises:
-        ConfigError: names the field, what was found, and what is known or needed.
+        ConfigError: names the field, the value found, and the known or needed ones.
     """
     fields = dict(fields)
     if isinstance(fields.get("rope"), Mapping):
@@ -28,7 +32,7 @@ def model_config_from_mapping(fields: Mapping[str, Any], where: str) -> ModelCon
 
 
 def model_config_to_mapping(config: ModelConfig) -> dict[str, Any]:
-    """Plain values only, so that any format can hold it and no reader needs our classes."""
+    """Convert to plain values, so that any format can hold them and no reader needs our classes."""
     fields = dataclasses.asdict(config)
     fields["eos_token_ids"] = list(config.eos_token_ids)
     return fields

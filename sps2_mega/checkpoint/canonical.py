@@ -1,14 +1,15 @@
-"""The canonical form of a model's weights: which tensors exist, under which names, with which
-global shapes.
+"""Canonical form of a model's weights: the names and global shapes of its tensors.
 
-Names are those of megatron-core's GPTModel built from its local layer spec; tensors are whole (no
-TP, no PP) and vocabulary rows are not padded. Every file format is translated to this form and from
-it. How a tensor is cut for one TP rank is decided in `sharding`; how a file spells it, in that
-format's module.
+Names are those of megatron-core's GPTModel built from its local layer spec; tensors
+are whole (no TP, no PP) and vocabulary rows are not padded. Every file format is
+translated to this form and back. `sharding` cuts a tensor for one TP rank; each
+format's module knows the spelling in its files.
 
-    decoder.layers.{i}.self_attention.linear_qkv.weight   [kv heads * (q per kv + 2) * head_dim, hidden]
+    decoder.layers.{i}.self_attention.linear_qkv.weight
+        [kv heads * (q per kv + 2) * head_dim, hidden]
         rows: for each KV head its query heads, then its key, then its value
-    decoder.layers.{i}.mlp.linear_fc1.weight               [2 * ffn, hidden] = gate above up (gated)
+    decoder.layers.{i}.mlp.linear_fc1.weight
+        [2 * ffn, hidden] = gate above up (gated)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 VOCAB_NAMES = (WORD_EMBEDDINGS, OUTPUT_LAYER)
-"""Tensors whose rows are the vocabulary: the only ones that a file may pad."""
+"""Tensors with one row per vocabulary entry: the only ones that a file may pad."""
 
 Shape = tuple[int, ...]
 
@@ -42,7 +43,7 @@ def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def layer_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """The weights of one decoder layer; names without the `decoder.layers.{i}.` in front."""
+    """Names, without the prefix `decoder.layers.{i}.`, and shapes of one layer's weights."""
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     heads = config.num_heads * config.head_dim
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -68,13 +69,15 @@ def layer_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """The published count: true vocabulary, tied embeddings once."""
+    """Number of parameters as published: true vocabulary, tied embeddings once."""
     return sum(prod(shape) for shape in canonical_shapes(config).values())
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """`decoder.layers.3.mlp.linear_fc1.weight` -> (3, `mlp.linear_fc1.weight`); other names ->
-    (None, name)."""
+    """Split a name into layer and rest; names outside the layers give (None, name).
+
+    `decoder.layers.3.mlp.linear_fc1.weight` -> (3, `mlp.linear_fc1.weight`).
+    """
     prefix = "decoder.layers."
     if name.startswith(prefix):
         index, _, rest = name.removeprefix(prefix).partition(".")

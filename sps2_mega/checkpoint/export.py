@@ -1,4 +1,4 @@
-"""Writes a source as another format: Hugging Face folder or Megatron `torch_dist` folder.
+"""Export of a source to another format: Hugging Face folder or Megatron `torch_dist` folder.
 
 Tensors keep their stored dtype, bit for bit, and are streamed. The file by which readers recognise
 the folder is written last, so an interrupted conversion is never taken for a checkpoint.
@@ -47,8 +47,9 @@ def export_huggingface(
     on_bytes: OnBytes | None = None,
     file_bytes: int = hf_writer.FILE_BYTES,
 ) -> None:
-    """A folder that transformers opens: config.json, safetensors (with an index where there are
-    several).
+    """Write a folder that transformers opens: config.json and safetensors.
+
+    Several safetensors files get an index.
 
     Raises:
         ConfigError: the target is not empty, or Hugging Face's classes cannot express the
@@ -82,7 +83,7 @@ def export_megatron(
     on_bytes: OnBytes | None = None,
     file_bytes: int = torch_dist_writer.FILE_BYTES,
 ) -> None:
-    """A Megatron checkpoint root with a `release` iteration, loadable at any TP x PP.
+    """Write a Megatron checkpoint root with a `release` iteration, loadable at any TP x PP.
 
     Raises:
         ConfigError: the target is not empty.
@@ -108,7 +109,7 @@ def export_megatron(
 
 
 def _expressible(config: ModelConfig) -> dict[str, object]:
-    """The config.json of `config`, once it is sure that reading it gives `config` again."""
+    """The config.json of `config`, after checking that reading it gives `config` again."""
     hf = model_config_to_hf(config)
     again = model_config_from_hf(hf)
     lost = [
@@ -126,7 +127,7 @@ def _expressible(config: ModelConfig) -> dict[str, object]:
 def _start(
     source: WeightSource, target: Path, on_bytes: OnBytes | None
 ) -> Callable[[Tensor], None]:
-    """Checks source and target, makes the folder; the result reports each tensor that was read."""
+    """Check source and target and make the folder; the result reports each tensor read."""
     check_complete(source, source.config)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder: nothing is overwritten")
@@ -145,7 +146,7 @@ def _start(
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
-    """Tokenizer and generation settings; Megatron roots have them beside their iterations."""
+    """Copy tokenizer and generation settings, which Megatron roots have beside their iterations."""
     root = source.parent if (source.parent / TRACKER).is_file() else source
     for folder in (root, source):
         for name in _SIDE_FILES:

@@ -1,8 +1,8 @@
-"""Reads Hugging Face safetensors folders, sharded or not, one tensor at a time.
+"""Reader of Hugging Face safetensors folders, sharded or not, one tensor at a time.
 
 Files are memory-mapped: opening reads headers, `read` touches the pages of one canonical tensor.
-Which file tensors make a canonical one is decided in `hf_layout`. Names may have the usual prefix
-(`model.`, `transformer.`) or none, as base models are saved.
+`hf_layout` maps file tensors to canonical ones. Names may have the usual prefix (`model.`,
+`transformer.`) or none, as in saved base models.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ _LM_HEAD = "lm_head.weight"
 
 
 class HuggingFaceSource:
-    """A `WeightSource` over safetensors files; the set of tensors does not change once it is
-    open."""
+    """A `WeightSource` over safetensors files, whose set of tensors is fixed once it is open."""
 
     format = "huggingface"
     iteration: int | None = None
@@ -36,7 +35,7 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, config: ModelConfig | None = None) -> None:
         self.path = folder
         self.config = config or read_hf_config(folder)
-        self._files: dict[str, Any] = {}  # file tensor's name without prefix -> open file
+        self._files: dict[str, Any] = {}  # name of a file's tensor without prefix -> open file
         self._names: dict[str, str] = {}  # the same key -> name in the file
         prefix = hf_layout.prefix(self.config)
         for path in weight_files(folder):
@@ -45,7 +44,7 @@ class HuggingFaceSource:
                 if not name.endswith(hf_layout.IGNORED_SUFFIXES):
                     bare = name.removeprefix(prefix)
                     if bare in self._names:
-                        raise CheckpointError(f"{folder}: {name} is there twice")
+                        raise CheckpointError(f"{folder}: {name} occurs twice")
                     self._files[bare], self._names[bare] = handle, name
         self._tied_head = self.config.tie_embeddings and _LM_HEAD in self._names
         self._recipes = hf_layout.recipes(self.config)
@@ -62,8 +61,8 @@ class HuggingFaceSource:
                 transposed = recipe.how in ("transpose", "qkv_columns")
                 shapes[name] = actual[::-1] if transposed else actual
             elif all(found.get(part) == shape for part, shape in self._wanted(name)):
-                # Parts of a joined tensor must fit one by one: wrong ones can add up to the right
-                # total.
+                # Parts of a joined tensor must fit one by one: wrong ones
+                # can add up to the right total.
                 rows = sum(found.pop(part)[0] for part in recipe.parts)
                 shapes[name] = (rows, *recipe.shapes[0][1:])
         return shapes | {self._names[bare]: shape for bare, shape in found.items()}
@@ -117,7 +116,7 @@ class HuggingFaceSource:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of the index where there is one.
+    """Safetensors files of a folder, as listed in its index if there is one.
 
     Raises:
         CheckpointError: none, or the index names files that are absent or outside the folder.

@@ -1,8 +1,8 @@
-"""Hugging Face config.json <-> ModelConfig, for the families that the runtime can run exactly.
+"""Hugging Face config.json <-> ModelConfig, for the families that the runtime computes exactly.
 
-Whatever would change the numbers and cannot be expressed is refused by name and value; fields that
-only concern training or caching are ignored. Both spellings of rotary embeddings are read:
-`rope_theta` with `rope_scaling`, and `rope_parameters`. Rotary details are in `hf_rope`.
+Any setting that would change the numbers and cannot be expressed is refused with its name and
+value; fields that only concern training or caching are ignored. Both spellings of rotary embeddings
+are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. `hf_rope` has the rotary details.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    # What each family's transformers class assumes where config.json is silent (None: see the
-    # code).
+    # Defaults of each family's transformers class for fields absent
+    # from config.json (None: see the code).
     "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
@@ -40,8 +40,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face folder; generation_config.json, where present, names the
-    end tokens.
+    """Read a Hugging Face folder's ModelConfig; generation_config.json overrides the end tokens.
 
     Raises:
         ConfigError: config.json is absent, unreadable, or describes a model that cannot be run.
@@ -58,8 +57,10 @@ def read_hf_config(folder: Path) -> ModelConfig:
 
 
 def model_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Raises:
-    ConfigError: a field is absent, or has a value that cannot be run; the message names both.
+    """Convert the content of a config.json.
+
+    Raises:
+        ConfigError: a field is absent, or has a value that cannot be run; the message names both.
     """
     family = hf.get("model_type")
     if family not in ARCHITECTURES:
@@ -72,8 +73,10 @@ def model_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The config.json that transformers reads as this model; the inverse of
-    `model_config_from_hf`."""
+    """Content of the config.json that transformers reads as this model.
+
+    The inverse of `model_config_from_hf`.
+    """
     eos = config.eos_token_ids
     hf: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.family]],

@@ -1,9 +1,7 @@
-"""How Hugging Face files spell the canonical weights: one table per architecture, read in both
-directions.
+"""Hugging Face's spelling of the canonical weights: a table per architecture, for both directions.
 
-A `Recipe` says which file tensors make one canonical tensor and how. The same recipe joins them
-when reading and splits them when writing. Prefixes (`model.`, `transformer.`) are added by reader
-and writer.
+A `Recipe` says which file tensors form one canonical tensor and how. The same recipe joins them for
+reading and splits them for writing. Reader and writer add prefixes (`model.`, `transformer.`).
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ How = Literal["copy", "qkv", "gate_up", "transpose", "qkv_columns"]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`parts` are file names without prefix, with the shapes the file must have them in.
+    """File tensors of one canonical tensor: their names without prefix and their shapes.
 
-    copy: as it is. qkv: q, k, v joined per query group. gate_up: stacked. transpose: the file has
-    [in, out]. qkv_columns: GPT-2's one tensor [in, 3 * hidden] (or [3 * hidden]), q, k, v side by
-    side.
+    copy: unchanged. qkv: q, k, v joined per query group. gate_up: stacked.
+    transpose: the file has [in, out]. qkv_columns: GPT-2's single tensor [in, 3 *
+    hidden] (or [3 * hidden]), q, k and v as its columns.
     """
 
     how: How
@@ -66,10 +64,10 @@ _GPT2_LAYER: dict[str, tuple[How, tuple[str, ...]]] = {
 }
 
 PREFIXES = {"gpt2": "transformer."}
-"""What stands before all names but `lm_head.weight`; `model.` for every other family."""
+"""Prefix of all names but `lm_head.weight`; `model.` for every other family."""
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-"""Buffers that old transformers versions saved with the weights; they follow from the configuration."""
+"""Buffers saved with the weights by old transformers; they follow from the configuration."""
 
 
 def prefix(config: ModelConfig) -> str:
@@ -82,7 +80,7 @@ def recipes(config: ModelConfig) -> dict[str, Recipe]:
 
 
 def join(recipe: Recipe, parts: list[Tensor], config: ModelConfig) -> Tensor:
-    """File tensors -> the canonical tensor."""
+    """Form the canonical tensor from file tensors."""
     match recipe.how:
         case "copy":
             return parts[0]
@@ -98,8 +96,10 @@ def join(recipe: Recipe, parts: list[Tensor], config: ModelConfig) -> Tensor:
 
 
 def split(recipe: Recipe, tensor: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
-    """The canonical tensor -> (file name without prefix, contiguous file tensor); the inverse of
-    `join`."""
+    """Split a canonical tensor into (file name without prefix, contiguous file tensor).
+
+    The inverse of `join`.
+    """
     match recipe.how:
         case "copy":
             parts = [tensor]

@@ -2,7 +2,7 @@
 
 Old files have `rope_theta` and `rope_scaling` ({"type" or "rope_type": ..}); new ones
 `rope_parameters`. Types whose frequencies depend on the length of the input (dynamic, longrope) are
-refused: they would make the keys in the cache depend on what came later.
+refused: they would make keys in the cache depend on later tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sps2_mega.errors import ConfigError
 
 _DEFAULT_THETA = 10000.0
 _FIELDS = {
-    # rope type -> (fields that must be there, fields that may be)
+    # rope type -> (required fields, optional fields)
     "default": ((), ()),
     "linear": (("factor",), ()),
     "llama3": (
@@ -39,8 +39,10 @@ _NOT_FLOAT = ("original_max_position_embeddings", "truncate")
 
 
 def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
-    """Raises:
-    ConfigError: the type is not supported, or a field is absent or unknown.
+    """Convert the rotary fields of a config.json.
+
+    Raises:
+        ConfigError: the type is not supported, or a field is absent or unknown.
     """
     given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     theta = float(given.pop("rope_theta", None) or hf.get("rope_theta") or _DEFAULT_THETA)
@@ -73,7 +75,7 @@ def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeCon
 
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    """Both spellings, so that transformers before and after version 5 read the same."""
+    """Write both spellings, so that transformers before and after version 5 read the same."""
     if rope.scaling == "none":
         return {
             "rope_theta": rope.theta,

@@ -1,5 +1,4 @@
-"""Writes safetensors files of bounded size with their index; one file's tensors in memory at a
-time."""
+"""Writer of safetensors files of bounded size with an index; holds one file's tensors in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ FILE_BYTES = 4 << 30
 _INDEX = "model.safetensors.index.json"
 
 Group = tuple[str, int]
-"""What is read at once and must stay in one file: its name and its size in bytes."""
+"""Tensors that are read at once and must stay in one file: name and size in bytes."""
 
 
 def write_safetensors(
@@ -24,8 +23,10 @@ def write_safetensors(
     *,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """`read(group name)` gives the (name, contiguous tensor) pairs of a group; groups keep their
-    order."""
+    """Write groups of tensors in order.
+
+    `read(group name)` gives the (name, contiguous tensor) pairs of a group.
+    """
     files = plan_files(groups, file_bytes)
     weight_map: dict[str, str] = {}
     total = 0

@@ -1,7 +1,7 @@
-"""Does a source hold exactly the model? All missing, left-over and wrongly shaped names in one
-error.
+"""Check that a source holds exactly the model, with all problems in one error.
 
-Vocabulary rows are the one tolerance: a file may have more (Megatron pads them), never fewer.
+Missing, left-over and wrongly shaped names are problems. Vocabulary rows are the one tolerance: a
+file may have more (Megatron pads them), never fewer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _SHOWN = 30
 
 
 def check_complete(source: WeightSource, config: ModelConfig) -> None:
-    """Compares names and shapes; reads no data.
+    """Compare names and shapes; no data is read.
 
     Raises:
-        CheckpointError: lists everything that does not fit.
+        CheckpointError: lists every name that does not fit.
     """
     found, expected = source.shapes(), canonical_shapes(config)
     missing = [f"{name} (from {source.origin(name)})" for name in expected if name not in found]
@@ -34,7 +34,7 @@ def check_complete(source: WeightSource, config: ModelConfig) -> None:
 
 
 def raise_if_any(problems: dict[str, list[str]], where: str) -> None:
-    """One CheckpointError with every kind of problem that has entries."""
+    """Raise one CheckpointError with every kind of problem that has entries."""
     parts = [_section(title, entries) for title, entries in problems.items() if entries]
     if parts:
         raise CheckpointError(f"{where} does not fit the model\n" + "\n".join(parts))

@@ -1,8 +1,8 @@
-"""Reads Megatron's older checkpoints, one file per rank: mp_rank_TT[_PPP]/model_optim_rng.pt.
+"""Reader of Megatron's older checkpoints, one file per rank: mp_rank_TT[_PPP]/model_optim_rng.pt.
 
-Each file holds one TP shard of one pipeline stage, with layers numbered from 0 within the stage.
-Files are memory-mapped, so optimizer state in them costs nothing; `read` merges the TP shards of
-one tensor.
+Each file holds one TP shard of one pipeline stage, with layers numbered from 0
+within the stage. Files are memory-mapped, so optimizer state in them costs nothing;
+`read` merges the TP shards of one tensor.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from sps2_mega.errors import CheckpointError
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
-_OLDEST = 3.0  # before, query, key and value rows were ordered differently
+_OLDEST = 3.0  # older versions order query, key and value rows differently
 
 
 class LegacySource:
-    """A `WeightSource` over all rank files of one iteration; every shard list has one entry per TP
-    rank."""
+    """A `WeightSource` over all rank files of one iteration, with one shard per TP rank."""
 
     format = "megatron legacy"
 
@@ -95,7 +94,7 @@ class LegacySource:
                     canonical = f"decoder.layers.{first_layer + index}.{part}"
                 if absent := [tp for tp, model in enumerate(chunk) if name not in model]:
                     raise CheckpointError(f"{self.path}: {name} is absent at TP ranks {absent}")
-                # A last stage of several keeps a copy of tied embeddings as its output layer.
+                # The last of several stages keeps a copy of tied embeddings as its output layer.
                 if not (canonical == OUTPUT_LAYER and self.config.tie_embeddings):
                     shards.setdefault(canonical, [model[name] for model in chunk])
             first_layer += layers
@@ -105,7 +104,7 @@ class LegacySource:
 
 
 def _rank_files(folder: Path) -> list[list[Path]]:
-    """[pipeline stage][TP rank] -> file; complete, or an error that lists what is absent."""
+    """Files as [pipeline stage][TP rank]; raises an error that lists absent ones."""
     ranks: dict[tuple[int, int], Path] = {}
     for entry in sorted(folder.glob("mp_rank_*")):
         match = _RANK.fullmatch(entry.name)
@@ -128,8 +127,10 @@ def _rank_files(folder: Path) -> list[list[Path]]:
 
 
 def _chunks(states: list[list[dict[str, Any]]], folder: Path) -> Iterator[list[Mapping[str, Any]]]:
-    """Model chunks in layer order, each as one state dict per TP rank. With interleaved stages the
-    first chunk of every stage comes before the second of any."""
+    """Model chunks in layer order, each as one state dict per TP rank.
+
+    With interleaved stages the first chunk of every stage precedes the second of any.
+    """
     keys = [key for key in ("model", *(f"model{i}" for i in range(64))) if key in states[0][0]]
     if not keys:
         raise CheckpointError(f"{folder}: no model in the rank files")

@@ -1,7 +1,7 @@
-"""Streams a source's weights into the parameters of one TP rank: read one tensor, cut, copy, drop.
+"""Load of a source's weights into the parameters of one TP rank: read one tensor, cut, copy, drop.
 
 Peak memory above the parameters is one canonical tensor. Names and shapes are compared first, so a
-wrong checkpoint fails before any data is read. Which slice a rank takes is decided in `sharding`.
+wrong checkpoint fails before any data is read. `sharding` decides a rank's slice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load_weights(
     tp: int,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fills `parameters` (canonical names, this TP rank's shapes, any dtype and device).
+    """Fill `parameters` (canonical names, this TP rank's shapes, any dtype and device).
 
     `on_bytes(done, total)` is called after each tensor with bytes of the checkpoint read so far.
 
@@ -44,7 +44,7 @@ def load_weights(
     item = getattr(torch, source.dtype).itemsize
     done, total = 0, sum(sizes.values()) * item
     for name, size in sizes.items():
-        # One expression, so that a tensor is gone before the next one is read.
+        # One expression, so that a tensor is freed before the next one is read.
         parameters[name].copy_(
             shard(name, read_canonical(source, name, config), config, tp_rank=tp_rank, tp=tp)
         )

@@ -1,9 +1,9 @@
-"""The arguments that Megatron stores with its checkpoints <-> ModelConfig.
+"""Arguments stored with Megatron checkpoints <-> ModelConfig.
 
-Megatron describes an architecture by switches. Those that the runtime cannot reproduce are refused
-by name and value; a switch that is absent (older Megatron) has the value Megatron gave it then.
-Checkpoints that we write carry the whole ModelConfig beside the switches, since those cannot
-express all of it.
+Megatron describes an architecture by switches. Switches that the runtime cannot
+reproduce are refused with name and value; an absent switch (older Megatron) has the
+value that Megatron gave it then. Checkpoints written here carry the whole ModelConfig
+beside the switches, which cannot express all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sps2_mega.errors import ConfigError
 
 OWN_CONFIG = "sps2_mega_model"
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    # switch: values that change nothing
+    # switch: values without effect
     "num_experts": (None, 0, 1),
     "multi_latent_attention": (None, False),
     "squared_relu": (None, False),
@@ -48,7 +48,7 @@ _LLAMA3 = {
 
 
 def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
-    """`args` is `vars()` of the stored namespace; `where` starts every error message.
+    """Convert `args`, the `vars()` of the stored namespace; `where` starts every error message.
 
     Raises:
         ConfigError: a needed argument is absent, or one has a value that cannot be run.
@@ -86,7 +86,7 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def model_config_to_args(config: ModelConfig, *, padded_vocab: int) -> Namespace:
-    """What a Megatron training run would have stored for this architecture, at TP 1 and PP 1."""
+    """Arguments that a Megatron training run would store for a model, at TP 1 and PP 1."""
     rope = config.rope
     args: dict[str, Any] = {
         "num_layers": config.num_layers,
@@ -131,14 +131,14 @@ def model_config_to_args(config: ModelConfig, *, padded_vocab: int) -> Namespace
 
 
 def saved_layout(args: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(tp, pp) of the run that wrote the checkpoint, where it is recorded."""
+    """(tp, pp) of the run that wrote the checkpoint, or None if not recorded."""
     tp, pp = args.get("tensor_model_parallel_size"), args.get("pipeline_model_parallel_size")
     return (tp, pp) if isinstance(tp, int) and isinstance(pp, int) else None
 
 
 def _family(fields: Mapping[str, Any]) -> str:
-    # The family only decides how weights are spelt for Hugging Face; the numbers follow from the
-    # fields.
+    # The family only decides the spelling of weights for Hugging Face;
+    # the numbers follow from the fields.
     if fields["rope"] is None:
         return "gpt2"
     if fields["qk_norm"]:

@@ -1,5 +1,4 @@
-"""How Megatron checkpoints spell the canonical weights: wrappers in front, fused layer norms, what
-is no weight."""
+"""Megatron's spelling of the canonical weights: wrappers, fused layer norms, non-weights."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ _FUSED_NORMS = {
 
 
 def canonical_name(name: str) -> str | None:
-    """The canonical spelling of a name in a Megatron checkpoint; None for what is no model weight.
+    """Canonical spelling of a name in a Megatron checkpoint; None if it is no model weight.
 
     Layers may be numbered (`decoder.layers.3.mlp..`) or stacked (`decoder.layers.mlp..`).
     """
@@ -32,8 +31,7 @@ def canonical_name(name: str) -> str | None:
 
 
 def stored_name(part: str) -> str:
-    """How megatron-core's distributed checkpoints spell `part`, a canonical name within one
-    layer."""
+    """Spelling of `part`, a canonical name within one layer, in distributed checkpoints."""
     for fused, plain in _FUSED_NORMS.items():
         if part.startswith(plain):
             return fused + part.removeprefix(plain)

@@ -1,9 +1,8 @@
-"""What a Megatron checkpoint says about the run that wrote it: architecture, iteration, parallel
-layout.
+"""Facts about the run that wrote a Megatron checkpoint: architecture, iteration, parallel layout.
 
-Megatron-LM keeps its arguments in common.pt; Megatron Bridge writes run_config.yaml, whose `model`
-section uses megatron-core's names. Both become the same mapping of arguments, which `megatron_args`
-reads.
+Megatron-LM keeps its arguments in common.pt; Megatron Bridge writes
+run_config.yaml, whose `model` section uses megatron-core's names. Both become the
+same mapping of arguments, which `megatron_args` reads.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ class Run:
 
 
 def read_run(folder: Path, config: ModelConfig | None) -> Run:
-    """The run behind a torch_dist folder; `config` replaces what the files say.
+    """Read the run of a torch_dist folder; `config` replaces the architecture in its files.
 
     Raises:
         CheckpointError: common.pt would run code or is damaged.
-        ConfigError: no architecture is stated and none was given, or one that cannot be run.
+        ConfigError: the architecture is neither stated nor given, or cannot be run.
     """
     args, where, iteration = _stored_args(folder)
     if config is None:
@@ -59,7 +58,7 @@ def iteration_of(folder: Path, stored: Any) -> int | None:
 
 
 def args_of(state: Any, path: Path) -> dict[str, Any]:
-    """The arguments in a loaded common.pt or model_optim_rng.pt; empty where it has none."""
+    """Arguments in a loaded common.pt or model_optim_rng.pt; empty if it has none."""
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} must hold a dict, found {type(state).__name__}")
     args = state.get("args")
@@ -67,10 +66,10 @@ def args_of(state: Any, path: Path) -> dict[str, Any]:
 
 
 def bridge_args(content: Any, where: str) -> dict[str, Any]:
-    """The `model` section of a run_config.yaml, in the words of Megatron-LM's arguments.
+    """The `model` section of a run_config.yaml, in terms of Megatron-LM's arguments.
 
     Raises:
-        ConfigError: there is no such section, or its activation is not known.
+        ConfigError: there is no `model` section, or its activation is not known.
     """
     model = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(model, Mapping):

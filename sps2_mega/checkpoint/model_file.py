@@ -1,11 +1,10 @@
-"""The YAML files of model_configs/: an architecture by name, where its weights are, degrees that
-suit it.
+"""YAML files of model_configs/: a named architecture, the place of its weights, suggested degrees.
 
 architecture: {every field of ModelConfig}
 weights: sps2-tiny            # folder, relative to the file; null: not bundled
 tokenizer: sps2-tiny          # likewise
 suggested: {tp: 1, sp: 2}
-csa: {degrees: [1, 4]}        # optional: sparse attention, unless the command line says otherwise
+csa: {degrees: [1, 4]}        # optional: sparse attention, unless the command line sets it
 source: where the weights are published
 """
 
@@ -29,7 +28,7 @@ _KEYS = ("architecture", "weights", "tokenizer", "suggested", "csa", "source")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFile:
-    """One file of model_configs/, with paths made absolute."""
+    """One file of model_configs/, with absolute paths."""
 
     name: str
     config: ModelConfig
@@ -42,8 +41,10 @@ class ModelFile:
 
 
 def read_model_file(path: Path) -> ModelFile:
-    """Raises:
-    ConfigError: not readable YAML, or an unknown, absent or mistyped key.
+    """Read and check one file.
+
+    Raises:
+        ConfigError: not readable YAML, or an unknown, absent or mistyped key.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -69,7 +70,7 @@ def read_model_file(path: Path) -> ModelFile:
 
 
 def model_files() -> dict[str, Path]:
-    """Name -> file: those of ./model_configs, then those that come with the package."""
+    """Name -> file: first the files of ./model_configs, then those of the package."""
     files: dict[str, Path] = {}
     for folder in bundled_folders("model_configs"):
         for path in sorted(folder.glob("*.yaml")):
@@ -78,8 +79,10 @@ def model_files() -> dict[str, Path]:
 
 
 def named_model_file(name: str) -> ModelFile:
-    """Raises:
-    ConfigError: no such file, or not a valid one; the message has the names that there are.
+    """Read the file of a name.
+
+    Raises:
+        ConfigError: no such file, or an invalid one; the message lists the known names.
     """
     files = model_files()
     if name not in files:

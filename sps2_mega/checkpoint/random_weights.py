@@ -1,9 +1,8 @@
-"""Random weights in place of a checkpoint's: for measuring a machine with a model whose weights are
-not on it.
+"""Random weights, for measuring a machine with a model whose checkpoint is not on it.
 
-Values are made where the parameters are, so a large model starts within seconds. What the model
-says with them is noise; its speed and memory are those of real weights (zeros would not do: matrix
-units run faster on them).
+Values are made on the parameters' device, so a large model starts within seconds.
+The model's text is noise; its speed and memory equal a real model's (zeros would
+not do: matrix units run faster on them).
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from sps2_mega.checkpoint.canonical import canonical_shapes
 from sps2_mega.checkpoint.sharding import local_shapes
 from sps2_mega.config import ModelConfig
 
-_SPREAD = (
-    0.02  # as models are commonly initialised: activations neither vanish nor overflow in 16 bits
-)
+# As models are commonly initialised: activations neither vanish nor overflow in 16 bits.
+_SPREAD = 0.02
 
 
 @torch.no_grad()
 def fill_random(
     parameters: Mapping[str, Tensor], config: ModelConfig, *, tp_rank: int, tp: int
 ) -> None:
-    """Fills `parameters` (canonical names, this TP rank's shapes, any dtype and device): norms with
-    1, biases with 0, the rest normally distributed. What all TP ranks hold whole is the same on all
-    of them.
+    """Fill `parameters` (canonical names, this TP rank's shapes, any dtype and device).
+
+    Norms are 1, biases 0, the rest normally distributed. Tensors that every TP rank
+    holds whole are the same on all of them.
 
     Raises:
         ConfigError: `config` cannot be cut into `tp` ranks.

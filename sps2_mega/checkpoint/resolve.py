@@ -1,7 +1,7 @@
-"""What the user calls a model -> its configuration, its weights and its tokenizer.
+"""Resolution of a model's name or folder to its configuration, weights and tokenizer.
 
-A name is a folder (Hugging Face or Megatron) or, where no such folder exists, a file of
-model_configs/. Nothing is downloaded. What is inside the folder is decided by `source`.
+A name is a folder (Hugging Face or Megatron) or, if no such folder exists, a file of
+model_configs/. Nothing is downloaded. `source` decides the format of a folder.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
-    """`path` is the weights' folder; `tokenizer` is None where none was found (prompts are then
-    token ids). The suggested degrees of parallelism are 1, and `csa` is None, where nobody
-    suggested any."""
+    """Configuration and folders of a model; `path` is the folder of its weights.
+
+    `tokenizer` is None if none was found (prompts are then token ids). Without a suggestion the
+    degrees of parallelism are 1 and `csa` is None.
+    """
 
     name: str
     config: ModelConfig
@@ -37,14 +39,15 @@ class ResolvedModel:
 def resolve_model(
     name_or_path: str | Path, *, tokenizer: str | Path | None = None, needs_weights: bool = True
 ) -> ResolvedModel:
-    """`tokenizer` is a folder that replaces the model's own. Without `needs_weights` a folder with
-    a config.json alone will do, or a name whose weights are elsewhere: `path` is then not to be
-    read.
+    """Resolve a name or folder; `tokenizer` is a folder that replaces the model's own.
+
+    Without `needs_weights` a folder with only a config.json is enough, or a name whose
+    weights are elsewhere: `path` must then not be read.
 
     Raises:
-        ConfigError: no such folder or name, the weights are not on this machine, or the model
-            cannot be run.
-        CheckpointError: the folder is no checkpoint that can be read.
+        ConfigError: no such folder or name, weights not on this machine, or a model that cannot be
+            run.
+        CheckpointError: the folder is not a readable checkpoint.
     """
     given = Path(tokenizer) if tokenizer is not None else None
     if given is not None and not has_tokenizer(given):
@@ -59,15 +62,17 @@ def resolve_model(
 
 
 def suggested_csa(name_or_path: str | Path) -> CSAConfig | None:
-    """What `resolve_model` says of sparse attention, without looking at weights; None for a name
-    that it refuses."""
+    """Sparse attention that `resolve_model` suggests, without looking at weights.
+
+    None for a name that it refuses.
+    """
     files = {} if Path(name_or_path).is_dir() else model_files()
     file = files.get(str(name_or_path))
     return None if file is None else read_model_file(file).csa
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
-    """Where a checkpoint's tokenizer is: in the folder, or in the iteration that it points to."""
+    """Folder of a checkpoint's tokenizer: the folder itself or the iteration that it points to."""
     return next((f for f in (folder, iteration_folder(folder)) if has_tokenizer(f)), None)
 
 

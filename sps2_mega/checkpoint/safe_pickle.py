@@ -1,8 +1,7 @@
-"""Reading pickled checkpoint files without giving them a way to run code.
+"""Reading of pickled checkpoint files without giving them a way to run code.
 
-Two kinds of files, two doors, both with a list of allowed names and a refusal that says which name
-was asked for. Classes we do not need become an inert `Record` that only keeps what the file says
-about it.
+Two kinds of files have a reader each, both with a list of allowed names and an error that gives the
+refused name. Classes we do not need become an inert `Record` that only keeps what the file states.
 
     .metadata               a bare pickle: `read_records`, our own unpickler
     common.pt, mp_rank *.pt torch's zip format: `load_torch_file`, torch's weights-only unpickler
@@ -23,8 +22,7 @@ from sps2_mega.errors import CheckpointError
 
 
 class Record:
-    """What a pickle says about an object whose class is not loaded: constructor arguments and
-    state."""
+    """Constructor arguments and state of a pickled object whose class is not loaded."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -78,8 +76,7 @@ _METADATA_NAMES: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
 }
 
-# What unpicklers raise on bytes that are no pickle; lengths read from garbage can be beyond all
-# memory.
+# Errors of unpicklers on bytes that are no pickle; lengths read from garbage can exceed all memory.
 _DAMAGE = (
     *(OSError, EOFError, MemoryError, OverflowError, pickle.UnpicklingError),
     *(ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError),
@@ -99,11 +96,10 @@ _INERT_NAMES = (
 
 
 def read_records(path: Path) -> Any:
-    """The content of a torch.distributed.checkpoint `.metadata` file, as `Record`s and plain
-    values.
+    """Content of a torch.distributed.checkpoint `.metadata` file, as `Record`s and plain values.
 
     Raises:
-        CheckpointError: the file asks for any other name (nothing of it has run), or is damaged.
+        CheckpointError: the file needs any other name (nothing of it has run), or is damaged.
     """
     try:
         return _MetadataUnpickler(path).load()
@@ -116,10 +112,10 @@ def read_records(path: Path) -> Any:
 
 
 def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
-    """A file written by torch.save, tensors on the CPU (mapped from the file with `mmap`).
+    """Load a file written by torch.save, tensors on the CPU (mapped from the file with `mmap`).
 
     Raises:
-        CheckpointError: the file asks for a name that is not allowed (nothing of it has run), or is
+        CheckpointError: the file needs a name that is not allowed (nothing of it has run), or is
             damaged.
     """
     try:
@@ -137,7 +133,7 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
 
 
 def load_tensor(data: bytes, where: str) -> torch.Tensor:
-    """One tensor out of the bytes that torch.save made of it.
+    """Load one tensor from the bytes that torch.save made of it.
 
     Raises:
         CheckpointError: the bytes hold anything else.

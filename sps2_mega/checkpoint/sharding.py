@@ -1,5 +1,4 @@
-"""Which part of a canonical tensor one tensor-parallel rank holds. Pure: ints and slices, no
-process group.
+"""Part of a canonical tensor on one tensor-parallel rank: ints and slices, no process group.
 
     linear_qkv            by query groups (a KV head with its query heads stays together)
     linear_fc1            gate rows and up rows are each cut, so a rank holds [its gate; its up]
@@ -7,9 +6,9 @@ process group.
     embeddings, output    by rows, after zero rows up to a multiple of 128 * tp
     norms, positions      on every rank
 
-With fewer KV heads than TP ranks each KV head is held by tp / num_kv_heads ranks: the model is then
-built with `num_query_groups(config, tp)` = tp groups, group g having kv head g * num_kv_heads //
-tp.
+With fewer KV heads than TP ranks, tp / num_kv_heads ranks hold each KV head:
+the model is then built with `num_query_groups(config, tp)` = tp groups, and
+group g has KV head g * num_kv_heads // tp.
 """
 
 from __future__ import annotations
@@ -42,8 +41,10 @@ VOCAB_MULTIPLE = 128
 
 
 def check_tp(config: ModelConfig, tp: int) -> None:
-    """Raises:
-    ConfigError: this model cannot be cut into `tp` tensor-parallel ranks.
+    """Check that a model can be cut into `tp` tensor-parallel ranks.
+
+    Raises:
+        ConfigError: it cannot.
     """
     if tp < 1:
         raise ConfigError(f"tp must be >= 1, got {tp}")
@@ -56,19 +57,19 @@ def check_tp(config: ModelConfig, tp: int) -> None:
 
 
 def num_query_groups(config: ModelConfig, tp: int) -> int:
-    """Query groups the model is built with over all TP ranks: each rank has at least one."""
+    """Number of query groups the model is built with over all TP ranks: at least one per rank."""
     check_tp(config, tp)
     return max(config.num_kv_heads, tp)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding and output matrices over all TP ranks, Megatron's rule."""
+    """Rows of the embedding and output matrices over all TP ranks, by Megatron's rule."""
     multiple = VOCAB_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple
 
 
 def shard_dim(name: str) -> int | None:
-    """The dimension along which TP cuts a tensor; None where every rank has all of it."""
+    """Dimension along which TP cuts a tensor; None if every rank has all of it."""
     _, part = split_layer(name)
     if name in VOCAB_NAMES or part.startswith(("self_attention.linear_qkv.", "mlp.linear_fc1.")):
         return 0
@@ -85,8 +86,7 @@ def local_shapes(config: ModelConfig, tp: int) -> dict[str, Shape]:
 
 
 def shard(name: str, tensor: Tensor, config: ModelConfig, *, tp_rank: int, tp: int) -> Tensor:
-    """The slice of canonical `tensor` that TP rank `tp_rank` holds; a view where that is
-    possible."""
+    """Slice of canonical `tensor` that TP rank `tp_rank` holds; a view if possible."""
     _, part = split_layer(name)
     if name in VOCAB_NAMES:
         return _vocab_rows(tensor, config.vocab_size, tp_rank, tp)
@@ -127,9 +127,8 @@ def _query_groups(tensor: Tensor, config: ModelConfig, tp_rank: int, tp: int) ->
     groups = tensor.reshape(kv, (per_group + 2) * config.head_dim, *rest)
     if kv >= tp:
         return groups.chunk(tp, 0)[tp_rank].reshape(-1, *rest)
-    sharers = (
-        tp // kv
-    )  # ranks that hold the same KV head, each with its own part of the query heads
+    # Ranks that hold the same KV head, each with its own part of the query heads.
+    sharers = tp // kv
     group = groups[tp_rank // sharers]
     q_rows = per_group * config.head_dim
     q = group[:q_rows].chunk(sharers, 0)[tp_rank % sharers]

@@ -1,12 +1,11 @@
-"""Where weights come from, whatever the format: every reader offers the canonical form through
-`WeightSource`.
+"""Sources of weights in any format: every reader offers the canonical form through `WeightSource`.
 
     Hugging Face folder      config.json + *.safetensors                     `hf`
     Megatron torch_dist      iter_*/{metadata.json,.metadata,*.distcp}       `torch_dist`
     Megatron legacy          iter_*/mp_rank_XX[_YYY]/model_optim_rng.pt      `legacy`
 
-Opening a source reads headers only. This file decides which reader a folder needs; what must be in
-it is decided in `inventory`.
+Opening a source reads headers only. This file chooses the reader of a folder;
+`inventory` decides what must be in it.
 """
 
 from __future__ import annotations
@@ -30,9 +29,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 class WeightSource(Protocol):
     """One checkpoint, as canonical tensors.
 
-    `saved_layout` is (tp, pp) of the writer where the format records it. `dtype` is the stored one
-    (`bfloat16`, ..). `shapes()` has canonical names with the shapes found, and under its own name
-    whatever is in the file and is no part of the model. `origin(name)` says what the file calls it.
+    `saved_layout` is the writer's (tp, pp) if the format records it. `dtype` is the
+    stored one (`bfloat16`, ..). `shapes()` maps canonical names to the shapes found,
+    and includes, under their own names, tensors of the file that are not part of the
+    model. `origin(name)` is the name in the file.
     """
 
     path: Path
@@ -50,12 +50,11 @@ class WeightSource(Protocol):
 
 
 def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> WeightSource:
-    """Opens a folder in any known format; `config` replaces the architecture that the folder
-    states.
+    """Open a folder in any known format; `config` replaces the architecture that it states.
 
     Raises:
         CheckpointError: no known format, an unreadable file, or one that would run code.
-        ConfigError: the architecture is not stated, or not one that can be run.
+        ConfigError: the architecture is not stated, or cannot be run.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -71,14 +70,13 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Weig
 
 
 def read_canonical(source: WeightSource, name: str, config: ModelConfig) -> Tensor:
-    """One canonical tensor without the vocabulary rows that a file may have as padding."""
+    """Read one canonical tensor without the vocabulary rows that a file may have as padding."""
     tensor = source.read(name)
     return tensor[: config.vocab_size] if name in VOCAB_NAMES else tensor
 
 
 def iteration_folder(folder: Path) -> Path:
-    """The folder with the files: `folder` itself, or the one that a Megatron tracker file points
-    to."""
+    """Folder of the files: `folder` itself, or the one that a Megatron tracker file points to."""
     tracker = folder / TRACKER
     if not tracker.is_file():
         return folder

@@ -1,11 +1,10 @@
-"""Reads Megatron's distributed checkpoints (`torch_dist`), written at any TP x PP, without
-Megatron.
+"""Reader of Megatron's distributed checkpoints (`torch_dist`), written at any TP x PP.
 
-`.metadata` says for every tensor its global size and, for every stored piece, its offset in the
-tensor and its bytes in a `.distcp` file. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight`
-is [L, ..], stored in pieces of one layer and one TP rank; checkpoints with numbered layers are read
-as well. `read` loads only the pieces that cross the wanted layer. Optimizer state, random states
-and `_extra_state` are never touched.
+It does not need Megatron. `.metadata` gives for every tensor its global size and, for every stored
+piece, its offset in the tensor and its bytes in a `.distcp` file. Layers are stacked:
+`decoder.layers.mlp.linear_fc2.weight` is [L, ..], stored in pieces of one layer and one TP rank;
+checkpoints with numbered layers are read as well. `read` loads only the pieces that overlap the
+wanted layer. Optimizer state, random states and `_extra_state` are never touched.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _STACKED = "decoder.layers."
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a stored tensor and where its bytes are."""
+    """A box of a stored tensor and the location of its bytes."""
 
     offsets: Shape
     sizes: Shape
@@ -52,7 +51,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a canonical tensor is: the whole of a stored one, or one layer of a stacked one."""
+    """Location of a canonical tensor: a whole stored tensor, or one layer of a stacked one."""
 
     stored: StoredTensor
     layer: int | None
@@ -72,7 +71,7 @@ class TorchDistSource:
         for stored in read_index(folder):
             for name, place in _places(stored):
                 if name in self._places:
-                    raise CheckpointError(f"{folder}: {name} is there twice: {stored.name}")
+                    raise CheckpointError(f"{folder}: {name} occurs twice: {stored.name}")
                 self._places[name] = place
         if not self._places:
             raise CheckpointError(f"{folder}: no model weights in .metadata")
@@ -97,7 +96,7 @@ class TorchDistSource:
 
 
 def read_index(folder: Path) -> list[StoredTensor]:
-    """Every tensor that `.metadata` names and that is a model weight.
+    """Every tensor in `.metadata` that is a model weight.
 
     Raises:
         CheckpointError: the file would run code, is damaged, or points outside the folder.
@@ -120,7 +119,7 @@ def read_index(folder: Path) -> list[StoredTensor]:
 
 
 def read_layer(stored: StoredTensor, layer: int | None) -> Tensor:
-    """The whole tensor, or `[layer]` of a stacked one; at most one piece is held beside the result.
+    """Read the whole tensor, or `[layer]` of a stacked one, holding at most one extra piece.
 
     Raises:
         CheckpointError: pieces are absent, damaged, or do not cover the tensor.

@@ -1,8 +1,8 @@
-"""Writes a `torch_dist` checkpoint that megatron-core loads, one tensor in memory at a time.
+"""Writer of `torch_dist` checkpoints for megatron-core, with one tensor in memory at a time.
 
 torch's own `save` needs the whole state dict at once; the format itself does not: a `.distcp` file
-is the concatenation of stored tensors, and `.metadata` says which bytes are which piece. Layers
-become pieces of one stacked tensor, as Megatron writes them. Single process, no process group.
+is the concatenation of stored tensors, and `.metadata` maps pieces to bytes. Layers become pieces
+of one stacked tensor, as Megatron writes them. Single process, no process group.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ _BACKENDS = {
 
 
 class TorchDistWriter:
-    """Every added tensor is in a `.distcp` file; `finish` makes the folder a checkpoint, `close`
-    ends it early."""
+    """Writer of one folder; `finish` makes it a checkpoint, `close` ends it early.
+
+    Every added tensor is in a `.distcp` file.
+    """
 
     def __init__(self, folder: Path, num_layers: int, *, file_bytes: int = FILE_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ class TorchDistWriter:
         self._file = self._next_file()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Stores a canonical tensor (vocabulary rows padded by the caller, where wanted)."""
+        """Store a canonical tensor (vocabulary rows padded by the caller, if wanted)."""
         layer, part = split_layer(name)
         if layer is None:
             self._store(name, tensor.contiguous(), tuple(tensor.shape), (0,) * tensor.dim())
@@ -63,8 +65,7 @@ class TorchDistWriter:
         self._store(f"decoder.layers.{stored_name(part)}", tensor[None].contiguous(), size, offset)
 
     def finish(self, args: Namespace) -> None:
-        """Writes `.metadata`, common.pt and, last, metadata.json, by which readers know the
-        format."""
+        """Write `.metadata`, common.pt and, last, metadata.json, by which readers know a format."""
         self.close()
         metadata = Metadata(
             state_dict_metadata=dict(self._tensors), planner_data=None, storage_data=self._storage

@@ -1,8 +1,7 @@
-"""Between the two sides of a job: point to point between any two ranks, whatever groups they are in
-otherwise.
+"""Point-to-point channels between any two ranks of a job, across its rank pools.
 
-A gloo group over all ranks of the job beside torch's default group, which is each side's own. It
-carries CPU tensors; data of other devices is staged by those who send and receive.
+The bridge is a gloo group over all ranks of the job, beside torch's default group, which each pool
+has for itself. It carries CPU tensors; senders and receivers stage data of other devices.
 """
 
 from __future__ import annotations
@@ -17,19 +16,21 @@ import torch.distributed as dist
 from sps2_mega.comm.channel import Channel, OnMessage, PointToPoint
 from sps2_mega.errors import RankFailure
 
-# A rank waits for messages as long as it takes; a dead peer is the watchdog's business.
+# A rank waits for messages without limit; dead peers are left to the watchdog.
 _TIMEOUT = timedelta(days=30)
 _CLOSING_S = 30.0
 _POLL_S = 0.005
 
 
 class Bridge:
-    """All ranks open it together and close it together; channels are numbered alike on all of
-    them."""
+    """Gloo group over the whole job.
+
+    All ranks open and close it together, and number its channels alike.
+    """
 
     @classmethod
     def open(cls, store: dist.Store, rank: int, world_size: int) -> Bridge:
-        """Connects this rank with all others of the job, through `store`."""
+        """Connect this rank with all other ranks of the job through `store`."""
         own = dist.PrefixStore("sps2/bridge", store)
         group = dist.ProcessGroupGloo(own, rank, world_size, _TIMEOUT)
         return cls(cast(PointToPoint, group), own, rank, world_size)
@@ -47,7 +48,7 @@ class Bridge:
         on_error: Callable[[BaseException], None],
         max_batches: int = 0,
     ) -> Channel:
-        """The next channel; every rank makes the same ones in the same order (see `Channel`)."""
+        """Open the next channel; all ranks open the same ones in the same order (see `Channel`)."""
         assert self._group is not None, "the bridge is closed"
         channel = Channel(
             self._group,
@@ -60,31 +61,32 @@ class Bridge:
         return channel
 
     def close(self) -> None:
-        """Leaves together with all other ranks, when nobody has anything to send any more. Safe to
-        call twice.
+        """Leave together with all other ranks, once no rank has anything left to send.
+
+        Safe to call twice.
 
         Raises:
-            RankFailure: not all ranks came in time.
+            RankFailure: some ranks did not arrive in time.
         """
         if self._group is None:
             return
-        # Receivers must be there until the last message of any rank has come.
+        # Receivers must stay until the last message of every rank has arrived.
         for channel in self._channels:
             channel.flush()
         self._meet("silent")
         for channel in self._channels:
             channel.finish((self.rank + 1) % self.world_size)
-        # The first to leave breaks connections, which those still waiting for their last message
-        # would notice.
+        # The first rank to leave breaks connections, which a rank that still
+        # waits for its last message would notice.
         self._meet("closed")
         self._group = None
 
     def _meet(self, name: str) -> None:
         self._store.add(name, 1)
         deadline = time.monotonic() + _CLOSING_S
-        while (came := self._store.add(name, 0)) < self.world_size:
+        while (arrived := self._store.add(name, 0)) < self.world_size:
             if time.monotonic() > deadline:
                 raise RankFailure(
-                    f"only {came} of {self.world_size} ranks came to the end of the job"
+                    f"only {arrived} of {self.world_size} ranks reached the end of the job"
                 )
             time.sleep(_POLL_S)

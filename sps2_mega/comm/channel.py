@@ -1,11 +1,10 @@
-"""Messages between any two ranks, in order of sending, without the receiver having to know what
-comes.
+"""Ordered messages between any two ranks; receivers need not expect them.
 
-A message is a header of four integers and a payload of bytes. Each rank has two threads per
-channel: one receives from all ranks and hands messages on, one sends. So neither side of a
-conversation waits for the other's steps.
+A message is a header of four integers and a payload of bytes. Each rank has two
+threads per channel: one receives from all ranks and delivers, one sends. Neither end
+of a conversation waits for the other's steps.
 
-    post([Message(dst, kind, detail, payload), ..])    one batch: its messages travel side by side
+    post([Message(dst, kind, detail, payload), ..])    one batch; its messages are sent concurrently
     on_message(src, kind, detail, payload)             in the receiving thread, one after another
 """
 
@@ -25,8 +24,10 @@ EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
 class PointToPoint(Protocol):
-    """What a channel needs of torch's gloo group, whose stubs do not say that it has it. All return
-    torch's Work."""
+    """The part of torch's gloo group that a channel uses, which torch's stubs omit.
+
+    All methods return torch's `Work`.
+    """
 
     def send(self, tensors: list[Tensor], rank: int, tag: int) -> Any: ...
 
@@ -37,8 +38,11 @@ class PointToPoint(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """To rank `dst`. `kind` (>= 0) and `detail` are the sender's and receiver's affair; `payload`
-    is a contiguous CPU tensor of bytes, not to be changed until it is sent."""
+    """A message to rank `dst`.
+
+    Sender and receiver agree on the meaning of `kind` (>= 0) and `detail`. `payload` is a
+    contiguous CPU tensor of bytes, which must not change until it is sent.
+    """
 
     dst: int
     kind: int
@@ -56,8 +60,7 @@ OnMessage = Callable[[int, int, int, Tensor], None]
 
 
 class Channel:
-    """Messages from one rank to another arrive complete and in order; `number` sets channels of a
-    group apart."""
+    """Complete, ordered delivery between ranks; `number` identifies the channel in its group."""
 
     def __init__(
         self,
@@ -68,9 +71,12 @@ class Channel:
         on_error: Callable[[BaseException], None],
         max_batches: int = 0,
     ) -> None:
-        """`on_message` gets (sender, kind, detail, payload) and `on_error` what went wrong, both in
-        threads of the channel. With `max_batches` (0: any number) `post` waits while so many
-        batches are not sent yet."""
+        """Start the two threads of the channel, which run both callbacks.
+
+        `on_message` is called with (sender, kind, detail, payload), `on_error`
+        with the exception that ended a thread. With `max_batches` > 0, `post`
+        blocks while that many batches are unsent.
+        """
         self._group, self._header_tag, self._payload_tag = group, 2 * number, 2 * number + 1
         self._on_message, self._on_error = on_message, on_error
         self._queue: queue.Queue[_Batch | None] = queue.Queue(max_batches)
@@ -82,17 +88,19 @@ class Channel:
             thread.start()
 
     def post(self, messages: Sequence[Message], *, ready: Callable[[], None] | None = None) -> None:
-        """Sends a batch after those before it. `ready` returns when the payloads hold what they
-        should."""
+        """Send a batch after all earlier ones. `ready` blocks until the payloads are filled."""
         self._queue.put(_Batch(messages, ready))
 
     def flush(self) -> None:
-        """Waits until all that was posted has been received."""
+        """Wait until all posted batches have been received."""
         self._queue.join()
 
     def finish(self, neighbour: int) -> None:
-        """Ends both threads, on all ranks together and after the last message: each rank lets
-        another one go, whose numbers are a permutation."""
+        """End both threads, on all ranks together and after the last message.
+
+        Each rank releases the receiving thread of another one; the
+        neighbours form a permutation of ranks.
+        """
         self.post([Message(neighbour, _CLOSE)])
         self._queue.put(None)
         for thread in self._threads:
@@ -102,17 +110,17 @@ class Channel:
         while (batch := self._queue.get()) is not None:
             if batch.ready is not None:
                 batch.ready()
-            works = []
+            sends = []
             for message in batch.messages:
                 size = message.payload.numel()
                 header = torch.tensor([message.kind, message.detail, size, 0])
-                works.append((self._group.send([header], message.dst, self._header_tag), header))
+                sends.append((self._group.send([header], message.dst, self._header_tag), header))
                 if size:
                     payload = message.payload
-                    works.append(
+                    sends.append(
                         (self._group.send([payload], message.dst, self._payload_tag), payload)
                     )
-            for work, _ in works:  # tensors stay alive until they are sent
+            for work, _ in sends:  # tensors stay alive until they are sent
                 work.wait()
             self._queue.task_done()
 
@@ -133,6 +141,6 @@ class Channel:
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:
             loop()
-        # A thread's edge: told to the job, never swallowed.
+        # The edge of a thread: errors are reported to the job, never swallowed.
         except Exception as error:  # noqa: BLE001
             self._on_error(error)

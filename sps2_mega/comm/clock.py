@@ -1,8 +1,8 @@
-"""One clock for the ranks of a job: what to add to a rank's `time.perf_counter()` to get seconds
-since rank 0 asked.
+"""Common clock of the ranks: the offset from `time.perf_counter()` to rank 0's start.
 
-As in NTP: a rank asks, rank 0 answers with its time, which is taken to be that of the middle of the
-round trip. The shortest of several round trips is the best one, and half of it bounds the error.
+As in NTP, a rank sends a request and rank 0 replies with its time, which is taken as
+the time at the middle of the round trip. The shortest of several round trips is the
+most accurate; half of it bounds the error.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ _ROUNDS = 9
 
 
 def clock_offset(group: Group) -> float:
-    """Seconds to add on this rank; 0 of the common clock is when rank 0 came here. All ranks of a
-    CPU group call it."""
+    """Seconds to add to `time.perf_counter()` on this rank to get the common clock.
+
+    The common clock is 0 when rank 0 enters this function. All ranks of a CPU group call it.
+    """
     zero = time.perf_counter()
     if group.size == 1 or group.rank == 0:
         for rank in range(1, group.size):

@@ -1,9 +1,8 @@
-"""The collectives the runtime uses, on tensors whose row counts may differ between ranks (also
-zero).
+"""The runtime's collectives, on tensors whose row counts may differ between ranks (zero included).
 
-Groups are arguments; a group of one rank makes each of them a local no-op with the same return
-shape. Row counts of all ranks are always known from the plan, so no sizes are exchanged. What a
-rank sends of model data is counted on its group (`Group.traffic`).
+Groups are arguments; for a group of one rank each collective is a local no-op with the same return
+shape. The plan gives the row counts of all ranks, so no sizes are exchanged. Bytes of model data
+that a rank sends are counted on its group (`Group.traffic`).
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from sps2_mega.parallel.groups import Group
 def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """Concatenate every rank's rows in rank order: x [counts[rank], ...] -> [sum(counts), ...].
 
-    Ragged counts travel padded to the largest: neither gloo nor NCCL gathers ragged tensors
-    natively.
+    Ragged counts are padded to the largest: neither gloo nor NCCL gathers ragged tensors natively.
     """
     if group.size == 1:
         return x
@@ -40,8 +38,7 @@ def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
 def all_to_all_flat(
     x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group
 ) -> Tensor:
-    """Exchange pieces of a flat tensor: piece r of x goes to rank r; pieces received are in rank
-    order."""
+    """Send piece r of a flat tensor to rank r; return the received pieces in rank order."""
     if group.size == 1:
         return x
     received = x.new_empty(sum(receive_sizes))
@@ -62,7 +59,7 @@ def all_gather_last_dim(x: Tensor, group: Group) -> Tensor:
 
 
 def minimum(value: int, group: Group) -> int:
-    """The smallest `value` of any rank (a CPU group)."""
+    """Minimum of `value` over all ranks of a CPU group."""
     if group.size == 1:
         return value
     tensor = torch.tensor([value], dtype=torch.int64)
@@ -74,7 +71,7 @@ _FIRST_FRAME = 4096
 
 
 def broadcast_bytes(payload: bytes | None, group: Group) -> bytes:
-    """Send rank 0's `payload` to all ranks of a CPU group; a short one takes a single broadcast."""
+    """Broadcast rank 0's `payload` over a CPU group; a short one takes a single collective."""
     if group.size == 1:
         assert payload is not None
         return payload
@@ -100,7 +97,7 @@ def broadcast_bytes(payload: bytes | None, group: Group) -> bytes:
 
 
 def gather_bytes(payload: bytes, group: Group) -> list[bytes] | None:
-    """Every rank's `payload` in rank order on rank 0 of a CPU group, None elsewhere."""
+    """Gather every rank's `payload` on rank 0 of a CPU group, in rank order; None elsewhere."""
     if group.size == 1:
         return [payload]
     if group.rank > 0:

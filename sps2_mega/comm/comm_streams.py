@@ -1,14 +1,14 @@
-"""Where exchanges of one direction run beside the computation, and when they were under way.
+"""Streams on which exchanges of one direction overlap with computation, and their timing.
 
-    stream.depend()                           # what is posted from here on may use what is computed up to here
-    flight = stream.launch(post, arrived)     # post() -> Pending; arrived(tensor) unpacks what came
+    stream.depend()                           # later posts may read what is computed up to here
+    in_flight = stream.launch(post, arrived)  # post() -> Pending; arrived(tensor) unpacks the data
     ... compute ...
-    stream.land(flight)                       # what arrived can be read from here on
+    stream.land(in_flight)                    # received data can be read from here on
 
-On CPU gloo's threads move the bytes; packing happens in `launch`, unpacking in `land`. On CUDA all
-of it happens on a side stream, and `land` makes the computing stream wait for an event; the program
-itself never waits. Whatever a flight touches must stay referenced until all of its layer has
-landed: streams then never reuse memory too early.
+On CPU, gloo's threads move the bytes; packing happens in `launch`, unpacking in `land`. On CUDA
+everything runs on a side stream, and `land` makes the computing stream wait for an event; the
+program itself never waits. Tensors that an exchange touches must stay referenced until all
+exchanges of their layer have landed, so that streams never reuse memory too early.
 """
 
 from __future__ import annotations
@@ -28,25 +28,22 @@ Arrived = Callable[[Tensor], None]
 
 
 class Clock(Protocol):
-    """Marks are moments in the order of the work of the current stream, cheap to make and read
-    later."""
+    """Marks of moments in the current stream's order of work, cheap to record and read later."""
 
     def mark(self) -> Any: ...
 
     def seconds(self, mark: Any) -> float:
-        """On the clock of `time.perf_counter()`; on CUDA it waits until the device is there."""
+        """Time of a mark on the clock of `time.perf_counter()`; on CUDA, wait for the mark."""
         ...
 
     def restart(self) -> None:
-        """Marks made before cannot be read any more; to be called now and then, as between
-        steps."""
+        """Invalidate all earlier marks; call it now and then, for example between steps."""
         ...
 
 
 @dataclass(slots=True)
 class InFlight:
-    """Marks of an exchange: under way from `posted` to `finished`, waited for from `blocked` to
-    `free`."""
+    """Marks of one exchange: in flight `posted` to `finished`, waited for `blocked` to `free`."""
 
     pending: Pending | None
     arrived: Arrived | None
@@ -56,7 +53,7 @@ class InFlight:
     free: Any = None
 
     def forget(self) -> None:
-        """Drops the tensors; marks stay."""
+        """Drop the tensors; the marks stay."""
         self.pending = self.arrived = None
 
 
@@ -64,17 +61,17 @@ class CommStream(Protocol):
     def depend(self) -> None: ...
 
     def launch(self, post: Post, arrived: Arrived) -> InFlight | None:
-        """Starts an exchange; None where `post` had nothing to exchange."""
+        """Start an exchange; None if `post` had nothing to exchange."""
         ...
 
-    def land(self, flight: InFlight) -> None:
-        """Once per flight, in the order of launching."""
+    def land(self, in_flight: InFlight) -> None:
+        """Wait for an exchange; call it once per exchange, in the order of launching."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class CommStreams:
-    """Both directions, and the clock of the computation between them."""
+    """The streams of both directions, and the clock of the computation between them."""
 
     gather: CommStream
     scatter: CommStream
@@ -89,31 +86,33 @@ class CpuClock:
         return mark
 
     def restart(self) -> None:
-        """Any two moments can be compared."""
+        """Do nothing: any two marks can be compared."""
 
 
 class CpuCommStream:
     def depend(self) -> None:
-        """What was computed is there."""
+        """Do nothing: computed tensors are ready."""
 
     def launch(self, post: Post, arrived: Arrived) -> InFlight | None:
         pending = post()
         return None if pending is None else InFlight(pending, arrived, posted=pending.posted_at)
 
-    def land(self, flight: InFlight) -> None:
-        assert flight.pending is not None and flight.arrived is not None, "landed before"
-        flight.blocked = time.perf_counter()
-        received = flight.pending.wait()
-        flight.free = time.perf_counter()
-        flight.finished = flight.pending.finished_at
-        flight.arrived(received)
-        flight.forget()
+    def land(self, in_flight: InFlight) -> None:
+        assert in_flight.pending is not None and in_flight.arrived is not None, "landed before"
+        in_flight.blocked = time.perf_counter()
+        received = in_flight.pending.wait()
+        in_flight.free = time.perf_counter()
+        in_flight.finished = in_flight.pending.finished_at
+        in_flight.arrived(received)
+        in_flight.forget()
 
 
 class CudaClock:
-    """Reads events relative to one moment at which both clocks were read. Distances of events are
-    float32 milliseconds: an hour after that moment they would be good to 0.2 ms only, hence
-    `restart`."""
+    """Event times relative to one moment at which both clocks were read.
+
+    Distances of events are float32 milliseconds: an hour after that moment they would
+    be accurate to 0.2 ms only, hence `restart`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -153,18 +152,18 @@ class CudaCommStream:
                 arrived(pending.wait())
                 finished = self._clock.mark()
                 return InFlight(pending, arrived, posted=posted, finished=finished)
-        # A post that exchanges nothing may have copied; whoever computes next must see that.
+        # A post that exchanges nothing may have copied; the next computation must see the copy.
         torch.cuda.current_stream().wait_stream(self._stream)
         return None
 
-    def land(self, flight: InFlight) -> None:
-        flight.blocked = self._clock.mark()
-        torch.cuda.current_stream().wait_event(flight.finished)
-        flight.free = self._clock.mark()
+    def land(self, in_flight: InFlight) -> None:
+        in_flight.blocked = self._clock.mark()
+        torch.cuda.current_stream().wait_event(in_flight.finished)
+        in_flight.free = self._clock.mark()
 
 
 def make_comm_streams(device: torch.device) -> CommStreams:
-    """CommStreams of the computing device: gloo's threads on CPU, two side streams on CUDA."""
+    """Communication streams of a device: gloo's threads on CPU, two side streams on CUDA."""
     if device.type != "cuda":
         return CommStreams(CpuCommStream(), CpuCommStream(), CpuClock())
     clock = CudaClock(device)

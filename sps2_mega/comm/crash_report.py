@@ -1,5 +1,4 @@
-"""How a failing process speaks and ends: one message per node, whatever is stuck, and then no
-process.
+"""Last message and exit of a failing process: one message per node, then `os._exit`.
 
 Nothing here may wait for a lock that the main thread could hold (it may be inside a collective or a
 blocked write), so messages bypass `sys.stderr` and the process ends by `os._exit`.
@@ -21,17 +20,19 @@ from sps2_mega.comm.process_facts import start_ticks
 from sps2_mega.comm.root_cause import Member
 
 FLUSH_S = 0.3
-# Ranks of a node learn of a root_cause within milliseconds of each other; the speaker's claim must
-# outlast that.
+# Ranks of a node learn of a root cause within milliseconds of each other;
+# the speaker's claim must outlast that.
 CLAIM_HELD_S = 0.6
-# All listeners together; they run while the claim is held anyway.
+# For all listeners together; they run while the claim is held anyway.
 LISTENERS_S = 0.8
 _listeners: list[Callable[[str], None]] = []
 
 
 def on_end(listener: Callable[[str], None]) -> None:
-    """`listener` is called, in a thread, with the reason when this process has to end: a server can
-    tell its clients. It has `LISTENERS_S` seconds and must not wait for the main thread."""
+    """Register a callback for the reason of this process's end, as for a server to tell clients.
+
+    It runs in a thread for at most `LISTENERS_S` seconds and must not wait for the main thread.
+    """
     _listeners.append(listener)
 
 
@@ -47,7 +48,7 @@ def tell_listeners(reason: str) -> None:
 
 
 def write_error(text: str) -> None:
-    """One write to standard error, so that lines of several ranks do not mix."""
+    """Write to standard error in one call, so that lines of several ranks do not mix."""
     lead = "\n" if os.isatty(2) else ""  # a progress bar may have left the cursor inside a line
     data = f"{lead}{text.rstrip()}\n".encode(errors="replace")
     try:
@@ -58,8 +59,7 @@ def write_error(text: str) -> None:
 
 
 class SpeakerClaim:
-    """At most one process per node holds the claim of a name; it is free again when the process
-    ends."""
+    """Claim of a name by at most one process per node; it is released when the process ends."""
 
     def __init__(self, name: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -71,7 +71,7 @@ class SpeakerClaim:
 
 
 def write_main_stack(member: Member) -> None:
-    """Where the main thread is, for a step that does not end."""
+    """Write the main thread's stack, for a step that does not end."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is not None:
         stack = "".join(traceback.format_stack(frame))
@@ -79,7 +79,7 @@ def write_main_stack(member: Member) -> None:
 
 
 def kill_hung(member: Member) -> None:
-    """SIGKILL, if the process is still the one that joined the job."""
+    """Send SIGKILL to a process if it is still the one that joined the job."""
     if start_ticks(member.pid) == member.start_ticks:
         try:
             os.kill(member.pid, signal.SIGKILL)
@@ -88,8 +88,10 @@ def kill_hung(member: Member) -> None:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """Ends this process now, without destructors and exit handlers; buffered output gets a short
-    chance."""
+    """End this process now, without destructors and exit handlers; buffers get a moment to flush.
+
+    The flush may take `FLUSH_S` seconds.
+    """
     flusher = threading.Thread(target=_flush, daemon=True)
     flusher.start()
     flusher.join(FLUSH_S)
@@ -97,7 +99,7 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def hold_claim_then_leave(since: float, exit_code: int) -> NoReturn:
-    """`leave`, not before `CLAIM_HELD_S` seconds after `since` (of `time.monotonic()`)."""
+    """`leave`, but not before `CLAIM_HELD_S` seconds after `since` (of `time.monotonic()`)."""
     time.sleep(max(0.0, since + CLAIM_HELD_S - time.monotonic()))
     leave(exit_code)
 

@@ -1,13 +1,12 @@
-"""Around a main program on every rank: however it ends, the job ends, with a reason and without
-leftovers.
+"""Guard of a main program on every rank: the job ends with it, with a reason and no leftovers.
 
     with guard(from_environment()):
         main()
 
 An uncaught exception or a non-zero exit ends all ranks, as do SIGTERM, SIGINT and the end of the
-launcher, also while the main thread is inside a collective. With a `Watchdog` (found by itself) the
-other ranks are told and one reason is given per node; before there is one, only this node's ranks
-agree on who speaks.
+launcher, even while the main thread is inside a collective. The guard finds the process's
+`Watchdog` by itself and tells the other ranks through it, with one message per node; before there
+is one, only the ranks of this node agree on who speaks.
 """
 
 from __future__ import annotations
@@ -32,23 +31,24 @@ from sps2_mega.parallel.launcher import LaunchInfo
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.5  # between looks at the launcher; signals are seen at once
-# Launchers pass on a signal that the terminal or a cluster's agent has already sent to every
-# process.
+# Launchers forward a signal that the terminal or a cluster's agent
+# has already sent to every process.
 ECHO_S = 1.0
-# Told why the job shall end; answers how many seconds the program needs to end by itself.
+# Called with the reason to stop; returns the seconds that the program needs to end by itself.
 StopHandler = Callable[[str], float]
 
 
 @contextlib.contextmanager
 def guard(info: LaunchInfo, *, on_stop: StopHandler | None = None) -> Iterator[None]:
-    """Must be entered in the main thread. Leaving it normally closes the watchdog.
+    """End the whole job when the body fails; leaving it normally closes the watchdog.
 
-    A signal, or the loss of the launcher, ends the job at once; with `on_stop`, which another
-    thread calls, only after as many seconds as it returns. A second signal does not wait for those.
+    Enter it in the main thread. A signal, or the loss of the launcher, ends the job at once; with
+    `on_stop`, which another thread calls, it ends the job after the seconds that `on_stop`
+    returns. A second signal does not wait for them.
 
-    A failure does not leave it: the process ends by `os._exit`, since threads and destructors of a
-    broken job may wait for ever. Exit codes: 1 for an exception, 128 + n for signal n, else what
-    `sys.exit` got.
+    After a failure the context manager does not return: the process ends by `os._exit`, since
+    threads and destructors of a broken job may wait for ever. Exit codes: 1 for an exception, 128 +
+    n for signal n, else the argument of `sys.exit`.
     """
     with _ending_by_signal_or_orphaned(info, on_stop or _at_once):
         try:
@@ -64,7 +64,7 @@ def guard(info: LaunchInfo, *, on_stop: StopHandler | None = None) -> Iterator[N
 
 
 def _end_for_exit(error: SystemExit) -> None:
-    """A program that has no watchdog yet (bad flags) exits as any other."""
+    """End the job with the exit's code; without a watchdog (bad flags) exit like any program."""
     for watchdog in active_watchdogs():
         watchdog.stop(f"exit with code {error.code}", _exit_code(error))
     raise error
@@ -93,9 +93,10 @@ def _stop(info: LaunchInfo, cause: str, exit_code: int) -> NoReturn:
 
 
 def _speak_once_per_node_and_leave(info: LaunchInfo, text: str, exit_code: int) -> NoReturn:
-    """Often all ranks fail for one reason, such as a missing file: it should be read once."""
+    """Write the message once per node: all ranks often fail for one reason, as a missing file."""
     since = time.monotonic()
-    # The ranks of a node are children of one launcher process, or else not known to each other.
+    # The ranks of a node are children of one launcher process;
+    # otherwise they do not know each other.
     name = f"{info.master_addr}:{info.master_port}-{os.getppid()}-{info.node_rank}"
     if info.world_size == 1:
         crash_report.write_error(text)
@@ -109,9 +110,11 @@ def _speak_once_per_node_and_leave(info: LaunchInfo, text: str, exit_code: int) 
 
 @contextlib.contextmanager
 def _ending_by_signal_or_orphaned(info: LaunchInfo, on_stop: StopHandler) -> Iterator[None]:
-    """A thread acts on signals: Python's handlers run in the main thread, which may be in a
-    collective. The C handler writes the signal's number to a socket at once, and the thread reads
-    it there."""
+    """Handle signals in a thread, since Python's handlers run in the main thread.
+
+    The main thread may be in a collective. The C handler writes the signal's number to a
+    socket at once, and the thread reads it there.
+    """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     chain = LauncherChain(info)
@@ -135,7 +138,7 @@ def _ending_by_signal_or_orphaned(info: LaunchInfo, on_stop: StopHandler) -> Ite
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """Only so that the signal does not take its default action."""
+    """Handler that only replaces the signal's default action."""
 
 
 def _at_once(cause: str) -> float:
@@ -152,7 +155,7 @@ def _watch(
     poller = select.poll()
     poller.register(reader, select.POLLIN)
     stop: tuple[str, int] | None = None  # cause and exit code
-    asked = deadline = 0.0
+    stopped_at = deadline = 0.0
     while not done.is_set():
         ready = poller.poll(POLL_S * 1000)
         numbers = reader.recv(16) if ready else b""
@@ -165,8 +168,8 @@ def _watch(
                 if broken is not None
                 else (stops[0].name, 128 + stops[0])
             )
-            asked, deadline = now, now + on_stop(stop[0])
-        if stop is not None and (now >= deadline or (stops and now > asked + ECHO_S)):
+            stopped_at, deadline = now, now + on_stop(stop[0])
+        if stop is not None and (now >= deadline or (stops and now > stopped_at + ECHO_S)):
             _stop(info, *stop)
         if ready and not numbers:
             return

@@ -1,13 +1,12 @@
-"""Point-to-point messages between CPUs that arrive while the caller computes, and when they did.
+"""Point-to-point messages between CPUs that overlap with computation, and their completion times.
 
     messages = post_messages(sends, receives, group)     # [(group rank, flat tensor), ..] both ways
     ... compute ...
     messages.wait()
 
-Receives are announced before anything is sent. A gloo all-to-all does not do that: two ranks that
-send each other one large message over a slow line take up to twice as long with it as the line
-needs, and as long as the line needs here. Messages between two ranks of a group match in the order
-in which they were posted.
+Receives are posted before sends. A gloo all-to-all does not do that: two ranks that exchange one
+large message each over a slow link need up to twice the link's time with it, and the link's time
+here. Messages between two ranks of a group match in the order in which they were posted.
 """
 
 from __future__ import annotations
@@ -28,56 +27,59 @@ Addressed = Sequence[tuple[int, Tensor]]
 
 
 class Messages:
-    """Messages under way; what a process group calls a work. Tensors must stay referenced until
-    `wait` returns."""
+    """Handle of posted messages, with the interface of torch's `Work`.
+
+    Tensors must stay referenced until `wait` returns.
+    """
 
     def __init__(self, receives: list[Any], sends: list[Any]) -> None:
-        self._works = receives + sends
+        self._posted = receives + sends
         self._complete: torch.futures.Future[None] = torch.futures.Future()
 
     def get_future(self) -> torch.futures.Future[None]:
-        """Complete when everything has come and gone."""
+        """Future that completes when everything is received and sent."""
         return self._complete
 
     def wait(self) -> None:
-        """Raises what went wrong: a peer that is gone, or the group's timeout."""
+        """Wait for completion; raise on failure: a dead peer, or the group's timeout."""
         self._complete.wait()
 
     def follow(self) -> None:
-        """Waits on behalf of everybody else: a message may be waited for only once."""
+        """Wait on behalf of all other waiters: a message may be waited for only once."""
         try:
-            for work in self._works:
+            for work in self._posted:
                 work.wait()
-        except BaseException as error:  # noqa: BLE001  whoever waits must hear of anything
+        except BaseException as error:  # noqa: BLE001  every waiter must see any error
             self._complete.set_exception(error)  # type: ignore[arg-type]
         else:
             self._complete.set_result(None)
 
 
 def post_messages(sends: Addressed, receives: Addressed, group: Group) -> Messages:
-    """Posts contiguous CPU tensors to and from ranks of the group; empty ones are left out at both
-    ends."""
-    coming = [
+    """Post contiguous CPU tensors to and from ranks of the group; both ends skip empty ones."""
+    receiving = [
         dist.irecv(tensor, group=group.handle, group_src=rank)
         for rank, tensor in receives
         if tensor.numel()
     ]
-    going = [
+    sending = [
         dist.isend(tensor, group=group.handle, group_dst=rank)
         for rank, tensor in sends
         if tensor.numel()
     ]
-    messages = Messages(coming, going)
+    messages = Messages(receiving, sending)
     _follower(group)(messages.follow)
     return messages
 
 
 def _follower(group: Group) -> Callable[[Callable[[], None]], None]:
-    """Hands calls to the group's thread, one after another. gloo moves bytes by itself but tells
-    only those who wait."""
+    """Return the function that queues calls for the group's thread.
+
+    gloo moves bytes by itself but reports completion only to a waiter.
+    """
     queue = _queues.get(id(group.handle))
     if queue is None:
-        # The thread of a group that is gone sleeps; a new one at the same address may have it.
+        # The thread of a destroyed group sleeps; a new group at the same address may take it over.
         queue = _queues[id(group.handle)] = SimpleQueue()
         threading.Thread(target=_run, args=(queue,), name="sps2-messages", daemon=True).start()
     return queue.put

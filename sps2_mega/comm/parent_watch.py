@@ -1,10 +1,10 @@
-"""Notices that the launcher of this rank is gone, which launchers themselves do not arrange.
+"""Detection of a dead launcher, for launchers that do not arrange it themselves.
 
     deepspeed (runner) -> deepspeed.launcher.launch -> rank        torchrun (agent) -> rank
 
-The kernel signals a rank whose parent dies. A deepspeed runner that dies orphans `launch` and with
-it all ranks, so there the grandparent is watched too. Decides only whether the chain is broken;
-`guard` acts.
+The kernel signals a rank whose parent dies. A deepspeed runner that dies orphans `launch`
+and with it all ranks, so there the grandparent is watched too. This module only decides
+whether the chain is broken; `guard` acts on it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ PR_SET_PDEATHSIG = 1
 
 
 class LauncherChain:
-    """The processes above this rank as they were when it started. Without a launcher that starts
-    ranks as its children nothing is watched: a job in the background may outlive its shell."""
+    """The launcher processes above this rank, as they were when it started.
+
+    Nothing is watched unless a launcher started the rank as its child: a
+    background job may outlive its shell.
+    """
 
     def __init__(self, info: LaunchInfo) -> None:
         self._parent: int | None = None
@@ -30,18 +33,18 @@ class LauncherChain:
             self._parent = os.getppid()
         if self._parent is not None and info.launcher == "deepspeed":
             grandparent = parent_of(self._parent)
-            # `launch` may also have been started by hand or over ssh; then its parent means
-            # nothing.
+            # `launch` may also have been started by hand or over ssh;
+            # its parent then means nothing.
             if grandparent is not None and _is_deepspeed_runner(grandparent):
                 self._runner = grandparent
 
     def ask_for_signal(self) -> None:
-        """From now on the death of the parent sends this process a SIGTERM at once."""
+        """Make the kernel send this process a SIGTERM as soon as its parent dies."""
         if self._parent is not None:
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
     def broken(self) -> str | None:
-        """What is missing, in words, or None."""
+        """Description of the missing process, or None."""
         if self._parent is None:
             return None
         if os.getppid() != self._parent:

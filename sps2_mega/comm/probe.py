@@ -1,8 +1,8 @@
-"""Measures the links of each SP level: latency of a small exchange and bandwidth of a larger one.
+"""Measurement of each SP level's links: latency of a small exchange, bandwidth of a larger one.
 
-All groups of a level exchange at the same time, as they do in prefill, so that what ranks share is
-shared here too. Messages grow until one takes long enough to be timed, so a slow link is done after
-the first few.
+All groups of a level exchange at the same time, as they do in prefill, so that links
+shared by several ranks are shared here too. Messages grow until one takes long enough to
+be timed, so a slow link needs only the first few.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ _FREE_LINK = Link(latency_s=0.0, bytes_per_s=float("inf"))
 def measure_links(
     levels: Sequence[Group], control: Group, device: torch.device
 ) -> tuple[Link, ...]:
-    """One link per level, the slowest that any rank saw; all ranks call it together and get the
-    same.
+    """Measure one link per level: the slowest that any rank saw.
 
-    `control` is the CPU group of all ranks. A level of one rank has no link: no latency, endless
-    bandwidth.
+    All ranks call it and get the same links. `control` is the CPU group of all ranks. A level of
+    one rank has no link: zero latency and infinite bandwidth.
     """
     return tuple(_measure(group, control, device) for group in levels)
 
 
 def measure_gather(sp: Group, control: Group, device: torch.device) -> float:
-    """Seconds of a small all-gather among the ranks of `sp`, on the slowest; 0 for one rank. All
-    ranks call it."""
+    """Seconds of a small all-gather over `sp` on the slowest rank; 0 for one rank.
+
+    All ranks call it.
+    """
     if sp.size == 1:
         return 0.0
     row = torch.zeros(1, 1, dtype=torch.uint8, device=device)
@@ -53,7 +54,7 @@ def measure_gather(sp: Group, control: Group, device: torch.device) -> float:
 
 
 def agree_most(value: float, control: Group) -> float:
-    """The largest of all ranks' non-negative values, to nine digits."""
+    """Maximum of a non-negative value over all ranks, to nine digits."""
     return -minimum(-round(value * 1e9), control) / 1e9
 
 
@@ -69,7 +70,7 @@ def _measure(group: Group, control: Group, device: torch.device) -> Link:
         if seconds > _LONG_ENOUGH_S[device.type] or num_bytes >= _LAST_BYTES[device.type]:
             break
         num_bytes *= 2
-    # A shaped link lets a first burst pass for nothing, so this one did not count.
+    # A shaped link lets a first burst pass for free, so that exchange did not count.
     samples, busy = [], []
     for _ in range(_ROUNDS):
         began = time.process_time()
@@ -85,8 +86,7 @@ def _measure(group: Group, control: Group, device: torch.device) -> Link:
 
 
 def _exchange_s(group: Group, num_bytes: int, device: torch.device) -> float:
-    """Seconds until `num_bytes` have gone from each rank to its peers, in equal parts, and as many
-    have come."""
+    """Seconds for each rank to exchange `num_bytes` with its peers, in equal parts, both ways."""
     part = max(1, num_bytes // (group.size - 1))
     sizes = [part] * group.size
     sizes[group.rank] = 0
@@ -98,6 +98,6 @@ def _exchange_s(group: Group, num_bytes: int, device: torch.device) -> float:
 
 
 def _finish(x: Tensor) -> None:
-    """Waits for the device: only then has a time a meaning."""
+    """Wait for the device, without which a measured time would be meaningless."""
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)

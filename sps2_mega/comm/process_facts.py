@@ -1,6 +1,6 @@
 """Facts about processes of this node, from /proc: parent, start time, command line.
 
-Answers None where there is no such process (or no /proc); decides nothing.
+Functions return None if there is no such process (or no /proc); they decide nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sps2_mega.parallel.launcher import LaunchInfo
 
 
 def own_member(info: LaunchInfo) -> Member:
-    """This process as the other ranks will know it."""
+    """Identity of this process, as sent to the other ranks."""
     host, pid = socket.gethostname(), os.getpid()
     several_nodes = info.local_world_size < info.world_size
     return Member(
@@ -46,8 +46,10 @@ def command_line(pid: int) -> list[str] | None:
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the third (state) on; the second, the name, may contain
-    anything."""
+    """Fields of /proc/PID/stat from the third (state) on.
+
+    The second, the name, may contain anything.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Small facts of every rank, brought to rank 0 through the job's key-value store.
+"""Small facts of every rank, gathered on rank 0 through the job's key-value store.
 
 No collective is involved, so ranks of different groups can take part, each when it is ready.
 """
@@ -9,14 +9,14 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-# Loading may take long on one node; a rank that dies meanwhile is the watchdog's business.
+# Loading may take long on one node; ranks that die meanwhile are left to the watchdog.
 _PATIENCE = timedelta(days=1)
 
 
 def tell_rank_zero(
     store: dist.Store, name: str, text: str, *, rank: int, world_size: int
 ) -> list[str]:
-    """Every rank's `text` in rank order on rank 0, which waits for all; empty elsewhere."""
+    """Gather every rank's `text` on rank 0, which waits for all; return an empty list elsewhere."""
     keys = [f"sps2/{name}/{number}" for number in range(world_size)]
     store.set(keys[rank], text)
     if rank > 0:

@@ -1,9 +1,8 @@
-"""Why a job ended: evidence from ranks, and the one root_cause made of it. Pure; no sockets, no
-clocks.
+"""Root cause of a job's end, derived from the evidence of its ranks. Pure: no sockets, no clocks.
 
-When a rank dies, the others see their collectives break and the launcher signals everybody, so
-evidence comes in several forms at once. `Kind` orders them by nearness to the root cause; `judge`
-keeps the nearest.
+When a rank dies, the others see their collectives break and the launcher signals every
+rank, so evidence arrives in several forms at once. `Kind` orders them by distance from the
+root cause; `find_root_cause` keeps the nearest.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from sps2_mega.errors import CheckpointError, ConfigError, RankFailure
 
 FAILURE_EXIT_CODE = 1
-# How the transports say that a peer, and not the rank itself, is the trouble.
+# Texts by which transports report that a peer, and not the rank itself, has failed.
 _LOST_PEER_WORDS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -30,7 +29,7 @@ _LOST_PEER_WORDS = (
 
 
 class Kind(enum.IntEnum):
-    """Sorted: a lower kind explains the higher ones."""
+    """Kind of evidence, in causal order: a lower kind explains the higher ones."""
 
     DIED = 0
     RAISED = 1
@@ -46,8 +45,11 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A rank's process. `start_ticks` tells it from a later process with the same pid; `node_label`
-    is what people read. Two members are on one node iff `node` is equal."""
+    """Process of a rank.
+
+    `start_ticks` tells it from a later process with the same pid; `node_label` is for messages. Two
+    members are on one node iff their `node` is equal.
+    """
 
     rank: int
     node: tuple[str, int]  # host name (shared by network namespaces), node rank
@@ -61,7 +63,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a rank is doing: a step of the engine, or something outside steps."""
+    """Activity of a rank: a step of the engine, or something outside steps."""
 
     step: int | None
     what: str
@@ -74,7 +76,7 @@ class Place:
         return str(self) if self.step is None else f"in {self}"
 
 
-# A rank that has started and is in no step, such as an idle server's.
+# A started rank outside any step, such as an idle server's.
 WAITING = Place(None, "the wait for work")
 
 
@@ -89,10 +91,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RootCause:
-    """What every rank does: say `message` (one rank per node), kill what hangs on its node, exit.
+    """Decision that every rank carries out: print (one rank per node), kill hung processes, exit.
 
-    `culprit` prints its own traceback, if it has one. `hung` are processes that may not end by
-    themselves.
+    `culprit` also prints its own traceback, if it has one. `hung` lists
+    processes that may not end by themselves.
     """
 
     kind: Kind
@@ -103,7 +105,7 @@ class RootCause:
 
 
 def kind_of(exception: BaseException) -> Kind:
-    """RAISED, or LOST_PEER where the text is a transport's complaint about somebody else."""
+    """Classify an exception: LOST_PEER if a transport's text blames a peer, RAISED otherwise."""
     text = str(exception).lower()
     lost = isinstance(exception, (ConnectionError, RuntimeError)) and any(
         words in text for words in _LOST_PEER_WORDS
@@ -112,7 +114,11 @@ def kind_of(exception: BaseException) -> Kind:
 
 
 def cause_of(exception: BaseException, limit: int | None = 500) -> str:
-    """`Type: message`; the message's first line, shortened to `limit` characters, or all of it."""
+    """Format an exception as `Type: message`.
+
+    With a `limit` the text is the message's first line, shortened to
+    `limit` characters; without one, all of it.
+    """
     message = str(exception).strip()
     name = type(exception).__name__
     if limit is None or not message:
@@ -122,26 +128,26 @@ def cause_of(exception: BaseException, limit: int | None = 500) -> str:
 
 
 def traceback_of(exception: BaseException) -> str | None:
-    """None for errors of the user's input: their message says it all, and a traceback would hide
-    it."""
+    """Format the traceback; None for errors in the user's input, whose message is enough."""
     if isinstance(exception, (ConfigError, CheckpointError, RankFailure)):
         return None
     return "".join(traceback.format_exception(exception))
 
 
-def judge(
+def find_root_cause(
     evidence: Sequence[Evidence],
     members: Mapping[int, Member],
     places: Mapping[int, Place],
     *,
     step_timeout: float,
 ) -> RootCause:
-    """The root_cause for non-empty `evidence`. `places` are where ranks were last; a rank that
-    never connected has no member."""
+    """Find the root cause in non-empty `evidence`.
+
+    `places` holds the last known place of each rank; a rank that never connected has no member.
+    """
     kind = min(item.kind for item in evidence)
-    concerned = [
-        e for e in evidence if e.kind == kind
-    ]  # as it arrived: the first may have caused the rest
+    # In order of arrival: the first may have caused the rest.
+    concerned = [e for e in evidence if e.kind == kind]
     if kind in (Kind.DIED, Kind.HUNG, Kind.OVERDUE):
         concerned.sort(key=lambda e: e.rank)
     first = concerned[0]
@@ -187,8 +193,10 @@ def _overdue_text(
     places: Mapping[int, Place],
     step_timeout: float,
 ) -> str:
-    """Names who is in the earliest step that did not end, then where the others are: who is behind,
-    or outside the step, is often whom the rest wait for."""
+    """Name the ranks in the earliest unfinished step, then the places of all other ranks.
+
+    A rank that is behind, or outside the step, is often the one that the rest wait for.
+    """
     ranks_at: dict[Place, list[int]] = {}
     for rank, place in sorted({**places, **{e.rank: e.place for e in overdue}}.items()):
         ranks_at.setdefault(place, []).append(rank)

@@ -1,17 +1,17 @@
-"""Ends the whole job, on all nodes and with one reason, when a rank dies, hangs or raises.
+"""Watchdog that ends the whole job, on all nodes, when a rank dies, hangs or raises.
 
-Launchers stop the ranks of their own node at best, and no other node. Here every rank, including
-rank 0, keeps a connection to a hub in rank 0 (`watchdog_hub`); a daemon thread sends heartbeats and
-carries out the hub's decision, also while the main thread is inside a collective. If rank 0
-itself is gone, each rank judges alone, from the same fact.
+Launchers stop at best the ranks of their own node. Here every rank, including rank 0, keeps a
+connection to a hub in rank 0 (`watchdog_hub`). A daemon thread sends heartbeats and carries out the
+hub's decision, even while the main thread is inside a collective, so that all ranks end for one
+reason. If rank 0 itself is lost, each rank decides alone, from the same fact.
 
-    life = Watchdog.start(info, publish=..., lookup=..., step_timeout=600)
-    life.wait_for_work()      # started; from here on idleness is no step
-    life.step_begin(12, "decode"); ...; life.step_end()
-    life.fail(error)          # an exception: never returns
-    life.close()              # a clean end, on all ranks in any order
+    watchdog = Watchdog.start(info, publish=..., lookup=..., step_timeout=600)
+    watchdog.wait_for_work()      # started; idle time from here on belongs to no step
+    watchdog.step_begin(12, "decode"); ...; watchdog.step_end()
+    watchdog.fail(error)          # an exception: never returns
+    watchdog.close()              # a clean end, on all ranks in any order
 
-Decides nothing about signals and parents: that is `guard`.
+Signals and dead launchers are left to `guard`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sps2_mega.comm.root_cause import (
     Place,
     RootCause,
     cause_of,
-    judge,
+    find_root_cause,
     kind_of,
     traceback_of,
 )
@@ -45,12 +45,12 @@ from sps2_mega.comm.watchdog_wire import LineSocket
 from sps2_mega.parallel.launcher import LaunchInfo
 
 FAREWELL_S = 2.0
-# Between two steps of a busy engine a rank still counts as in the step that it just ended: where it
-# was when it died is told best by that.
+# Between two steps of a busy engine a rank still counts as in the step it just ended,
+# which best tells where it was when it died.
 WAITING_AFTER_S = 1.0
-ANSWER_S = 2.5  # for the hub to answer evidence, its longest window included
-# Signals and uncaught exceptions concern the process and not an object, so `guard` finds watchdogs
-# here.
+ANSWER_S = 2.5  # for the hub to answer evidence, including its longest window
+# Signals and uncaught exceptions concern the process and not an
+# object, so `guard` finds watchdogs here.
 _active: set[Watchdog] = set()
 
 
@@ -59,7 +59,7 @@ def active_watchdogs() -> tuple[Watchdog, ...]:
 
 
 class Watchdog:
-    """Until `close`, this process either takes part in a healthy job or ends within seconds."""
+    """A rank's part in a job: until `close`, the job is healthy or this process ends in seconds."""
 
     @classmethod
     def start(
@@ -73,10 +73,16 @@ class Watchdog:
         start_timeout: float = 60.0,
         close_timeout: float = 30.0,
     ) -> Watchdog:
-        """Connects this rank; call it on every rank as soon as they can exchange a string.
+        """Connect this rank; call it on every rank as soon as they can exchange a string.
 
-        Rank 0 calls `publish(address)` once, every other rank `lookup()`, which waits for that
-        address; one rank alone calls neither. Times in seconds.
+        Args:
+            info: place of this process in the job.
+            publish: called once, on rank 0, with the hub's address; not called for a single rank.
+            lookup: called on every other rank; waits for that address and returns it.
+            step_timeout: seconds until a step that has not ended ends the job.
+            heartbeat_timeout: seconds of silence after which a rank counts as hung.
+            start_timeout: seconds for all ranks to connect.
+            close_timeout: seconds for all ranks to close after rank 0.
 
         Raises:
             RankFailure: the hub on rank 0 cannot be reached.
@@ -130,7 +136,7 @@ class Watchdog:
         self._overdue_place: Place | None = None
         self._traceback: str | None = None
         self._finishing = False
-        self._heard = time.monotonic()  # of the hub
+        self._heard = time.monotonic()  # from the hub
         self._ending = threading.Lock()  # taken by the thread that ends the process, never released
         link.send("hello", token=address.token, member=wire.to_json(member))
         self._thread = threading.Thread(target=self._watch, name="sps2-watchdog", daemon=True)
@@ -138,39 +144,36 @@ class Watchdog:
         _active.add(self)
 
     def at(self, step: int | None, what: str) -> None:
-        """Says what this rank is doing, for messages: a step's number, or None outside steps."""
+        """Record this rank's activity, for messages: a step's number, or None outside steps."""
         self._step_ended = None
         self._place = Place(step, what)
 
     def wait_for_work(self) -> None:
-        """Says that this rank has started, or has nothing to do until its next step."""
+        """Record that this rank has started, or is idle until its next step."""
         self._step_ended = None
         self._place = WAITING
 
     def step_begin(self, step: int, what: str) -> None:
-        """As `at`; and the step must end within `step_timeout`."""
+        """Record the start of a step, which must end within `step_timeout`."""
         self._step_ended = None
         self._place = Place(step, what)
         self._step_began = time.monotonic()
 
     def step_end(self) -> None:
-        """The step is over; `WAITING_AFTER_S` later, without another one, the rank counts as
-        waiting."""
+        """End the step; without another one the rank counts as waiting `WAITING_AFTER_S` later."""
         self._step_began, self._step_ended = None, time.monotonic()
 
     def fail(self, exception: BaseException) -> NoReturn:
-        """Ends the job because of `exception`; if another rank is the cause, the message names that
-        one."""
+        """End the job because of `exception`, or of another rank if that is the root cause."""
         self._traceback = traceback_of(exception)
         self._end_with(kind_of(exception), cause_of(exception))
 
     def stop(self, cause: str, exit_code: int) -> NoReturn:
-        """Ends the job because this process was told to stop, by a signal or by the end of its
-        launcher."""
+        """End the job because a signal or a dead launcher told this process to stop."""
         self._end_with(Kind.SIGNALLED, cause, exit_code)
 
     def close(self) -> None:
-        """A clean end. Rank 0 returns when all ranks have called it; the others at once."""
+        """End cleanly. Rank 0 returns when all ranks have called it, every other rank at once."""
         if self._finishing:
             return
         self._step_began = self._step_ended = None
@@ -186,14 +189,14 @@ class Watchdog:
     def _end_with(self, kind: Kind, cause: str, exit_code: int = FAILURE_EXIT_CODE) -> NoReturn:
         evidence = self._own_evidence(kind, cause, exit_code)
         if self._link.send("evidence", evidence=wire.to_json(evidence)):
-            time.sleep(ANSWER_S)  # the root_cause ends the process, from the other thread
+            time.sleep(ANSWER_S)  # the hub's decision ends the process, from the other thread
         items, silence = [evidence], time.monotonic() - self._heard
         if kind == Kind.LOST_PEER and silence > MISSED_BEATS * self._limits.interval:
             hung = Evidence(
                 kind=Kind.HUNG, rank=0, place=evidence.place, cause=silence_text(silence)
             )
             items.append(hung)
-        self._carry_out(self._judge_alone(*items))
+        self._carry_out(self._decide_alone(*items))
 
     @property
     def _place_now(self) -> Place:
@@ -205,13 +208,16 @@ class Watchdog:
         rank, place = self._info.rank, self._place_now
         return Evidence(kind=kind, rank=rank, place=place, cause=cause, exit_code=exit_code)
 
-    def _judge_alone(self, *evidence: Evidence) -> RootCause:
+    def _decide_alone(self, *evidence: Evidence) -> RootCause:
         known = {0: self._address.member, self._info.rank: self._member}
-        return judge(evidence, known, {}, step_timeout=self._limits.step)
+        return find_root_cause(evidence, known, {}, step_timeout=self._limits.step)
 
     def _watch(self) -> None:
-        """The daemon thread: beats, reports an overdue step, obeys verdicts, notices the loss of
-        the hub."""
+        """Loop of the daemon thread.
+
+        It sends heartbeats, reports an overdue step, carries out the hub's
+        decision and notices the loss of the hub.
+        """
         poller = select.poll()
         poller.register(self._link, select.POLLIN)
         self._heard = tick = next_beat = time.monotonic()
@@ -238,7 +244,10 @@ class Watchdog:
             self._look_at_step(now)
 
     def _obey(self, messages: list[dict[str, Any]]) -> bool:
-        """True if the hub let this rank go. Rank 0 stays until the hub itself ends."""
+        """Handle messages of the hub; True if it released this rank.
+
+        Rank 0 stays until the hub itself ends.
+        """
         for message in messages:
             if message["kind"] == "root_cause":
                 self._carry_out(wire.root_cause_from(message["root_cause"]))
@@ -254,7 +263,7 @@ class Watchdog:
 
     def _lose_hub(self, kind: Kind, cause: str) -> NoReturn:
         self._carry_out(
-            self._judge_alone(Evidence(kind=kind, rank=0, place=self._place_now, cause=cause))
+            self._decide_alone(Evidence(kind=kind, rank=0, place=self._place_now, cause=cause))
         )
 
     def _carry_out(self, root_cause: RootCause) -> NoReturn:

@@ -1,7 +1,8 @@
-"""Where the hub listens and how the other ranks reach it.
+"""Address of the watchdog's hub, and the connection of other ranks to it.
 
-The hub listens on the interface of MASTER_ADDR, which every rank can reach by definition, on a free
-port. The address goes through the job's own store as text, with a secret that keeps strangers out.
+The hub listens on a free port of the interface of MASTER_ADDR, which every
+rank can reach by definition. The address passes through the job's own store as
+text, with a secret that keeps strangers out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RETRY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class HubAddress:
-    """`member` is rank 0, so that the others can name it when it is gone."""
+    """Address of the hub; `member` is rank 0, so that other ranks can name it when it is lost."""
 
     host: str
     port: int
@@ -41,8 +42,10 @@ class HubAddress:
         return cls(host, port, token, member_from(member))
 
     def connect(self, *, timeout_s: float) -> socket.socket:
-        """Raises:
-        RankFailure: nobody answers at this address within `timeout_s`.
+        """Open a connection to the hub, retrying until `timeout_s` has passed.
+
+        Raises:
+            RankFailure: the address did not answer within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -58,7 +61,7 @@ class HubAddress:
 
 
 def listen(info: LaunchInfo, member: Member) -> tuple[socket.socket | None, HubAddress]:
-    """A listening socket of rank 0 and the address to publish; no socket where there is one rank.
+    """Open rank 0's listening socket, if there are other ranks, and return the address to publish.
 
     Raises:
         RankFailure: MASTER_ADDR cannot be resolved.
@@ -75,8 +78,8 @@ def _bind(info: LaunchInfo) -> socket.socket:
         raise RankFailure(f"cannot resolve MASTER_ADDR {info.master_addr!r}: {error}") from error
     family, address = found[0], found[4][0]
     everywhere = "::" if family == socket.AF_INET6 else "0.0.0.0"
-    # A host's own name is often 127.0.1.1 on that host, which other nodes could not reach; and
-    # behind address translation MASTER_ADDR is no interface of this host at all.
+    # A host often resolves its own name to 127.0.1.1, which other nodes could not reach; and behind
+    # address translation MASTER_ADDR is no interface of this host at all.
     several_nodes = info.local_world_size < info.world_size
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     choices = [everywhere] if several_nodes and loopback else [address, everywhere]

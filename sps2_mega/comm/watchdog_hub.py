@@ -1,13 +1,12 @@
-"""The hub of the watchdog, a thread of rank 0: watches all ranks, decides when the job is over and
-why.
+"""Hub of the watchdog, a thread of rank 0: watches all ranks and decides when and why the job ends.
 
     rank 0 --socket pair--+
     rank 1 --TCP----------+--> Hub: closed without goodbye -> DIED      no heartbeat -> HUNG
     rank 2 --TCP----------+         evidence sent by a rank -> as it says
 
-The first evidence opens a short window for more, since effects may be heard before their cause;
-then `root_cause.judge` decides and every rank is told. Rank 0's own rank is a connection like any
-other.
+The first evidence opens a short window for more, since effects may be heard before
+their cause. Then `find_root_cause` decides and the hub sends the decision to every
+rank. Rank 0 itself is a connection like any other.
 """
 
 from __future__ import annotations
@@ -22,19 +21,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from sps2_mega.comm import watchdog_wire as wire
-from sps2_mega.comm.root_cause import Evidence, Kind, Member, Place, judge
+from sps2_mega.comm.root_cause import Evidence, Kind, Member, Place, find_root_cause
 
 ROOT_CAUSE_WINDOW_S = 0.2  # others that died in the same instant
 EFFECT_WINDOW_S = 1.0  # the cause of a lost connection or of a launcher's SIGTERM
-# Heartbeats that a rank has missed when others complain, until it is the one to blame, and to kill.
+# Heartbeats that a rank must have missed, when other ranks complain, to be blamed and killed.
 MISSED_BEATS = 2
 NOT_CONNECTED = Place(None, "start-up")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Seconds: between heartbeats, until silence is death, until a step is overdue, to connect, to
-    finish."""
+    """Limits in seconds.
+
+    interval: between heartbeats. heartbeat: of silence, until a rank counts as hung. step: until a
+    step is overdue. start: for all ranks to connect. close: for all ranks to finish after rank 0.
+    """
 
     interval: float
     heartbeat: float
@@ -48,7 +50,7 @@ def silence_text(seconds: float) -> str:
 
 
 class _Peer:
-    """A connection, and once it has said hello, the rank behind it."""
+    """A connection and, once it has said hello, the rank behind it."""
 
     def __init__(self, link: wire.LineSocket) -> None:
         self.link = link
@@ -60,7 +62,7 @@ class _Peer:
 
 
 class Hub:
-    """Exactly one root_cause is sent per job, or none and every rank has said goodbye."""
+    """Decision maker of a job: sends one root cause, or none if every rank says goodbye."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class Hub:
         self._thread.start()
 
     def close_when_all_finished(self) -> None:
-        """Returns when every rank has said goodbye; a rank that does not becomes evidence."""
+        """Wait until every rank has said goodbye; a rank that does not becomes evidence."""
         self._closing_since = time.monotonic()
         self._thread.join()
 
@@ -121,14 +123,12 @@ class Hub:
         self._close()
 
     def _forgive(self, now: float) -> None:
-        """This thread itself was stopped (Ctrl-Z, a debugger, a busy machine): silence proves
-        nothing."""
+        """Reset all silence: this thread itself was stopped (Ctrl-Z, debugger, busy machine)."""
         for peer in self._peers:
             peer.heard = now
 
     def _connected(self) -> list[_Peer]:
-        """Those to talk to: rank 0 also after its goodbye, as it stays until all have said
-        theirs."""
+        """Peers to talk to, with rank 0 even after its goodbye: it stays for all goodbyes."""
         return [peer for peer in self._peers if peer.member and peer.open]
 
     def _unfinished(self) -> list[_Peer]:
@@ -200,8 +200,11 @@ class Hub:
                 self._blame(peer, Kind.HUNG, f"not finished {limits.close:g} s after rank 0")
 
     def _blame_the_silent(self, now: float) -> None:
-        """A step that does not end, or a lost peer, is often the effect of a rank that stands
-        still; it would not end by itself either."""
+        """Blame ranks that stand still for an overdue step or a lost peer.
+
+        Both are often the effect of a rank that stands still, and
+        that rank would not end by itself.
+        """
         if min(evidence.kind for evidence in self._evidence) not in (Kind.OVERDUE, Kind.LOST_PEER):
             return
         for peer in self._unfinished():
@@ -210,8 +213,11 @@ class Hub:
                 self._blame(peer, Kind.HUNG, silence_text(silence))
 
     def _blame(self, peer: _Peer, kind: Kind, cause: str) -> None:
-        """Ranks step together, so where rank 0 is now tells more than a heartbeat of up to a second
-        ago."""
+        """Add evidence against a peer, at its last place or at rank 0's if that is further.
+
+        Ranks step together, so rank 0's current place tells more than
+        a heartbeat up to a second old.
+        """
         assert peer.member is not None
         place, now = peer.place, self._place_now()
         if now.step is not None and (place.step is None or now.step > place.step):
@@ -233,7 +239,9 @@ class Hub:
         self._blame_the_silent(time.monotonic())
         members = {peer.member.rank: peer.member for peer in self._peers if peer.member}
         places = {peer.member.rank: peer.place for peer in self._peers if peer.member}
-        root_cause = judge(self._evidence, members, places, step_timeout=self._limits.step)
+        root_cause = find_root_cause(
+            self._evidence, members, places, step_timeout=self._limits.step
+        )
         for peer in self._connected():
             peer.link.send("root_cause", root_cause=wire.to_json(root_cause))
 

@@ -3,7 +3,7 @@
     rank -> hub   hello, beat, evidence, goodbye
     hub -> rank   beat, farewell (the answer to goodbye), root_cause
 
-Decides framing and encoding only.
+This module decides framing and encoding only.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ MAX_LINE = 1 << 20  # bytes; a peer that sends more is not one of ours
 
 
 class WireError(RuntimeError):
-    """The other side does not speak this protocol."""
+    """The peer does not speak this protocol."""
 
 
 class LineSocket:
-    """A socket that carries whole messages. `send` may be called from several threads, `receive`
-    from one."""
+    """Socket that carries whole messages; several threads may call `send`, one thread `receive`."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -40,9 +39,11 @@ class LineSocket:
         return self.socket.fileno()
 
     def send(self, kind: str, **content: Any) -> bool:
-        """False where the other side is gone, or does not read: messages are too few and small to
-        fill a buffer otherwise. The caller learns the reason from `receive` or from missing
-        heartbeats."""
+        """Send one message; False if the peer is gone or does not read.
+
+        Messages are too few and small to fill a buffer otherwise. The caller learns the
+        reason from `receive` or from missing heartbeats.
+        """
         data = json.dumps({"kind": kind, **content}).encode() + b"\n"
         with self._send_lock:
             try:
@@ -52,10 +53,10 @@ class LineSocket:
         return True
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
-        """Messages that have arrived, and whether the connection is still open.
+        """Return the messages that have arrived, and whether the connection is still open.
 
         Raises:
-            WireError: what came is not a message.
+            WireError: the received data is not a message.
         """
         is_open = True
         while True:

@@ -1,7 +1,7 @@
-"""Which form of a kernel runs: Triton's, or the one made of torch's own operations.
+"""Choice of a kernel's form: Triton, or torch's own operations.
 
-Each `kernels/*/dispatch.py` asks here once per call; what an operation gains from Triton, and so
-when it is asked for, is said there. Triton is optional: without it everything runs on torch.
+Each `kernels/*/dispatch.py` calls `choose` once per call; its docstring says what the operation
+gains from Triton. Triton is optional: without it everything runs on torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Backend(enum.Enum):
 
 
 def choose(device: torch.device, forced: Backend | None) -> Backend:
-    """The forced backend, or else Triton on CUDA devices where it is installed.
+    """The forced backend, or else Triton on CUDA devices if it is installed.
 
     Raises:
         ValueError: Triton is forced and not installed.
     """
     if forced is Backend.TRITON and not _installed():
-        raise ValueError("the Triton kernels were asked for, and triton is not installed")
+        raise ValueError("the Triton kernels are requested, but triton is not installed")
     return forced or _default(device.type)
 
 

@@ -1,8 +1,8 @@
-"""Small lists of numbers on their way to the device, without waiting for what it is doing.
+"""Copies of small lists of numbers to the device, without waiting for its current work.
 
-A plain copy from pageable memory to a CUDA device waits until all launched work is over: after a
-forward pass that is the whole step. From pinned memory the copy takes its place in the stream;
-torch keeps the memory until it is done.
+A plain copy from pageable memory to a CUDA device waits until all launched work is done:
+after a forward pass that is the whole step. A copy from pinned memory is queued in the
+stream; torch keeps the memory until the copy is done.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def to_device(
 
 
 def array_to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """The same for an array, which on CUDA may be changed at once."""
+    """Copy an array to the device; the caller may change the array at once."""
     host = torch.from_numpy(values)
     if device.type == "cuda" and host.numel():
         host = host.pin_memory()

@@ -1,4 +1,4 @@
-"""How many multiprocessors a device has: what a launch with few programs must be divided for."""
+"""Number of multiprocessors of a device, for dividing launches with few programs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which KV cache blocks of one sp rank are free, and how many holders each used block has.
+"""Free and used KV cache blocks of one SP rank, with a holder count for each used block.
 
-Decides nothing about which rank or which sequence gets a block (see `placement` and `ledger`), nor
-which blocks are worth keeping (`prefix_cache`), and touches no tensor. Ids are handed out lowest
-first, so that long prompts tend to get neighbouring blocks.
+The allocator does not choose the rank or the sequence of a block (see `placement` and `ledger`) or
+the blocks worth keeping (`prefix_cache`), and touches no tensor. Ids are handed out lowest first,
+so that long prompts tend to get neighbouring blocks.
 
     empty --allocate--> held --free--> empty
                          | keep: later requests may find its content
@@ -19,11 +19,10 @@ _BULK = 64  # from here on one sort is cheaper than a heap operation per block
 
 
 class BlockAllocator:
-    """Every block is empty, held at least once, or evictable; the three together are always
-    `num_blocks`.
+    """Allocator whose blocks are each empty, held at least once, or evictable; `num_blocks` in all.
 
-    Callers ask first: running out is an expected outcome, allocating regardless is a bug and stops
-    the program with an AssertionError, as do double frees and ids that do not exist.
+    Callers check first: running out is an expected outcome, but allocating regardless is a bug and
+    stops the program with an AssertionError, as do double frees and ids that do not exist.
     """
 
     __slots__ = ("_empty", "_evictable", "_kept", "_ref_counts", "num_blocks")
@@ -34,18 +33,18 @@ class BlockAllocator:
         self._empty = list(range(num_blocks))  # a heap; an ascending list is one
         self._ref_counts = [0] * num_blocks
         self._kept: set[int] = set()
-        # Least recently used first. A plain dict would walk over its deleted entries to find the
-        # first one.
+        # Least recently used first. A plain dict would walk over its
+        # deleted entries to find the first one.
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
-        """Blocks without holders: empty ones, and those that would be evicted."""
+        """Number of blocks without holders: empty ones and evictable ones."""
         return len(self._empty) + len(self._evictable)
 
     @property
     def num_empty(self) -> int:
-        """Blocks that can be allocated without evicting."""
+        """Number of blocks that can be allocated without evicting."""
         return len(self._empty)
 
     @property
@@ -53,19 +52,19 @@ class BlockAllocator:
         return self.num_blocks - self.num_free
 
     def can_allocate(self, num_blocks: int) -> bool:
-        """Whether so many blocks are empty."""
+        """Whether `num_blocks` blocks are empty."""
         return num_blocks <= len(self._empty)
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """The lowest empty ids, ascending, each with one holder."""
+        """Take the lowest empty ids, ascending, each with one holder."""
         assert num_blocks >= 0, f"cannot allocate {num_blocks} blocks"
         assert self.can_allocate(num_blocks), (
-            f"{num_blocks} blocks asked for, {self.num_empty} of {self.num_blocks} are free"
+            f"{num_blocks} blocks requested, {self.num_empty} of {self.num_blocks} are free"
         )
         if num_blocks >= _BULK:
             self._empty.sort()
             taken = self._empty[:num_blocks]
-            del self._empty[:num_blocks]  # what is left is ascending: still a heap
+            del self._empty[:num_blocks]  # the rest is ascending: still a heap
         else:
             taken = [heapq.heappop(self._empty) for _ in range(num_blocks)]
         for block_id in taken:
@@ -73,7 +72,7 @@ class BlockAllocator:
         return taken
 
     def share(self, block_ids: Sequence[int]) -> None:
-        """One more holder for each of these held or evictable blocks."""
+        """Add one holder to each of these held or evictable blocks."""
         for block_id in block_ids:
             if block_id in self._evictable:
                 del self._evictable[block_id]
@@ -82,9 +81,11 @@ class BlockAllocator:
             self._ref_counts[block_id] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """One holder less for each; a block without holders can be allocated again, a kept one
-        only after `forget`. Kept ones that lose their last holder become evictable in the order
-        given."""
+        """Remove one holder from each block.
+
+        A block without holders can be allocated again, a kept one only after `forget`. Kept blocks
+        that lose their last holder become evictable in the given order.
+        """
         released = []
         for block_id in block_ids:
             self._assert_used(block_id, "free")
@@ -97,13 +98,15 @@ class BlockAllocator:
         self._put_back(released)
 
     def keep(self, block_id: int) -> None:
-        """A held block's content is worth keeping after its last holder."""
+        """Mark a held block's content as worth keeping after its last holder."""
         self._assert_used(block_id, "keep")
         self._kept.add(block_id)
 
     def forget(self, block_id: int) -> None:
-        """A kept block's content is no longer worth keeping: evictable, it becomes empty at
-        once."""
+        """Mark a kept block's content as no longer worth keeping.
+
+        An evictable block becomes empty at once.
+        """
         assert block_id in self._kept, f"cannot forget block {block_id}: it is not kept"
         self._kept.remove(block_id)
         if block_id in self._evictable:
@@ -111,7 +114,7 @@ class BlockAllocator:
             self._put_back([block_id])
 
     def next_to_evict(self) -> int:
-        """The evictable block that was used least recently."""
+        """Least recently used evictable block."""
         assert self._evictable, "there is no evictable block"
         return next(iter(self._evictable))
 
@@ -123,14 +126,16 @@ class BlockAllocator:
         return self._ref_counts[block_id]
 
     def kept(self) -> set[int]:
-        """A copy of the ids that are kept, held or not."""
+        """Copy of the ids that are kept, held or not."""
         return set(self._kept)
 
     def check_integrity(self) -> None:
-        """Recount everything, in O(num_blocks). Raises AssertionError when a block is lost or held
-        twice over."""
+        """Recount everything, in O(num_blocks).
+
+        Raises an AssertionError if a block is lost or counted twice.
+        """
         empty, evictable = set(self._empty), set(self._evictable)
-        assert len(empty) == len(self._empty), "a block is twice in the free list"
+        assert len(empty) == len(self._empty), "a block is in the free list twice"
         assert all(0 <= block_id < self.num_blocks for block_id in empty | evictable), (
             "a free block does not exist"
         )

@@ -1,7 +1,8 @@
-"""Table of one sequence's blocks: an ordered list of (SP rank, block id), one per block.
+"""Block table of one sequence: an ordered list of (SP rank, block id), one per block.
 
-Decides nothing: `placement` chose the ranks, the allocators the ids. The blocks of each rank are
-listed as they are appended, so that no decode step walks over the whole table.
+`placement` chose the ranks and the allocators the ids. The scheduler and every rank keep the same
+table. Per-rank views are updated as blocks are appended, so that a decode step never walks over
+the whole table.
 
     block_size 4, 10 tokens, blocks 0 and 1 on rank 0, block 2 on rank 1:
     position 9 -> rank 1, its block id, offset 1      local_blocks(0) = [(0, id), (1, id)]
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 
 class BlockTable:
-    """Block index i holds the token positions [i * block_size, (i + 1) * block_size)."""
+    """Ordered blocks; block i holds token positions [i * block_size, (i + 1) * block_size)."""
 
     __slots__ = ("_block_ids", "_local_blocks", "_ranks", "block_size")
 
@@ -30,27 +31,27 @@ class BlockTable:
 
     @property
     def capacity(self) -> int:
-        """Tokens that the blocks of this table can hold."""
+        """Number of tokens that the blocks of this table can hold."""
         return len(self._block_ids) * self.block_size
 
     @property
     def last_rank(self) -> int:
-        """The sp rank of the last block."""
+        """SP rank of the last block."""
         assert self._ranks, "an empty block table has no last block"
         return self._ranks[-1]
 
     @property
     def ranks(self) -> Sequence[int]:
-        """The sp rank of each block: the table's own list, to read only."""
+        """SP rank of each block: the table's own list, read-only for callers."""
         return self._ranks
 
     @property
     def block_ids(self) -> Sequence[int]:
-        """The block id of each block on its rank: the table's own list, to read only."""
+        """Block id of each block on its rank: the table's own list, read-only for callers."""
         return self._block_ids
 
     def append(self, rank: int, block_id: int) -> None:
-        """Add the next block of the sequence."""
+        """Append the next block of the sequence."""
         index = len(self._block_ids)
         self._ranks.append(rank)
         self._block_ids.append(block_id)
@@ -62,6 +63,8 @@ class BlockTable:
             self.append(rank, block_id)
 
     def local_blocks(self, rank: int) -> Sequence[tuple[int, int]]:
-        """(block index, block id) of the blocks on `rank`, in token order: to read only, it grows
-        by append."""
+        """(block index, block id) of the blocks on `rank`, in token order.
+
+        The list is read-only for callers and grows with `append`.
+        """
         return self._local_blocks.get(rank, ())

@@ -1,9 +1,8 @@
-"""Who holds which KV cache block on which sp rank: one allocator per rank, one block table per
-sequence.
+"""Ledger of KV cache blocks: one allocator per SP rank, one block table per sequence.
 
-Decides nothing about order or priority (that is the scheduler's) nor about who may share what
-(`engine.prefix_sharing`); asks `placement` where blocks go. Rank 0 keeps the only ledger; the other
-ranks learn the outcome from the step plan.
+The scheduler decides order and priority, `scheduler.prefix_sharing` decides sharing,
+and `placement` chooses the ranks of new blocks. Rank 0 keeps the only ledger; the
+other ranks learn the outcome from the step plan.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from sps2_mega.kv_cache.prefix_cache import CachedBlock, PrefixCache, Spans
 
 
 class BlockLedger:
-    """Every used block belongs to the tables of sequences that are in the ledger: to one, or as a
-    findable block of a common prefix to several."""
+    """Blocks and their owners: every used block is in the table of a sequence of the ledger.
+
+    A block belongs to one table, or as a findable block of a common prefix to several.
+    """
 
     __slots__ = (
         "_allocators",
@@ -33,8 +34,11 @@ class BlockLedger:
     def __init__(
         self, *, num_blocks: int, sp_size: int, block_size: int, layout: Layout, stripe: int = 1
     ) -> None:
-        """`num_blocks` is per sp rank; `stripe` is how many blocks in a row layout `striped` puts
-        on one. Prompts lie so unless `admit` is told otherwise."""
+        """Create an empty ledger of `num_blocks` blocks per SP rank.
+
+        `layout` and `stripe` (consecutive blocks on one rank in layout `striped`) place a
+        prompt unless `admit` gets another spread.
+        """
         self.block_size = block_size
         self._spread = Spread(layout, (stripe,))
         self._allocators = [BlockAllocator(num_blocks) for _ in range(sp_size)]
@@ -44,7 +48,7 @@ class BlockLedger:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of all sp ranks together."""
+        """Number of blocks of all SP ranks together."""
         return sum(allocator.num_blocks for allocator in self._allocators)
 
     @property
@@ -53,12 +57,12 @@ class BlockLedger:
 
     @property
     def used_per_rank(self) -> tuple[int, ...]:
-        """Blocks that sequences hold."""
+        """Number of blocks that sequences hold, per SP rank."""
         return tuple(allocator.num_used for allocator in self._allocators)
 
     @property
     def spread(self) -> Spread:
-        """How prompts lie unless `admit` is told otherwise."""
+        """Placement of prompts unless `admit` gets another one."""
         return self._spread
 
     @property
@@ -82,8 +86,7 @@ class BlockLedger:
     def find_prefix(
         self, chain: Sequence[bytes], accepts: Callable[[Spans], bool]
     ) -> list[CachedBlock]:
-        """The longest findable beginning of a chain of block digests, under spans that `accepts`
-        allows."""
+        """Longest findable start of a chain of block digests, under spans that `accepts` allows."""
         return self._prefixes.find(chain, accepts)
 
     def admit(
@@ -95,8 +98,11 @@ class BlockLedger:
         prefix: Sequence[CachedBlock] = (),
         spread: Spread | None = None,
     ) -> BlockTable | None:
-        """A table with room for `num_tokens` (>= 1) tokens that begins with the shared blocks of
-        `prefix`, the others spread as given; None if fewer than `spare_blocks` stayed free."""
+        """Allocate a table for `num_tokens` (>= 1) tokens; None if it does not fit.
+
+        It fits if `spare_blocks` stay free. The table begins with the shared blocks of
+        `prefix`; the others are placed by `spread`.
+        """
         assert seq_id not in self._tables, f"sequence {seq_id} has blocks already"
         assert num_tokens >= 1, f"sequence {seq_id} has no tokens"
         num_blocks = self.blocks_for(num_tokens) - len(prefix)
@@ -104,7 +110,7 @@ class BlockLedger:
         room = self.num_free - num_blocks - spare_blocks
         if room < 0:
             return None
-        # What it shares with nobody running is no longer there for others.
+        # A prefix that no running sequence shares is evictable, so sharing it takes free blocks.
         if sum(self._allocators[b.sp_rank].is_evictable(b.block_id) for b in prefix) > room:
             return None
         table = BlockTable(self.block_size)
@@ -120,8 +126,7 @@ class BlockLedger:
         return table
 
     def grow(self, seq_id: int) -> tuple[int, int] | None:
-        """One more block for a sequence, as (sp rank, block id); None when no rank has a free
-        one."""
+        """Append one block to a sequence, as (SP rank, block id); None without a free block."""
         table = self._tables[seq_id]
         self._num_tails[table.last_rank] -= 1
         rank = next_block_rank(self._num_tails, self.free_per_rank)
@@ -134,8 +139,10 @@ class BlockLedger:
         return rank, block_id
 
     def publish(self, seq_id: int, chain: Sequence[bytes], spans: Spans) -> None:
-        """Make the first `len(chain)` blocks of a sequence findable, which must be full; where a
-        prefix is findable already, in whatever blocks, only what follows it."""
+        """Make the first `len(chain)` blocks of a sequence, which must be full, findable.
+
+        Blocks of a prefix that is findable already, in whatever blocks, are skipped.
+        """
         table = self._tables[seq_id]
         for index in range(self._prefixes.num_findable(chain, spans), len(chain)):
             place = table.ranks[index], table.block_ids[index]
@@ -143,16 +150,18 @@ class BlockLedger:
             self._allocators[place[0]].keep(place[1])
 
     def release(self, seq_id: int) -> None:
-        """Give back all blocks of a sequence; findable ones stay so until they are evicted."""
+        """Release all blocks of a sequence; findable ones stay findable until they are evicted."""
         table = self._tables.pop(seq_id)
         self._num_tails[table.last_rank] -= 1
         for rank, allocator in enumerate(self._allocators):
-            # Last block first, so that of a prefix the end is evicted before the beginning.
+            # Last block first, so that the end of a prefix is evicted before its beginning.
             allocator.free([block_id for _, block_id in reversed(table.local_blocks(rank))])
 
     def check_integrity(self) -> None:
-        """Recount all blocks from the tables. Raises AssertionError when one is lost or held
-        without a table."""
+        """Recount all blocks from the tables.
+
+        Raises an AssertionError if a block is lost or held without a table.
+        """
         self._prefixes.check_integrity()
         findable = self._prefixes.places()
         kept = {(r, b) for r, allocator in enumerate(self._allocators) for b in allocator.kept()}
@@ -174,10 +183,10 @@ class BlockLedger:
             assert tails == self._num_tails[rank], f"sp rank {rank}: last blocks are miscounted"
 
     def _take(self, rank: int, num_blocks: int) -> list[int]:
-        """Blocks of a rank, which has so many free ones; evicts where too few of them are empty."""
+        """Take blocks of a rank with enough free ones, evicting if too few of them are empty."""
         allocator = self._allocators[rank]
         while allocator.num_empty < num_blocks:
-            # What follows it cannot be found without it, on whatever rank it is.
+            # Blocks after an evicted one cannot be found without it, on whatever rank they are.
             for other, block_id in self._prefixes.remove((rank, allocator.next_to_evict())):
                 self._allocators[other].forget(block_id)
         return allocator.allocate(num_blocks)

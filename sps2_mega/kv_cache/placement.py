@@ -1,8 +1,7 @@
-"""On which sp rank a new block goes: pure functions of block counts.
+"""Placement of new blocks on SP ranks: pure functions of block counts.
 
-Decides ranks only; ids come from each rank's allocator. Any placement gives the same result, so
-these rules are about balance: of memory, of causal attention work, and of the linear layers in
-decode.
+This module chooses ranks only; ids come from each rank's allocator. Any placement gives the same
+result, so these rules balance load: memory, causal attention work, and the linear layers in decode.
 
     6 blocks, 2 ranks   contiguous  0 0 0 1 1 1      zigzag  0 0 1 1 1 0      striped  0 1 0 1 0 1
 """
@@ -19,9 +18,11 @@ Layout = Literal["contiguous", "zigzag", "striped"]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Where the new blocks of a prompt go: over all ranks by `layout` (`stripes`: blocks in a row
-    on one rank, where it is striped, turn by turn; the last number stays), or all on `rank` if it
-    has room for them."""
+    """Placement of a prompt's new blocks: over all ranks by `layout`, or all on one `rank`.
+
+    `rank` takes them if it has room. `stripes` are the consecutive blocks on one rank in layout
+    `striped`, for each turn; the last number holds for all later turns.
+    """
 
     layout: Layout
     stripes: tuple[int, ...] = (1,)
@@ -29,10 +30,9 @@ class Spread:
 
 
 def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
-    """Blocks per sp rank, as equal as `free[rank]` allows; None when all free blocks together are
-    too few.
+    """Blocks per SP rank, as equal as `free[rank]` allows; None if there are too few free blocks.
 
-    What does not divide evenly goes to the ranks with most free blocks, then to the lowest ranks.
+    A remainder goes to the ranks with most free blocks, then to the lowest ranks.
     """
     assert num_blocks >= 0, f"num_blocks must be >= 0, got {num_blocks}"
     if num_blocks > sum(free):
@@ -49,7 +49,7 @@ def shard_sizes(num_blocks: int, free: Sequence[int]) -> list[int] | None:
 
 
 def spread_block_ranks(num_blocks: int, free: Sequence[int], spread: Spread) -> list[int] | None:
-    """The sp rank of each block of a prompt, in block order; None when it does not fit."""
+    """SP rank of each block of a prompt, in block order; None if it does not fit."""
     if spread.rank is not None and free[spread.rank] >= num_blocks:
         return [spread.rank] * num_blocks
     return prompt_block_ranks(num_blocks, free, spread.layout, spread.stripes)
@@ -58,7 +58,7 @@ def spread_block_ranks(num_blocks: int, free: Sequence[int], spread: Spread) -> 
 def prompt_block_ranks(
     num_blocks: int, free: Sequence[int], layout: Layout, stripes: Sequence[int] = (1,)
 ) -> list[int] | None:
-    """The sp rank of each block of a prompt, in block order; None when it does not fit.
+    """SP rank of each block of a prompt, in block order; None if it does not fit.
 
     `contiguous`: each rank has one run of blocks, in rank order. `zigzag`: rank r of P has runs r
     and 2P-1-r of 2P, an early and a late one, so that causal attention costs every rank about the
@@ -86,11 +86,11 @@ def prompt_block_ranks(
 
 
 def next_block_rank(num_tails: Sequence[int], free: Sequence[int]) -> int | None:
-    """The sp rank for the block that a decoding sequence opens; None when no rank has a free block.
+    """SP rank for the block that a decoding sequence opens; None if no rank has a free block.
 
-    `num_tails[rank]` counts the other running sequences whose last block is there. The fewest win,
-    because the rank of the last block runs that sequence's linear layers; ties go to most free,
-    then lowest rank.
+    `num_tails[rank]` counts the other running sequences whose last block is there. The
+    fewest win, because the rank of the last block runs that sequence's linear layers; ties
+    go to most free blocks, then to the lowest rank.
     """
     candidates = [rank for rank in range(len(free)) if free[rank] > 0]
     if not candidates:
@@ -99,8 +99,7 @@ def next_block_rank(num_tails: Sequence[int], free: Sequence[int]) -> int | None
 
 
 def _turns(stripes: Sequence[int], num_blocks: int) -> Iterator[tuple[int, int]]:
-    """(blocks before, blocks in it) of each turn until so many blocks are placed on every rank that
-    has room."""
+    """(blocks before, blocks in it) of each turn, until every rank with room has `num_blocks`."""
     first = 0
     for stripe in itertools.chain(stripes, itertools.repeat(stripes[-1])):
         if first >= num_blocks:
@@ -110,8 +109,7 @@ def _turns(stripes: Sequence[int], num_blocks: int) -> Iterator[tuple[int, int]]
 
 
 def _fill_level(num_blocks: int, free: Sequence[int]) -> int:
-    """The largest level with sum(min(blocks, level)) <= num_blocks, given that num_blocks <=
-    sum(free)."""
+    """Largest level with sum(min(blocks, level)) <= num_blocks, for num_blocks <= sum(free)."""
     left, level = num_blocks, 0
     ranks_left = len(free)
     for blocks in sorted(free):

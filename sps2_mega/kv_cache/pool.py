@@ -1,4 +1,4 @@
-"""The tensors of the KV cache on one rank: which block holds what is decided elsewhere."""
+"""Tensors of the KV cache on one rank; the content of each block is decided elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import Tensor
 
 
 class KVPool:
-    """Keys and values of this rank's blocks: per layer [num_blocks, block_size, local KV heads,
-    head_dim]."""
+    """Keys and values of this rank's blocks.
+
+    Per layer both are [num_blocks, block_size, local KV heads, head_dim].
+    """
 
     def __init__(
         self,
@@ -22,9 +24,20 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """Allocate zeroed keys and values.
+
+        Args:
+            num_layers: layers, each with keys and values of its own.
+            num_blocks: blocks of this rank.
+            block_size: tokens of a block.
+            num_kv_heads: KV heads of this TP rank.
+            head_dim: elements of a head.
+            dtype: type of the elements.
+            device: device of the tensors.
+        """
         shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
-        # Slots that a row must not see are masked, but masked NaN garbage times zero is NaN: hence
-        # zeros, which cost no memory on CPU until a page is written.
+        # Invisible slots are masked, but masked NaN garbage times zero is NaN: hence zeros, which
+        # cost no memory on CPU until a page is written.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = [(self._keys[i], self._values[i]) for i in range(num_layers)]

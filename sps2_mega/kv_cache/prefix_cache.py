@@ -1,8 +1,7 @@
-"""Which full blocks hold which prefix: a forest of block digests, one per rank-dependent attention
-setting.
+"""Index of full blocks by the prefix they hold: a forest of block digests, one per CSA spans.
 
-Decides what is findable. Holders, eviction order and empty blocks are the allocators'; who may
-share what is `engine.prefix_sharing`'s.
+This module decides what is findable. Holders, eviction order and empty blocks belong to the
+allocators; `scheduler.prefix_sharing` decides what may be shared.
 
     spans (256,)    d0 -- d1 -- d2         request A: d0 d1 d2
                            `--- d2'        request B: d0 d1 d2'
@@ -14,14 +13,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-# CSA spans that were taken from the ranks for a prompt; None where spans are configured or nothing
-# is sparse.
+# CSA spans that a prompt got from the ranks; None if spans are configured or nothing is sparse.
 Spans = tuple[int, ...] | None
 
 
 @dataclass(slots=True, eq=False)
 class CachedBlock:
-    """A findable block: `block_id` on sp rank `sp_rank` holds what `digest` names."""
+    """A findable block: `block_id` on SP rank `sp_rank` holds the content that `digest` names."""
 
     digest: bytes
     spans: Spans
@@ -32,8 +30,10 @@ class CachedBlock:
 
 
 class PrefixCache:
-    """Whenever a block is findable, so are all blocks before it; no block is findable under two
-    names."""
+    """Findable blocks: if a block is findable, so are all blocks before it.
+
+    No block is findable under two names.
+    """
 
     __slots__ = ("_by_place", "_trees")
 
@@ -45,7 +45,7 @@ class PrefixCache:
         return len(self._by_place)
 
     def find(self, chain: Sequence[bytes], accepts: Callable[[Spans], bool]) -> list[CachedBlock]:
-        """The longest findable beginning of `chain` under any spans that `accepts` allows."""
+        """Longest findable start of `chain` under any spans that `accepts` allows."""
         best: list[CachedBlock] = []
         for spans, tree in self._trees.items():
             if len(chain) > len(best) and chain[len(best)] in tree and accepts(spans):
@@ -53,12 +53,14 @@ class PrefixCache:
         return best
 
     def num_findable(self, chain: Sequence[bytes], spans: Spans) -> int:
-        """How many blocks from the beginning of `chain` are findable under exactly these spans."""
+        """Number of blocks from the start of `chain` that are findable under just these spans."""
         return self._num_findable(self._trees.get(spans, {}), chain)
 
     def add(self, chain: Sequence[bytes], index: int, spans: Spans, place: tuple[int, int]) -> None:
-        """Make the block at `place` (sp rank, block id) findable as block `index` of `chain`, after
-        those before."""
+        """Make the block at `place` (SP rank, block id) findable as block `index` of `chain`.
+
+        All blocks before it must be findable.
+        """
         tree = self._trees.setdefault(spans, {})
         digest = chain[index]
         assert digest not in tree and place not in self._by_place, f"{place} is findable already"
@@ -69,7 +71,7 @@ class PrefixCache:
         tree[digest] = self._by_place[place] = block
 
     def remove(self, place: tuple[int, int]) -> list[tuple[int, int]]:
-        """Forget the block at a place and all that follow it; returns the places of all of them."""
+        """Forget the block at a place and all blocks after it; return the places of all of them."""
         block = self._by_place[place]
         if block.parent is not None:
             block.parent.children.remove(block)
@@ -86,12 +88,14 @@ class PrefixCache:
         return removed
 
     def places(self) -> set[tuple[int, int]]:
-        """(sp rank, block id) of everything findable."""
+        """(SP rank, block id) of every findable block."""
         return set(self._by_place)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when the two views differ or a block is findable without those
-        before it."""
+        """Recount all blocks.
+
+        Raises an AssertionError if the two views differ or a block is findable without its prefix.
+        """
         blocks = [block for tree in self._trees.values() for block in tree.values()]
         assert len(blocks) == len(self._by_place), "a findable block has no place, or two"
         for block in blocks:
@@ -106,5 +110,5 @@ class PrefixCache:
 
     @staticmethod
     def _num_findable(tree: dict[bytes, CachedBlock], chain: Sequence[bytes]) -> int:
-        # What is findable is a beginning of the chain, so a bisection finds its end.
+        # The findable blocks are a start of the chain, so bisection finds its end.
         return bisect_left(range(len(chain)), True, key=lambda index: chain[index] not in tree)

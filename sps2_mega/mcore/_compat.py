@@ -1,4 +1,4 @@
-"""Every touch of Megatron-core that is not its documented API, in one place with one test.
+"""All uses of Megatron-core beyond its documented API, in one place with one test.
 
 `tests/unit/mcore/test_compat.py` fails when a Megatron release changes what is used here.
 """
@@ -17,9 +17,11 @@ from torch import Tensor
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silence what Megatron and torch warn about on import and construction: missing optional
-    packages (`tools/doctor.py` tells about those) and names that newer torch deprecates. Users
-    cannot act on it."""
+    """Silence warnings of Megatron and torch on import and construction, on which users cannot act.
+
+    They concern missing optional packages (`sps2 doctor` reports those)
+    and names that newer torch deprecates.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -27,10 +29,10 @@ def without_warnings() -> Iterator[None]:
 
 @contextmanager
 def eager_import(device_type: str) -> Iterator[None]:
-    """Import Megatron on CPU without pulling in the compiler stack (a third of the import time).
+    """Import Megatron on CPU without the compiler stack, a third of the import time.
 
-    `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its small fused functions
-    stay eager for good, which is what CPU inference wants.
+    `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its small fused
+    functions stay eager for good, which suits CPU inference.
     """
     original = torch.compile
     if device_type == "cpu":
@@ -47,9 +49,9 @@ def eager_import(device_type: str) -> Iterator[None]:
 
 
 def step_carrier_class() -> type:
-    """The type that carries a step's attention through Megatron's layers to `core_attention`.
+    """Type that carries a step's attention through Megatron's layers to `core_attention`.
 
-    Megatron hands `packed_seq_params` untouched from `TransformerBlock.forward` down to the core
+    Megatron passes `packed_seq_params` unchanged from `TransformerBlock.forward` down to the core
     attention, so a subclass of it is a way through without globals. Its format must not be 'thd',
     which would make Megatron squeeze tensors and choose another rotary path.
     """
@@ -68,10 +70,10 @@ def step_carrier_class() -> type:
 def run_layers(
     decoder: Any, layers: range, hidden_T1C: Tensor, *, rotary_pos_emb: Any, packed_seq_params: Any
 ) -> Tensor:
-    """What `TransformerBlock.forward` does for some of its layers: [T, 1, hidden_size] in and out.
+    """Run some layers as `TransformerBlock.forward` does: [T, 1, hidden_size] in and out.
 
-    Its loop with the arguments that inference without Megatron's own caches gives; what it adds
-    around the loop is for training, FP8 and offloading.
+    This is its loop, with the arguments of inference without Megatron's own caches; the code
+    around that loop is for training, FP8 and offloading.
     """
     for index in layers:
         hidden_T1C, _ = decoder.layers[index](
@@ -84,7 +86,6 @@ def run_layers(
 
 
 def run_final_norm(decoder: Any, hidden_T1C: Tensor) -> Tensor:
-    """What `TransformerBlock.forward` does after its last layer, for a block that has a final
-    norm."""
+    """Apply the final norm as `TransformerBlock.forward` does, for a block that has one."""
     normed: Tensor = decoder.final_layernorm(hidden_T1C)
     return normed

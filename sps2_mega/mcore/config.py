@@ -1,5 +1,4 @@
-"""ModelConfig -> Megatron's TransformerConfig: inference only, no fusions that need CUDA
-extensions."""
+"""Megatron's TransformerConfig of a model: inference only, no fusions by CUDA extensions."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's description of `model` for this parallel layout.
 
-    Where there are fewer KV heads than TP ranks, each KV head is replicated (`checkpoint.sharding`
-    does the same to the weights), which is the same mathematics without a gather in every layer.
+    With fewer KV heads than TP ranks, each KV head is replicated (`checkpoint.sharding` does the
+    same to the weights), which is the same mathematics without a gather in every layer.
     """
     from megatron.core.transformer import TransformerConfig
 

@@ -1,9 +1,9 @@
 """Megatron's GPTModel with our core attention, driven one step at a time.
 
-The model is built on the meta device and then given real memory, so no rank ever holds an unsharded
-parameter. Embedding, layers and output head are called one after the other, so that logits exist
-only for the rows that are sampled, rotary angles follow each token's own position, and other steps
-may come between two layers.
+The model is built on the meta device and then gets real memory, so no rank ever holds
+an unsharded parameter. Embedding, layers and output head are called one after the
+other, so that logits exist only for sampled rows, rotary angles follow each token's own
+position, and other steps may run between two layers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 def build_gpt_model(
     model: ModelConfig, *, tp: int, sp: int, dtype: torch.dtype, device_type: str = "cpu"
 ) -> GPTModel:
-    """GPTModel of this TP rank on the meta device; needs Megatron's parallel state to be
-    initialised."""
+    """Build this TP rank's GPTModel on the meta device; needs Megatron's parallel state."""
     with eager_import(device_type):
         from megatron.core.models.gpt import GPTModel
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -66,19 +65,18 @@ def build_gpt_model(
             vocab_size=padded_vocab_size(model.vocab_size, tp),
             max_sequence_length=model.max_position_embeddings,
             share_embeddings_and_output_weights=model.tie_embeddings,
-            # "none": rotary angles are given to the layers by `GPT.forward` instead.
+            # "none": `GPT.forward` gives rotary angles to the layers instead.
             position_embedding_type="learned_absolute" if model.rope is None else "none",
             parallel_output=True,
         )
     # Norms are created in float32 whatever params_dtype says. Frozen weights take Megatron's plain
-    # linear path, without what it prepares (and warns about) for gradients.
+    # linear path, without its preparations (and warnings) for gradients.
     return gpt.to(dtype).requires_grad_(False).eval()
 
 
 @dataclass(slots=True)
 class ForwardPass:
-    """Local tokens on their way through the model: what comes out of the layers before
-    `next_layer`."""
+    """Local tokens on their way through the model: hidden states before layer `next_layer`."""
 
     hidden_T1C: Tensor
     rope: Tensor | None
@@ -98,8 +96,12 @@ class GPT(nn.Module):
         device: torch.device,
         fused_rotary: bool | None = None,
     ) -> None:
-        """With `fused_rotary` the step's attention rotates q and k as it writes the cache, else
-        Megatron's layers do, in some twenty launches each; None: where our own kernels run."""
+        """Build the model with uninitialised weights.
+
+        With `fused_rotary` the step's attention rotates q and k as it writes the
+        cache; otherwise Megatron's layers do, in some twenty launches each.
+        None: fused wherever our own kernels run.
+        """
         super().__init__()
         self._config, self._tp, self._dtype = model, groups.tp, dtype
         if fused_rotary is None:
@@ -118,15 +120,14 @@ class GPT(nn.Module):
         self._carrier = step_carrier_class()
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters by canonical name, to be filled by `checkpoint.load`."""
+        """Parameters by canonical name, for `checkpoint.load` to fill."""
         return dict(self.gpt.named_parameters())
 
     @torch.inference_mode()
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, rows_R: Tensor, attention: LayerAttention
     ) -> Tensor:
-        """Logits [R, vocab] float32 of local rows `rows_R`; every rank of the TP group gets all
-        columns.
+        """Logits [R, vocab] float32 of local rows `rows_R`; every TP rank gets all columns.
 
         T and R may be 0: the rank still takes part in every collective.
         """
@@ -135,8 +136,10 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: LayerAttention) -> Tensor:
-        """What the last norm gives for each local token, [T, 1, hidden_size]; see `begin` for T =
-        0."""
+        """Output of the last norm for each local token, [T, 1, hidden_size].
+
+        See `begin` for T = 0.
+        """
         run = self.begin(tokens_T, positions_T, attention)
         self.advance(run, self.num_layers)
         return self.finish(run)
@@ -149,10 +152,10 @@ class GPT(nn.Module):
     def begin(
         self, tokens_T: Tensor, positions_T: Tensor, attention: LayerAttention
     ) -> ForwardPass:
-        """Embeds this rank's tokens; no layer runs yet.
+        """Embed this rank's tokens; no layer runs yet.
 
-        Megatron's layers cannot take 0 tokens, so without any a placeholder goes through them and
-        stops at the core attention; its one row is what `finish` returns.
+        Megatron's layers cannot take 0 tokens, so an empty rank sends a placeholder through them,
+        which stops at the core attention; `finish` returns its one row.
         """
         num_tokens = tokens_T.shape[0]
         if num_tokens == 0:
@@ -168,7 +171,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def advance(self, run: ForwardPass, end: int) -> None:
-        """Runs the layers before number `end` that have not run yet."""
+        """Run the layers before number `end` that have not run yet."""
         assert run.next_layer <= end <= self.num_layers, (
             f"layers [{run.next_layer}, {end}) of {self.num_layers}"
         )
@@ -183,8 +186,10 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def advance_rows(self, run: ForwardPass, rows: slice) -> None:
-        """Runs layer `next_layer` on some of the local tokens (maybe none), whose place the results
-        take; `next_layer` is the caller's to move on."""
+        """Run layer `next_layer` on a slice of the local tokens (maybe empty), in place.
+
+        The caller increments `next_layer`.
+        """
         num_tokens = rows.stop - rows.start
         taken = rows if num_tokens else slice(0, 1)  # a placeholder, as in `begin`
         hidden_T1C = run_layers(
@@ -203,14 +208,13 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def finish(self, run: ForwardPass) -> Tensor:
-        """The last norm's output [T, 1, hidden_size], when all layers have run."""
+        """Apply the last norm after all layers have run: [T, 1, hidden_size]."""
         assert run.next_layer == self.num_layers, f"layer {run.next_layer} has not run"
         return run_final_norm(self.gpt.decoder, run.hidden_T1C)
 
     @torch.inference_mode()
     def logits(self, hidden_R1C: Tensor) -> Tensor:
-        """Logits [R, vocab] float32 of rows of `hidden`; the ranks of a TP group call it with the
-        same rows."""
+        """Logits [R, vocab] float32 of rows of `hidden`, the same rows on all TP ranks."""
         logits = all_gather_last_dim(self._output_layer(hidden_R1C), self._tp)
         return logits[:, : self._config.vocab_size].float()
 
@@ -220,13 +224,15 @@ class GPT(nn.Module):
 
     @property
     def vocab_shard(self) -> int:
-        """How many columns of logits a TP rank computes, padding included."""
+        """Number of logit columns that a TP rank computes, padding included."""
         return padded_vocab_size(self._config.vocab_size, self._tp.size) // self._tp.size
 
     @torch.inference_mode()
     def shard_logits(self, hidden_R1C: Tensor) -> tuple[Tensor, int]:
-        """Logits [R, v] float32 of this TP rank's part of the vocabulary, which may be empty (v =
-        0), and its first token id. Sends nothing."""
+        """Logits [R, v] float32 of this TP rank's part of the vocabulary, and its first token id.
+
+        The part may be empty (v = 0). Nothing is sent.
+        """
         first_id = self._tp.rank * self.vocab_shard
         num_here = min(max(self._config.vocab_size - first_id, 0), self.vocab_shard)
         return self._output_layer(hidden_R1C)[:, :num_here].float(), first_id

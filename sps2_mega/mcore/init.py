@@ -1,8 +1,7 @@
-"""Join the job: rendezvous, check the layout, initialise Megatron's parallel state, hand out
-groups.
+"""Start of a job: rendezvous, layout check, Megatron's parallel state, groups.
 
-Everything that can be refused is refused between the rendezvous and the first collective, where all
-ranks can still see the same facts through the store.
+Every refusal happens between the rendezvous and the first collective, where all ranks
+still see the same facts through the store.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.parallel.rank_pools import RankPool, rank_pool_of, split_rank_pools
 from sps2_mega.parallel.topology import Topology, build_topology
 
-# Ranks wait for the next plan as long as it takes; a dead peer is the watchdog's business.
+# Ranks wait for the next plan without limit; dead peers are left to the watchdog.
 _CONTROL_TIMEOUT = timedelta(days=30)
 _RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
 
 
 def open_store(info: LaunchInfo) -> dist.Store:
-    """The key-value store all ranks of the job share (the launcher's own where it has one).
+    """Open the key-value store that all ranks share, the launcher's own if it has one.
 
     Raises:
         ConfigError: the master port is taken, or rank 0 cannot be reached in time.
@@ -60,12 +59,11 @@ def open_store(info: LaunchInfo) -> dist.Store:
 def agree_topology(
     store: dist.Store, info: LaunchInfo, parallel: ParallelConfig, *, problem: str | None = None
 ) -> Topology:
-    """Exchange node names and degrees, and check the layout on every rank alike. Returns that of
-    this rank's pool.
+    """Exchange node names and degrees, check them, and return the layout of this rank's pool.
 
-    `problem` is a reason found on this rank alone (a missing folder, a missing GPU) for which the
-    job cannot run; it then ends on all ranks with that reason, instead of leaving the others
-    waiting.
+    All ranks check the same facts. `problem` is a reason found on this rank alone (a missing
+    folder, a missing GPU) for which the job cannot run; the job then ends on all ranks with
+    that reason, instead of leaving the others waiting.
 
     Raises:
         ConfigError: the same error on every rank.
@@ -84,7 +82,7 @@ def agree_topology(
         _check_agreement(ranks)
         pools = split_rank_pools(parallel, info.world_size)
         nodes = [rank["node"] for rank in ranks]
-        # Those of all pools, so that a problem of one is an error on every rank.
+        # Topologies of all pools, so that a problem of one is an error on every rank.
         topologies = {pool.name: _topology(pool, parallel, nodes) for pool in pools}
     except ConfigError:
         _leave_store(store, info)
@@ -130,7 +128,7 @@ def _check_agreement(ranks: list[dict[str, Any]]) -> None:
 
 
 def _leave_store(store: dist.Store, info: LaunchInfo) -> None:
-    """Rank 0 may host the store: it stays until everybody has read what was wrong."""
+    """Keep the store, which rank 0 may host, until every rank has read the problem."""
     store.set(f"sps2/read/{info.rank}", "")
     if info.rank == 0:
         with contextlib.suppress(RuntimeError):
@@ -148,8 +146,10 @@ def initialize(
     pool: RankPool | None = None,
 ) -> ParallelGroups:
     """Create all groups through Megatron's parallel state (its context-parallel axis is our SP).
-    Their world, and torch's default group, are the ranks of `pool`, whose layout `topology` is;
-    None: all ranks of the job."""
+
+    The world of the groups, and torch's default group, are the ranks of `pool`, with layout
+    `topology`; None: all ranks of the job.
+    """
     if pool is None:
         pool = RankPool(name="all", first=0, tp=topology.tp, sp=topology.sp)
     with eager_import(device.type):
@@ -193,7 +193,7 @@ def initialize(
 
 
 def finalize() -> None:
-    """Leave all groups; safe to call when nothing was initialised."""
+    """Leave all groups; safe to call if nothing was initialised."""
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state
@@ -203,8 +203,10 @@ def finalize() -> None:
 
 
 def _way_back(sp: Group, topology: Topology, timeout: timedelta) -> Group:
-    """A second communicator over the ranks of `sp`. Every rank makes those of all SP groups, in the
-    same order."""
+    """Create a second communicator over the ranks of `sp`.
+
+    Every rank creates the communicators of all SP groups, in the same order.
+    """
     if topology.sp == 1:
         return sp
     handle, _ = dist.new_subgroups_by_enumeration(topology.sp_groups(), timeout=timeout)
@@ -218,21 +220,22 @@ def _group(handle: dist.ProcessGroup) -> Group:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Where this rank computes and in which type."""
+    """Device and dtype of this rank's computation."""
 
     device: torch.device
     dtype: torch.dtype
 
 
 def choose_compute(device: str, dtype: str, checkpoint_dtype: str, local_rank: int) -> Compute:
-    """Resolve `auto`: the checkpoint's type on CUDA, float32 on CPU, where 16 bits are not faster
-    and rounding would let text depend on the layout.
+    """Resolve `auto`: the checkpoint's type on CUDA, float32 on CPU.
+
+    On CPU 16 bits are not faster, and their rounding would make text depend on the layout.
 
     Raises:
-        ConfigError: CUDA is asked for and is not there, or a node has fewer devices than ranks.
+        ConfigError: CUDA is requested but missing, or a node has fewer devices than ranks.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA device")
+        raise ConfigError("device 'cuda' was requested, but torch finds no CUDA device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

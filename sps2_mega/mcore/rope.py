@@ -1,5 +1,4 @@
-"""Rotary frequencies: inverse frequencies per scaling rule, and the angles that Megatron's layers
-or ours take."""
+"""Rotary embedding: inverse frequencies per scaling rule, and angles of token positions."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> 
 
 
 def attention_factor(rope: RopeConfig | None) -> float:
-    """What YaRN multiplies cos and sin by (so scores by its square); 1 for all other rules."""
+    """YaRN's factor of cos and sin, whose square scales the scores; 1 for all other rules."""
     if rope is None or rope.scaling != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -44,8 +43,7 @@ def angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def rotation(positions_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> Rotation:
-    """The same angles for who rotates outside of Megatron's layers; rounded to the type of the
-    heads as it does."""
+    """Cos and sin [T, head_dim / 2] for rotation outside Megatron's layers, in the heads' type."""
     angles_TR = positions_T.float()[:, None] * inv_freq
     return Rotation(angles_TR.cos().to(dtype), angles_TR.sin().to(dtype))
 
@@ -66,9 +64,11 @@ def _llama3(rope: RopeConfig, base: Tensor) -> Tensor:
 
 
 def _yarn(rope: RopeConfig, base: Tensor, head_dim: int, max_positions: int) -> Tensor:
-    """YaRN, "NTK-by-parts" (arXiv 2309.00071, section 3.2): dimensions that turn fewer than
-    `beta_slow` times over the original context are interpolated, those above `beta_fast` kept, a
-    ramp between."""
+    """YaRN, "NTK-by-parts" (arXiv 2309.00071, section 3.2).
+
+    Dimensions that turn fewer than `beta_slow` times over the original context are interpolated,
+    those above `beta_fast` kept, with a ramp between.
+    """
     context = rope.original_max_position_embeddings or max_positions
 
     def dimension(rotations: float) -> float:

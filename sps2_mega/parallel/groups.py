@@ -1,5 +1,4 @@
-"""Handles of the communication groups a rank belongs to; made once in `mcore.init` and passed as
-arguments."""
+"""Communication groups of a rank, made once in `mcore.init` and passed as arguments."""
 
 from __future__ import annotations
 
@@ -12,16 +11,20 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes that this rank has sent to other ranks over one group; what it keeps for itself does
-    not count. A gather counts as a ring of its shard to each other rank."""
+    """Bytes that this rank has sent to other ranks over one group, without what it keeps.
+
+    A gather counts as a ring: its shard once per other rank.
+    """
 
     bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One communication group seen from one member. `handle` is None in a group of one rank,
-    where collectives are local copies."""
+    """One communication group seen from one member.
+
+    `handle` is None in a group of one rank, where collectives are local copies.
+    """
 
     rank: int
     size: int
@@ -34,11 +37,14 @@ SINGLE = Group(rank=0, size=1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelGroups:
-    """All groups of this rank. The world is the job, or the rank's side of it where prefill and
-    decode have ranks of their own (`sides`). `control` spans the world on CPU tensors (plans and
-    sampled tokens); `tp`, `sp` and `sp_levels` carry model data on the compute device. `sp_back`
-    has the ranks of `sp` and a communicator of its own, for results that return while inputs still
-    come in; both count the same traffic."""
+    """All groups of this rank.
+
+    The world is the job, or the rank's pool where prefill and decode have separate
+    ranks (`rank_pools`). `control` spans the world on CPU tensors (plans and sampled
+    tokens); `tp`, `sp` and `sp_levels` carry model data on the compute device.
+    `sp_back` has the ranks of `sp` and its own communicator, for results that return
+    while inputs still arrive; both count into the same traffic.
+    """
 
     global_rank: int
     world_size: int

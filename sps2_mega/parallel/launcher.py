@@ -1,13 +1,12 @@
-"""What the launcher and the user's session told this process: the only reader of environment
-variables.
+"""Launch environment and session settings; the only reader of environment variables.
 
     launcher    node size         node rank    recognised by
     torchrun    LOCAL_WORLD_SIZE  GROUP_RANK   TORCHELASTIC_RUN_ID or GROUP_RANK
     deepspeed   LOCAL_SIZE        CROSS_RANK   CROSS_RANK
     env         LOCAL_WORLD_SIZE  NODE_RANK    RANK or WORLD_SIZE alone
-    none        1                 0            nothing of the above: one rank
+    none        1                 0            none of the above: one rank
 
-Decides nothing about groups or devices, and opens no connection.
+This module decides nothing about groups or devices and opens no connection.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ _NODE_VARIABLES: dict[Launcher, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchInfo:
-    """Place of this process in the job. `master_port` is 0 (any free one) only where there is no
-    launcher.
+    """Place of this process in the job.
+
+    `master_port` is 0 (any free port) only without a launcher.
 
     Raises:
         ConfigError: the numbers contradict each other.
@@ -72,7 +72,7 @@ class LaunchInfo:
 
 
 def from_environment(environ: Mapping[str, str] | None = None) -> LaunchInfo:
-    """Reads `environ` (default: this process's).
+    """Read the place in the job from `environ` (default: this process's environment).
 
     Raises:
         ConfigError: variables are missing, not numbers, or contradict each other; all are named.
@@ -121,14 +121,14 @@ def from_environment(environ: Mapping[str, str] | None = None) -> LaunchInfo:
 
 
 def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Where this user's caches of the project go: below XDG_CACHE_HOME, default ~/.cache."""
+    """Folder of this user's caches of the project: below XDG_CACHE_HOME, default ~/.cache."""
     environ = os.environ if environ is None else environ
     home = environ.get("XDG_CACHE_HOME", "").strip()
     return Path(home or Path.home() / ".cache") / "sps2_mega"
 
 
 def server_api_key(environ: Mapping[str, str] | None = None) -> str | None:
-    """The key that clients of this user's server must send, where SPS2_API_KEY has one."""
+    """API key that clients of this user's server must send: SPS2_API_KEY, or None if unset."""
     environ = os.environ if environ is None else environ
     return environ.get("SPS2_API_KEY", "").strip() or None
 

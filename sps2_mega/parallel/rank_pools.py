@@ -1,10 +1,11 @@
-"""Rank pools: all ranks of a job, or those that prefill and those that decode.
+"""Rank pools: the job's ranks as one pool, or as a prefill pool and a decode pool.
 
-    tp=2 sp=2, no decode ranks   all      0 1 2 3
-    tp=1 sp=2, decode_ranks=4    prefill  0 1 | decode  2 3 4 5   (tp=decode_tp, sp=4/decode_tp)
+    tp=2 sp=2, no decode ranks      all      0 1 2 3
+    tp=1 sp=2, decode_ranks=4       prefill  0 1 | decode  2 3 4 5   (tp = decode_tp,
+                                                                     sp = 4 / decode_tp)
 
-Each pool has a shape of its own. Decides counts only; `topology` forms the groups within a pool.
-Nothing here looks at the machine.
+Each pool has its own degrees. This module decides counts only; `topology` forms the groups
+within a pool, and nothing here looks at the machine.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class RankPool:
 
 
 def split_rank_pools(parallel: ParallelConfig, world_size: int) -> tuple[RankPool, ...]:
-    """One pool of all ranks, or (prefill, decode).
+    """Split the job into one pool of all ranks, or into (prefill, decode).
 
     Raises:
         ConfigError: the degrees contradict each other or the number of ranks; all are named.
@@ -75,5 +76,5 @@ def split_rank_pools(parallel: ParallelConfig, world_size: int) -> tuple[RankPoo
 
 
 def rank_pool_of(pools: Sequence[RankPool], global_rank: int) -> RankPool:
-    """Pool of a rank of the job."""
+    """Pool that a rank of the job belongs to."""
     return next(pool for pool in pools if global_rank in pool.global_ranks)

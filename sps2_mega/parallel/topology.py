@@ -1,12 +1,12 @@
-"""Which ranks talk to which, as pure lists of ints; nothing here creates a group.
+"""Group topology as pure lists of ints; nothing here creates a group.
 
 TP is the fastest axis, SP the next one; SP is cut into levels, innermost first:
 
     world rank = tp_rank + tp * sp_rank          sp_rank = l0 + levels[0] * (l1 + levels[1] * ..)
 
     tp=2 sp=4 levels=(2, 2):   node 0: ranks 0 1 | 2 3      node 1: ranks 4 5 | 6 7
-    TP groups [0 1] [2 3] [4 5] [6 7]; SP groups [0 2 4 6] [1 3 5 7]; level 0 of rank 0: [0 2],
-    level 1: [0 4]
+    TP groups [0 1] [2 3] [4 5] [6 7]; SP groups [0 2 4 6] [1 3 5 7]
+    level 0 of rank 0: [0 2], level 1: [0 4]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sps2_mega.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """A checked layout: `tp * sp == world_size` and `prod(sp_levels) == sp`."""
+    """A validated layout: `tp * sp == world_size` and `prod(sp_levels) == sp`."""
 
     world_size: int
     tp: int
@@ -38,7 +38,7 @@ class Topology:
 
 
 def check_degrees(*, tp: int, sp: int, world_size: int) -> None:
-    """Raises ConfigError, with every factor, unless tp * sp == world_size."""
+    """Raise a ConfigError, with every factor, unless tp * sp == world_size."""
     if tp < 1 or sp < 1:
         raise ConfigError(f"tp and sp must be at least 1, got tp={tp} sp={sp}")
     if tp * sp != world_size:
@@ -51,7 +51,7 @@ def check_degrees(*, tp: int, sp: int, world_size: int) -> None:
 def build_topology(
     *, tp: int, sp: int, sp_levels: Sequence[int] | None, nodes: Sequence[str]
 ) -> Topology:
-    """Check degrees against the real machine and choose the SP levels.
+    """Check the degrees against the real machine and choose the SP levels.
 
     Args:
         nodes: one node name per world rank; equal names share a machine.
@@ -90,7 +90,7 @@ def build_topology(
 
 
 def _ranks_per_node(nodes: Sequence[str]) -> int:
-    """Ranks on each node; they must be equally many and numbered node by node."""
+    """Number of ranks on each node; nodes must have equally many, numbered node by node."""
     order = list(dict.fromkeys(nodes))
     counts = [list(nodes).count(node) for node in order]
     if len(set(counts)) > 1:
@@ -103,7 +103,7 @@ def _ranks_per_node(nodes: Sequence[str]) -> int:
 
 
 def _natural_levels(tp: int, sp: int, ranks_per_node: int) -> tuple[int, ...]:
-    """[ranks of a node, nodes]; one level when SP stays inside a node or TP fills a node."""
+    """Levels (ranks of a node, nodes); one level if SP stays inside a node or TP fills it."""
     intra = max(1, ranks_per_node // tp)
     if intra in (1, sp):
         return (sp,)
@@ -111,10 +111,13 @@ def _natural_levels(tp: int, sp: int, ranks_per_node: int) -> tuple[int, ...]:
 
 
 def level_of(a: int, b: int, group_sizes: Sequence[int]) -> int:
-    """The level of the smallest group with both ranks: 0 for one rank with itself."""
+    """Level of the smallest group with both ranks; 0 for one rank with itself."""
     return next(level for level, size in enumerate(group_sizes) if a // size == b // size)
 
 
 def group_sizes_of(sp_levels: Sequence[int]) -> tuple[int, ...]:
-    """(1, ranks of a level-1 group, ..., all ranks) from ring sizes, innermost first."""
+    """Group sizes (1, ranks of a level-1 group, ..., all ranks) of ring sizes, innermost first.
+
+    For example (2, 4) gives (1, 2, 8).
+    """
     return (1, *itertools.accumulate(sp_levels, operator.mul))

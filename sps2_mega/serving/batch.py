@@ -1,10 +1,9 @@
-"""Answers a file of requests: check everything cheap, load the model, run, write each answer as it
-finishes.
+"""Batch job over a file of requests: cheap checks, model start, run, one record per answer.
 
     prepare (no model)  ->  engine start  ->  run  ->  exit code
     input, output, resume                     tokenise -> drive -> record
 
-Lines and records are `batch_input`'s and `batch_records`'; the file on disk is `batch_output`'s.
+`batch_input` parses lines, `batch_records` forms records, and `batch_output` owns the file on disk.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ EXIT_OK, EXIT_SOME_FAILED, EXIT_COULD_NOT_RUN = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions:
-    """What to answer and where to. `sampling` holds SamplingParams fields for lines that leave them
-    out.
+    """Input, output and options of a batch job.
 
-    `show` answers are also written to stdout, the first ones that finish.
+    `sampling` holds SamplingParams fields for lines that omit them. The first `show`
+    answers to finish are also written to stdout.
     """
 
     input: Path
@@ -53,14 +52,13 @@ class BatchOptions:
 
 
 class BatchJob:
-    """A checked input and an open output; `run` writes exactly one record for each line not yet
-    answered."""
+    """A checked input and an open output; `run` writes one record for each unanswered line."""
 
     def __init__(
         self, options: BatchOptions, config: EngineConfig, found: Scan, output: BatchOutput
     ) -> None:
         self._options, self._config, self._scan, self._output = options, config, found, output
-        # Only a resumed run has to look which lines are left.
+        # Only a resumed run has to look for the lines that are left.
         resumed = output.num_answered or output.num_failed
         self.num_left = sum(1 for _ in self._lines()) if resumed else found.num_lines
         self.totals = RunTotals()
@@ -68,11 +66,11 @@ class BatchJob:
 
     @classmethod
     def prepare(cls, options: BatchOptions, config: EngineConfig) -> BatchJob:
-        """Everything that can be checked without a model.
+        """Check everything that needs no model.
 
         Raises:
             ConfigError: the input cannot be read, the output cannot be written, or they do not
-                belong together.
+                match.
         """
         if options.limit is not None and options.limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {options.limit}")
@@ -101,8 +99,7 @@ class BatchJob:
         return job
 
     def run(self, engine: Any) -> int:
-        """Answers what is left with a started engine (`engine.engine.Engine`); returns the exit
-        code."""
+        """Answer the remaining lines with a started engine; return the exit code."""
         self.totals = RunTotals()
         progress = Progress(self.num_left, self.totals)
         lines: dict[str, GoodLine | BadLine] = {}
@@ -130,7 +127,7 @@ class BatchJob:
 
     @property
     def exit_code(self) -> int:
-        """Errors of earlier runs that are still in the file count."""
+        """Exit code; errors of earlier runs that are still in the file count as well."""
         some_failed = self.totals.num_failed + self._output.num_failed
         return EXIT_SOME_FAILED if some_failed else EXIT_OK
 
@@ -146,7 +143,7 @@ class BatchJob:
     def _submissions(
         self, tokenizer: Tokenizer | None, lines: dict[str, GoodLine | BadLine]
     ) -> Iterator[Submission | RequestOutput]:
-        """Requests with tokens; `lines` remembers whose they are until they are answered."""
+        """Requests with tokens; `lines` maps each request id to its line until it is answered."""
         for line in self._lines():
             request_id = str(line.number)
             lines[request_id] = line
@@ -176,8 +173,10 @@ class BatchJob:
 def fingerprint(
     config: EngineConfig, sampling: Mapping[str, Any], input_sha256: str
 ) -> dict[str, Any]:
-    """What two runs must share so that their answers are the same. The number of ranks is part of
-    it only where the spans of sparse attention follow the ranks."""
+    """Settings that two runs must share to give the same answers.
+
+    The number of ranks is included only if the spans of sparse attention follow the ranks.
+    """
     asked = config.csa.over(suggested_csa(config.model))
     csa = None
     if not asked.exact:

@@ -1,9 +1,8 @@
-"""Lines of a batch file: simple ones, OpenAI batch lines, both mixed, and what is wrong with the
-bad ones.
+"""Lines of a batch file, simple or in OpenAI's batch format, with the errors of malformed ones.
 
-The file is read twice and never held: `scan` checks every line before a model is loaded,
-`read_lines` gives them out afterwards. Needs no tokenizer, so lengths in tokens are not checked
-here.
+The file is read twice and never held: `scan` checks every line before a model
+is loaded, `read_lines` yields them afterwards. No tokenizer is needed, so
+lengths in tokens are not checked here.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ LineId = str | int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoodLine:
-    """A request of line `number` (from 1); `line_id` is given back as it came."""
+    """A request of line `number` (from 1); `line_id` is returned unchanged."""
 
     number: int
     line_id: LineId
@@ -45,7 +44,7 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """What one pass over the file found. `bad` maps line numbers to their lines."""
+    """Result of one pass over the file; `bad` maps line numbers to their lines."""
 
     num_lines: int
     sha256: str
@@ -54,7 +53,7 @@ class Scan:
 
 
 def scan(path: Path, defaults: Mapping[str, Any], *, limit: int | None = None) -> Scan:
-    """Checks all lines (the first `limit` that are not blank); the hash is of the whole file.
+    """Check all lines (the first `limit` that are not blank); the hash covers the whole file.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -89,7 +88,7 @@ def scan(path: Path, defaults: Mapping[str, Any], *, limit: int | None = None) -
 def read_lines(
     path: Path, defaults: Mapping[str, Any], found: Scan, *, limit: int | None = None
 ) -> Iterator[GoodLine | BadLine]:
-    """The same lines again, with `found`'s verdict on duplicates."""
+    """Yield the lines, with duplicates as found by `scan`."""
     count = 0
     for number, raw in _raw_lines(path):
         if not raw.strip():
@@ -101,7 +100,7 @@ def read_lines(
 
 
 def parse_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> GoodLine | BadLine:
-    """One line that is not blank; it never raises, a bad line says what is wrong with it."""
+    """Parse a line that is not blank; errors are returned as a bad line, never raised."""
     openai, line_id = False, cast(LineId, number)
     try:
         record = _json_object(raw)

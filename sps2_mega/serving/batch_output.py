@@ -1,11 +1,11 @@
-"""The output file of a batch: one complete line per finished request, whatever happens in between.
+"""Output file of a batch: one complete line per finished request, even after a crash.
 
     out.jsonl             records in the order in which requests finished
-    out.jsonl.state.json  hash of the input and the settings that change text, to refuse a wrong
-    --resume
+    out.jsonl.state.json  hash of the input and the settings that change text, so that
+                          --resume refuses another input or other settings
 
-Each record is one flushed write, so a crash tears at most the last line, which `--resume` cuts off.
-What the records hold is `batch_records`'.
+Each record is one flushed write, so a crash tears at most the last line, which `--resume` cuts
+off. `batch_records` decides the content of records.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class OutputMode(enum.Enum):
 
 
 class BatchOutput:
-    """Holds one record per answered line: of every id, or of a line number where the line was
-    bad."""
+    """Output file with one record per answered line, by id, or by line number for bad lines."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path = path
@@ -54,16 +53,16 @@ class BatchOutput:
         fingerprint: Mapping[str, Any],
         retry_errors: bool = False,
     ) -> BatchOutput:
-        """Opens `path` for this run only; `fingerprint` is what a resumed run must have in common.
+        """Open `path` for this run only; a resumed run must have the same `fingerprint`.
 
         Raises:
-            ConfigError: the file cannot be written, exists without a mode that says what to do with
-                it, is being written by another run, or belongs to another input or other settings.
+            ConfigError: the file cannot be written, exists without a mode that handles it, is being
+                written by another run, or belongs to another input or other settings.
         """
         exists = path.exists()
         if exists and not path.is_file():
             raise ConfigError(f"output {path} is not a file")
-        # A run that failed before its first answer leaves an empty file, which is nobody's work.
+        # A run that failed before its first answer leaves an empty file, which holds no work.
         begun = exists and path.stat().st_size > 0
         if begun and mode is OutputMode.NEW:
             raise ConfigError(
@@ -91,12 +90,12 @@ class BatchOutput:
 
     @property
     def num_answered(self) -> int:
-        """Records with an answer that earlier runs left."""
+        """Number of records with an answer from earlier runs."""
         return len(self._answered)
 
     @property
     def num_failed(self) -> int:
-        """Error records that earlier runs left."""
+        """Number of error records from earlier runs."""
         return len(self._failed_lines)
 
     def has(self, line: GoodLine | BadLine) -> bool:
@@ -106,12 +105,11 @@ class BatchOutput:
         return isinstance(line, GoodLine) and str(line.line_id) in self._answered
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one line, at once."""
+        """Append one line and flush it."""
         try:
             line = json.dumps(record, ensure_ascii=False).encode()
-        except (
-            UnicodeEncodeError
-        ):  # an id may hold half a surrogate pair, which only escapes can spell
+        # An id may hold half a surrogate pair, which only escapes can spell.
+        except UnicodeEncodeError:
             line = json.dumps(record).encode()
         self._file.write(line + b"\n")
         self._file.flush()
@@ -128,7 +126,7 @@ class BatchOutput:
         self.close()
 
     def close(self) -> None:
-        """Makes sure that all lines are on the disk; safe to call twice."""
+        """Sync all lines to disk; safe to call twice."""
         if self._file.closed:
             return
         with contextlib.suppress(OSError):
@@ -136,7 +134,7 @@ class BatchOutput:
         self._file.close()
 
     def _take_over(self, retry_errors: bool) -> None:
-        """Reads earlier records, cuts a torn last line and, if asked, drops error records."""
+        """Read earlier records and cut off a torn last line; `retry_errors` drops error records."""
         whole = 0
         dropped = False
         keep: list[tuple[int, int]] = []
@@ -171,7 +169,7 @@ class BatchOutput:
         return failed
 
     def _rewrite(self, keep: list[tuple[int, int]]) -> None:
-        """Replaces the file by the kept lines; a crash leaves either the old or the new one."""
+        """Replace the file by the kept lines; a crash leaves either the old or the new one."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         file = temporary.open("w+b")
         _lock(file, temporary)

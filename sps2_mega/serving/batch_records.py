@@ -1,7 +1,7 @@
-"""What a line of the output file holds: for simple lines our own record, for OpenAI lines theirs.
+"""Records of the output file: our own for simple lines, OpenAI's for OpenAI lines.
 
-Error records carry the input's line number besides the id, because a duplicate has its id from
-another line.
+Error records carry the input's line number besides the id, because a
+duplicate shares its id with another line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sps2_mega.text.tokenizer import Tokenizer
 def answer_record(
     line: GoodLine, output: RequestOutput, *, model: str, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """The record of a finished request."""
+    """Record of a finished request."""
     if line.openai:
         return _openai_answer(line, output, model=model, tokenizer=tokenizer)
     record: dict[str, Any] = {"id": line.line_id}
@@ -44,7 +44,7 @@ def answer_record(
 
 
 def error_record(line: GoodLine | BadLine, message: str) -> dict[str, Any]:
-    """The record of a line without an answer."""
+    """Record of a line without an answer."""
     if not line.openai:
         error = {"type": "invalid_request_error", "message": message, "line": line.number}
         return {"id": line.line_id, "error": error}

@@ -1,7 +1,6 @@
-"""Keeps an engine busy with a bounded number of requests from a source of any length.
+"""Driver that keeps an engine busy with a bounded number of requests from a source of any length.
 
-Decides when to pull the next request; where requests come from and where answers go is the
-caller's.
+This module decides when to pull the next request; the caller provides requests and takes answers.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from sps2_mega.errors import Refusal, RequestError
 from sps2_mega.outputs import RequestOutput
 from sps2_mega.types import SamplingParams
 
-# Tokenising prompts must not keep running requests waiting for longer than a few decode steps.
+# Tokenising prompts must not delay running requests by more than a few decode steps.
 _FILL_SECONDS = 0.02
 
 
 class DrivenEngine(Protocol):
-    """What driving needs of an engine."""
+    """The part of an engine's interface that driving uses."""
 
     max_model_len: int
 
@@ -51,11 +50,11 @@ def drive(
     max_in_flight: int,
     on_step: Callable[[float], None] | None = None,
 ) -> Iterator[RequestOutput]:
-    """Yields outputs as requests finish, in no particular order.
+    """Yield outputs as requests finish, in no particular order.
 
-    A RequestOutput from `source` (an error found on the way) passes through. At most
-    `max_in_flight` samples are in the engine at a time. `on_step` is called after every step with
-    its seconds.
+    A RequestOutput from `source` (an error found on the way) passes through. At
+    most `max_in_flight` samples are in the engine at a time. `on_step` is
+    called after every step with its seconds.
     """
     filler = _Filler(engine, source, max_in_flight)
     try:
@@ -74,13 +73,13 @@ def drive(
                 filler.in_flight.pop(output.request_id, None)
                 yield output
     finally:
-        # Only where the caller stopped early: nobody waits for these any more.
+        # Requests are left only if the caller stopped early: nobody waits for them any more.
         for request_id in filler.in_flight:
             engine.abort(request_id)
 
 
 class _Filler:
-    """Never has more than `max_in_flight` samples in the engine, plus those of one request."""
+    """Admission of at most `max_in_flight` samples, plus those of one request, to the engine."""
 
     def __init__(
         self,
@@ -94,7 +93,7 @@ class _Filler:
         self.exhausted = False
 
     def fill(self) -> Iterator[RequestOutput]:
-        """Adds what fits; yields what will never run."""
+        """Add requests while there is room; yield those that will never run."""
         began = time.perf_counter()
         samples = sum(self.in_flight.values())
         while not self.exhausted and samples < self._max:
@@ -118,7 +117,7 @@ class _Filler:
 
 
 def failed(request_id: str, error: str, prompt_token_ids: list[int] | None = None) -> RequestOutput:
-    """The output of a request that never ran."""
+    """Output of a request that never ran."""
     return RequestOutput(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids or [],
@@ -138,8 +137,8 @@ def _refusal_text(refused: Refusal | str, item: Submission, engine: DrivenEngine
     if isinstance(refused, str):
         return refused
     length, new = len(item.prompt_token_ids), item.params.max_tokens
-    asked = "the rest" if new is None else f"{new} new"
+    wanted = "the rest" if new is None else f"{new} new"
     return (
-        f"{refused.value} (prompt {length} tokens, {asked} asked for, "
+        f"{refused.value} (prompt {length} tokens, {wanted} requested, "
         f"limit {engine.max_model_len} together)"
     )

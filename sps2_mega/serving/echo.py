@@ -1,9 +1,8 @@
-"""The prompt in front of its completions: its text and, where they were asked for, its tokens'
-log-probabilities.
+"""Echo of a prompt in front of its completions: its text and, if requested, its logprobs.
 
-The shapes are those of OpenAI's completions: lists over all tokens, prompt and output together, in
-which the first token has no log-probability and `text_offset` counts characters of the text with
-the echo.
+The shapes follow OpenAI's completions: lists over all tokens, prompt and output
+together, in which the first token has no log-probability and `text_offset` counts
+characters of the text including the echo.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from sps2_mega.logprobs import PromptLogprobs
 from sps2_mega.serving.responses import TextOffsets, logprob_lists, token_text
 from sps2_mega.text.tokenizer import Tokenizer
 
-_MAX_NUMBERS = 2**21  # in one answer: some 100 MB of JSON, and several times that while it is made
+_MAX_NUMBERS = 2**21  # per answer: some 100 MB of JSON, and several times that while it is built
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +27,11 @@ class Echo:
     token_ids: list[int]
     tokenizer: Tokenizer | None
 
-    def logprobs(self, scores: PromptLogprobs) -> dict[str, Any]:
-        """The lists of the prompt's tokens."""
+    def logprobs(self, prompt_logprobs: PromptLogprobs) -> dict[str, Any]:
+        """Logprob lists of the prompt's tokens."""
         entries = [
-            scores.entry(index, token_id) for index, token_id in enumerate(self.token_ids[1:])
+            prompt_logprobs.entry(index, token_id)
+            for index, token_id in enumerate(self.token_ids[1:])
         ]
         rest = logprob_lists(entries, self.tokenizer, TextOffsets(self.tokenizer))
         return {
@@ -42,13 +42,15 @@ class Echo:
         }
 
     def output_offsets(self) -> TextOffsets:
-        """Where tokens of an output after the echo begin."""
+        """Text offsets of the tokens of an output after the echo."""
         return TextOffsets(self.tokenizer, start=len(self.text))
 
     def _offsets(self) -> list[int]:
-        """Where each token begins in `text`. A token is as long as its text, or nothing where it is
-        not in the text at all, as the BOS that is put before every prompt; some decoders drop the
-        space of a first word."""
+        """Start of each token in `text`, in characters.
+
+        A token is as long as its text, or empty if it is not in the text at all, like the BOS
+        before every prompt; some decoders drop the space of a first word.
+        """
         if self.tokenizer is None:
             return [0] * len(self.token_ids)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -68,10 +70,10 @@ class Echo:
 
 
 def echo_of(prompt: str | list[int], token_ids: list[int], tokenizer: Tokenizer | None) -> Echo:
-    """Of a prompt as its client wrote it.
+    """Echo of a prompt as its client wrote it.
 
     Raises:
-        RequestError: it was token ids, and there is no tokenizer to read them with.
+        RequestError: the prompt is token ids, and there is no tokenizer to decode them.
     """
     if isinstance(prompt, str):
         return Echo(text=prompt, token_ids=token_ids, tokenizer=tokenizer)
@@ -83,12 +85,12 @@ def echo_of(prompt: str | list[int], token_ids: list[int], tokenizer: Tokenizer 
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The lists of both, one after the other."""
+    """Concatenate the lists of both bodies."""
     return {name: values + second[name] for name, values in first.items()}
 
 
 def check_size(prompts: list[list[int]], *, num_samples: int, num_top: int) -> None:
-    """An answer is made in one piece, in the memory of the process that serves everybody.
+    """Limit the size of an echo, which is built in one piece in the memory of the server.
 
     Raises:
         RequestError: with the numbers.

@@ -1,7 +1,7 @@
-"""The `generate` command on one rank: rank 0 reads, drives and writes, the others follow its steps.
+"""The `generate` command on one rank: rank 0 reads, drives and writes, the others follow.
 
-Decides the order of things and the exit code; flags are `cli`'s, the work is `batch`'s. Exit codes:
-0 all answered, 1 some lines failed, 2 could not run.
+This module decides the order of actions and the exit code; `cli` parses flags, `batch` does the
+work. Exit codes: 0 all answered, 1 some lines failed, 2 could not run.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from sps2_mega.serving.batch import EXIT_COULD_NOT_RUN, BatchJob, BatchOptions
 
 
 def run_generate(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
-    """Runs to the end on this rank; returns its exit code."""
+    """Run to the end on this rank; return its exit code."""
     from sps2_mega.comm.guard import guard
 
     with guard(info):
         try:
             return _follow(config, info) if info.rank else _lead(config, options, info)
         except (ConfigError, CheckpointError) as error:
-            # Raised on all ranks alike, or on this one, which then tells the others before it
-            # raises.
+            # Raised on all ranks alike, or on this one, which then
+            # tells the others before it raises.
             return _could_not_run(error, info)
 
 
@@ -37,7 +37,7 @@ def _lead(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
             refuse(info, str(error))
         return _could_not_run(error, info)
     try:
-        # Other ranks wait for this one in any case, so only a single rank may leave without them.
+        # Other ranks wait for this one in any case, so only a single rank may leave early.
         if job.num_left == 0 and info.world_size == 1:
             sys.stdout.write(f"nothing to do: all lines are answered in {options.output}\n")
             return job.exit_code

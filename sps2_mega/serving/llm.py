@@ -2,8 +2,8 @@
 
 LLM(model)                      one rank, in this process
 LLM(model, tp=2, sp=2)          plain python: three children are started, this process is rank 0
-LLM(model, sp=2) in each rank   under deepspeed or torchrun: rank 0 goes on, the constructor of the
-                                others follows its steps, then raises SystemExit(0)
+LLM(model, sp=2) in each rank   under deepspeed or torchrun: the constructor returns on rank 0 only;
+                                on other ranks it follows rank 0, then raises SystemExit(0)
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class LLM:
     """A loaded model. Use it as a context manager or call `close`: ranks live until then."""
 
     def __init__(self, model: str, *, tp: int = 1, sp: int = 1, **options: Any) -> None:
-        """Loads `model` (a folder or a name in model_configs/) on tp * sp ranks, and `decode_ranks`
-        more if given.
+        """Load `model` (a folder or a name in model_configs/) on tp * sp ranks.
 
-        `options` are fields of EngineConfig and of its parts: dtype, seed, max_model_len,
-        num_blocks, ...; a part can also be given whole, as csa=CSAConfig(...).
+        `options` are fields of EngineConfig and of its parts: dtype, seed,
+        max_model_len, num_blocks, ...; a part can also be given whole, as
+        csa=CSAConfig(...). `decode_ranks` adds as many ranks.
 
         Raises:
             ConfigError, CheckpointError: it cannot work; the message says why.
-            SystemExit: on other ranks than rank 0 of a launcher, when rank 0 has closed.
+            SystemExit: on ranks of a launcher other than rank 0, after rank 0 has closed.
         """
         from sps2_mega.engine.start import run_worker, start_driver
 
@@ -66,11 +66,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """One output per prompt (text, or a list of token ids), in order; refused ones have `error`
-        set.
+        """Generate one output per prompt (text, or a list of token ids), in order.
+
+        Refused prompts have `error` set.
 
         Raises:
-            RequestError: prompts and params do not match, or text came without a tokenizer.
+            RequestError: prompts and params do not match, or text was given without a tokenizer.
         """
         listed = as_prompts(prompts)
         return self._run([self._tokens(prompt) for prompt in listed], params)
@@ -80,7 +81,7 @@ class LLM:
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """The next assistant message of one conversation, or of each of several, as `generate`.
+        """Generate the next assistant message of one or several conversations, as `generate`.
 
         Raises:
             RequestError: messages are malformed, or the chat template refuses them.
@@ -97,7 +98,7 @@ class LLM:
         return self._run(tokens, params)
 
     def close(self) -> None:
-        """Ends all ranks; safe to call twice."""
+        """End all ranks; safe to call twice."""
         self._engine.shutdown()
         ranks, self._ranks = self._ranks, None
         if ranks is not None:
@@ -143,7 +144,7 @@ class LLM:
 
 
 def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> EngineConfig:
-    """EngineConfig from flat options, which go to the part that has a field of that name.
+    """EngineConfig from flat options, each assigned to the part that has a field of that name.
 
     Raises:
         ConfigError: no part has such a field; the known ones are listed.
@@ -169,7 +170,10 @@ def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> E
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A single prompt as a list of one; a list of integers is a single prompt."""
+    """Prompts as a list; a single prompt becomes a list of one.
+
+    A list of integers is a single prompt.
+    """
     if isinstance(prompts, str):
         return [prompts]
     listed = list(prompts)

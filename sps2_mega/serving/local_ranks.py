@@ -1,9 +1,7 @@
-"""Starts and ends the other ranks of a job on this machine, for a Python program that has no
-launcher.
+"""Other ranks of a job on this machine, as children of a Python program without a launcher.
 
-This process is rank 0. The others are children that read their configuration from a pipe and end
-when it closes, so that none outlives the parent however that ends. They are ended by process id
-only.
+This process is rank 0. The children read their configuration from a pipe and end when it closes, so
+that none outlives the parent, however the parent ends. They are terminated by process id only.
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ from sps2_mega.parallel.rank_pools import split_rank_pools
 _LOOPBACK = "127.0.0.1"
 _TAIL_LINES = 30
 _LEAVE_SECONDS = 10.0
-# A dead child before the ranks have met leaves this process waiting in native code, where no
-# exception reaches it.
+# A child that dies before the ranks have met leaves this process waiting in
+# native code, which no exception reaches.
 _GRACE_SECONDS = 5.0
 DEATH_EXIT_CODE = 1
 
@@ -38,10 +36,12 @@ class LocalRanks:
     """Ranks 1 to world_size - 1 as children; until `close`, the end of one of them is a failure."""
 
     def __init__(self, config: EngineConfig, *, grace_s: float = 0.0) -> None:
-        """A child that gets a signal waits `grace_s` seconds for this process to end the job first.
+        """Start the children.
+
+        After a signal a child waits `grace_s` seconds for this process to end the job.
 
         Raises:
-            ConfigError: there can be no such job.
+            ConfigError: the degrees contradict each other.
         """
         world_size = config.parallel.world_size
         split_rank_pools(config.parallel, world_size)
@@ -59,8 +59,7 @@ class LocalRanks:
         return [child.process.pid for child in self._children]
 
     def close(self, *, told: bool = True) -> None:
-        """Ends the ranks; those that were `told` to leave (by the engine's shutdown) get time to do
-        so."""
+        """End the ranks; with `told`, they know of the shutdown and get time to leave."""
         self._closing.set()
         deadline = time.monotonic() + (_LEAVE_SECONDS if told else 0.0)
         for child in self._children:
@@ -72,7 +71,7 @@ class LocalRanks:
             dead = next((c for c in self._children if c.process.poll() is not None), None)
             if dead is None:
                 continue
-            # The watchdog, once there is one, says why and ends this process before this does.
+            # The watchdog, once there is one, reports the reason and ends this process first.
             if not active_watchdogs():
                 sys.stderr.write(dead.report())
                 sys.stderr.flush()
@@ -132,7 +131,7 @@ class _Child:
         )
 
     def end(self, deadline: float) -> None:
-        """Waits until `deadline` (of time.monotonic()), then terminates, then kills."""
+        """Wait until `deadline` (of time.monotonic()), then terminate, then kill."""
         for stop in (lambda: None, self.process.terminate, self.process.kill):
             stop()
             try:

@@ -1,7 +1,7 @@
-"""What a batch run shows while it works and when it is done.
+"""Progress display of a batch run, and its closing table.
 
-On a terminal one bar that moves; elsewhere (a log file, a launcher that interleaves ranks) one
-plain line every few seconds. Decides nothing about the run.
+On a terminal it is a bar; elsewhere (a log file, a launcher that interleaves ranks) one plain line
+every few seconds. It decides nothing about the run.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class RunTotals:
         return "\n".join([rule, *(f"{name:<{width}} | {value}" for name, value in rows), rule])
 
     def _comm_rows(self) -> list[tuple[str, str]]:
-        """Nothing where no rank talks to another one."""
+        """Rows about communication; none if ranks do not communicate."""
         comm = self.prefill_comm
         if comm.total_comm_s == 0:
             return []
@@ -99,7 +99,7 @@ class Progress:
             self._bar = tqdm(total=total, unit="req", file=self._stream, dynamic_ncols=True)
 
     def step(self, stats: Snapshot, seconds: float) -> None:
-        """Takes the engine's counts after a step that took `seconds`."""
+        """Record the engine's counts after a step that took `seconds`."""
         before = self._last
         self._totals.steps.record(
             prompt_tokens=stats.prompt_tokens - (before.prompt_tokens if before else 0),
@@ -111,7 +111,7 @@ class Progress:
         self._show()
 
     def message(self, text: str) -> None:
-        """Writes a line on stdout without breaking the bar."""
+        """Write a line on stdout without breaking the bar."""
         encoding = sys.stdout.encoding or "utf-8"
         tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
@@ -142,10 +142,16 @@ class Progress:
         steps, last = self._totals.steps, self._last
         comm = self._totals.prefill_comm
         hidden = f" ({comm.overlap:.0%} of communication hidden)" if comm.total_comm_s else ""
-        rates = f"prefill {steps.prefill_rate:,.0f} tok/s{hidden}, decode {steps.decode_rate:,.0f} tok/s"
+        rates = (
+            f"prefill {steps.prefill_rate:,.0f} tok/s{hidden}, "
+            f"decode {steps.decode_rate:,.0f} tok/s"
+        )
         if last is None:
             return rates
-        return f"{rates}, {last.num_running} running, {last.num_waiting} waiting, KV {last.kv_usage:.0%}"
+        return (
+            f"{rates}, {last.num_running} running, {last.num_waiting} waiting, "
+            f"KV {last.kv_usage:.0%}"
+        )
 
 
 def _percentiles(histogram: DurationHistogram) -> str:

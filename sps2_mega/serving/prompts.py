@@ -1,4 +1,4 @@
-"""From what a request gives as prompt to token ids: text, messages, or the ids themselves."""
+"""Token ids of a request's prompt, given as text, messages, or the ids themselves."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""OpenAI request bodies, checked and turned into a prompt and SamplingParams.
+"""Validation of OpenAI request bodies, and their conversion to a prompt and SamplingParams.
 
-Batch files and the HTTP server share this. Three kinds of fields besides the supported ones:
+Batch files and the HTTP server share this. Besides the supported fields there are three kinds:
 
-    harmless   (user, metadata, ...)          accepted in silence
+    harmless   (user, metadata, ...)          accepted silently
     unknown    (anything not listed here)     ignored, and reported as a warning
     meaningful (tools, logit_bias, ...)       refused by name: dropping them would change the answer
 
-Needs no tokenizer: text stays text. Response bodies are `responses`'.
+No tokenizer is needed: text stays text. `responses` forms response bodies.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HARMLESS = frozenset(
         "stream_options",
     ]
 )
-# Fields that ask for something this runtime does not do, and the values that ask for nothing.
+# Fields for features that this runtime lacks, with the values that request nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -67,7 +67,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
-    """Exactly one of `prompt` (text or token ids) and `messages` is set."""
+    """A validated request with either a `prompt` (text or token ids) or `messages`."""
 
     prompt: str | list[int] | None = None
     messages: list[dict[str, str]] | None = None
@@ -87,13 +87,12 @@ def parse_request(
     defaults: Mapping[str, Any] | None = None,
     echo: bool = False,
 ) -> ParsedRequest:
-    """Checks a request body.
+    """Validate and convert a request body.
 
-    `kind=None` tells completions from chat by `prompt` or `messages` and takes either spelling of
-    logprobs. `defaults` are SamplingParams fields for what the body leaves out. Where neither says
-    so, a completion has at most 16 new tokens and a chat answer the rest of the context, as with
-    OpenAI. With `echo` log-probabilities are those of the prompt as well, and `max_tokens` may be
-    0.
+    `kind=None` distinguishes completions from chat by `prompt` or `messages` and accepts either
+    spelling of logprobs. `defaults` are SamplingParams fields that the body omits. Without either,
+    a completion has at most 16 new tokens and a chat answer the rest of the context, as with
+    OpenAI. With `echo`, log-probabilities cover the prompt as well, and `max_tokens` may be 0.
 
     Raises:
         RequestError: a field is wrong, missing or not supported; the message names it.
@@ -113,9 +112,7 @@ def parse_request(
     if echo:
         params = params.replace(prompt_logprobs=params.logprobs)
     elif params.max_tokens == 0:
-        raise RequestError(
-            "max_tokens must be >= 1, got 0; only with echo there is something to say"
-        )
+        raise RequestError("max_tokens must be >= 1, got 0; 0 is allowed only with echo")
     return ParsedRequest(
         prompt=_one_prompt(fields.prompt) if isinstance(fields, CompletionFields) else None,
         messages=[message.flat() for message in fields.messages]
@@ -186,7 +183,7 @@ def _sampling_params(
         values["stop"] = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
     if fields.stop_token_ids is not None:
         values["stop_token_ids"] = tuple(fields.stop_token_ids)
-    if values.get("top_k") == -1:  # vLLM's and SGLang's way to switch it off
+    if values.get("top_k") == -1:  # as vLLM and SGLang switch it off
         values["top_k"] = 0
     if fields.logprobs is not None or fields.top_logprobs is not None:
         values["logprobs"] = _logprobs(fields, kind, either_logprobs)
@@ -194,7 +191,7 @@ def _sampling_params(
 
 
 def _logprobs(fields: SamplingFields, kind: Kind, either: bool) -> int | None:
-    """Chat says `logprobs: true, top_logprobs: k`; completions say `logprobs: k`."""
+    """Number of logprobs: chat has `logprobs: true, top_logprobs: k`; completions `logprobs: k`."""
     value = fields.logprobs
     if (
         kind == "completion"
@@ -231,10 +228,10 @@ def _one_prompt(prompt: str | list[int] | list[str] | list[list[int]]) -> str | 
 
 
 def validation_text(errors: Sequence[Mapping[str, Any]], limit: int = 3) -> str:
-    """What is wrong with which fields, from pydantic's list of errors; long values are cut."""
+    """Message about the first `limit` wrong fields, from pydantic's errors; long values are cut."""
     seen: dict[str, str] = {}
     for item in errors:
-        # The first parts of a location are field and index; the rest names members of a union.
+        # A location begins with field and index; the rest names members of a union.
         place = [
             str(part) for part in item["loc"] if part == item["loc"][0] or isinstance(part, int)
         ]

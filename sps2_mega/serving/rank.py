@@ -1,8 +1,7 @@
-"""A rank that a Python program started (`local_ranks`): configuration from stdin, then the driver's
-steps.
+"""A rank started by a Python program (`local_ranks`): configuration from stdin, then driven steps.
 
-`python -m sps2_mega.serving.rank [SECONDS]`; not for people. After a signal the job has so many
-seconds to end in good order, as its driver decides.
+`python -m sps2_mega.serving.rank [SECONDS]`; not for people. After a signal the job has
+SECONDS to end in good order, as its driver decides.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ def main() -> int:
 
 
 def patience(grace_s: float) -> float:
-    """Seconds to wait, after a signal, for the driver to end the job; none before the ranks have
-    met."""
+    """Seconds to wait, after a signal, for the driver to end the job; 0 before ranks have met."""
     return grace_s if active_watchdogs() else 0.0
 
 
@@ -43,7 +41,7 @@ def config_from_json(line: bytes) -> EngineConfig:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin for as long as it lives, and writes nothing more."""
+    """End when stdin closes: the parent holds it open while it lives, and writes nothing more."""
     while os.read(sys.stdin.fileno(), 4096):
         continue
     os._exit(1)

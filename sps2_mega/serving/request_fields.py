@@ -1,6 +1,6 @@
 """Names and types of the fields of OpenAI request bodies, with the usual extensions.
 
-Types only: ranges are SamplingParams', and which combinations make sense is `protocol`'s.
+Types only: SamplingParams checks ranges, and `protocol` checks combinations.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ChatMessage(pydantic.BaseModel):
     content: str | list[TextPart]
 
     def flat(self) -> dict[str, str]:
-        # `developer` is OpenAI's later name for `system`; templates know the earlier one.
+        # `developer` is OpenAI's newer name for `system`; templates know the older one.
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return {"role": role, "content": self.content}

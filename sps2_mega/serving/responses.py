@@ -1,7 +1,6 @@
-"""OpenAI response bodies from finished requests: text_completion, chat.completion, usage and
-logprobs.
+"""OpenAI response bodies of finished requests: text_completion, chat.completion, usage, logprobs.
 
-Decides the shapes only; what a request may ask is `protocol`'s.
+This module decides the shapes only; `protocol` decides what a request may contain.
 """
 
 from __future__ import annotations
@@ -63,8 +62,10 @@ def chat_body(
 
 
 def usage(output: RequestOutput) -> dict[str, Any]:
-    """Token counts; the prompt counts once, however many samples it has. `cached_tokens` of it were
-    in the KV cache when the first sample began."""
+    """Token counts; the prompt counts once, however many samples it has.
+
+    `cached_tokens` of the prompt were in the KV cache when the first sample began.
+    """
     prompt = len(output.prompt_token_ids)
     new = sum(len(completion.token_ids) for completion in output.completions)
     return {
@@ -76,7 +77,7 @@ def usage(output: RequestOutput) -> dict[str, Any]:
 
 
 def timings_record(timings: Timings) -> dict[str, float | None]:
-    """Seconds, to the microsecond."""
+    """Timings in seconds, rounded to microseconds."""
     return {
         "queue_s": round(timings.queue_s, 6),
         "ttft_s": round(timings.ttft_s, 6),
@@ -88,7 +89,10 @@ def timings_record(timings: Timings) -> dict[str, float | None]:
 def completion_logprobs(
     completion: Completion, tokenizer: Tokenizer | None
 ) -> dict[str, Any] | None:
-    """Parallel lists over tokens; `text_offset` counts characters from the start of the output."""
+    """Logprobs as parallel lists over tokens.
+
+    `text_offset` counts characters from the start of the output.
+    """
     if completion.logprobs is None:
         return None
     return logprob_lists(completion.logprobs, tokenizer, TextOffsets(tokenizer))
@@ -97,7 +101,7 @@ def completion_logprobs(
 def logprob_lists(
     logprobs: list[TokenLogprob], tokenizer: Tokenizer | None, offsets: TextOffsets
 ) -> dict[str, Any]:
-    """The same for some tokens of an output; `offsets` knows where they begin."""
+    """Parallel lists for a range of tokens of an output, whose starts `offsets` tracks."""
     return {
         "tokens": [token_text(item.token_id, tokenizer) for item in logprobs],
         "token_logprobs": [_finite(item.logprob) for item in logprobs],
@@ -110,15 +114,14 @@ def logprob_lists(
 
 
 def chat_logprobs(completion: Completion, tokenizer: Tokenizer | None) -> dict[str, Any] | None:
-    """One entry per token, each with its bytes, so that characters across tokens can be put
-    together."""
+    """One logprob entry per token, with its bytes, so that split characters can be joined."""
     if completion.logprobs is None:
         return None
     return logprob_entries(completion.logprobs, tokenizer)
 
 
 def logprob_entries(logprobs: list[TokenLogprob], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The same for some tokens of an output."""
+    """Logprob entries for a range of tokens of an output."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token_id) if tokenizer else b""
@@ -136,8 +139,10 @@ def logprob_entries(logprobs: list[TokenLogprob], tokenizer: Tokenizer | None) -
 
 
 def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
-    """A token by itself; one that is part of a character reads `bytes:\\xe4`, without tokenizer
-    `token_id:7`."""
+    r"""Text of a single token.
+
+    Part of a character reads `bytes:\\xe4`; without a tokenizer the text is `token_id:7`.
+    """
     if tokenizer is None:
         return f"token_id:{token_id}"
     raw = tokenizer.token_bytes(token_id)
@@ -148,7 +153,7 @@ def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
 
 
 class TextOffsets:
-    """Where each token's text begins, in characters; the output's first one at `start`."""
+    """Start of each token's text, in characters; the output's first token is at `start`."""
 
     def __init__(self, tokenizer: Tokenizer | None, *, start: int = 0) -> None:
         self._tokenizer = tokenizer
@@ -156,7 +161,7 @@ class TextOffsets:
         self._position = start
 
     def of_next(self, token_id: int) -> int:
-        """The offset of the next token of the output, which is `token_id`."""
+        """Offset of the next token of the output, which is `token_id`."""
         begin = self._position
         if self._tokenizer is not None and token_id not in self._tokenizer.special_ids:
             self._position += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))

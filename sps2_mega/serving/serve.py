@@ -1,9 +1,9 @@
-"""The `serve` command on one rank: rank 0 listens, drives and answers, the others follow its steps.
+"""The `serve` command on one rank: rank 0 listens, drives and answers, the others follow.
 
     bind the port -> answer 503 -> other ranks, weights, cache -> ready -> serve -> drain -> end
 
-Decides the order of things and the exit code: 0 after a drain, 2 could not start, else as the guard
-says. Flags are `cli`'s, requests are `http`'s.
+This module decides the order of actions and the exit code: 0 after a drain, 2 could not start, else
+the guard's. `cli` parses flags, `http` handles requests.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from sps2_mega.serving.http.async_engine import AsyncEngine, ServedModel
 
 EXIT_COULD_NOT_START = 2
-# Beyond the drain: the step under way, and telling all ranks.
+# Seconds beyond the drain: the current step, and telling all ranks.
 _ENDING_S = 5.0
 
 
 def run_serve(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int:
-    """Runs to the end on this rank; returns its exit code."""
+    """Run to the end on this rank; return its exit code."""
     return _lead(config, server, info) if info.rank == 0 else _follow(config, server, info)
 
 
@@ -79,7 +79,7 @@ def _follow(config: EngineConfig, server: ServerConfig, info: LaunchInfo) -> int
     from sps2_mega.comm.guard import guard
     from sps2_mega.serving.rank import patience
 
-    # Rank 0 drains, and ends the others with its shutdown.
+    # Rank 0 drains, and its shutdown ends the other ranks.
     grace_s = server.drain_timeout + 2 * _ENDING_S
     with guard(info, on_stop=lambda _: patience(grace_s)):
         try:
@@ -111,8 +111,8 @@ def _serve(
     url = url_of(listener)
     http = HttpServer(build_app(async_engine, server, names), async_engine, listener)
     http.start()
-    # The async_engine bounds the queue, before a request is tokenised; the scheduler takes what it
-    # lets in.
+    # `async_engine` bounds the queue, before a request is tokenised;
+    # the scheduler takes what it admits.
     config = config.replace(scheduler=dataclasses.replace(config.scheduler, max_waiting=None))
     ranks = None
     if info.launcher == "none" and config.parallel.world_size > 1:
@@ -142,7 +142,7 @@ def _serve(
     engine.shutdown()
     if ranks is not None:
         ranks.close()
-    sys.stdout.write("sps2_mega has stopped: all requests were answered or told why not\n")
+    sys.stdout.write("sps2_mega has stopped: all requests were answered or got an error\n")
     sys.stdout.flush()
 
 

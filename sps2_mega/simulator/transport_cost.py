@@ -15,8 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sps2_mega.attention.layout.heads import split_heads
-from sps2_mega.attention.layout.heads import most_kv_heads
+from sps2_mega.attention.layout.heads import most_kv_heads, split_heads
 from sps2_mega.attention.pipeline.settings import (
     CPU_PART,
     CUDA_PART,

@@ -1,5 +1,4 @@
-"""Which library is taken, from made-up times; on a GPU every library gives the reference's
-numbers."""
+"""Choice of the library from made-up times; on a GPU every library matches the reference."""
 
 import re
 
@@ -42,7 +41,7 @@ def not_here(*qkv, **how):
 
 
 def clock(*seconds):
-    """A timer that runs the work and claims these seconds, one after the other."""
+    """Timer that runs the work and returns these seconds, one after the other."""
     left = list(seconds)
 
     def timer(work, device):

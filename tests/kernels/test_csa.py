@@ -142,7 +142,7 @@ def test_no_pieces_no_rows_no_keys():
 
 
 def test_views_of_a_packed_projection_are_read_in_place():
-    """Heads of q, k and v side by side in memory; neighbours are NaN where nobody may read."""
+    """Heads of q, k and v are adjacent in memory; neighbours that must not be read are NaN."""
     length, heads, kv_heads, width = 130, 4, 2, 16
     packed = torch.randn(length + 2, heads + 2 * kv_heads + 1, width)
     packed[0], packed[-1], packed[:, -1] = torch.nan, torch.nan, torch.nan
@@ -156,8 +156,7 @@ def test_views_of_a_packed_projection_are_read_in_place():
 
 
 def test_only_the_keys_that_travel_are_read():
-    """Rows that no query sees may hold anything, as in a buffer that only received what was
-    sent."""
+    """Rows that no query sees may hold anything, as in a buffer with received rows only."""
     length, q_start, layer = 300, 128, 1
     pattern = csa((1, 3), (64,), sinks=5, halo=10, tail=0)
     q, k, v = random_qkv(length - q_start, length, 8, 4, 16, torch.float32)
@@ -197,7 +196,7 @@ def test_huge_scores_do_not_overflow():
     where = dict(length=70, layer=0)
     out, lse = by_pieces(sdpa.attend_pieces, pattern, (q * 200, k, v), **where)
     expected_out, expected_lse = by_definition(pattern, (q * 200, k, v), **where)
-    # Scores are in the hundreds, where float32 itself is good to 3e-5.
+    # Scores are in the hundreds, where float32 itself is accurate to 3e-5.
     torch.testing.assert_close(out, expected_out, rtol=0, atol=2e-4)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=2e-4)
 
@@ -266,7 +265,7 @@ def test_split_triangles_are_small_and_hold_the_same_pairs(rows, step, offset, l
 
 
 def test_long_triangles_equal_the_definition():
-    """Longer than what one call does on a CPU, whole and with a stride."""
+    """Triangles longer than one call computes on a CPU, whole and with a stride."""
     for degrees in ((1, 4), (2, 3)):
         pattern = csa(degrees, (300,), sinks=7, halo=33, tail=20)
         qkv = random_qkv(811, 811, 2, 1, 8, torch.float32)

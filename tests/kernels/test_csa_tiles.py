@@ -11,8 +11,7 @@ from sps2_mega.kernels.csa.tiles import plan_tiles
 
 
 def seen_by_plan(plan, num_q, num_k, num_heads, q_minus_k):
-    """How often each (head, query row, key row) is computed, and how often each query row is
-    written."""
+    """Count how often each (head, query row, key row) is computed and each row is written."""
     seen = np.zeros((num_heads, num_q, num_k), dtype=int)
     written = np.zeros((plan.num_parts, num_heads, num_q), dtype=int)
     for head, first, step, count, begin, end, part in plan.tiles.tolist():

@@ -9,6 +9,7 @@ from sps2_mega.kernels.csa import reference
 from sps2_mega.kernels.csa.piece import Piece
 
 pytest.importorskip("triton")
+from sps2_mega.kernels.csa import device_tables
 from sps2_mega.kernels.csa import triton as kernels
 
 
@@ -88,19 +89,19 @@ def test_no_rows_no_keys_no_heads(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_keys_divided_among_several_programs_give_the_same(device, monkeypatch):
-    monkeypatch.setattr(kernels, "num_parts", lambda *_: 3)
-    kernels._tables.cache_clear()
+    monkeypatch.setattr(device_tables, "num_parts", lambda *_: 3)
+    device_tables.device_tables.cache_clear()
     q, k, v = random_qkv(9, 420, 4, 2, 32, torch.float16, device)
     exact = csa((1,), ())
     where = dict(prompt_len=420, queries=range(411, 420), kv_heads=range(2), layer=0)
     compare(csa_pieces(exact, **where), (q, k, v), q_start=411)
     compare([], (q, k, v), q_start=411)
-    kernels._tables.cache_clear()
+    device_tables.device_tables.cache_clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_views_are_read_in_place_and_what_no_query_sees_is_not(device):
-    """Heads of q, k and v side by side in memory; NaN where nobody may read."""
+    """Heads of q, k and v are adjacent in memory; rows that must not be read are NaN."""
     length, heads, kv_heads, width = 70, 4, 2, 16
     packed = torch.randn(length + 2, heads + 2 * kv_heads + 1, width, device=device)
     packed[0], packed[-1], packed[:, -1] = torch.nan, torch.nan, torch.nan
@@ -127,7 +128,7 @@ def test_huge_scores_do_not_overflow(device):
     piece = Piece(range(40), range(40), range(2), causal=True)
     actual = kernels.attend_pieces(q * 1000, k, v, [piece], scale=0.1)
     expected = reference.attend_pieces(q * 1000, k, v, [piece], scale=0.1)
-    # Scores are in the hundreds, where float32 itself is good to 3e-5.
+    # Scores are in the hundreds, where float32 itself is accurate to 3e-5.
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=4e-4)
 

@@ -90,7 +90,7 @@ def test_both_forms_of_every_operation_agree(device):
 
 
 def test_cpu_needs_no_triton():
-    """Importing the dispatchers must not import what CPU builds of torch come without."""
+    """Importing the dispatchers must not import packages that CPU builds of torch lack."""
     code = (
         "import sys\n"
         "from sps2_mega.kernels.csa import dispatch\n"

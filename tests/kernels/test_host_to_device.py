@@ -1,4 +1,4 @@
-"""Small lists reach the device as they are, and on CUDA without a wait for what it is doing."""
+"""Small lists reach the device unchanged, and on CUDA without waiting for its current work."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def test_values_arrive_in_their_type(values, device):
 
 @pytest.mark.gpu
 def test_a_decode_step_waits_once():
-    """Sampling 32 sequences each in its own way waits for the device in one place: where the tokens
-    are read."""
+    """Sampling 32 sequences, each with its own settings, waits once: to read the tokens."""
     from sps2_mega.types import SamplingParams
     from sps2_mega.worker.sampling.sampler import sample
 

@@ -10,7 +10,7 @@ from sps2_mega.kernels.lse import triton as kernels
 
 
 def partials(num, num_q, heads, width, dtype, device):
-    """Every other partial of some rows is empty, and the first row is empty in all."""
+    """Partials of which every other one is empty in some rows, and all are in the first row."""
     out = torch.randn(num, num_q, heads, width, device=device)
     lse = 3 * torch.randn(num, num_q, heads, device=device)
     lse[::2, 1::3], lse[:, :1] = -torch.inf, -torch.inf

@@ -12,7 +12,7 @@ BLOCK_SIZE = 4
 
 
 def compare(starts, ends, dtype=torch.float32, heads=6, kv_heads=3, width=16, device="cpu"):
-    """Rows over a cache whose unused slots are NaN in no-one's block and garbage elsewhere."""
+    """Compare rows over a cache whose unowned blocks hold NaN and unused slots hold garbage."""
     generator = np.random.default_rng(0)
     counts = [-(-end // BLOCK_SIZE) for end in ends]
     num_blocks = sum(counts) + 2

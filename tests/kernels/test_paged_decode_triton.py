@@ -17,8 +17,11 @@ from sps2_mega.kernels.paged_decode import triton as kernels
 def compare(
     ranges, *, dtype=torch.float32, device="cpu", heads=6, kv_heads=2, width=80, block_size=4
 ):
-    """Rows over a shuffled cache; block 0, and every slot outside a row's range, holds NaN; table
-    entries past a row's end name blocks that do not exist."""
+    """Compare rows over a shuffled cache.
+
+    Block 0, and every slot outside a row's range, holds NaN; table entries past a
+    row's end name blocks that do not exist.
+    """
     counts = [-(-end // block_size) for _, end in ranges]
     num_blocks = sum(counts) + 1
     ids = iter((torch.randperm(num_blocks - 1) + 1).tolist())

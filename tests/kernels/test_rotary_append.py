@@ -1,5 +1,4 @@
-"""Fused rotary embedding and cache append: the reference against Megatron's own, Triton against the
-reference."""
+"""Fused rotary embedding and cache append: reference against Megatron, Triton against reference."""
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ SHAPES = [
 
 
 def made(shape, dtype, device):
-    """q, k and v as a packed projection leaves them, caches with a mark, and slots in no order."""
+    """q, k and v as in a packed projection, caches with a mark, and slots in random order."""
     tokens, heads, kv_heads, width, pairs, block_size = shape
     packed = torch.randn(tokens, heads + 2 * kv_heads + 1, width, device=device).to(dtype)
     q, k, v, _ = packed.split([heads, kv_heads, kv_heads, 1], 1)
@@ -72,7 +71,8 @@ def test_triton_gives_the_references_bits(shape, interleaved, dtype, device):
     given = made(shape, dtype, device)
     expected = results(reference.rotate_and_append, *given, interleaved=interleaved)
     found = results(triton.rotate_and_append, *given, interleaved=interleaved)
-    # Triton's interpreter cuts to bfloat16 where devices round: three times, for values below 8.
+    # Triton's interpreter truncates to bfloat16 where devices round:
+    # three times, for values below 8.
     cut = dtype == torch.bfloat16 and device == "cpu"
     for new, old in zip(found, expected, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=3 * 2**-5 if cut else 0)

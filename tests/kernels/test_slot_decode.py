@@ -12,7 +12,7 @@ BLOCK_SIZE, NUM_BLOCKS = 4, 50
 
 
 def compare(counts, dtype=torch.float32, repeats=2, width=16, device="cpu"):
-    """`counts[b][g]` random slots; what no row sees is NaN."""
+    """Compare rows of `counts[b][g]` random slots; slots that no row sees are NaN."""
     generator = np.random.default_rng(0)
     kv_heads = len(counts[0])
     free = generator.permutation(NUM_BLOCKS * BLOCK_SIZE)

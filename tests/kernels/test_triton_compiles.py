@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-# What one program may have on the smallest data-centre card of each generation.
+# Shared memory of one program on the smallest data-centre card of each generation.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 

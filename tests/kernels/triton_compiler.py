@@ -1,10 +1,9 @@
-"""Compiles every kernel for CUDA devices that need not be there, as a program of its own (no
-interpreter).
+"""Compiler of every kernel for CUDA devices that need not be present, as a program of its own.
 
-    python triton_compiler.py 90     compute capability 9.0: prints one JSON line per kernel and form
+    python triton_compiler.py 90     compute capability 9.0: one JSON line per kernel and form
 
-The interpreter accepts what the compiler does not (types, shapes of tiles), and knows nothing of
-shared memory.
+Triton's interpreter accepts what the compiler does not (types, shapes of tiles), and knows
+nothing of shared memory; this program runs without it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Which library computes dense attention on a CUDA device: measured there once for each kind of
-heads, then by size.
+"""Choice of the library for dense attention on CUDA: measured once per kind of heads, then by size.
 
-A library is timed on one long causal run. What it takes for the first run of a new shape (cuDNN
-makes a plan then) is paid once per prompt and spread over its layers, so short runs keep the
-library that needs none. One that fails, or does not agree with the default, is left out: nothing is
-believed that was not tried on this device.
+A library is timed on one long causal run. The cost of the first run of a new shape (cuDNN then
+makes a plan) is paid once per prompt and spread over its layers, so short runs keep the
+library without that cost. A library that fails, or disagrees with the default, is left out:
+nothing counts that was not tried on this device.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ log = logging.getLogger(__name__)
 
 DEFAULT = "flash, keys repeated"
 _MEASURED_LEN = 8192
-_MEASURED_FROM = 2**20  # pairs of a call; smaller ones are over before a choice would pay
-_CALLS_PER_SHAPE = 32  # a prompt's shape comes again in every layer
+_MEASURED_FROM = 2**20  # pairs of a call; smaller ones end before a choice would pay off
+_CALLS_PER_SHAPE = 32  # a prompt's shape recurs in every layer
 _REPEATS = 3
-# Small runs of which no count divides a tile: causal, and a rectangle.
+# Small runs with sizes that no tile divides: causal, and a rectangle.
 _CHECKED = ((193, 193, True), (131, 300, False))
 _TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What libraries are fast or slow at, besides lengths."""
+    """Properties other than lengths that decide a library's speed."""
 
     device: torch.device
     dtype: torch.dtype
@@ -46,7 +45,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Seconds per pair of a query and a key, all heads, and for what a new shape needs before."""
+    """Seconds per (query, key) pair over all heads, and seconds of set-up for a new shape."""
 
     pair_s: float
     new_shape_s: float
@@ -58,7 +57,7 @@ Timer = Callable[[Callable[[], object], torch.device], float]
 def attend_fastest(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """By the library that is expected to be fastest; contract in `libraries`."""
+    """Attention by the library expected to be fastest; see `libraries` for the contract."""
     pairs = num_pairs(q.shape[2], k.shape[2], causal)
     name = DEFAULT
     if pairs >= _MEASURED_FROM:
@@ -72,8 +71,7 @@ def num_pairs(num_queries: int, num_keys: int, causal: bool) -> int:
 
 
 def fastest(speeds: Mapping[str, Speed], pairs: int) -> str:
-    """The library with the least expected seconds for a run of so many pairs; the default where
-    none was measured."""
+    """Library expected to be fastest for a run of `pairs`; the default if none was measured."""
 
     def seconds(name: str) -> float:
         return speeds[name].pair_s * pairs + speeds[name].new_shape_s / _CALLS_PER_SHAPE
@@ -88,7 +86,7 @@ def measure(
     *,
     num_tokens: int = _MEASURED_LEN,
 ) -> dict[str, Speed]:
-    """The speed of each library that works here and agrees with the default one."""
+    """Measure the speed of each library that works here and agrees with the default one."""
     try:
         runs = [_run(kind, *lengths) for lengths in (*_CHECKED, (num_tokens, num_tokens, True))]
         expected = [libraries[DEFAULT](*run, scale=0.1, causal=c) for *run, c in runs[:-1]]
@@ -132,7 +130,7 @@ def _run(
     kind: Kind, num_queries: int, num_keys: int, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Random q, k and v in the layout of a model's projections."""
-    # A generator of its own: nobody else's random numbers move.
+    # A generator of its own leaves all other random numbers as they are.
     generator = torch.Generator(kind.device).manual_seed(0)
 
     def heads(tokens: int, count: int) -> Tensor:
@@ -146,9 +144,10 @@ def _run(
 
 
 def _check(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-    """
+    """Compare a library's result with the default's.
+
     Raises:
-        ValueError: shapes differ, or numbers by more than the type's rounding explains.
+        ValueError: shapes differ, or values differ by more than the type's rounding explains.
     """
     for what, new, old in zip(("results", "LSE"), found, wanted, strict=True):
         if new.shape != old.shape:
@@ -159,7 +158,7 @@ def _check(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], dtype: t
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call until its work is done, host included: making a plan is the host's work."""
+    """Seconds of one call until its work is done, with the host's work, which making a plan is."""
     stream = torch.cuda.current_stream(device)
     stream.synchronize()
     began = time.perf_counter()

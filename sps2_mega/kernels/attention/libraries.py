@@ -1,9 +1,8 @@
-"""Dense attention by the libraries that torch brings for CUDA, all with one contract: which is
-taken is `choice`'s.
+"""Dense attention by the CUDA libraries that torch ships, with one contract; `choice` picks one.
 
-q [1, N, T, H], k and v [1, K, S, H], any strides with neighbouring elements of a head, 16-bit
-types; causal only where T == S. Each returns out [1, N, T, H] and lse [1, N, T], float32 and
-natural logarithm.
+q [1, N, T, H], k and v [1, K, S, H], any strides as long as the elements of a head are
+contiguous, 16-bit types; causal only with T == S. Each returns out [1, N, T, H] and
+lse [1, N, T], float32 and natural logarithm.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Library(Protocol):
 def flash_repeated(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Flash attention over keys copied for each query head: what every version of torch takes."""
+    """Flash attention over keys copied for each query head, as every version of torch accepts."""
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
@@ -31,7 +30,7 @@ def flash_repeated(
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Flash attention that finds the key head of a query head by itself."""
+    """Flash attention that maps query heads to key heads by itself."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, causal, False, scale=scale
     )[:2]
@@ -40,7 +39,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tup
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """cuDNN's attention: fast on new devices, and a plan to be made for every new shape."""
+    """cuDNN's attention: fast on new devices, but it makes a plan for every new shape."""
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, causal, False, scale=scale
     )[:2]

@@ -1,4 +1,4 @@
-"""Causal attention of a run of queries over a run of keys: the slow, obviously right form."""
+"""Causal attention of a run of queries over a run of keys: the slow, obviously correct form."""
 
 from __future__ import annotations
 
@@ -16,11 +16,22 @@ def attend_run(
     k_start: int = 0,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries at positions q_start.. over keys at positions k_start..; query i sees key j when
-    j <= i and, with a window w, j > i - w. Query head n uses key head n // (N/K).
+    """Causal attention of consecutive queries over consecutive keys.
+
+    Query i sees key j if j <= i and, with a window w, j > i - w.
+    Query head n uses key head n // (N/K).
+
+    Args:
+        q_TNH: [T, N, H].
+        k_SKH, v_SKH: [S, K, H].
+        scale: factor of the scores.
+        q_start: position of query 0, in tokens.
+        k_start: position of key 0, in tokens.
+        window: sliding window in tokens; None for none.
 
     Returns:
-        out [T, N, H] in q's type and lse [T, N] float32 (natural log); no visible key: 0 and -inf.
+    out [T, N, H] in q's type and lse [T, N] float32 (natural log);
+    0 and -inf without a visible key.
     """
     num_q, num_k = q_TNH.shape[0], k_SKH.shape[0]
     repeats = q_TNH.shape[1] // k_SKH.shape[1]

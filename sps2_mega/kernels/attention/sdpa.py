@@ -1,8 +1,7 @@
-"""Causal attention of a run of queries over a run of keys, on torch's fused kernels that return the
-LSE.
+"""Causal attention of a run of queries over a run of keys, on torch's fused kernels with LSE.
 
-A run never needs a T x S mask: keys before the first query are a full rectangle, keys from there on
-a causal square, and the two partials merge by LSE. Only a sliding window masks, tile by tile:
+A run never needs a T x S mask: keys before the first query form a full rectangle, later keys a
+causal square, and the two partials merge by LSE. Only a sliding window masks, tile by tile:
 
     keys ->  k_start      q_start      q_end
     queries  [ rectangle  ][ triangle  ]          no window
@@ -30,8 +29,16 @@ def attend_run(
     k_start: int = 0,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.attend_run`; keys must begin at or before the first query's
-    window."""
+    """Causal attention of consecutive queries over consecutive keys, as `reference.attend_run`.
+
+    Args:
+        q_TNH: [T, N, H].
+        k_SKH, v_SKH: [S, K, H].
+        scale: factor of the scores.
+        q_start: position of query 0, in tokens.
+        k_start: position of key 0, at or before the first query's window.
+        window: sliding window in tokens; None for none.
+    """
     num_q, num_k = q_TNH.shape[0], k_SKH.shape[0]
     visible_end = min(num_k, q_start + num_q - k_start)
     if num_q == 0 or visible_end <= 0:
@@ -98,7 +105,7 @@ def _attend_window(
             out, lse = _fused(
                 tile, k_SKH[low:high], v_SKH[low:high], scale=scale, causal=False, bias_TS=bias_TS
             )
-            # The fused kernels report 0 for a row without keys; the convention here is -inf.
+            # The fused kernels return 0 for a row without keys; the convention here is -inf.
             lse = lse.masked_fill(hidden_TS.all(1)[:, None], -torch.inf)
         outs.append(out)
         lses.append(lse)
@@ -127,8 +134,7 @@ def _fused(
 def _fused_cuda(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, bias_TS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The device's fastest library where they apply (16-bit types, no bias), memory-efficient
-    attention elsewhere."""
+    """The fastest library for 16-bit types without bias, else memory-efficient attention."""
     if bias_TS is None and q.dtype in (torch.float16, torch.bfloat16):
         return choice.attend_fastest(q, k, v, scale=scale, causal=causal)
     repeats = q.shape[1] // k.shape[1]
@@ -136,7 +142,7 @@ def _fused_cuda(
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     bias = None
     if bias_TS is not None:
-        # The kernel wants rows aligned to 16 bytes: allocate wider, then cut.
+        # The kernel needs rows aligned to 16 bytes: allocate wider, then slice.
         rows, columns = bias_TS.shape
         wide = bias_TS.new_zeros(rows, -(-columns // 8) * 8)
         wide[:, :columns] = bias_TS

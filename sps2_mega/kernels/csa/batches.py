@@ -1,10 +1,9 @@
-"""Which pieces of sparse attention one fused call can do together: those of one shape at even
-distances.
+"""Batches of sparse attention's pieces for one fused call: equal shapes at even distances.
 
-A long prompt is many cells of one span, so triangles, and halos, differ only by where they begin;
-and the KV heads of one residue do the same far rectangle a constant number of heads apart. A fused
-kernel has one batch axis, so a batch moves along the sequence or along the heads. Pure Python; how
-a batch becomes views of tensors is the kernel's affair.
+A long prompt has many cells of one span, so triangles, and halos, differ only by their start; and
+the KV heads of one residue have the same far rectangle, a constant number of heads further on. A
+fused kernel has one batch axis, so a batch moves along the sequence or along the heads. Pure
+Python; kernels turn a batch into views of tensors.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ from sps2_mega.kernels.csa.piece import Piece
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`count` pieces: `first`, and each next one so many positions or heads further. The KV
-    heads of `first` are neighbours. `fresh`: no earlier batch has touched any of its queries and
-    heads."""
+    """`count` pieces at constant steps of queries, keys or heads, beginning with `first`.
+
+    The KV heads of `first` are neighbours. `fresh`: no earlier batch has
+    touched any of its (query, head) pairs.
+    """
 
     first: Piece
     count: int = 1
@@ -39,7 +40,7 @@ class Batch:
 
 
 def batch_pieces(pieces: Sequence[Piece]) -> list[Batch]:
-    """All pieces in batches, triangles first. Within a batch no (query, head) occurs twice."""
+    """Group all pieces into batches, triangles first; a batch has no (query, head) twice."""
     batches: list[Batch] = []
     touched: list[tuple[int, int, int, int]] = []
     for same in _by_shape(pieces):
@@ -53,8 +54,11 @@ def batch_pieces(pieces: Sequence[Piece]) -> list[Batch]:
 
 
 def split_triangles(pieces: Sequence[Piece], longest: int) -> list[Piece]:
-    """The same work with triangles of at most `longest` queries: a longer one becomes two triangles
-    and the rectangle between them, cut so that all small triangles but the last are of one size."""
+    """Split triangles so that none has more than `longest` queries; the pairs stay the same.
+
+    A longer one becomes two triangles and the rectangle between them, cut so that all
+    small triangles but the last have one size.
+    """
     split: list[Piece] = []
     for piece in pieces:
         rows = len(piece.queries)
@@ -89,7 +93,7 @@ def _by_shape(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 def _evenly_spaced(same: list[Piece]) -> Iterator[list[Piece]]:
-    """Cut pieces of one shape, by ascending queries, into runs of constant distance."""
+    """Cut pieces of one shape, sorted by queries, into runs of constant distance."""
     run: list[Piece] = []
     for piece in same:
         if run and not _continues(run, piece):

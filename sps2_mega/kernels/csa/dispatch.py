@@ -1,9 +1,9 @@
-"""Sparse attention on the form that suits the device and the pieces.
+"""Sparse attention in the form that suits the device and the pieces.
 
-On CUDA one launch of our own does many pieces at once, without partial results in memory. A dense
-run, which is a rectangle and a triangle of neighbouring rows, is what the libraries' attention
-kernels are made for: those are faster there, and one merge costs little. On CPU torch's kernel does
-all.
+On CUDA one launch of our own kernel computes many pieces at once, without partials in memory.
+A dense run, which is a rectangle and a triangle of neighbouring rows, is left to the
+libraries' attention kernels, which are made for it: they are faster there, and one merge costs
+little. On CPU torch's kernel computes everything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ def attend_pieces(
     k_start: int = 0,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.attend_pieces`."""
+    """Attention over the union of disjoint pieces, as `reference.attend_pieces`.
+
+    Args:
+        q_TNH: [T, N, H].
+        k_SKH, v_SKH: [S, K, H].
+        pieces: disjoint pieces; their ranges are positions in tokens.
+        scale: factor of the scores.
+        q_start: position of row 0 of q.
+        k_start: position of row 0 of k and v.
+        backend: form to use; None lets device and pieces decide.
+    """
     if backend is None and (is_dense_run(pieces) or not _fits(q_TNH, k_SKH)):
         backend = Backend.TORCH
     if choose(q_TNH.device, backend) is Backend.TRITON:
@@ -42,8 +52,7 @@ def attend_pieces(
 
 
 def is_dense_run(pieces: Sequence[Piece]) -> bool:
-    """Whether the pieces are at most a rectangle and a triangle, of neighbouring queries, keys and
-    heads."""
+    """Whether the pieces are at most a rectangle and a triangle, with all steps 1."""
     return len(pieces) <= 2 and all(
         max(piece.queries.step, piece.keys.step, piece.kv_heads.step) == 1 for piece in pieces
     )

@@ -1,8 +1,8 @@
-"""Communication-efficient sparse attention: the slow, obviously right forms, float32 with a full
-mask.
+"""Communication-efficient sparse attention: slow, obviously correct forms with a full mask.
 
-`attend_csa` follows the definition, `attend_pieces` a list of pieces; the fast forms of the latter
-must equal both. Shapes: T queries, S keys, N query heads, K KV heads, H head width.
+`attend_csa` follows the definition, `attend_pieces` a list of pieces, both in
+float32; the fast forms of the latter must equal both. Shapes: T queries, S
+keys, N query heads, K KV heads, H head width.
 """
 
 from __future__ import annotations
@@ -33,11 +33,27 @@ def attend_csa(
     q_start: int = 0,
     k_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Queries at positions q_start.. over keys at k_start.. under the pattern; from position
-    `exact_from` on queries see all keys. `first_kv_head` is the number of KV head 0 over all ranks.
+    """Sparse attention of consecutive queries over consecutive keys, by the pattern's definition.
+
+    Args:
+        q_TNH: [T, N, H].
+        k_SKH, v_SKH: [S, K, H].
+        scale: factor of the scores.
+        degrees: sparsity degree of each level, innermost first.
+        spans: tokens of a cell of each level but the last, which spans everything.
+        sinks: tokens at the start that every query sees.
+        halo: tokens before a query's own cell that it sees.
+        exact_from: position from which on queries see all keys.
+        sample_queries: whether only every degree-th query of a KV head sees a level's keys.
+        block: consecutive keys that are kept or dropped together, in tokens.
+        layer: number of the layer, which shifts the kept keys.
+        first_kv_head: number of KV head 0 over all ranks.
+        q_start: position of query 0, in tokens.
+        k_start: position of key 0, in tokens.
 
     Returns:
-        out [T, N, H] in q's type and lse [T, N] float32 (natural log); no visible key: 0 and -inf.
+    out [T, N, H] in q's type and lse [T, N] float32 (natural log);
+    0 and -inf without a visible key.
     """
     i_T1 = torch.arange(q_start, q_start + q_TNH.shape[0], device=q_TNH.device)[:, None]
     j_1S = torch.arange(k_start, k_start + k_SKH.shape[0], device=q_TNH.device)[None, :]
@@ -48,7 +64,7 @@ def attend_csa(
     visible = []
     for g in range(first_kv_head, first_kv_head + k_SKH.shape[1]):
         seen_TS = always_TS.clone()
-        inner_TS = torch.zeros_like(always_TS)  # pairs that a smaller level has joined
+        inner_TS = torch.zeros_like(always_TS)  # pairs already joined by a smaller level
         for level, degree in enumerate(degrees):
             joined_TS = torch.ones_like(inner_TS)
             if level < len(spans):
@@ -72,12 +88,19 @@ def attend_pieces(
     q_start: int = 0,
     k_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint pieces. The ranges of the pieces are positions; row 0 of
-    q is position q_start, row 0 of k and v is position k_start. Pieces count KV heads from those of
-    k.
+    """Attention over the union of disjoint pieces.
+
+    Args:
+        q_TNH: [T, N, H].
+        k_SKH, v_SKH: [S, K, H].
+        pieces: disjoint pieces; their ranges are positions in tokens, their KV heads those of k.
+        scale: factor of the scores.
+        q_start: position of row 0 of q.
+        k_start: position of row 0 of k and v.
 
     Returns:
-        out [T, N, H] in q's type and lse [T, N] float32 (natural log); no visible key: 0 and -inf.
+    out [T, N, H] in q's type and lse [T, N] float32 (natural log);
+    0 and -inf without a visible key.
     """
     count = torch.zeros(k_SKH.shape[1], q_TNH.shape[0], k_SKH.shape[0], dtype=torch.int64)
     for piece in pieces:

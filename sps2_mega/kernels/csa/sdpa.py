@@ -1,12 +1,11 @@
-"""Communication-efficient sparse attention on torch's fused kernels: strided views, no masks, no
-gathers.
+"""Communication-efficient sparse attention on torch's fused kernels, without masks or gathers.
 
-Every piece is full or plainly causal attention between two strided ranges, so it is a view of q, k
+Every piece is full or plain causal attention between two strided ranges, so it is a view of q, k
 and v and one call of a kernel that returns the LSE. Partials are merged into a float32 accumulator:
 with w = sigmoid(lse_new - lse_old), out += w * (out_new - out).
 
-Shapes: T queries, S keys, N query heads, K KV heads, H head width; b batch, n heads and t rows of
-one call.
+Shapes: T queries, S keys, N query heads, K KV heads, H head width; b
+batch, n heads and t rows of one call.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from sps2_mega.kernels.attention.sdpa import attend_dense
 from sps2_mega.kernels.csa.batches import Batch, batch_pieces, split_triangles
 from sps2_mega.kernels.csa.piece import Piece
 
-# Along the diagonal torch's CPU kernel computes whole blocks of 512 keys: 256 per row for nothing,
-# a fifth of a triangle of 2048. Small triangles and the rectangles between them do with a quarter
-# of that.
+# Along the diagonal torch's CPU kernel computes whole blocks of 512 keys: 256
+# wasted per row, a fifth of a triangle of 2048. Small triangles and the
+# rectangles between them waste a quarter of that.
 _LONGEST_TRIANGLE_CPU = 128
 
 
@@ -37,7 +36,15 @@ def attend_pieces(
     q_start: int = 0,
     k_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.attend_pieces`.
+    """Attention over the union of disjoint pieces, as `reference.attend_pieces`.
+
+    Args:
+        q_TNH: [T, N, H].
+        k_SKH, v_SKH: [S, K, H].
+        pieces: disjoint pieces; their ranges are positions in tokens.
+        scale: factor of the scores.
+        q_start: position of row 0 of q.
+        k_start: position of row 0 of k and v.
 
     Raises:
         ValueError: a piece reaches outside the given queries, keys or KV heads.
@@ -49,7 +56,7 @@ def attend_pieces(
         pieces = split_triangles(pieces, _LONGEST_TRIANGLE_CPU)
     for batch in batch_pieces(pieces):
         _check_bounds(batch, q_TNH, k_SKH, q_start, k_start)
-        of_queries = partial(
+        query_view = partial(
             _view,
             batch,
             batch.first.queries,
@@ -57,15 +64,17 @@ def attend_pieces(
             row_0=q_start,
             per_head=q_TNH.shape[1] // k_SKH.shape[1],
         )
-        of_keys = partial(_view, batch, batch.first.keys, batch.key_step, row_0=k_start, per_head=1)
+        key_view = partial(
+            _view, batch, batch.first.keys, batch.key_step, row_0=k_start, per_head=1
+        )
         new = _attend_batch(
-            of_queries(q_TNH),
-            of_keys(k_SKH),
-            of_keys(v_SKH),
+            query_view(q_TNH),
+            key_view(k_SKH),
+            key_view(v_SKH),
             scale=scale,
             causal=batch.first.causal,
         )
-        _merge_into(of_queries(out_TNH), of_queries(lse_TN1).squeeze(3), *new, fresh=batch.fresh)
+        _merge_into(query_view(out_TNH), query_view(lse_TN1).squeeze(3), *new, fresh=batch.fresh)
     return out_TNH.to(q_TNH.dtype), lse_TN1.squeeze(2)
 
 
@@ -74,7 +83,7 @@ def _unit_last_stride(x: Tensor) -> Tensor:
 
 
 def _check_bounds(batch: Batch, q_TNH: Tensor, k_SKH: Tensor, q_start: int, k_start: int) -> None:
-    """A view by strides would silently read past the tensor."""
+    """Check that a batch lies inside the tensors: a strided view would silently read past them."""
     last = batch.last()
     for name, low, high, start, stop in (
         ("queries", batch.first.queries[0], last.queries[-1], q_start, q_start + len(q_TNH)),
@@ -88,8 +97,7 @@ def _check_bounds(batch: Batch, q_TNH: Tensor, k_SKH: Tensor, q_start: int, k_st
 def _view(
     batch: Batch, rows: range, row_step: int, x: Tensor, *, row_0: int, per_head: int
 ) -> Tensor:
-    """The rows and heads of a batch in x [rows, heads, width] as [b, n, t, width], sharing
-    memory."""
+    """View of a batch's rows and heads in x [rows, heads, width] as [b, n, t, width]."""
     row_stride, head_stride, unit = x.stride()
     heads = batch.first.kv_heads
     return x.as_strided(
@@ -130,8 +138,8 @@ def _merge_into(
         out_view.copy_(out_bntH)
         lse_view.copy_(lse_bnt)
         return
-    # Each row of a piece has a key, so the new LSE is finite and no difference of two infinities
-    # occurs.
+    # Each row of a piece has a key, so the new LSE is finite and the
+    # difference is never between two infinities.
     weight_bnt = torch.sigmoid(lse_bnt - lse_view)
     out_view.lerp_(out_bntH.float(), weight_bnt.unsqueeze(3))
     lse_view.copy_(torch.logaddexp(lse_view, lse_bnt))

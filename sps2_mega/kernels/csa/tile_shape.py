@@ -1,16 +1,15 @@
-"""How large a tile of the strided attention kernel is, by head width and type: constants, no tuning
-at run time.
+"""Tile sizes of the strided attention kernel, constant for each head width and type.
 
 A tile of queries holds the query heads of one KV head as extra rows, so `rows` counts (query, head)
-pairs. The numbers keep the query tile, the output in float32 and the keys and values in flight
-within registers and shared memory of one multiprocessor.
+pairs. The numbers keep the query tile, the output in float32 and the keys and values being loaded
+within registers and shared memory of one multiprocessor. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SHARED_BYTES = 160 * 1024  # what a program may use: data-centre cards since Ampere have it
+_SHARED_BYTES = 160 * 1024  # limit of a program; data-centre cards since Ampere have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +23,12 @@ class TileShape:
 
 
 def padded_width(width: int) -> int:
-    """The head width that a tile is allocated for: the next power of two, at least 16."""
+    """Head width that a tile is allocated for: the next power of two, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def tile_shape(width: int, itemsize: int) -> TileShape:
-    """Shape for heads of `width` elements of `itemsize` bytes.
+    """Tile shape for heads of `width` elements of `itemsize` bytes.
 
     Raises:
         ValueError: heads wider than 256.
@@ -47,16 +46,14 @@ def tile_shape(width: int, itemsize: int) -> TileShape:
 
 
 def fits(width: int, itemsize: int, heads_per_group: int) -> bool:
-    """Whether the kernel has a tile for heads of this width with so many query heads per KV
-    head."""
+    """Whether the kernel has a tile for this head width and number of query heads per KV head."""
     return 1 <= width <= 256 and heads_per_group <= tile_shape(width, itemsize).rows
 
 
 def num_parts(num_tiles: int, num_keys: int, num_processors: int) -> int:
-    """Into how many parts the keys of every tile are divided so that few tiles still fill the
-    device.
+    """Number of parts that every tile's keys are divided into, so that few tiles fill the device.
 
-    A part has at least 1024 keys, which keeps the partial results small beside what is read.
+    A part has at least 1024 keys, which keeps the partials small compared with what is read.
     """
     if num_tiles == 0 or num_tiles >= num_processors:
         return 1

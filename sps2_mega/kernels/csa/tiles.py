@@ -1,16 +1,15 @@
-"""Pieces as tables for one launch: which program computes which queries, and which keys it walks
-over.
+"""Tables of one kernel launch, made from pieces: the queries and key segments of each program.
 
-Per KV head, queries are cut into runs that see the same pieces, and runs into tiles. A run whose
-pieces stride over queries is taken apart by residue, so that every row of a tile sees every key
-segment of it:
+Per KV head, queries are cut into runs that see the same pieces, and runs into
+tiles. A run whose pieces stride over queries is split by residue, so that every row
+of a tile sees all key segments of the tile:
 
     tiles     kv_head, first query row, query step, queries, first segment, end of segments, part
     segments  first key row, key step, keys, causal
 
-Rows count from the first row of q and of k. A causal segment shows a query at position p its keys
-at positions <= p. With several parts, the keys of each run are divided among that many tiles, whose
-results are merged by LSE afterwards. Pure ints and numpy: no kernel, no device.
+Rows count from the first row of q and of k. A query at position p sees a causal segment's keys at
+positions <= p. With several parts, the keys of each run are divided among that many tiles, whose
+partials are then merged by LSE. Pure ints and numpy: no kernel, no device.
 """
 
 from __future__ import annotations
@@ -27,14 +26,16 @@ from sps2_mega.kernels.csa.piece import Piece
 TILE_COLUMNS = 7
 SEGMENT_COLUMNS = 4
 
-# Segment borders inside a run that is divided into parts: a multiple of any tile of keys.
+# Segment bounds inside a run that is divided into parts: a multiple of any tile of keys.
 _PART_ALIGNMENT = 128
 
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """`tiles` int32 [number, 7], most work first; `segments` int32 [number, 4]. Every query row of
-    every KV head is in exactly one tile of each part."""
+    """`tiles` int32 [number, 7], most work first; `segments` int32 [number, 4].
+
+    Every query row of every KV head is in exactly one tile of each part.
+    """
 
     tiles: np.ndarray
     segments: np.ndarray
@@ -97,7 +98,7 @@ def plan_tiles(
     joined = np.concatenate([np.empty((0, TILE_COLUMNS), dtype=np.int32), *tiles])
     cost = np.concatenate([np.empty(0, dtype=np.int64), *costs])
     return TilePlan(
-        # The device starts programs in order: long ones last would leave it half idle at the end.
+        # Programs start in order: long ones at the end would leave the device half idle.
         tiles=joined[np.argsort(-cost, kind="stable")],
         segments=np.array(segments, dtype=np.int32).reshape(-1, SEGMENT_COLUMNS),
         num_parts=num_parts,
@@ -118,7 +119,7 @@ def _check_bounds(piece: Piece, queries: range, keys: range, num_kv_heads: int) 
 
 
 def _runs(pieces: Sequence[Piece], queries: range, k_start: int) -> Iterator[_Run]:
-    """All query rows of one KV head, also those that see nothing."""
+    """All query rows of one KV head, including those that see nothing."""
     step = math.lcm(*(piece.queries.step for piece in pieces))
     for rest in range(min(step, len(queries))):
         count = -(-(len(queries) - rest) // step)
@@ -139,7 +140,7 @@ def _runs(pieces: Sequence[Piece], queries: range, k_start: int) -> Iterator[_Ru
                 del active[index]
             for index in opened.get(begin, []):
                 active[index] = _segment(pieces[index], k_start)
-            # The diagonal comes last: its masked tiles are then the end of a program.
+            # The diagonal is last, so that masked tiles are the end of a program.
             ordered = sorted(active.values(), key=lambda s: (s.causal, s.first))
             yield _Run(rest + begin * step, step, end - begin, ordered)
 
@@ -149,8 +150,10 @@ def _segment(piece: Piece, k_start: int) -> _Segment:
 
 
 def _divide(segments: Sequence[_Segment], num_parts: int) -> list[list[_Segment]]:
-    """The segments in `num_parts` lists of about as many keys; causal ones stay whole, in the
-    last."""
+    """Divide the segments into `num_parts` lists of about equally many keys.
+
+    Causal segments stay whole, in the last list.
+    """
     if num_parts == 1:
         return [list(segments)]
     total = sum(s.count for s in segments if not s.causal)
@@ -173,8 +176,10 @@ def _divide(segments: Sequence[_Segment], num_parts: int) -> list[list[_Segment]
 
 
 def _visible(segments: Sequence[_Segment], last_key_row: np.ndarray) -> np.ndarray:
-    """Keys that the last query of each tile sees, where `last_key_row` is its own position's row in
-    k."""
+    """Number of keys that each tile's last query sees.
+
+    `last_key_row` is the row in k of that query's own position.
+    """
     seen = np.zeros(len(last_key_row), dtype=np.int64)
     for s in segments:
         if s.causal:

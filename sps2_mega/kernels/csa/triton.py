@@ -1,31 +1,29 @@
-"""Communication-efficient sparse attention in one launch: each program walks over all key segments
-of its tile.
+"""Communication-efficient sparse attention in one launch, one program per tile of queries.
 
-A program owns some queries of one KV head, with the query heads of that head as extra rows, so keys
-and values are read once per tile. It keeps a running softmax over its segments and writes out and
-lse once: no partial result leaves the chip. Masks are at the ends of segments and along diagonals
-only.
+A program owns some queries of one KV head, with the query heads of that head as extra
+rows, so keys and values are read once per tile. It walks over all key segments of its tile
+with a running softmax and writes out and lse once: no partial leaves the chip. Masks occur
+only at the ends of segments and along diagonals.
 
-Shapes: T queries, S keys, N query heads, K KV heads, H head width; in the kernel M rows of a tile,
-J keys. Row r of a tile is query r // G and query head r % G of its G heads. Scores are in base 2
-inside.
+Shapes: T queries, S keys, N query heads, K KV heads, H head width; in the kernel
+M rows of a tile, J keys. Row r of a tile is query r // G and query head r % G of
+its G heads. Scores are in base 2 inside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sps2_mega.kernels.csa.device_tables import device_tables
 from sps2_mega.kernels.csa.piece import Piece
-from sps2_mega.kernels.csa.tile_shape import num_parts, padded_width, tile_shape
-from sps2_mega.kernels.csa.tiles import SEGMENT_COLUMNS, TILE_COLUMNS, plan_tiles
-from sps2_mega.kernels.lse.triton import merge
-from sps2_mega.kernels.processors import num_processors
+from sps2_mega.kernels.csa.tile_shape import padded_width, tile_shape
+from sps2_mega.kernels.csa.tiles import SEGMENT_COLUMNS, TILE_COLUMNS
+from sps2_mega.kernels.lse.triton import end_softmax, merge
 
 _LOG2_E = 1.4426950408889634
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,12 +39,21 @@ def attend_pieces(
     q_start: int = 0,
     k_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.attend_pieces`. Tables of the last lists of pieces are kept on
-    the device.
+    """Attention over the union of disjoint pieces, as `reference.attend_pieces`.
+
+    The tables of recent lists of pieces are cached on the device.
+
+    Args:
+        q_TNH: [T, N, H].
+        k_SKH, v_SKH: [S, K, H].
+        pieces: disjoint pieces; their ranges are positions in tokens.
+        scale: factor of the scores, positive.
+        q_start: position of row 0 of q.
+        k_start: position of row 0 of k and v.
 
     Raises:
-        ValueError: a piece reaches outside the given queries, keys or KV heads; types, widths or a
-            scale that the kernel has no form for.
+        ValueError: a piece reaches outside the given queries, keys or KV heads; or the kernel has
+            no form for the types, widths or scale.
     """
     _check(q_TNH, k_SKH, v_SKH, scale)
     q_TNH, k_SKH, v_SKH = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNH, k_SKH, v_SKH))
@@ -57,7 +64,7 @@ def attend_pieces(
     group = num_heads // num_kv_heads
     if group > shape.rows:
         raise ValueError(f"{group} query heads per KV head: a tile has {shape.rows} rows")
-    tiles, segments, parts = _tables(
+    tiles, segments, parts = device_tables(
         tuple(pieces),
         range(q_start, q_start + num_q),
         range(k_start, k_start + k_SKH.shape[0]),
@@ -103,34 +110,6 @@ def attend_pieces(
     return out_TNH.to(q_TNH.dtype), lse_TN
 
 
-@lru_cache(maxsize=64)
-def _tables(
-    pieces: tuple[Piece, ...],
-    queries: range,
-    keys: range,
-    num_kv_heads: int,
-    tile_queries: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, int]:
-    """Tiles and segments on the device, and the number of parts: made once per plan, used by every
-    layer."""
-    plan_in = partial(
-        plan_tiles,
-        pieces,
-        queries=queries,
-        keys=keys,
-        num_kv_heads=num_kv_heads,
-        tile_queries=tile_queries,
-    )
-    plan = plan_in()
-    most_keys = max((len(piece.keys) for piece in pieces if not piece.causal), default=0)
-    parts = num_parts(len(plan.tiles), most_keys, num_processors(device))
-    if parts > 1:
-        plan = plan_in(num_parts=parts)
-    tiles, segments = (torch.from_numpy(x).to(device) for x in (plan.tiles, plan.segments))
-    return tiles, segments, parts
-
-
 def _check(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, scale: float) -> None:
     if q_TNH.dtype not in _TYPES or not q_TNH.dtype == k_SKH.dtype == v_SKH.dtype:
         raise ValueError(
@@ -146,8 +125,8 @@ def _check(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, scale: float) -> None:
         raise ValueError(f"scale {scale}: the kernel needs a positive one")
 
 
-# Numbers that change from step to step are not compiled in, or each new one would compile the
-# kernel again.
+# Numbers that change from step to step are not specialized: each new
+# one would compile the kernel again.
 @triton.jit(do_not_specialize=["q_minus_k", "num_q"])
 def _attend_kernel(
     q,
@@ -194,7 +173,7 @@ def _attend_kernel(
     acc_MH = tl.zeros([ROWS, PADDED_WIDTH], dtype=tl.float32)
     max_M = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     sum_M = tl.zeros([ROWS], dtype=tl.float32)
-    # Where each query's own position, and that of the last one, would lie among the rows of k.
+    # Rows of k at the positions of each query, of the first and of the last one.
     own_M = q_row_M + q_minus_k
     own_first = q_first + q_minus_k
     own_last = own_first + (q_count - 1) * q_step
@@ -203,13 +182,9 @@ def _attend_kernel(
         segment = segments + index * SEGMENT_COLUMNS
         k_first, k_step = tl.load(segment), tl.load(segment + 1)
         k_count, causal = tl.load(segment + 2), tl.load(segment + 3)
-        seen_M = tl.zeros([ROWS], dtype=tl.int32) + k_count
-        seen_by_all, seen_by_any = k_count, k_count
-        if causal == 1:
-            # A causal segment begins at or before the first query, so no dividend is negative.
-            seen_M = tl.minimum(seen_M, (own_M - k_first) // k_step + 1)
-            seen_by_all = tl.minimum(k_count, (own_first - k_first) // k_step + 1)
-            seen_by_any = tl.minimum(k_count, (own_last - k_first) // k_step + 1)
+        seen_M, seen_by_all, seen_by_any = _visible(
+            causal, k_first, k_step, k_count, own_M, own_first, own_last, ROWS
+        )
         k_step_s, v_step_s = k_step.to(tl.int64) * k_stride_s, k_step.to(tl.int64) * v_stride_s
         k_base = k + k_first.to(tl.int64) * k_stride_s + kv_head * k_stride_k
         v_base = v + k_first.to(tl.int64) * v_stride_s + kv_head * v_stride_k
@@ -223,9 +198,7 @@ def _attend_kernel(
             seen_M, seen_by_any, scale, True, WIDTH, PADDED_WIDTH, KEYS, PRECISION,
         )  # fmt: skip
 
-    empty_M = sum_M == 0.0
-    out_MH = acc_MH / tl.where(empty_M, 1.0, sum_M)[:, None]
-    lse_M = (max_M + tl.log2(tl.where(empty_M, 1.0, sum_M))) * 0.6931471805599453
+    out_MH, lse_M = end_softmax(acc_MH, max_M, sum_M)
     row_at_M = (part * num_q + q_row_M) * num_heads + head_M
     tl.store(
         out + row_at_M[:, None] * WIDTH + h_H[None, :],
@@ -233,6 +206,19 @@ def _attend_kernel(
         mask=inside_MH,
     )
     tl.store(lse + row_at_M, lse_M, mask=inside_M)
+
+
+@triton.jit
+def _visible(causal, k_first, k_step, k_count, own_M, own_first, own_last, ROWS: tl.constexpr):
+    """Numbers of a segment's keys that each row sees, that all rows see and that any row sees."""
+    seen_M = tl.zeros([ROWS], dtype=tl.int32) + k_count
+    seen_by_all, seen_by_any = k_count, k_count
+    if causal == 1:
+        # A causal segment begins at or before the first query, so no dividend is negative.
+        seen_M = tl.minimum(seen_M, (own_M - k_first) // k_step + 1)
+        seen_by_all = tl.minimum(k_count, (own_first - k_first) // k_step + 1)
+        seen_by_any = tl.minimum(k_count, (own_last - k_first) // k_step + 1)
+    return seen_M, seen_by_all, seen_by_any
 
 
 @triton.jit
@@ -256,8 +242,10 @@ def _walk(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The running softmax over keys [begin, end) of one segment; masked, row m sees the first
-    seen[m] keys."""
+    """Running softmax over keys [begin, end) of one segment.
+
+    Masked, row m sees the first seen[m] keys.
+    """
     j_J = tl.arange(0, KEYS)
     h_H = tl.arange(0, PADDED_WIDTH)
     k_at_JH = j_J.to(tl.int64)[:, None] * k_step_s + h_H[None, :]

@@ -1,5 +1,4 @@
-"""Merging partials by LSE, on the form that suits the device: one launch on CUDA, torch's
-operations elsewhere."""
+"""Merge of partials by LSE: one launch on CUDA, torch's operations elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from sps2_mega.kernels.lse import reference
 def merge(
     out_PTNH: Tensor, lse_PTN: Tensor, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.merge`."""
+    """Merge P partials, as `reference.merge`."""
     if choose(out_PTNH.device, backend) is Backend.TRITON:
         from sps2_mega.kernels.lse import triton
 
@@ -28,7 +27,7 @@ def merge_two(
     *,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.merge_two`."""
+    """Merge two partials, as `reference.merge_two`."""
     if choose(out_a_TNH.device, backend) is Backend.TRITON:
         from sps2_mega.kernels.lse import triton
 

@@ -1,4 +1,4 @@
-"""Merging partial attention results by their log-sum-exp.
+"""Merge of attention partials by their log-sum-exp.
 
 A partial is `(out, lse)` of softmax attention over part of the keys. With `m = max lse_p`: out =
 sum_p exp(lse_p - m) out_p / sum_p exp(lse_p - m). A partial without keys has lse = -inf, out = 0.
@@ -11,15 +11,14 @@ from torch import Tensor
 
 
 def merge(out_PTNH: Tensor, lse_PTN: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge P partials: out [P, T, N, H] any float type, lse [P, T, N] float32 -> ([T, N, H], [T,
-    N]).
+    """Merge P partials: out [P, T, N, H], lse [P, T, N] float32 -> ([T, N, H], [T, N]).
 
-    The weights and the sum are float32; the result has the type of `out`.
+    `out` has any float type, which is also the result's; weights and sum are float32.
     """
     if out_PTNH.shape[0] == 1:
         return out_PTNH[0], lse_PTN[0]
     lse_TN = torch.logsumexp(lse_PTN, dim=0)
-    # -inf - -inf is NaN: a row that saw no key anywhere keeps weight 0 for every partial.
+    # -inf - -inf is NaN: a row that sees no key anywhere keeps weight 0 for every partial.
     weights_PTN = torch.exp(lse_PTN - lse_TN.masked_fill(lse_TN == -torch.inf, 0.0))
     merged_TNH = torch.einsum("ptn,ptnh->tnh", weights_PTN, out_PTNH.float())
     return merged_TNH.to(out_PTNH.dtype), lse_TN

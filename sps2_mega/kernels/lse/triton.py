@@ -1,7 +1,7 @@
-"""Merging partial attention results by their log-sum-exp, in one pass over the partials.
+"""Merge of attention partials by their log-sum-exp, in one pass over the partials.
 
-A program merges a few (query, head) rows: the LSEs first, for their maximum, then each partial's
-output once. `merge_rows` is the same work for kernels that merge what they wrote in another layout.
+A program merges a few (query, head) rows: first the LSEs, for their maximum, then each partial's
+output once. Kernels that merge their own partials, in another layout, call `merge_rows`.
 
 Shapes: P partials, T queries, N heads, H head width; in the kernel R rows of (query, head).
 """
@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE_ELEMENTS = (
-    2048  # of one partial in a program: 16 bytes for each of 128 threads, in 16-bit types
-)
+# Elements of one partial in a program: 16 bytes for each of 128 threads, in 16-bit types.
+_TILE_ELEMENTS = 2048
+_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 def merge(out_PTNH: Tensor, lse_PTN: Tensor) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.merge`."""
+    """Merge P partials, as `reference.merge`."""
     if out_PTNH.shape[0] == 1:
         return out_PTNH[0], lse_PTN[0]
     out_PTNH = _unit_last_stride(out_PTNH)
@@ -47,8 +47,10 @@ def merge(out_PTNH: Tensor, lse_PTN: Tensor) -> tuple[Tensor, Tensor]:
 def merge_two(
     out_a_TNH: Tensor, lse_a_TN: Tensor, out_b_TNH: Tensor, lse_b_TN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.merge_two`; rows [R, H] with lse [R] count as heads of one
-    token."""
+    """Merge two partials, as `reference.merge_two`.
+
+    Rows [R, H] with lse [R] count as the heads of one token.
+    """
     if out_a_TNH.dim() == 2:
         one_token = (x.unsqueeze(0) for x in (out_a_TNH, lse_a_TN, out_b_TNH, lse_b_TN))
         merged_1RH, lse_1R = merge_two(*one_token)
@@ -83,7 +85,7 @@ def _unit_last_stride(x: Tensor) -> Tensor:
 
 
 def _like(out_TNH: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for a merged result of this shape and type."""
+    """Allocate a merged result of this shape and type."""
     merged_TNH = torch.empty(out_TNH.shape, dtype=out_TNH.dtype, device=out_TNH.device)
     return merged_TNH, torch.empty(out_TNH.shape[:2], device=out_TNH.device)
 
@@ -106,13 +108,21 @@ def merge_rows(
     inside_R,
     inside_RH,
 ):
-    """(out [R, H] float32, lse [R]) of rows at the given offsets inside each of the partials."""
+    """Merge rows of several partials: out [R, H] float32 and lse [R].
+
+    Args:
+        out, lse: pointers to the partials.
+        num_partials: number of partials.
+        out_stride_p, lse_stride_p: elements between two partials.
+        out_at_RH, lse_at_R: offsets of the rows inside a partial.
+        inside_R, inside_RH: masks of valid rows and elements.
+    """
     max_R = tl.full(lse_at_R.shape, float("-inf"), dtype=tl.float32)
     for p in range(num_partials):
         at_p = lse + tl.cast(p, tl.int64) * lse_stride_p
         lse_R = tl.load(at_p + lse_at_R, mask=inside_R, other=float("-inf"))
         max_R = tl.maximum(max_R, lse_R)
-    # A row that saw no key anywhere has no maximum: -inf - -inf is NaN.
+    # A row that sees no key anywhere has no maximum: -inf - -inf is NaN.
     shift_R = tl.where(max_R == float("-inf"), 0.0, max_R)
     acc_RH = tl.zeros(out_at_RH.shape, dtype=tl.float32)
     sum_R = tl.zeros(lse_at_R.shape, dtype=tl.float32)
@@ -127,6 +137,14 @@ def merge_rows(
 
 
 @triton.jit
+def end_softmax(acc_RH, max_R, sum_R):
+    """(out, lse) of a running softmax in base 2; rows without keys give 0 and -inf."""
+    empty_R = sum_R == 0.0
+    safe_R = tl.where(empty_R, 1.0, sum_R)
+    return acc_RH / safe_R[:, None], (max_R + tl.log2(safe_R)) * _LN_2
+
+
+@triton.jit
 def _finish(acc_RH, sum_R, shift_R):
     empty_R = sum_R == 0.0
     safe_R = tl.where(empty_R, 1.0, sum_R)
@@ -134,8 +152,8 @@ def _finish(acc_RH, sum_R, shift_R):
     return acc_RH / safe_R[:, None], lse_R
 
 
-# Numbers that change from step to step are not compiled in, or each new one would compile the
-# kernel again.
+# Numbers that change from step to step are not specialized: each new
+# one would compile the kernel again.
 @triton.jit(do_not_specialize=["num_partials", "num_rows", "lse_stride_p"])
 def _merge_kernel(
     out,

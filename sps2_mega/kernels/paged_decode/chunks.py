@@ -1,24 +1,25 @@
-"""How many cached tokens one program of the decode kernel reads: pure ints.
+"""Number of cached tokens that one program of the decode kernel reads. Pure ints.
 
-Short chunks fill the device when the batch is small, and keep one long row among short ones from
-being the work of a few programs. Each chunk costs a partial result, so none is shorter than is
-worth it.
+Short chunks fill the device when the batch is small, and spread one long row among short ones over
+many programs. Each chunk costs a partial, so none is shorter than pays off.
 """
 
 from __future__ import annotations
 
-# Partial results are float32: G rows of H written and read again, against chunk rows of K and of V
-# in 16 bits. With G = 8 that is 1/64 of the traffic at the longest and a quarter of it at the
-# shortest chunk.
+# Partials are float32: G rows of H written and read again, against chunk rows of
+# K and of V in 16 bits. With G = 8 that is 1/64 of the traffic at the longest
+# and a quarter of it at the shortest chunk.
 SHORTEST_CHUNK = 128
 LONGEST_CHUNK = 2048
 _PROGRAMS_PER_PROCESSOR = 4
 
 
 def chunk_len(*, num_rows: int, num_kv_heads: int, longest: int, num_processors: int) -> int:
-    """Tokens of a chunk for rows of at most `longest` cached tokens: a power of two between the
-    bounds, the longest with which all rows of that length give each multiprocessor a few
-    programs."""
+    """Tokens of a chunk, for rows of at most `longest` cached tokens.
+
+    A power of two between the bounds: the longest with which rows of that length
+    give each multiprocessor a few programs.
+    """
     wanted = _PROGRAMS_PER_PROCESSOR * num_processors
     chunk = LONGEST_CHUNK
     while chunk > SHORTEST_CHUNK and num_rows * num_kv_heads * -(-longest // chunk) < wanted:

@@ -1,8 +1,8 @@
-"""One-token attention over a block table, on the form that suits the device.
+"""One-token attention over a block table, in the form that suits the device.
 
-Our own kernel on CUDA reads the cache in place, whatever the lengths, from the block table as it
-is; torch's operations need rows gathered into buckets of similar length. Either is laid out once
-per step, from numpy, and used by every layer.
+On CUDA our own kernel reads the cache in place, for any lengths, straight from the block table;
+torch's operations need rows gathered into buckets of similar length. Either layout is prepared
+once per step, from numpy, and used by every layer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,16 @@ def prepare(
     device: torch.device,
     backend: Backend | None = None,
 ) -> DecodeRows:
-    """What `paged_decode` needs to know of a step's rows (numpy in, device tensors out)."""
+    """Prepare a step's rows for `paged_decode` (numpy in, device tensors out).
+
+    Args:
+        block_table_BM: [B, M] block ids.
+        starts_B, ends_B: [B]; row b sees tokens [start, end) of its blocks.
+        block_size: tokens of a block.
+        dtype: type of the queries.
+        device: device of the tensors.
+        backend: form to use; None lets the device decide.
+    """
     if choose(device, backend) is Backend.TRITON:
         return _table_rows(block_table_BM, starts_B, ends_B, device)
     return sdpa.prepare(
@@ -51,7 +60,7 @@ def prepare(
 def paged_decode(
     q_BNH: Tensor, k_cache: Tensor, v_cache: Tensor, rows: DecodeRows, *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.paged_decode`, over rows from `prepare`."""
+    """One-token attention over rows from `prepare`, as `reference.paged_decode`."""
     if isinstance(rows, TableRows):
         from sps2_mega.kernels.paged_decode import triton
 
@@ -68,8 +77,10 @@ def paged_decode(
 
 
 def range_stride(rows: int) -> int:
-    """Entries of the starts, and of the ends, in a packed table: padded to whole 16 bytes, since
-    the kernel is compiled once more for each alignment that it meets."""
+    """Entries of the starts, and of the ends, in a packed table: padded to whole 16 bytes.
+
+    The kernel would otherwise be compiled once more for each alignment that occurs.
+    """
     return -(-rows // 4) * 4
 
 
@@ -86,7 +97,7 @@ def table_rows(packed: Tensor, rows: int, columns: int) -> TableRows:
 def _table_rows(
     block_table_BM: np.ndarray, starts_B: np.ndarray, ends_B: np.ndarray, device: torch.device
 ) -> TableRows:
-    """One copy to the device instead of three."""
+    """Copy the three tables to the device as one."""
     rows, columns = block_table_BM.shape
     padded = np.zeros((2, range_stride(rows)), dtype=np.int32)
     padded[:, :rows] = starts_B, ends_B

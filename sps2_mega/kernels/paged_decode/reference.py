@@ -1,4 +1,4 @@
-"""One-token attention over a block table: the slow, obviously right form."""
+"""One-token attention over a block table: the slow, obviously correct form."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ def paged_decode(
     ends_B: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Each row of q attends to cached tokens [start, end) of its own blocks, in table order.
+    """One-token attention: row b sees cached tokens [start, end) of its blocks, in table order.
 
     Args:
         q_BNH: [B, N, H].
         k_cache, v_cache: [blocks, block_size, K, H].
         block_table_BM: [B, M] block ids; entries past a row's end are ignored.
+        starts_B, ends_B: [B], in tokens.
+        scale: factor of the scores.
 
     Returns:
-        out [B, N, H] in q's type and lse [B, N] float32; a row without tokens gives 0 and -inf.
+    out [B, N, H] in q's type and lse [B, N] float32; a row without tokens gives 0 and -inf.
     """
     out = torch.zeros_like(q_BNH)
     lse = torch.full(q_BNH.shape[:2], -torch.inf, device=q_BNH.device)

@@ -1,7 +1,7 @@
 """One-token attention over a block table, batched: rows of similar length share one fused call.
 
-Padding every row to the longest would read (and multiply) mostly nothing when lengths differ, so
-rows are put into buckets whose longest row has at most twice the blocks of its shortest. A bucket
+Padding every row to the longest would mostly read (and multiply) padding when lengths differ, so
+rows are put into buckets whose longest row has at most twice the blocks of the shortest. A bucket
 is prepared once per step and used by every layer.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Rows computed together. `rows_B` is None when the bucket is the whole batch in order.
+    """Rows computed together; `rows_B` is None if the bucket is the whole batch in order.
 
-    `blocks` is [b * m] block ids; `hidden_BS` [b, m * block_size] is True where a slot must not be
-    seen, or None when every slot is visible.
+    `blocks` is [b * m] block ids; `hidden_BS` [b, m * block_size] is True for
+    invisible slots, or None if every slot is visible.
     """
 
     rows_B: Tensor | None
@@ -31,8 +31,10 @@ class Bucket:
 
 
 def bucket_rows(num_blocks: Sequence[int]) -> list[list[int]]:
-    """Group row numbers so that within a group the largest count is at most twice the smallest
-    (rows of count 0 are left out). Row order is kept inside a group of all rows."""
+    """Group row numbers so that a group's largest count is at most twice its smallest.
+
+    Rows of count 0 are left out. A group of all rows keeps their order.
+    """
     rows = sorted(
         (row for row, count in enumerate(num_blocks) if count), key=num_blocks.__getitem__
     )
@@ -54,15 +56,17 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[Bucket]:
-    """Buckets for rows that see cached tokens [start, end) of their blocks (numpy in, device
-    tensors out)."""
+    """Prepare buckets of rows that see cached tokens [start, end) of their blocks.
+
+    The tables are numpy arrays; the buckets hold device tensors.
+    """
     num_blocks_B = -(-ends_B // block_size) * (ends_B > starts_B)
     buckets = []
     for rows in bucket_rows(num_blocks_B.tolist()):
         longest = int(num_blocks_B[rows].max())
         blocks = block_table_BM[rows, :longest]
-        # Entries past a row's end may be stale ids: point them at the row's own first block, hidden
-        # below, so that one sequence never reads another's values, not even times zero.
+        # Entries past a row's end may be stale ids. They are replaced by the row's own first block,
+        # hidden below, so that a sequence never reads another's values, not even times zero.
         blocks = np.where(np.arange(longest) < num_blocks_B[rows, None], blocks, blocks[:, :1])
         slots = np.arange(longest * block_size)
         hidden = (slots >= ends_B[rows, None]) | (slots < starts_B[rows, None])
@@ -87,7 +91,7 @@ def prepare(
 def paged_decode(
     q_BNH: Tensor, k_cache: Tensor, v_cache: Tensor, buckets: Sequence[Bucket], *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.paged_decode`, with the block table given as prepared buckets."""
+    """One-token attention over prepared buckets, as `reference.paged_decode`."""
     if len(buckets) == 1 and buckets[0].rows_B is None:
         return _attend_bucket(q_BNH, k_cache, v_cache, buckets[0], scale=scale)
     out = torch.zeros_like(q_BNH)
@@ -112,8 +116,8 @@ def _attend_bucket(
     shape = (size, bucket.num_blocks * block_size, num_kv_heads, head_dim)
     k = k_cache.index_select(0, bucket.blocks).view(shape).transpose(1, 2)  # [b, K, S, H]
     v = v_cache.index_select(0, bucket.blocks).view(shape).transpose(1, 2)
-    # Without a causal mask the query heads of one KV head fold into query rows: K and V are read
-    # once.
+    # Without a causal mask the query heads of one KV head fold into
+    # query rows: K and V are read once.
     q = q_bNH.reshape(size, num_kv_heads, num_heads // num_kv_heads, head_dim)
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

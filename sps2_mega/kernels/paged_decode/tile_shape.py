@@ -1,5 +1,4 @@
-"""What the paged decode kernel is compiled for, by head width and type: constants, no tuning at run
-time."""
+"""Tile sizes of the paged decode kernel, constant for each head width and type."""
 
 from __future__ import annotations
 
@@ -10,8 +9,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """`heads` query heads (padded) of `width` elements (padded) against `tokens` at a time;
-    pipeline `stages`. `precision` is how float32 is multiplied; other types have one way only."""
+    """`heads` query heads of `width` elements (both padded) against `tokens` at a time.
+
+    `precision` is the way float32 is multiplied (other types have one way only);
+    `warps` and pipeline `stages` are the program's.
+    """
 
     heads: int
     width: int
@@ -22,8 +24,11 @@ class TileShape:
 
 
 def tile_shape(width: int, heads_per_group: int, dtype: torch.dtype) -> TileShape:
-    """So many tokens that a few programs together keep a multiprocessor's reads in flight, and, in
-    exact float32, no more than registers hold."""
+    """Tile shape for `heads_per_group` query heads per KV head, of `width` elements.
+
+    Its tokens let a few programs together keep a multiprocessor's reads in flight
+    and, in exact float32, fit into registers.
+    """
     exact = dtype == torch.float32
     padded = _power_of_two(width)
     return TileShape(
@@ -35,5 +40,5 @@ def tile_shape(width: int, heads_per_group: int, dtype: torch.dtype) -> TileShap
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest one that the matrix units can take."""
+    """The next power of two, at least the matrix units' smallest size of 16."""
     return max(16, 1 << (size - 1).bit_length())

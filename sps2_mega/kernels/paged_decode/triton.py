@@ -1,14 +1,13 @@
-"""One-token attention over a block table: keys and values are read in place, once, by many programs
-per row.
+"""One-token attention over a block table: many programs per row read the cache in place, once.
 
 A program reads one chunk of one row's cached tokens for one KV head; that head's query heads are
-the rows of its tile. Where a row has several chunks their partials are merged in a second launch:
+the rows of its tile. If a row has several chunks, a second launch merges their partials:
 
-    row b, KV head   [start ... chunk 0 ...][... chunk 1 ...][... chunk 2, end) -> partials -> merged
+    row b, KV head   [start ... chunk 0 ...][... chunk 1 ...][... chunk 2, end) -> partials -> merge
 
-Lengths stay on the device: the grid covers the longest possible row, and programs past a row's end
-stop at once. Shapes: B rows, N query heads, K KV heads, H head width; C chunks; in the kernel G
-query heads, J tokens.
+Lengths stay on the device: the grid covers the longest possible row, and programs past a
+row's end stop at once. Shapes: B rows, N query heads, K KV heads, H head width; C
+chunks; in the kernel G query heads, J tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sps2_mega.kernels.lse.triton import merge_rows
+from sps2_mega.kernels.lse.triton import end_softmax, merge_rows
 from sps2_mega.kernels.paged_decode.chunks import chunk_len
 from sps2_mega.kernels.paged_decode.tile_shape import tile_shape
 from sps2_mega.kernels.processors import num_processors
@@ -37,11 +36,17 @@ def paged_decode(
     ends_B: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.paged_decode`; no value is copied to the host.
+    """One-token attention, as `reference.paged_decode`; no value is copied to the host.
+
+    Args:
+        q_BNH: [B, N, H].
+        k_cache, v_cache: [blocks, block_size, K, H].
+        block_table_BM: [B, M] block ids, int32.
+        starts_B, ends_B: [B] tokens, int32.
+        scale: factor of the scores, positive.
 
     Raises:
-        ValueError: types or widths that the kernel has no form for, or tables of another number of
-            rows.
+        ValueError: types or widths without a form of the kernel, or tables of other row counts.
     """
     _check(q_BNH, k_cache, v_cache, block_table_BM, starts_B, ends_B, scale)
     num_rows, num_heads, width = q_BNH.shape
@@ -93,21 +98,26 @@ def paged_decode(
         num_stages=shape.stages,
     )
     if num_chunks > 1:
-        _merge_chunks_kernel[(num_rows, triton.cdiv(num_heads, _MERGED_ROWS))](
-            out_C,
-            lse_C,
-            starts_B,
-            ends_B,
-            out,
-            lse,
-            chunk,
-            num_rows,
-            num_heads,
-            WIDTH=width,
-            PADDED_WIDTH=shape.width,
-            HEADS=_MERGED_ROWS,
-        )
+        _merge_chunks(out_C, lse_C, starts_B, ends_B, out, lse, chunk, shape.width)
     return out, lse
+
+
+def _merge_chunks(
+    out_C: Tensor,
+    lse_C: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chunk: int,
+    padded_width: int,
+) -> None:
+    """Merge the partials of each row's chunks, of `chunk` tokens each, into `out` and `lse`."""
+    num_rows, num_heads, width = out.shape
+    _merge_chunks_kernel[(num_rows, triton.cdiv(num_heads, _MERGED_ROWS))](
+        out_C, lse_C, starts_B, ends_B, out, lse, chunk, num_rows, num_heads,
+        WIDTH=width, PADDED_WIDTH=padded_width, HEADS=_MERGED_ROWS,
+    )  # fmt: skip
 
 
 def _check(
@@ -144,8 +154,8 @@ def _check(
         raise ValueError(f"scale {scale}: the kernel needs a positive one")
 
 
-# Numbers that change from step to step are not compiled in, or each new one would compile the
-# kernel again.
+# Numbers that change from step to step are not specialized: each new
+# one would compile the kernel again.
 @triton.jit(do_not_specialize=["num_rows", "chunk_tokens", "table_stride_b"])
 def _decode_kernel(
     q,
@@ -202,7 +212,8 @@ def _decode_kernel(
     table = block_table + row * table_stride_b
     for j in range(begin, end, TOKENS):
         token_J = j + j_J
-        # Neither entries nor slots past the end are read: they may be anybody's, and hold anything.
+        # Neither entries nor slots past the end are read: they may be
+        # any sequence's and hold anything.
         inside_J = token_J < end
         block_J = tl.load(table + token_J // BLOCK_SIZE * table_stride_m, mask=inside_J, other=0)
         block_J, slot_J = block_J.to(tl.int64), (token_J % BLOCK_SIZE).to(tl.int64)
@@ -211,29 +222,35 @@ def _decode_kernel(
         v_at_J = block_J * v_stride_block + slot_J * v_stride_slot + kv_head * v_stride_k
         k_JH = tl.load(k_cache + k_at_J[:, None] + h_H[None, :], mask=inside_JH, other=0.0)
         v_JH = tl.load(v_cache + v_at_J[:, None] + h_H[None, :], mask=inside_JH, other=0.0)
-        score_GJ = tl.dot(q_GH, tl.trans(k_JH), input_precision=PRECISION) * scale
-        score_GJ = tl.where(inside_J[None, :], score_GJ, float("-inf"))
-        # The first token of a tile is always visible, so the maximum is finite.
-        new_max_G = tl.maximum(max_G, tl.max(score_GJ, 1))
-        weight_GJ = tl.exp2(score_GJ - new_max_G[:, None])
-        decay_G = tl.exp2(max_G - new_max_G)
-        sum_G = sum_G * decay_G + tl.sum(weight_GJ, 1)
-        acc_GH = acc_GH * decay_G[:, None]
-        acc_GH = tl.dot(weight_GJ.to(v_JH.dtype), v_JH, acc_GH, input_precision=PRECISION)
-        max_G = new_max_G
+        acc_GH, max_G, sum_G = _accumulate(
+            acc_GH, max_G, sum_G, q_GH, k_JH, v_JH, inside_J, scale, PRECISION
+        )
 
-    empty_G = sum_G == 0.0
-    safe_G = tl.where(empty_G, 1.0, sum_G)
-    lse_G = (max_G + tl.log2(safe_G)) * 0.6931471805599453
-    # A row's chunks past its end are not merged; the first one is also the answer of an empty row.
+    out_GH, lse_G = end_softmax(acc_GH, max_G, sum_G)
+    # A row's chunks past its end are not merged; the first one is also the result of an empty row.
     written = (begin < end) | (chunk == 0)
     at_G = (chunk * num_rows + row) * num_heads + head_G
     tl.store(
         out + (at_G * WIDTH)[:, None] + h_H[None, :],
-        (acc_GH / safe_G[:, None]).to(out.dtype.element_ty),
+        out_GH.to(out.dtype.element_ty),
         mask=inside_GH & written,
     )
     tl.store(lse + at_G, lse_G, mask=(g_G < GROUP) & written)
+
+
+@triton.jit
+def _accumulate(acc_GH, max_G, sum_G, q_GH, k_JH, v_JH, inside_J, scale, PRECISION: tl.constexpr):
+    """Running softmax after the tokens of one more tile, the first of which is always visible."""
+    score_GJ = tl.dot(q_GH, tl.trans(k_JH), input_precision=PRECISION) * scale
+    score_GJ = tl.where(inside_J[None, :], score_GJ, float("-inf"))
+    # One token is visible, so the maximum is finite.
+    new_max_G = tl.maximum(max_G, tl.max(score_GJ, 1))
+    weight_GJ = tl.exp2(score_GJ - new_max_G[:, None])
+    decay_G = tl.exp2(max_G - new_max_G)
+    sum_G = sum_G * decay_G + tl.sum(weight_GJ, 1)
+    acc_GH = acc_GH * decay_G[:, None]
+    acc_GH = tl.dot(weight_GJ.to(v_JH.dtype), v_JH, acc_GH, input_precision=PRECISION)
+    return acc_GH, new_max_G, sum_G
 
 
 @triton.jit(do_not_specialize=["num_rows", "chunk_tokens"])

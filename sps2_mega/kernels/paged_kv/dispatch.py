@@ -1,4 +1,4 @@
-"""Writing the KV cache, on the form that suits the device: both caches in one launch on CUDA."""
+"""Append to the KV cache in the form that suits the device: both caches in one launch on CUDA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def append(
     *,
     backend: Backend | None = None,
 ) -> None:
-    """As `reference.append`."""
+    """Write new tokens to their slots, as `reference.append`."""
     if choose(k_cache.device, backend) is Backend.TRITON:
         from sps2_mega.kernels.paged_kv import triton
 

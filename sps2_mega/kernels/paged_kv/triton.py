@@ -1,6 +1,6 @@
-"""Writing new keys and values into the blocks of the paged KV cache, both in one launch.
+"""Append of new keys and values to the paged KV cache, both in one launch.
 
-A program moves one token: all its heads of K and of V, from wherever a packed projection left them.
+A program moves one token: all its heads of K and of V, from any strides of a packed projection.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _LONGEST_TILE = 4096  # elements of a token moved at a time
 
 
 def append(k_cache: Tensor, v_cache: Tensor, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor) -> None:
-    """Same contract as `reference.append`; a token with a negative slot is written nowhere.
+    """Write new tokens to their slots, as `reference.append`; a negative slot skips the token.
 
     Raises:
-        ValueError: another type or shape of a token than the cache has.
+        ValueError: type or shape of a token differ from the cache's.
     """
     for name, cache, new in (("keys", k_cache, k_TKH), ("values", v_cache, v_TKH)):
         if cache.dtype != new.dtype or cache.shape[2:] != new.shape[1:]:

@@ -1,5 +1,4 @@
-"""Rotary embedding and the write to the KV cache, on the form that suits the device: one launch on
-CUDA."""
+"""Rotary embedding and append to the KV cache, in one launch on CUDA."""
 
 from __future__ import annotations
 
@@ -22,7 +21,17 @@ def rotate_and_append(
     interleaved: bool = False,
     backend: Backend | None = None,
 ) -> None:
-    """As `reference.rotate_and_append`."""
+    """Rotate q and k in place and write k and v to the cache, as `reference.rotate_and_append`.
+
+    Args:
+        q_TNH: [T, N, H].
+        k_TKH, v_TKH: [T, K, H].
+        k_cache, v_cache: [blocks, block_size, K, H].
+        slots_T: [T] slots, block * block_size + offset.
+        cos_TR, sin_TR: [T, R], in q's type.
+        interleaved: whether pair r is elements 2r and 2r + 1.
+        backend: form to use; None lets the device decide.
+    """
     form = reference.rotate_and_append
     if choose(k_cache.device, backend) is Backend.TRITON:
         from sps2_mega.kernels.rotary_append import triton

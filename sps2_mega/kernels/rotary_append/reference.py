@@ -1,11 +1,10 @@
-"""Rotary position embedding of new queries and keys, and writing the keys and values into the paged
-KV cache.
+"""Rotary embedding of new queries and keys, and append of keys and values to the KV cache.
 
-The order of operations, and so of roundings, is that of Megatron's unfused rotary embedding: cos
-and sin in the type of the heads, each product rounded to it, then their sum.
+The order of operations, and so of roundings, follows Megatron's unfused rotary embedding: cos and
+sin in the type of the heads, each product rounded to it, then their sum.
 
-Shapes: T tokens, N query heads, K KV heads, H head width, R rotated pairs (2R <= H; elements from
-2R on stay).
+Shapes: T tokens, N query heads, K KV heads, H head width, R rotated
+pairs (2R <= H; elements from 2R on stay).
 """
 
 from __future__ import annotations
@@ -27,11 +26,15 @@ def rotate_and_append(
     sin_TR: Tensor,
     interleaved: bool = False,
 ) -> None:
-    """Rotates q and k in place by each token's angles, then writes k and v to slot slots[t] of the
-    caches [blocks, block_size, K, H].
+    """Rotate q and k in place by each token's angles, then write k and v to the tokens' slots.
 
-    cos and sin have the type of q. Pair r are the elements r and R + r, or with `interleaved` 2r
-    and 2r + 1.
+    Args:
+        q_TNH: [T, N, H].
+        k_TKH, v_TKH: [T, K, H].
+        k_cache, v_cache: [blocks, block_size, K, H].
+        slots_T: [T] slots, block * block_size + offset.
+        cos_TR, sin_TR: [T, R], in q's type.
+        interleaved: whether pair r is elements 2r and 2r + 1, instead of r and R + r.
     """
     for heads in (q_TNH, k_TKH):
         rotate(heads, cos_TR, sin_TR, interleaved=interleaved)
@@ -39,7 +42,7 @@ def rotate_and_append(
 
 
 def rotate(x_TNH: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False) -> None:
-    """Rotates the pairs of every head in place."""
+    """Rotate the pairs of every head in place."""
     num_pairs = cos_TR.shape[1]
     if interleaved:
         first, second = x_TNH[..., 0 : 2 * num_pairs : 2], x_TNH[..., 1 : 2 * num_pairs : 2]

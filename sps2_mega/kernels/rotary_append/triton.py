@@ -1,14 +1,12 @@
-"""Rotary embedding of new queries and keys and the write of keys and values to the paged cache, all
-in one launch.
+"""Rotary embedding of new queries and keys, and append of keys and values, in one launch.
 
-A program takes one token and a few of its heads: of the queries, or of the keys together with their
-values:
+A program takes one token and a few of its heads: query heads, or KV heads with their values:
 
-    program_id(1)   0 .. query tiles - 1: query heads    from there on: KV heads, of k, v and both caches
+    program_id(1)   0 .. query tiles - 1: query heads    above: KV heads, of k, v and both caches
 
-Queries and keys change in place: what a program writes only it has read, and the new value comes
-after the old. Shapes: T tokens, N query heads, K KV heads, H head width, R rotated pairs; in the
-kernel G heads of a tile.
+Queries and keys change in place: a program alone reads what it writes, and writes
+after reading. Shapes: T tokens, N query heads, K KV heads, H head width, R
+rotated pairs; in the kernel G heads of a tile.
 """
 
 from __future__ import annotations
@@ -33,11 +31,20 @@ def rotate_and_append(
     sin_TR: Tensor,
     interleaved: bool = False,
 ) -> None:
-    """Same contract as `reference.rotate_and_append`; a token with a negative slot is rotated and
-    written nowhere.
+    """Rotate q and k in place and write k and v, as `reference.rotate_and_append`.
+
+    A token with a negative slot is rotated but not written.
+
+    Args:
+        q_TNH: [T, N, H].
+        k_TKH, v_TKH: [T, K, H].
+        k_cache, v_cache: [blocks, block_size, K, H].
+        slots_T: [T] slots, block * block_size + offset.
+        cos_TR, sin_TR: [T, R], in q's type.
+        interleaved: whether pair r is elements 2r and 2r + 1.
 
     Raises:
-        ValueError: types, widths or numbers of tokens that do not belong together.
+        ValueError: types, widths or token counts that do not match.
     """
     _check(q_TNH, k_TKH, v_TKH, k_cache, v_cache, slots_T, cos_TR, sin_TR)
     num_tokens, num_heads, width = q_TNH.shape
@@ -122,8 +129,7 @@ def _check(
 
 @triton.jit
 def _rotated(first, second, cos, sin):
-    """Both elements of a pair, rounded to the type of the heads after every operation as eager
-    torch does."""
+    """Both elements of a pair, rounded to the heads' type after every operation as in torch."""
     dtype = first.dtype
     first32, second32 = first.to(tl.float32), second.to(tl.float32)
     cos32, sin32 = cos.to(tl.float32), sin.to(tl.float32)
@@ -132,6 +138,39 @@ def _rotated(first, second, cos, sin):
     second_cos = (second32 * cos32).to(dtype).to(tl.float32)
     first_sin = (first32 * sin32).to(dtype).to(tl.float32)
     return (first_cos - second_sin).to(dtype), (second_cos + first_sin).to(dtype)
+
+
+@triton.jit
+def _pair_elements(r_R, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """First and second element of each pair, counted within a head."""
+    if INTERLEAVED:
+        first_R, second_R = 2 * r_R, 2 * r_R + 1
+    else:
+        first_R, second_R = r_R, PAIRS + r_R
+    return first_R, second_R
+
+
+@triton.jit
+def _rotate_heads(at_G1, stride_h, first_R, second_R, cos_R, sin_R, inside_GR):
+    """Rotate the pairs of the heads at the pointers `at_G1` in place and return their elements."""
+    first_at_GR = at_G1 + (first_R * stride_h)[None, :]
+    second_at_GR = at_G1 + (second_R * stride_h)[None, :]
+    first_GR, second_GR = _rotated(
+        tl.load(first_at_GR, mask=inside_GR, other=0.0),
+        tl.load(second_at_GR, mask=inside_GR, other=0.0),
+        cos_R[None, :],
+        sin_R[None, :],
+    )
+    tl.store(first_at_GR, first_GR, mask=inside_GR)
+    tl.store(second_at_GR, second_GR, mask=inside_GR)
+    return first_GR, second_GR
+
+
+@triton.jit
+def _copy(from_G1, from_stride_h, to_G1, to_stride_h, h_H, mask_GH):
+    """Copy elements `h_H` of the heads at the pointers `from_G1` to those at `to_G1`."""
+    x_GH = tl.load(from_G1 + (h_H * from_stride_h)[None, :], mask=mask_GH)
+    tl.store(to_G1 + (h_H * to_stride_h)[None, :], x_GH, mask=mask_GH)
 
 
 @triton.jit(do_not_specialize=["query_tiles"])
@@ -182,65 +221,36 @@ def _rotate_and_append_kernel(
     r_R = tl.arange(0, PADDED_PAIRS)
     cos_R = tl.load(cos + token * cos_stride_t + r_R * cos_stride_r, mask=r_R < PAIRS, other=0.0)
     sin_R = tl.load(sin + token * sin_stride_t + r_R * sin_stride_r, mask=r_R < PAIRS, other=0.0)
-    if INTERLEAVED:
-        first_R, second_R = 2 * r_R, 2 * r_R + 1
-    else:
-        first_R, second_R = r_R, PAIRS + r_R
+    first_R, second_R = _pair_elements(r_R, PAIRS, INTERLEAVED)
     if tile < query_tiles:
         head_G = tile * HEADS + tl.arange(0, HEADS)
         inside_GR = (head_G < NUM_HEADS)[:, None] & (r_R < PAIRS)[None, :]
-        at_G1 = (q + token * q_stride_t + head_G * q_stride_n)[:, None]
-        first_at_GR = at_G1 + (first_R * q_stride_h)[None, :]
-        second_at_GR = at_G1 + (second_R * q_stride_h)[None, :]
-        first_GR, second_GR = _rotated(
-            tl.load(first_at_GR, mask=inside_GR, other=0.0),
-            tl.load(second_at_GR, mask=inside_GR, other=0.0),
-            cos_R[None, :],
-            sin_R[None, :],
-        )
-        tl.store(first_at_GR, first_GR, mask=inside_GR)
-        tl.store(second_at_GR, second_GR, mask=inside_GR)
+        q_at_G1 = (q + token * q_stride_t + head_G * q_stride_n)[:, None]
+        _rotate_heads(q_at_G1, q_stride_h, first_R, second_R, cos_R, sin_R, inside_GR)
     else:
         head_G = (tile - query_tiles) * HEADS + tl.arange(0, HEADS)
         inside_G = head_G < NUM_KV_HEADS
         inside_GR = inside_G[:, None] & (r_R < PAIRS)[None, :]
-        at_G1 = (k + token * k_stride_t + head_G * k_stride_k)[:, None]
-        first_at_GR = at_G1 + (first_R * k_stride_h)[None, :]
-        second_at_GR = at_G1 + (second_R * k_stride_h)[None, :]
-        first_GR, second_GR = _rotated(
-            tl.load(first_at_GR, mask=inside_GR, other=0.0),
-            tl.load(second_at_GR, mask=inside_GR, other=0.0),
-            cos_R[None, :],
-            sin_R[None, :],
+        k_at_G1 = (k + token * k_stride_t + head_G * k_stride_k)[:, None]
+        first_GR, second_GR = _rotate_heads(
+            k_at_G1, k_stride_h, first_R, second_R, cos_R, sin_R, inside_GR
         )
-        tl.store(first_at_GR, first_GR, mask=inside_GR)
-        tl.store(second_at_GR, second_GR, mask=inside_GR)
 
         slot = tl.load(slots + token * slots_stride).to(tl.int64)
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         kept_G = inside_G & (slot >= 0)
         kept_GR = kept_G[:, None] & (r_R < PAIRS)[None, :]
-        k_to_G1 = (
-            k_cache
-            + block * k_cache_stride_block
-            + offset * k_cache_stride_slot
-            + head_G * k_cache_stride_k
-        )[:, None]
+        k_slot = k_cache + block * k_cache_stride_block + offset * k_cache_stride_slot
+        k_to_G1 = (k_slot + head_G * k_cache_stride_k)[:, None]
         tl.store(k_to_G1 + (first_R * k_cache_stride_h)[None, :], first_GR, mask=kept_GR)
         tl.store(k_to_G1 + (second_R * k_cache_stride_h)[None, :], second_GR, mask=kept_GR)
 
         h_H = tl.arange(0, PADDED_WIDTH)
         if 2 * PAIRS < WIDTH:
             rest_GH = kept_G[:, None] & ((h_H >= 2 * PAIRS) & (h_H < WIDTH))[None, :]
-            rest = tl.load(at_G1 + (h_H * k_stride_h)[None, :], mask=rest_GH)
-            tl.store(k_to_G1 + (h_H * k_cache_stride_h)[None, :], rest, mask=rest_GH)
+            _copy(k_at_G1, k_stride_h, k_to_G1, k_cache_stride_h, h_H, rest_GH)
         inside_GH = kept_G[:, None] & (h_H < WIDTH)[None, :]
         v_at_G1 = (v + token * v_stride_t + head_G * v_stride_k)[:, None]
-        new_v = tl.load(v_at_G1 + (h_H * v_stride_h)[None, :], mask=inside_GH)
-        v_to_G1 = (
-            v_cache
-            + block * v_cache_stride_block
-            + offset * v_cache_stride_slot
-            + head_G * v_cache_stride_k
-        )[:, None]
-        tl.store(v_to_G1 + (h_H * v_cache_stride_h)[None, :], new_v, mask=inside_GH)
+        v_slot = v_cache + block * v_cache_stride_block + offset * v_cache_stride_slot
+        v_to_G1 = (v_slot + head_G * v_cache_stride_k)[:, None]
+        _copy(v_at_G1, v_stride_h, v_to_G1, v_cache_stride_h, h_H, inside_GH)

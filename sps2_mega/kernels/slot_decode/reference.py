@@ -1,4 +1,4 @@
-"""One-token attention over listed cache slots, per KV head: the slow, obviously right form."""
+"""One-token attention over listed cache slots, per KV head: the slow, obviously correct form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def slot_decode(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The query heads of KV head g in row b attend to the tokens in `slots[b][g]`, and no others.
+    """One-token attention: row b's query heads of KV head g see the tokens in `slots[b][g]` only.
 
     Args:
         q_BNH: [B, N, H].
@@ -24,7 +24,7 @@ def slot_decode(
         slots: [B][K] integer vectors of any lengths.
 
     Returns:
-        out [B, N, H] in q's type and lse [B, N] float32; without slots a head gives 0 and -inf.
+    out [B, N, H] in q's type and lse [B, N] float32; a head without slots gives 0 and -inf.
     """
     out = torch.zeros_like(q_BNH)
     lse = torch.full(q_BNH.shape[:2], -torch.inf, device=q_BNH.device)

@@ -1,8 +1,7 @@
 """One-token attention over listed cache slots, per KV head: only those rows of the cache are read.
 
-Rows of similar counts are gathered side by side and share one fused call, as in
-`paged_decode.sdpa`. The heads of a row see about equally many slots, so what is padded among them
-is little.
+Rows of similar counts are gathered together and share one fused call, as in `paged_decode.sdpa`.
+The heads of a row see about equally many slots, so little is padded among them.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from sps2_mega.kernels.paged_decode.sdpa import bucket_rows
 
 @dataclass(frozen=True, slots=True)
 class SlotBatch:
-    """Rows computed together. `index` [b * K * S] counts (slot, KV head) pairs of the cache;
-    `hidden_bKS` is True where an entry is padding, or None without any. `rows_B` is None when the
-    batch is all rows in order.
+    """Rows computed together; `rows_B` is None if the batch is all rows in order.
+
+    `index` [b * K * S] counts (slot, KV head) pairs of the cache; `hidden_bKS`
+    is True for padding, or None without any.
     """
 
     rows_B: Tensor | None
@@ -34,7 +34,7 @@ class SlotBatch:
 def prepare(
     slots: Sequence[Sequence[np.ndarray]], *, dtype: torch.dtype, device: torch.device
 ) -> list[SlotBatch]:
-    """Batches for rows of which KV head g sees `slots[b][g]` (numpy in, device tensors out)."""
+    """Batches of rows whose KV head g sees `slots[b][g]` (numpy in, device tensors out)."""
     longest_B = [max(map(len, by_head), default=0) for by_head in slots]
     batches = []
     for rows in bucket_rows(longest_B):
@@ -42,8 +42,8 @@ def prepare(
         index = np.empty((len(rows), num_kv_heads, longest), dtype=np.int64)
         counts = np.empty((len(rows), num_kv_heads), dtype=np.int64)
         for place, row in enumerate(rows):
-            # Padding is hidden, but multiplied by zero: it must be the row's own, which is finite
-            # or fails anyway.
+            # Padding is hidden, but multiplied by zero: it must be one of the row's own slots,
+            # which is finite or makes the row fail anyway.
             own = next(chosen[0] for chosen in slots[row] if len(chosen))
             for head, chosen in enumerate(slots[row]):
                 counts[place, head] = len(chosen)
@@ -76,7 +76,7 @@ def slot_decode(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.slot_decode`, with the slots given as prepared batches."""
+    """One-token attention over prepared batches, as `reference.slot_decode`."""
     if len(batches) == 1 and batches[0].rows_B is None:
         return _attend_batch(q_BNH, k_cache, v_cache, batches[0], scale=scale)
     out = torch.zeros_like(q_BNH)

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP server: one engine behind it, driven by rank 0.
+"""OpenAI-compatible HTTP server for one engine, driven by rank 0.
 
 main thread (engine_loop)            event loop thread (async_engine, app, routes)
 take commands, step, take deltas <-- open, abort ---  requests

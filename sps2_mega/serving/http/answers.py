@@ -1,10 +1,10 @@
-"""From a call's outputs and deltas to OpenAI bodies: one JSON object, or a stream of server-sent
-events.
+r"""OpenAI bodies from a call's outputs and deltas: one JSON object, or server-sent events.
 
-    data: {chunk}\\n\\n   ...   data: {usage chunk}\\n\\n   data: [DONE]\\n\\n        and ": keep-alive" in silence
+    data: {chunk}\\n\\n   ...   data: {usage chunk}\\n\\n   data: [DONE]\\n\\n
+    and ": keep-alive" during silence
 
-A failure after the headers went out is an event with an `error`, then the end of the stream. What
-single outputs look like is `responses`'.
+After the headers are sent, a failure is an event with an `error`, then the end of the stream.
+`responses` forms the bodies of single outputs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """What all bodies of one answer share. `echoes` are what to put before each prompt's
-    outputs."""
+    """Builder of an answer's bodies, with the fields that all of them share.
+
+    `echoes` precede each prompt's outputs.
+    """
 
     kind: Kind
     body_id: str
@@ -51,16 +53,16 @@ class Answer:
     tokenizer: Tokenizer | None
     request_id: str
     echoes: list[Echo] | None = None
-    scores_prompts: bool = False
+    has_prompt_logprobs: bool = False
     include_usage: bool = False
     _offsets: dict[int, TextOffsets] = field(default_factory=dict)
-    # By prompt: what came before the log-probabilities of the prompt itself.
+    # By prompt: deltas that arrived before the prompt's own log-probabilities.
     _held: dict[int, list[Delta]] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
     _around: tuple[str, str] | None = None
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        """The body of an answer that was waited for. Sample s of prompt p is choice p * n + s."""
+        """Body of an answer that is not streamed. Sample s of prompt p is choice p * n + s."""
         build = chat_body if self.kind == "chat" else completion_body
         bodies = [
             build(
@@ -81,13 +83,13 @@ class Answer:
         return bodies[0] | {"choices": choices, "usage": _usage_of_all(outputs)}
 
     def is_large(self, outputs: list[RequestOutput]) -> bool:
-        """Whether making the body takes so long that streams of others would notice."""
-        scores = (output.prompt_logprobs for output in outputs)
-        return sum(len(each) * (1 + each.num_top) for each in scores if each) > _LARGE
+        """Whether building the body takes long enough to delay the streams of others."""
+        all_logprobs = (output.prompt_logprobs for output in outputs)
+        return sum(len(each) * (1 + each.num_top) for each in all_logprobs if each) > _LARGE
 
     def _put_before(self, choices: list[dict[str, Any]], echo: Echo, output: RequestOutput) -> None:
-        scores = output.prompt_logprobs
-        lists = None if scores is None else echo.logprobs(scores)
+        prompt_logprobs = output.prompt_logprobs
+        lists = None if prompt_logprobs is None else echo.logprobs(prompt_logprobs)
         for choice, completion in zip(choices, output.completions, strict=True):
             choice["text"] = echo.text + choice["text"]
             if lists is not None:
@@ -97,15 +99,15 @@ class Answer:
                 choice["logprobs"] = joined(lists, new)
 
     async def events(self, call: Call, *, keep_alive: float) -> AsyncIterator[str]:
-        """Server-sent events of a streamed call, from its first to its last."""
+        """Server-sent events of a streamed call, from first to last."""
         try:
-            if not self.scores_prompts:
+            if not self.has_prompt_logprobs:
                 for index in range(call.num_samples):
                     for opening in self._opening(index):
                         yield self._event([opening])
             async for deltas in call.deltas(silence=keep_alive):
                 text = "" if deltas else KEEP_ALIVE
-                if self.scores_prompts:
+                if self.has_prompt_logprobs:
                     deltas, openings = await self._released(deltas)
                     text += openings
                 text += self._choices(deltas)
@@ -119,7 +121,7 @@ class Answer:
         yield DONE
 
     def _opening(self, index: int) -> list[dict[str, Any]]:
-        """What a choice has before its first token."""
+        """Start of a choice, before its first token."""
         if self.kind == "chat":
             first = {"role": "assistant", "content": "", "refusal": None}
             return [{"index": index, "delta": first, "logprobs": None, "finish_reason": None}]
@@ -129,15 +131,17 @@ class Answer:
         return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}]
 
     async def _released(self, deltas: list[Delta]) -> tuple[list[Delta], str]:
-        """Those of `deltas`, and of what was held back, whose prompts are scored, and the events
-        that open their choices. The scores come with the first sample's first token, which need not
-        be the first of all."""
+        """Deltas whose prompt logprobs are known, and the events that open their choices.
+
+        Deltas are held back until then. Prompt logprobs arrive with the first sample's first
+        token, which need not be the first of all samples.
+        """
         openings = ""
         released: list[Delta] = []
         for delta in deltas:
-            prompt, scores = delta.prompt_index, delta.delta.prompt_logprobs
-            if scores is not None:
-                openings += await asyncio.to_thread(self._scored_openings, prompt, scores)
+            prompt, logprobs = delta.prompt_index, delta.delta.prompt_logprobs
+            if logprobs is not None:
+                openings += await asyncio.to_thread(self._openings_with_logprobs, prompt, logprobs)
                 released += [*self._held.get(prompt, ()), delta]
                 self._opened.add(prompt)
             elif prompt in self._opened:
@@ -146,10 +150,10 @@ class Answer:
                 self._held.setdefault(prompt, []).append(delta)
         return released, openings
 
-    def _scored_openings(self, prompt: int, scores: PromptLogprobs) -> str:
-        assert self.echoes is not None, "only an echo has a place for the scores of a prompt"
+    def _openings_with_logprobs(self, prompt: int, logprobs: PromptLogprobs) -> str:
+        assert self.echoes is not None, "only an echo has a place for the logprobs of a prompt"
         echo = self.echoes[prompt]
-        opening = {"text": echo.text, "logprobs": echo.logprobs(scores), "finish_reason": None}
+        opening = {"text": echo.text, "logprobs": echo.logprobs(logprobs), "finish_reason": None}
         first = prompt * self.num_samples
         events = []
         for index in range(first, first + self.num_samples):
@@ -158,8 +162,7 @@ class Answer:
         return "".join(events)
 
     def _choices(self, deltas: list[Delta]) -> str:
-        """An event for each delta that says something, in one piece: each piece is written by
-        itself."""
+        """Events of all deltas with content, in one piece: each piece is written separately."""
         before, after = self._frame
         return "".join(
             before + _encode(choice) + after
@@ -169,10 +172,9 @@ class Answer:
 
     @property
     def _frame(self) -> tuple[str, str]:
-        """What stands around a choice in an event, the same for all of an answer."""
+        """Text around a choice in an event, the same throughout an answer."""
         if self._around is None:
-            # Quotes inside of strings are escaped, so this occurs once, whatever the model is
-            # called.
+            # Quotes inside strings are escaped, so this occurs once, whatever the model's name.
             before, opening, after = self._event([{}]).partition('"choices":[')
             self._around = before + opening, after.removeprefix("{}")
         return self._around

@@ -1,4 +1,4 @@
-"""Errors as clients of the OpenAI API expect them: one envelope, a status, and when to come back.
+"""Errors in the form that clients of the OpenAI API expect: an envelope, a status, a retry time.
 
 {"error": {"message": ..., "type": ..., "param": ..., "code": ..., "request_id": ...}}
 """
@@ -26,7 +26,7 @@ _TOO_LONG = (Refusal.PROMPT_TOO_LONG, Refusal.EXCEEDS_KV_CACHE)
 
 
 class ApiError(Exception):
-    """A request ends with this status; `retry_after` in seconds."""
+    """Failure of a request with this HTTP status; `retry_after` is in seconds."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ApiError(Exception):
             self.headers["Retry-After"] = str(retry_after)
 
     def body(self, request_id: str | None = None) -> dict[str, Any]:
-        """The envelope."""
+        """The error envelope."""
         error = {
             "message": self.message,
             "type": TYPES.get(self.status, "server_error"),
@@ -58,14 +58,14 @@ class ApiError(Exception):
 def refused(
     refusal: Refusal, *, num_prompt_tokens: int, max_tokens: int | None, max_len: int
 ) -> ApiError:
-    """What a client hears of a refusal, with the numbers."""
+    """Error for a refused request, with the numbers."""
     if refusal is Refusal.QUEUE_FULL:
         return queue_full()
-    asked = "the rest" if max_tokens is None else f"{max_tokens} new"
+    wanted = "the rest" if max_tokens is None else f"{max_tokens} new"
     if refusal in _TOO_LONG:
         return ApiError(
             413,
-            f"{refusal.value}: the prompt has {num_prompt_tokens} tokens, {asked} asked for, "
+            f"{refusal.value}: the prompt has {num_prompt_tokens} tokens, {wanted} requested, "
             f"and at most {max_len} fit together",
             code="context_length_exceeded",
             param="prompt",
@@ -80,7 +80,10 @@ def queue_full() -> ApiError:
 
 
 def timed_out(seconds: float) -> ApiError:
-    """A retry would take as long again, so the openai client is told not to."""
+    """Error for a timeout, with a header that stops the openai client from retrying.
+
+    A retry would take as long again.
+    """
     return ApiError(
         504,
         f"the answer was not complete after {seconds:g} s",

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def build_app(
     async_engine: AsyncEngine, config: ServerConfig, model_names: tuple[str, ...]
 ) -> FastAPI:
-    """The server's application; it answers 503 until `async_engine` is ready."""
+    """Build the server's application; it answers 503 until `async_engine` is ready."""
     app = FastAPI(
         title="sps2_mega",
         version=__version__,
@@ -55,7 +55,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """OpenAI's routes answer 400, as its clients expect; the others 422, as FastAPI's do."""
+    """Answer 400 on OpenAI's routes, as its clients expect, and 422 elsewhere, as FastAPI does."""
     assert isinstance(error, RequestValidationError)
     items = [
         {**item, "loc": item["loc"][1:] or ("body",)}
@@ -70,14 +70,14 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, unreadable bodies, and bodies that grow too large."""
+    """Answer unknown paths and methods, unreadable bodies, and bodies that grow too large."""
     assert isinstance(error, HTTPException)
     named = ApiError(error.status_code, str(error.detail), headers=error.headers)
     return response_of(named, _request_id(request))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    """Our own mistake: the log has the traceback, the client its id."""
+    """Answer our own mistake: the log has the traceback, the client the request id."""
     return response_of(
         ApiError(500, "an internal error; the server's log has it under this request id"),
         _request_id(request),

@@ -1,4 +1,4 @@
-"""Who may open a call, and which call a result belongs to: the event loop's side of the engine.
+"""The engine as the event loop sees it: admission of calls, and routing of results to them.
 
     LOADING --ready--> READY --drain--> DRAINING        any --fail--> FAILED
        503             open calls       503, open calls end            503, open calls fail
@@ -32,7 +32,7 @@ from sps2_mega.text.tokenizer import Tokenizer
 from sps2_mega.types import SamplingParams
 
 _LOADING_RETRY_S, _DOWN_RETRY_S = 5, 10
-# How long a dying process waits for its clients to be told.
+# Seconds that a dying process waits for its clients to be told.
 FAREWELL_S = 0.5
 
 
@@ -45,9 +45,11 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedFacts:
-    """What runs, for those who watch: ranks and their memory, and the KV cache before the first
-    step. `sides` are all ranks, or those that prefill and those that decode; levels and transport
-    are of the first."""
+    """Facts for monitoring: ranks and their memory, and the KV cache before the first step.
+
+    `sides` are the rank pools: one of all ranks, or the prefill and decode pools.
+    Levels and transport are those of the first pool.
+    """
 
     world_size: int
     sides: tuple[RankPool, ...]
@@ -63,8 +65,7 @@ class ServedFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What is known of the model once it is loaded. `refusal` says why a request could never
-    run."""
+    """Facts about the loaded model; `refusal` gives the reason why a request can never run."""
 
     tokenizer: Tokenizer | None
     max_len: int
@@ -73,18 +74,17 @@ class ServedModel:
 
 
 class AsyncEngine:
-    """Every open call ends exactly once: answered, failed, or left by its client."""
+    """Open calls of an engine; each ends exactly once: answered, failed, or left by its client."""
 
     def __init__(self, *, max_samples: int, request_timeout: float, metrics: ServerMetrics) -> None:
-        """At most `max_samples` samples are open at a time: those that run and those that may
-        wait."""
+        """Admit at most `max_samples` samples at a time, running and waiting ones together."""
         self.state = State.LOADING
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.stats: Any = None
         self.metrics = metrics
         self.recent_waits = RecentWaits()
-        self.stage: str | None = None  # what a loading server is at
-        self.reason: str | None = None  # why a failed one has failed
+        self.stage: str | None = None  # of a loading server
+        self.reason: str | None = None  # of a failure
         self._max_samples, self._timeout = max_samples, request_timeout
         self.served: ServedModel | None = None
         self._calls: dict[str, Call] = {}
@@ -105,7 +105,7 @@ class AsyncEngine:
         return len(self._calls)
 
     def oldest_calls(self, limit: int) -> list[Call]:
-        """The first `limit` open calls in order of arrival."""
+        """First `limit` open calls in order of arrival."""
         return list(itertools.islice(self._calls.values(), limit))
 
     @property
@@ -113,7 +113,7 @@ class AsyncEngine:
         """The loaded model.
 
         Raises:
-            ApiError: 503, when requests cannot be taken now.
+            ApiError: 503, if requests cannot be taken now.
         """
         if self.state is State.READY:
             assert self.served is not None
@@ -127,7 +127,7 @@ class AsyncEngine:
         raise ApiError(503, text, code=self.state.value, retry_after=retry)
 
     def open(self, prompts: list[list[int]], params: SamplingParams, *, stream: bool) -> Call:
-        """Hands the prompts to the engine; the caller must close the call (`with`).
+        """Hand the prompts to the engine; the caller must close the call (`with`).
 
         Raises:
             ApiError: they cannot run now, or never.
@@ -194,7 +194,7 @@ class AsyncEngine:
                 self.commands.put(Stop())
 
     def deliver(self, result: StepResult) -> None:
-        """Gives each result to its call; those of calls that were left go nowhere."""
+        """Deliver each result to its call, dropping results of calls that clients have left."""
         if self.stats is None or self.stats.num_steps < result.stats.num_steps:
             self.recent_waits.add(result.stats.last_waits)
         self.stats = result.stats
@@ -229,19 +229,18 @@ class AsyncEngine:
         )
 
     def loading(self, stage: str) -> None:
-        """What the start is at."""
+        """Set the stage of the start."""
         if self.state is State.LOADING:
             self.stage = stage
 
     def ready(self, model: ServedModel) -> None:
-        """The engine can run; a server that was told to drain or has failed stays so."""
+        """Enter READY; a server that is draining or has failed stays so."""
         self.served, self.stage = model, None
         if self.state is State.LOADING:
             self.state = State.READY
 
     def drain(self, timeout: float) -> None:
-        """No new calls; the engine stops when the last one has ended, or after `timeout`
-        seconds."""
+        """Refuse new calls; stop the engine after the last call, or after `timeout` seconds."""
         if self.state is not State.READY:
             return
         self.state = State.DRAINING
@@ -263,21 +262,20 @@ class AsyncEngine:
             call.add(ApiError(503, reason, code="server_failed", retry_after=_DOWN_RETRY_S))
 
     def drain_soon(self, timeout: float) -> bool:
-        """`drain` from another thread; False where nothing is served yet, or no longer."""
+        """`drain` from another thread; False if nothing is served yet, or no longer."""
         if self._loop is None or self.state is not State.READY:
             return False
         self._loop.call_soon_threadsafe(self.drain, timeout)
         return True
 
     def fail_soon(self, reason: str) -> None:
-        """`fail` from another thread, for a process about to end; gives clients a moment to be
-        told."""
+        """`fail` from another thread, for a dying process; waits a moment for clients to read."""
         if self._loop is None or self._loop.is_closed():
             return
         self._nobody_left.clear()
         self._loop.call_soon_threadsafe(self._fail_then_tell, reason)
         self._nobody_left.wait(FAREWELL_S)
-        time.sleep(0.05)  # the last response is with the kernel only after its call was closed
+        time.sleep(0.05)  # the last response reaches the kernel only after its call is closed
 
     def _fail_then_tell(self, reason: str) -> None:
         self.fail(reason)

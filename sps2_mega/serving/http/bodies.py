@@ -1,6 +1,6 @@
 """Request bodies of the server, as its OpenAPI schema shows them.
 
-Fields shared with batch files are `request_fields`'; what they mean together is `protocol`'s.
+`request_fields` has the fields shared with batch files; `protocol` interprets them.
 """
 
 from __future__ import annotations

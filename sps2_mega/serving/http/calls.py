@@ -1,7 +1,7 @@
-"""One call of a client: its prompts in the engine, and what has come back of them so far.
+"""One client call: its prompts in the engine, and the results received so far.
 
-Lives in the event loop's thread. Opening, ending and routing of calls is `async_engine`'s; how a
-call's events become bytes is `answers`'.
+A call lives in the event loop's thread. `async_engine` opens, ends and routes calls;
+`answers` turns a call's events into bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sps2_mega.types import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A step added something to sample `delta.index` of prompt `prompt_index`."""
+    """Step output for sample `delta.index` of prompt `prompt_index`."""
 
     prompt_index: int
     delta: OutputDelta
@@ -26,8 +26,10 @@ class Delta:
 
 @dataclass(slots=True, kw_only=True)
 class Call:
-    """Ends when all prompts are answered (`outputs` has one entry each) or with the first
-    failure."""
+    """Call that ends with the last of its prompts' answers, or with the first failure.
+
+    `outputs` has one entry per answered prompt.
+    """
 
     call_id: str
     prompts: list[list[int]]
@@ -54,7 +56,7 @@ class Call:
         return self.timeout - (self.deadline - asyncio.get_running_loop().time())
 
     def engine_id(self, prompt_index: int) -> str:
-        """The name of one prompt's request in the engine."""
+        """Request id of one prompt in the engine."""
         return f"{self.call_id}/{prompt_index}"
 
     def add(self, event: Delta | ApiError) -> None:
@@ -70,15 +72,16 @@ class Call:
         return self._news.set()
 
     async def deltas(self, *, silence: float) -> AsyncIterator[list[Delta]]:
-        """What steps add, all that has come at a time, until everything is answered; nothing after
-        each `silence` seconds without.
+        """Yield new deltas in batches until every prompt is answered; [] during silence.
+
+        An empty batch follows every `silence` seconds without deltas.
 
         Raises:
             ApiError: the call failed, or took too long.
         """
         loop = asyncio.get_running_loop()
         heard = loop.time()
-        # One timer per silence and not per event: when it fires too early, the next one is set.
+        # One timer per silence and not per event: if it fires too early, the next one is set.
         timer: asyncio.TimerHandle | None = None
 
         def look() -> None:
@@ -111,7 +114,7 @@ class Call:
                 timer.cancel()
 
     def _taken(self) -> tuple[list[Delta], ApiError | None]:
-        """All waiting deltas, and the failure that ends them."""
+        """Take all waiting deltas, and the failure that ends them."""
         deltas: list[Delta] = []
         while self._events:
             event = self._events.popleft()
@@ -121,7 +124,7 @@ class Call:
         return deltas, None
 
     async def finish(self) -> list[RequestOutput]:
-        """Waits for everything; one output per prompt, in order.
+        """Wait until every prompt is answered; return one output per prompt, in order.
 
         Raises:
             ApiError: the call failed, or took too long.

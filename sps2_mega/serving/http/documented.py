@@ -1,4 +1,4 @@
-"""Error responses of the routes in the OpenAPI schema; FastAPI adds the good ones."""
+"""Error responses of the routes in the OpenAPI schema; FastAPI adds the successful ones."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class ErrorBody(pydantic.BaseModel):
 
 
 _TEXTS = {
-    400: "The request is malformed, or asks for what is not supported",
+    400: "The request is malformed, or asks for something that is not supported",
     401: "The API key is missing or wrong",
     404: "The model is not served here",
     413: "The prompt does not fit the context or the KV cache, or the body is too large",
     422: "The request is malformed",
-    429: "The queue is full; Retry-After says when to come back",
+    429: "The queue is full; Retry-After says when to try again",
     500: "The model produced no finite numbers for this request",
     503: "The server is loading, shutting down or has failed",
     504: "The answer took longer than the server allows",
@@ -33,7 +33,7 @@ _TEXTS = {
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route can answer besides success."""
+    """Error responses of a route."""
     return {status: {"model": ErrorBody, "description": _TEXTS[status]} for status in statuses}
 
 

@@ -1,8 +1,6 @@
-"""The engine's side of the server: takes commands between steps, runs steps, hands results to the
-event loop.
+"""Main-thread loop of the server: takes commands between steps, runs steps, delivers results.
 
-Runs in rank 0's main thread until it is told to stop. Decides nothing about clients: who may open a
-call, and what happens to results, is `async_engine`'s.
+It runs in rank 0's main thread until `Stop`. `async_engine` admits calls and handles results.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End the loop after the step under way; what is in the engine then is dropped."""
+    """End the loop after the current step; requests still in the engine are dropped."""
 
 
 Command = Submit | Abort | Stop
@@ -41,7 +39,7 @@ Command = Submit | Abort | Stop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one turn of the loop brought; `refused` are (engine id, why) of submissions."""
+    """Results of one turn of the loop; `refused` are (engine id, reason) of submissions."""
 
     deltas: list[OutputDelta] = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
@@ -50,7 +48,7 @@ class StepResult:
 
 
 class ServedEngine(Protocol):
-    """What serving needs of an engine, beyond `max_model_len` and `tokenizer`."""
+    """The part of an engine that serving uses, besides `max_model_len` and `tokenizer`."""
 
     def add_request(
         self,
@@ -78,8 +76,7 @@ def run_engine(
     commands: queue.SimpleQueue[Command],
     deliver: Callable[[StepResult], None],
 ) -> None:
-    """Serves until `Stop`; an idle engine costs nothing. An abort takes effect before the next
-    step."""
+    """Serve until `Stop`; an idle engine costs nothing. Aborts take effect before the next step."""
     while True:
         refused, stopped = _take_commands(engine, commands)
         if stopped:
@@ -95,7 +92,7 @@ def run_engine(
 def _take_commands(
     engine: ServedEngine, commands: queue.SimpleQueue[Command]
 ) -> tuple[list[tuple[str, Refusal | str]], bool]:
-    """Carries out all that wait, and waits for one where there is nothing else to do."""
+    """Carry out all waiting commands; block for one if the engine is idle."""
     refused: list[tuple[str, Refusal | str]] = []
     command: Command | None = None if engine.has_work() else commands.get()
     while True:

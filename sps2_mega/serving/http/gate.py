@@ -1,5 +1,4 @@
-"""What every HTTP request passes first: a request id, the API key, the size of its body, a line in
-the log.
+"""Gate before every HTTP request: request id, API key, body size, and a line in the log.
 
 Plain ASGI, because middleware that wraps responses would hide that a client has left.
 """
@@ -26,20 +25,20 @@ from sps2_mega.serving.http.settings import ServerConfig
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
-# Without a key, so that load balancers, Prometheus and browsers need none; they tell nothing of
-# requests.
+# Open without a key, so that load balancers, Prometheus and browsers need
+# none; they reveal nothing about requests.
 OPEN_PATHS = frozenset(["/health", "/ready", "/metrics", "/version", "/openapi.json", *PAGE_PATHS])
 _QUIET_PATHS = frozenset(["/health", "/ready", "/metrics", "/status", *PAGE_PATHS])
 _VALID_ID = re.compile(r"[!-~]{1,128}")
 
 
 class Gate:
-    """Lets a request through with an id in its scope, or answers it with 401 or 413."""
+    """Middleware that gives a request an id and passes it on, or answers it with 401 or 413."""
 
     def __init__(
         self, app: ASGIApp, *, config: ServerConfig, metrics: ServerMetrics, paths: frozenset[str]
     ) -> None:
-        """`paths` are the routes, the only values that metrics may show."""
+        """Wrap `app`; `paths` are the routes, the only values that metrics may show."""
         self._app, self._metrics, self._paths = app, metrics, paths
         self._max_body = config.max_body_bytes
         self._key = None if config.api_key is None else f"Bearer {config.api_key}".encode()
@@ -89,7 +88,7 @@ class Gate:
         return f"the request body is larger than {self._max_body} bytes"
 
     def _limited(self, receive: Receive) -> Receive:
-        """Counts, for bodies that do not say how long they are."""
+        """Count received bytes, for bodies that do not state their length."""
         received = 0
 
         async def counted() -> Message:
@@ -121,12 +120,12 @@ def response_of(error: ApiError, request_id: str | None) -> JSONResponse:
 
 
 def request_id_of(scope: Scope) -> str:
-    """The id that the gate gave."""
+    """Request id assigned by the gate."""
     state: dict[str, Any] = scope["state"]
     return str(state["request_id"])
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own where it is printable, so that logs on both sides match."""
+    """The client's own id if it is printable, so that both logs match; otherwise a new one."""
     given = headers.get(REQUEST_ID_HEADER, "")
     return given if _VALID_ID.fullmatch(given) else uuid.uuid4().hex

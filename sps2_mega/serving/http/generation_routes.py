@@ -1,5 +1,4 @@
-"""`/v1/completions` and `/v1/chat/completions`: from a body to a call, from the call to an
-answer."""
+"""`/v1/completions` and `/v1/chat/completions`: body to call, call to answer."""
 
 from __future__ import annotations
 
@@ -30,14 +29,14 @@ from sps2_mega.types import SamplingParams
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1", tags=["generation"], responses=GENERATION_RESPONSES)
 
-# Longer texts are tokenised in another thread, so that streams go on meanwhile.
+# Longer texts are tokenised in another thread, so that streams continue meanwhile.
 _LONG_TEXT = 20_000
 _LEFT = 499  # as nginx logs a client that closed the connection; nobody receives it
 
 
 @router.post("/completions")
 async def completions(body: CompletionBody, request: Request) -> Response:
-    """The continuation of a prompt, or of each of several: text, token ids, or a list of either."""
+    """Continue a prompt, or each of several: text, token ids, or a list of either."""
     state = server_state(request)
     prompts = _prompts_of(body)
     fields = await _fields(request) | {"prompt": prompts[0]}
@@ -48,14 +47,14 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
 @router.post("/chat/completions")
 async def chat_completions(body: ChatBody, request: Request) -> Response:
-    """The next message of a conversation."""
+    """Generate the next message of a conversation."""
     state = server_state(request)
     parsed = _parsed(await _fields(request), "chat", state)
     return await _generate(request, state, [parsed], stream=body, echo=False)
 
 
 async def _fields(request: Request) -> dict[str, Any]:
-    """The body as it came, without what only the server reads."""
+    """The body as received, without the fields that only the server reads."""
     fields: dict[str, Any] = await request.json()
     return {name: value for name, value in fields.items() if name not in ("stream", "echo")}
 
@@ -63,7 +62,7 @@ async def _fields(request: Request) -> dict[str, Any]:
 def _parsed(
     fields: dict[str, Any], kind: Kind, state: ServerState, *, echo: bool = False
 ) -> ParsedRequest:
-    state.async_engine.model  # noqa: B018  503 goes before anything else
+    state.async_engine.model  # noqa: B018  503 precedes every other error
     try:
         parsed = parse_request(fields, kind=kind, echo=echo)
     except RequestError as error:
@@ -128,7 +127,7 @@ async def _generate(
         tokenizer=state.async_engine.model.tokenizer,
         request_id=request_id_of(request.scope),
         echoes=echoes,
-        scores_prompts=params.prompt_logprobs is not None,
+        has_prompt_logprobs=params.prompt_logprobs is not None,
         include_usage=bool(stream.stream_options and stream.stream_options.include_usage),
     )
     if stream.stream:
@@ -158,7 +157,7 @@ async def _made(answer: Answer, outputs: list[RequestOutput]) -> Response:
 
 
 async def _unless_left(request: Request, call: Call) -> Any:
-    """The call's outputs; None when the client closed the connection before."""
+    """The call's outputs; None if the client closed the connection before."""
     answered = asyncio.ensure_future(call.finish())
     left = asyncio.ensure_future(_disconnected(request))
     try:
@@ -177,8 +176,7 @@ async def _disconnected(request: Request) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; headers go out at once, and the call is closed however the stream
-    ends."""
+    """Response of server-sent events; headers are sent at once, and the call is always closed."""
 
     def __init__(self, call: Call, answer: Answer, *, keep_alive: float) -> None:
         super().__init__(

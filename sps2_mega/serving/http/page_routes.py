@@ -1,8 +1,7 @@
-"""The page at `/`: files of the folder `page`, as they are. They ask `/status` and `/v1`, and
-nothing elsewhere.
+"""The page at `/`: files of the folder `page`, unchanged, that use `/status` and `/v1` only.
 
-Served without an API key, since they tell nothing; the page asks its reader for the key where one
-is needed.
+They are served without an API key, since they reveal nothing; the page asks
+its reader for the key if one is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _FILES = {
 }
 PAGE_PATHS = frozenset(_FILES)
 _HEADERS = {
-    # A browser with an older page would ask in ways that a newer server may not know.
+    # A browser with an older page could send requests that a newer server does not know.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "

@@ -1,7 +1,7 @@
-"""Metrics for Prometheus: the names that dashboards of LLM servers know, under our prefix.
+"""Prometheus metrics, under the names that dashboards of LLM servers know, with our prefix.
 
-What the durations mean is defined in `sps2_mega.metrics`. A renamed metric breaks dashboards, so a
-test freezes the names.
+`sps2_mega.metrics` defines the durations. A renamed metric breaks
+dashboards, so a test freezes the names.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class ServerMetrics:
             )
             return metric.labels(model_name)
 
-        self._running = gauge("num_requests_running", "Samples that are decoded or prefilled.")
-        self._waiting = gauge("num_requests_waiting", "Samples that wait in the queue.")
+        self._running = gauge("num_requests_running", "Samples being prefilled or decoded.")
+        self._waiting = gauge("num_requests_waiting", "Samples waiting in the queue.")
         self._kv_usage = gauge("kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.")
         self._rank_kv_usage = Gauge(
             PREFIX + "kv_cache_rank_usage_perc",
-            "The same of each SP rank of a side: all, or prefill and decode.",
+            "Used share of each SP rank's KV cache; side is all, prefill or decode.",
             [*labels, "side", "sp_rank"],
             registry=self._registry,
         )
@@ -83,7 +83,7 @@ class ServerMetrics:
         self._output = counter("generation_tokens", "Tokens generated.")
         self._success = counter("request_success", "Samples answered.", "finished_reason")
         self._errors = counter("request_error", "Requests whose generation failed.")
-        self._aborted = counter("request_aborted", "Calls left by their clients, or failed.")
+        self._aborted = counter("request_aborted", "Calls abandoned by their clients, or failed.")
         self._rejections = counter("admission_rejections", "Calls turned away.", "reason")
         self._http = counter("http_requests", "HTTP responses.", "path", "status")
         self._ttft = histogram("time_to_first_token_seconds", "TTFT, queue included.", _FIRST_TOKEN)
@@ -98,11 +98,11 @@ class ServerMetrics:
         self._last: Any = None
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Metrics in the exposition format."""
         return generate_latest(self._registry)
 
     def engine_stats(self, stats: Any) -> None:
-        """Takes a snapshot of the engine; its token counts are cumulative."""
+        """Record a snapshot of the engine; its token counts are cumulative."""
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
@@ -144,5 +144,5 @@ class ServerMetrics:
         self._rejections.labels(self._model_name, reason).inc()
 
     def responded(self, path: str, status: int) -> None:
-        """`path` must be one of few: every value becomes a series."""
+        """Count an HTTP response; `path` must be one of few: every value becomes a series."""
         self._http.labels(self._model_name, path, str(status)).inc()

@@ -1,6 +1,6 @@
-"""How long clients waited lately: percentiles of TTFT and TBT over a sliding minute.
+"""Recent waits of clients: percentiles of TTFT and TBT over a sliding minute.
 
-What the two are is `sps2_mega.metrics`'; totals since the start are `prometheus`'.
+`sps2_mega.metrics` defines both; `prometheus` has the totals since the start.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SLICE_S = 5.0
 
 @dataclass(slots=True)
 class _Slice:
-    """The waits that ended within `_SLICE_S` seconds."""
+    """Waits that ended within `_SLICE_S` seconds."""
 
     began: float
     ttft: DurationHistogram = field(default_factory=DurationHistogram)
@@ -26,10 +26,10 @@ class _Slice:
 
 
 class RecentWaits:
-    """Memory is bounded by the window, however many tokens there are."""
+    """Histograms of recent waits; the window bounds their memory, however many tokens there are."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives seconds."""
+        """Start empty; `clock` gives seconds."""
         self._clock = clock
         self._slices: deque[_Slice] = deque()
 
@@ -46,13 +46,13 @@ class RecentWaits:
             newest.tbt.add(seconds)
 
     def histograms(self) -> tuple[DurationHistogram, DurationHistogram]:
-        """TTFT and TBT of the window."""
+        """TTFT and TBT histograms of the window."""
         self._forget()
         ttft = _sum([part.ttft for part in self._slices])
         return ttft, _sum([part.tbt for part in self._slices])
 
     def _forget(self) -> float:
-        """Drops what began before the window; returns the time."""
+        """Drop slices that began before the window; return the time."""
         now = self._clock()
         while self._slices and now - self._slices[0].began > WINDOW_S:
             self._slices.popleft()

@@ -1,6 +1,6 @@
-"""Uvicorn in a thread of its own, on a socket that was bound before anything heavy began.
+"""Uvicorn in a thread of its own, on a socket that is bound before any heavy work begins.
 
-The main thread belongs to the engine; signals are `comm.guard`'s.
+The main thread belongs to the engine; `comm.guard` handles signals.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from fastapi import FastAPI
 from sps2_mega.errors import ConfigError
 from sps2_mega.serving.http.async_engine import AsyncEngine
 
-# Python's own, 5 ms, is how long the engine's thread may wait after each operator while this one is
-# computing.
+# Python's default, 5 ms, is the time the engine's thread may wait for this one after each operator.
 _SWITCH_S = 1e-4
-_LINGER_S = 3  # for the last responses, once the engine has stopped
+_LINGER_S = 3  # seconds for the last responses, once the engine has stopped
 _BACKLOG = 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; requests wait there until the server runs.
+    """Open a listening socket; requests wait there until the server runs.
 
     Raises:
         ConfigError: the address is taken or not of this machine.
@@ -48,14 +47,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where clients find the server; one on all interfaces is shown by the loopback address."""
+    """URL for clients; a server on all interfaces is shown by the loopback address."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class HttpServer:
-    """Runs from `start` to `stop`; both are the main thread's."""
+    """HTTP server that runs from `start` to `stop`, both called by the main thread."""
 
     def __init__(self, app: FastAPI, async_engine: AsyncEngine, listener: socket.socket) -> None:
         self._async_engine, self._listener = async_engine, listener
@@ -73,19 +72,21 @@ class HttpServer:
         self._thread = threading.Thread(target=self._run, name="sps2-http", daemon=True)
 
     def start(self) -> None:
-        """Returns once requests are taken. Threads of this process change places more often from
-        now on."""
+        """Start the thread and return once requests are taken.
+
+        From now on threads of this process switch more often.
+        """
         sys.setswitchinterval(_SWITCH_S)
         self._thread.start()
         self._running.wait()
 
     def call_soon(self, function: Callable[..., object], *arguments: object) -> None:
-        """Calls in the event loop's thread; after its end nobody is left to be told."""
+        """Call a function in the event loop's thread; do nothing after the loop's end."""
         with contextlib.suppress(RuntimeError):
             self._async_engine.loop.call_soon_threadsafe(function, *arguments)
 
     def stop(self) -> None:
-        """Closes the port and waits a little for responses under way."""
+        """Close the port and wait a little for responses in progress."""
         self._server.should_exit = True
         self._thread.join(_LINGER_S + 2)
 

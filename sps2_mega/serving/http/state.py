@@ -1,4 +1,4 @@
-"""What routes need of the server they belong to."""
+"""Server state that routes need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _MAX_WARNINGS = 100  # a client can invent any number of field names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
-    """`model_names` are what clients may call the model; the first one is shown to them."""
+    """The server's engine and settings.
+
+    `model_names` are the names by which clients may call the model; the first one is shown to them.
+    """
 
     async_engine: AsyncEngine
     config: ServerConfig

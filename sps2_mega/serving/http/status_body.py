@@ -1,5 +1,7 @@
-"""The body of `/status`: what the page at `/` shows, in one JSON object. Numbers only, no texts of
-requests."""
+"""Body of `/status`: the content of the page at `/` as one JSON object.
+
+It holds numbers only, no texts of requests.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class Memory(pydantic.BaseModel):
 
 
 class PoolLayout(pydantic.BaseModel):
-    """Ranks that do the same: `all`, or those of `prefill` and of `decode`."""
+    """Ranks with one role: `all`, or `prefill` and `decode` separately."""
 
     name: str
     tp: int
@@ -30,9 +32,11 @@ class PoolLayout(pydantic.BaseModel):
 
 
 class Layout(pydantic.BaseModel):
-    """What runs, once it is loaded. Levels and transport are those of the first side; `sp_levels`
-    are sizes of the SP levels, innermost first. `memory` is of each rank, those of the first side
-    first."""
+    """Configuration of the loaded engine.
+
+    Levels and transport are those of the first pool; `sp_levels` are sizes of the SP levels,
+    innermost first. `memory` has one entry per rank, those of the first pool first.
+    """
 
     world_size: int
     sides: list[PoolLayout]
@@ -45,7 +49,7 @@ class Layout(pydantic.BaseModel):
 
 
 class PoolKVCache(pydantic.BaseModel):
-    """Blocks of a side's SP ranks: how many each has, and has in use."""
+    """Blocks per SP rank of a pool, and the number in use on each."""
 
     name: str
     blocks_per_rank: int
@@ -53,7 +57,7 @@ class PoolKVCache(pydantic.BaseModel):
 
 
 class KVCache(pydantic.BaseModel):
-    """In blocks of `block_size` tokens, side by side as in the layout."""
+    """KV cache in blocks of `block_size` tokens; `sides` are in the order of the layout."""
 
     block_size: int
     sides: list[PoolKVCache]
@@ -70,7 +74,7 @@ class Load(pydantic.BaseModel):
 
 
 class Waits(pydantic.BaseModel):
-    """Seconds; null while there are none."""
+    """Percentiles in seconds; null while there are none."""
 
     count: int
     p50_s: float | None
@@ -86,7 +90,7 @@ class Latency(pydantic.BaseModel):
 
 
 class OpenRequest(pydantic.BaseModel):
-    """One request that is not answered yet; `output_tokens` are told for streams only."""
+    """One unanswered request; `output_tokens` is known for streams only."""
 
     age_s: float
     prompt_tokens: int
@@ -96,8 +100,11 @@ class OpenRequest(pydantic.BaseModel):
 
 
 class StatusBody(pydantic.BaseModel):
-    """`stage` says what a loading server is at, `reason` why one has failed. `requests` are the
-    oldest ones of `open_requests`."""
+    """State of the server.
+
+    `stage` is the current stage of a loading server, `reason` the failure of a failed one.
+    `requests` are the oldest of `open_requests`.
+    """
 
     state: str
     stage: str | None
@@ -116,7 +123,7 @@ class StatusBody(pydantic.BaseModel):
 def status_of(
     async_engine: AsyncEngine, *, model: str, version: str, uptime_s: float
 ) -> StatusBody:
-    """The state of a server in all its states; to be called in the event loop's thread."""
+    """Status body in any state of the server; call it in the event loop's thread."""
     facts = None if async_engine.served is None else async_engine.served.facts
     ttft, tbt = async_engine.recent_waits.histograms()
     return StatusBody(

@@ -1,4 +1,4 @@
-"""What the server is and how it is: health, readiness, status, metrics, version, models."""
+"""Routes about the server itself: health, readiness, status, metrics, version, models."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ router = APIRouter(tags=["status"])
 
 @router.get("/health", responses=responses(503))
 async def health(request: Request) -> dict[str, Any]:
-    """Live: 200 from the first moment, also while loading and draining; 503 once the engine has
-    failed."""
+    """Live: 200 from the first moment, even while loading and draining; 503 after a failure."""
     async_engine = server_state(request).async_engine
     if async_engine.state is State.FAILED:
         async_engine.model  # noqa: B018  raises with the reason
@@ -30,8 +29,7 @@ async def health(request: Request) -> dict[str, Any]:
 
 @router.get("/ready", responses=responses(503))
 async def ready(request: Request) -> dict[str, Any]:
-    """Whether requests are taken: weights are loaded, all ranks alive, and nobody asked the server
-    to stop."""
+    """Readiness: weights are loaded, all ranks alive, and the server is not shutting down."""
     state = server_state(request)
     state.async_engine.model  # noqa: B018  503 unless ready
     return {
@@ -43,8 +41,10 @@ async def ready(request: Request) -> dict[str, Any]:
 
 @router.get("/status", responses=responses(401))
 async def status(request: Request) -> StatusBody:
-    """What the page at / shows: model, ranks, memory, queue, KV cache and recent latency; 200 in
-    every state."""
+    """Content of the page at /: model, ranks, memory, queue, KV cache and recent latency.
+
+    200 in every state.
+    """
     state = server_state(request)
     return status_of(
         state.async_engine,
@@ -56,7 +56,7 @@ async def status(request: Request) -> StatusBody:
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
+    """Metrics in Prometheus's text format."""
     text = server_state(request).async_engine.metrics.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -68,7 +68,7 @@ async def version() -> dict[str, str]:
 
 @router.get("/v1/models", responses=responses(401, 503))
 async def models(request: Request) -> dict[str, Any]:
-    """The one model that is served."""
+    """List the one model that is served."""
     return {"object": "list", "data": [_model(server_state(request))]}
 
 

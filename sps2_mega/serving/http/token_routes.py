@@ -20,8 +20,10 @@ router = APIRouter(tags=["tokens"], responses=TOKEN_RESPONSES)
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
-    """Token ids of a text, with the special tokens of a prompt unless told otherwise, or of
-    messages."""
+    """Token ids of a text or of messages.
+
+    A text gets the special tokens of a prompt unless `add_special_tokens` is false.
+    """
     model = server_state(request).async_engine.model
     try:
         tokens = await asyncio.to_thread(_tokens, body, model.tokenizer)
@@ -32,7 +34,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
-    """The text of token ids, special tokens included; ids that no token has give no text."""
+    """Text of token ids, special tokens included; unknown ids give no text."""
     tokenizer = server_state(request).async_engine.model.tokenizer
     if tokenizer is None:
         raise ApiError(400, "the model was loaded without a tokenizer")

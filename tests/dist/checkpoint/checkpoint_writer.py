@@ -1,4 +1,4 @@
-"""Checkpoints written by megatron-core itself, at real TP x PP, to be read back by the tests.
+"""Checkpoints written by megatron-core itself at real TP x PP, for the tests to read back.
 
 The functions run in a private pool of ranks: they patch `torch.cuda` calls that megatron-core's
 writer makes even on a CPU, which must not leak into other tests.
@@ -68,7 +68,7 @@ ITERATION = 25
 
 
 def canonical_weights(config: ModelConfig) -> dict[str, Any]:
-    """The same random canonical tensors in every process; no two values of a tensor are alike."""
+    """Random canonical tensors, equal in every process; no two values of a tensor are alike."""
     import torch
 
     from sps2_mega.checkpoint.canonical import canonical_shapes
@@ -81,14 +81,14 @@ def canonical_weights(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_numbered(rank: int, root: Path, config: ModelConfig, tp: int, pp: int) -> None:
-    """As `write_torch_dist`, with one entry per layer instead of stacked ones."""
+    """Write as `write_torch_dist`, with one entry per layer instead of stacked ones."""
     write_torch_dist(rank, root, config, tp, pp, non_homogeneous_layers=True)
 
 
 def write_torch_dist(
     rank: int, root: Path, config: ModelConfig, tp: int, pp: int, **metadata: bool
 ) -> None:
-    """Model and Adam state, as a training run saves them; `metadata` goes to megatron-core."""
+    """Write model and Adam state, as a training run saves them, with the given `metadata`."""
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -126,7 +126,7 @@ def write_torch_dist(
 
 
 def write_legacy(rank: int, root: Path, config: ModelConfig, tp: int, pp: int) -> None:
-    """One file per TP rank and pipeline stage, with optimizer and random state inside."""
+    """Write one file per TP rank and pipeline stage, with optimizer and random state inside."""
     import numpy
     import torch
     from megatron.core import parallel_state
@@ -153,7 +153,7 @@ def write_legacy(rank: int, root: Path, config: ModelConfig, tp: int, pp: int) -
 
 
 def load_with_megatron(rank: int, folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """A checkpoint of ours as megatron-core's own loader reads it, at TP 1."""
+    """Load one of our checkpoints with megatron-core's own loader, at TP 1."""
     from megatron.core import dist_checkpointing
 
     model = build_model(config, 1, 1)
@@ -165,7 +165,7 @@ def load_with_megatron(rank: int, folder: Path, config: ModelConfig) -> dict[str
 
 
 def build_model(config: ModelConfig, tp: int, pp: int) -> Any:
-    """megatron-core's GPTModel on this rank's shard and stage, with the canonical weights in it."""
+    """Build megatron-core's GPTModel of this rank's shard and stage, with the canonical weights."""
     import torch
     import torch.nn.functional as F
     from megatron.core import parallel_state
@@ -216,8 +216,7 @@ def build_model(config: ModelConfig, tp: int, pp: int) -> Any:
 
 
 def fill(model: Any, config: ModelConfig, tp: int) -> None:
-    """Copies each canonical weight's shard into the model; every parameter of the stage gets
-    one."""
+    """Copy each canonical weight's shard into the model; every parameter of the stage gets one."""
     import torch
     from megatron.core import parallel_state
 
@@ -238,7 +237,7 @@ def fill(model: Any, config: ModelConfig, tp: int) -> None:
 
 
 def megatron_args(config: ModelConfig, tp: int, pp: int) -> Namespace:
-    """A training run's arguments, as far as they describe the model, with a few that do not."""
+    """Arguments of a training run: those that describe the model, and a few that do not."""
     import signal
 
     import torch

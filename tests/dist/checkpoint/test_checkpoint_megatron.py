@@ -1,5 +1,4 @@
-"""Checkpoints of megatron-core, written at TP x PP with optimizer state, read back to the original
-tensors."""
+"""megatron-core checkpoints, written at TP x PP with optimizer state, give the original tensors."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ def test_a_checkpoint_loads_at_any_tp(roots: dict[str, Path], case: str, tp: int
 def test_logits_are_those_of_transformers_at_any_tp(
     roots: dict[str, Path], tmp_path: Path, tp: int
 ) -> None:
-    """transformers gets the same weights through our Hugging Face export, itself tested bit for
-    bit."""
+    """transformers gets the weights through our Hugging Face export, itself tested bit for bit."""
     import transformers
 
     prompts = [[5], [1, 2, 3, 4, 5, 6, 70], list(range(33))]

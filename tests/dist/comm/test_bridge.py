@@ -1,5 +1,4 @@
-"""Messages between any two ranks: complete, in order, of any size, whatever the receiver does
-meanwhile."""
+"""Messages between any two ranks: complete, in order, of any size, and at any time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Exchanges that go on beside the computation bring every row to its place, in one part or in
-many."""
+"""Exchanges that overlap with computation deliver every row to its place, in one part or many."""
 
 from __future__ import annotations
 

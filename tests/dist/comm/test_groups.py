@@ -1,5 +1,4 @@
-"""Groups made through Megatron's parallel state are those of the pure topology; collectives on
-ragged rows."""
+"""Groups made through Megatron's parallel state match the topology; collectives on ragged rows."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def members_on_rank(rank, port, tp, sp, levels):
 
     found = [members(g) for g in (groups.tp, groups.sp, groups.control, *groups.sp_levels)]
     assert members(groups.sp_back) == members(groups.sp)
-    # Another communicator, but one account of what was sent.
+    # Another communicator, but one count of bytes sent.
     assert groups.sp_back.handle is not groups.sp.handle or groups.sp.size == 1
     assert groups.sp_back.traffic is groups.sp.traffic
     finalize()

@@ -1,5 +1,4 @@
-"""Messages between CPUs: they match in order, empty ones do not travel, and a peer that is silent
-is an error."""
+"""Messages between CPUs: matched in order, empty ones not sent, and a silent peer is an error."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ def many_on_rank(rank, size):
     group = Group(rank=rank, size=size, handle=default_group())
     posted = []
     for number in range(20):
-        # What rank r sends to p in exchange number n: some of them nothing, one of them much.
+        # Rows that rank r sends to p in exchange number n: sometimes none, once many.
         length = [[(r + 2 * p + number) % 4 * 7 for p in range(size)] for r in range(size)]
         length[0][size - 1] += 300_000 * (number == 3)
         sends = [(p, torch.full((length[rank][p],), 100.0 * number + rank)) for p in range(size)]

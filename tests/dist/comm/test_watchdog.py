@@ -1,4 +1,4 @@
-"""Jobs of plain processes end fast, completely, with one reason, however a rank is lost."""
+"""Jobs of plain processes end fast, completely and with one reason, however a rank is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("watchdog_rank.py")
 ROOT = Path(__file__).resolve().parents[3]
-HEARTBEAT_TIMEOUT_S = 2.0  # what the program uses, but in one scenario
+HEARTBEAT_TIMEOUT_S = 2.0  # of the program, except in one scenario
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Job:
     ranks: list[subprocess.Popen]
 
     def wait_ready(self, timeout: float = 20) -> None:
-        """Until every rank is inside its step."""
+        """Wait until every rank is inside its step."""
         deadline = time.monotonic() + timeout
         while not all((self.folder / f"ready-{r}").exists() for r in range(len(self.ranks))):
             assert time.monotonic() < deadline, self.errors()
             time.sleep(0.01)
 
     def wait_end(self, timeout: float) -> list[int]:
-        """Exit codes; fails if a rank is alive after `timeout` seconds from now."""
+        """Exit codes; fails if a rank is still alive `timeout` seconds from now."""
         deadline = time.monotonic() + timeout
         return [rank.wait(max(0.01, deadline - time.monotonic())) for rank in self.ranks]
 
@@ -41,7 +41,7 @@ class Job:
         return [(self.folder / f"stderr-{r}").read_text() for r in range(len(self.ranks))]
 
     def messages(self) -> list[str]:
-        """All lines of the runtime's own, from all ranks."""
+        """All lines of the runtime itself, from all ranks."""
         lines = "".join(self.errors()).splitlines()
         return [line for line in lines if line.startswith("sps2_mega:")]
 

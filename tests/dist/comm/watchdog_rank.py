@@ -1,16 +1,15 @@
-"""A program of a few ranks with a watchdog and no torch, for tests that kill, stop and break its
-ranks.
+"""A program of a few ranks with a watchdog and no torch, for tests that kill, stop and break ranks.
 
-Usage: watchdog_rank.py FOLDER SCENARIO [RANK]. The hub's address passes through a file in FOLDER; a
-rank writes `ready-R` there when it is inside its step. What RANK does in its third step is the
-scenario:
+Usage: watchdog_rank.py FOLDER SCENARIO [RANK]. The hub's address
+passes through a file in FOLDER; a rank writes `ready-R` there once it
+is inside its step. The scenario is RANK's action in its third step:
 
     work      nothing special; all ranks end cleanly after the steps
-    sleep     every rank stays in the step (until somebody kills one)
+    sleep     every rank stays in the step (until it is killed)
     raise     RANK raises, the others sleep
     overdue   RANK sleeps in the step, the others go on to the next one and sleep there
     lost      RANK raises as a transport does whose peer died, while the others sleep
-    stall     RANK says that it is ready and sleeps; the others complain as transports do 2 s later
+    stall     RANK reports ready and sleeps; the others complain as transports do 2 s later
     quit      RANK ends with code 0, but without closing its watchdog, while the others close theirs
     early     RANK raises before there is a watchdog
     fresh     every rank has started and waits for its first step
@@ -33,24 +32,24 @@ from sps2_mega.parallel.launcher import LaunchInfo, from_environment
 def main(info: LaunchInfo, folder: Path, scenario: str, culprit: int) -> None:
     if scenario == "early":
         raise ConfigError("tp 3 does not divide 4 heads")
-    life = start(
+    watchdog = start(
         info,
         folder,
         step_timeout=1.0 if scenario == "overdue" else 60.0,
         heartbeat_timeout=8.0 if scenario == "stall" else 2.0,
     )
     is_culprit = info.rank == culprit
-    life.wait_for_work()
+    watchdog.wait_for_work()
     if scenario == "fresh":
         wait_for_work(folder / f"ready-{info.rank}")
     for step in range(3):
-        life.step_begin(step, "decode")
+        watchdog.step_begin(step, "decode")
         time.sleep(0.02)
         if step == 2 and scenario != "idle":
             act(scenario, is_culprit, folder / f"ready-{info.rank}")
-        life.step_end()
+        watchdog.step_end()
     if scenario == "overdue":
-        life.step_begin(3, "decode")
+        watchdog.step_begin(3, "decode")
         time.sleep(60)
     if scenario == "idle":
         time.sleep(WAITING_AFTER_S)
@@ -59,11 +58,11 @@ def main(info: LaunchInfo, folder: Path, scenario: str, culprit: int) -> None:
         os._exit(0)
     if scenario == "work":
         time.sleep(0.3 * (info.rank if culprit == 0 else info.world_size - info.rank))
-    life.close()
+    watchdog.close()
 
 
 def wait_for_work(ready: Path) -> None:
-    time.sleep(0.5)  # the hub has heard of it
+    time.sleep(0.5)  # until the hub knows of it
     ready.touch()
     time.sleep(60)
 

@@ -1,4 +1,4 @@
-"""Small checkpoints made by hand for the tests of this folder."""
+"""Small handmade checkpoints for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CONFIGS = {
 
 
 class MemorySource:
-    """Random canonical weights as a source; vocabulary rows may be padded, names taken away."""
+    """Source of random canonical weights; vocabulary rows can be padded and names left out."""
 
     format = "memory"
     iteration = None
@@ -89,7 +89,7 @@ class MemorySource:
 
 
 def write_hf(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Path:
-    """A Hugging Face folder with exactly these tensors."""
+    """Write a Hugging Face folder with exactly these tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model_config_to_hf(config)))

@@ -1,5 +1,4 @@
-"""HF -> Megatron -> HF is the identity on every bit; nothing is overwritten, nothing half-written
-is read."""
+"""HF -> Megatron -> HF is the identity bit for bit; no overwriting, no reading of half a folder."""
 
 from __future__ import annotations
 

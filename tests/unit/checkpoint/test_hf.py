@@ -1,5 +1,4 @@
-"""Hugging Face folders: what transformers saved is read, what does not fit is listed in one
-error."""
+"""Hugging Face folders: reading of what transformers saved, and one error for all mismatches."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ def llama(tmp_path: Path) -> Path:
 
 
 def change(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Replaces, adds or (None) drops tensors of a folder's only file."""
+    """Replace, add or (None) drop tensors of a folder's only file."""
     tensors = load_file(folder / "model.safetensors") | changes
     save_file(
         {name: tensor for name, tensor in tensors.items() if tensor is not None},

@@ -1,5 +1,4 @@
-"""Streaming into parameters: slices, casts, padding, progress, and refusal before the first
-byte."""
+"""Streaming into parameters: slices, casts, padding, progress, and refusal before any read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Made-up weights: every parameter gets values, the same on all TP ranks where all hold it
-whole."""
+"""Random weights: every parameter gets values, equal on all TP ranks that hold it whole."""
 
 from __future__ import annotations
 

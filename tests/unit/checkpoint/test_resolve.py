@@ -1,4 +1,4 @@
-"""From what the user typed to configuration, weights and tokenizer; strict model files."""
+"""Resolution of a user's model name to configuration, weights and tokenizer; strict model files."""
 
 from __future__ import annotations
 
@@ -139,7 +139,8 @@ def test_a_model_file_may_suggest_sparse_attention(
     suggested = CSAConfig(degrees=(1, 4), spans=(512,), halo=64)
     assert resolve_model("mine").csa == suggested == suggested_csa("mine")
     assert suggested_csa(tmp_path / "weights") is None and suggested_csa("sps2-tiny") is None
-    # Nothing said: the file's; degrees said: nothing of the file's; else what was said goes first.
+    # Without flags the file's values apply; given degrees replace all of
+    # the file's, other flags single values.
     assert CSAConfig().over(suggested) == suggested
     assert CSAConfig(degrees=(1,)).over(suggested) == CSAConfig(degrees=(1,))
     assert CSAConfig(tail=9).over(suggested) == suggested.replace(tail=9)

@@ -23,7 +23,7 @@ from sps2_mega.errors import CheckpointError, ConfigError
 
 
 class Attack:
-    """Unpickling this calls `function(*args)`."""
+    """Object whose unpickling calls `function(*args)`."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.call = (function, args)

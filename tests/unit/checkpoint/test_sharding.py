@@ -1,5 +1,4 @@
-"""TP slices against a model written out by heads: every row of every weight is where Megatron
-expects it."""
+"""TP slices against a model written out by heads: each row of each weight is Megatron's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two command-line tools: what they print, and that they refuse in one line."""
+"""Output of the two command-line tools, and their one-line refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and odd torch_dist folders; how Megatron's names map to canonical ones."""
+"""Damaged and odd torch_dist folders; mapping of Megatron's names to canonical ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_torchs_own_reader_agrees(root: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pieces_in_other_shapes_are_put_together(tmp_path: Path, name: str) -> None:
-    """As torch itself would save it: whole stacked tensors, in one piece."""
+    """Whole stacked tensors in one piece, as torch itself would save them."""
     from torch.distributed.checkpoint import FileSystemWriter, save
 
     config = CONFIGS[name]

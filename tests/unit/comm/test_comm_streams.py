@@ -1,5 +1,4 @@
-"""CommStreams hand tensors over in the right order and know when exchanges were under way, without
-any peer."""
+"""CommStreams hand over tensors in order and time exchanges correctly, without any peer."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from sps2_mega.comm.exchange import Pending
 
 
 class Arrival:
-    """Work of a process group whose bytes arrive when the test says so."""
+    """Stand-in for torch's `Work` whose bytes arrive when the test decides."""
 
     def __init__(self):
         self.future = Future()
@@ -29,17 +28,17 @@ class Arrival:
 def test_on_cpu_the_end_is_when_bytes_came_not_when_somebody_waited():
     stream = make_comm_streams(torch.device("cpu")).gather
     work, taken = Arrival(), []
-    flight = stream.launch(lambda: Pending([work], torch.ones(3), torch.zeros(3)), taken.append)
+    in_flight = stream.launch(lambda: Pending([work], torch.ones(3), torch.zeros(3)), taken.append)
     work.future.set_result(None)
     came = time.perf_counter()
     time.sleep(0.05)  # computing
     assert not taken
-    stream.land(flight)
+    stream.land(in_flight)
     assert taken[0].tolist() == [1, 1, 1]
-    assert flight.posted <= flight.finished <= came < flight.blocked <= flight.free
+    assert in_flight.posted <= in_flight.finished <= came < in_flight.blocked <= in_flight.free
 
 
-def test_nothing_to_exchange_is_no_flight():
+def test_nothing_to_exchange_is_none():
     stream = make_comm_streams(torch.device("cpu")).scatter
     assert stream.launch(lambda: None, lambda received: None) is None
 
@@ -71,8 +70,8 @@ def test_on_cuda_side_streams_and_computation_wait_for_each_other():
         for _ in range(20):
             x = x + 1  # still running when the exchange is posted
         streams.gather.depend()
-        flight = streams.gather.launch(post(x), lambda y: received.update(gathered=y))
-        streams.gather.land(flight)
+        in_flight = streams.gather.launch(post(x), lambda y: received.update(gathered=y))
+        streams.gather.land(in_flight)
         z = received["gathered"] + 1
         streams.scatter.depend()
         back = streams.scatter.launch(post(z), lambda y: received.update(returned=y))
@@ -80,5 +79,7 @@ def test_on_cuda_side_streams_and_computation_wait_for_each_other():
         result = received["returned"] + 0
         assert result[0].item() == result[-1].item() == 2 * (2 * (step + 20) + 1)
         at = streams.clock.seconds
-        assert at(flight.posted) <= at(flight.finished) <= at(back.posted) <= at(back.finished)
+        assert (
+            at(in_flight.posted) <= at(in_flight.finished) <= at(back.posted) <= at(back.finished)
+        )
         streams.clock.restart()

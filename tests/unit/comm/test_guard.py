@@ -1,5 +1,4 @@
-"""A program that asks for time after a signal gets it once; what it does with it is its own
-business."""
+"""A program that asks for time after a signal gets it once, and uses it as it likes."""
 
 from __future__ import annotations
 

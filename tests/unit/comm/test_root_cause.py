@@ -1,4 +1,4 @@
-"""One root_cause from contradictory evidence: the cause is preferred to its effects, and named."""
+"""One root cause from contradictory evidence: causes win over effects and are named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sps2_mega.comm.root_cause import (
     Member,
     Place,
     cause_of,
-    judge,
+    find_root_cause,
     kind_of,
     traceback_of,
 )
@@ -34,7 +34,7 @@ def evidence(kind: Kind, rank: int, cause: str = "because", place: Place = STEP)
 
 
 def message_of(*items: Evidence, places: dict[int, Place] | None = None) -> str:
-    return judge(items, MEMBERS, places or {}, step_timeout=600).message
+    return find_root_cause(items, MEMBERS, places or {}, step_timeout=600).message
 
 
 def test_message_has_rank_node_pid_step_and_cause():
@@ -52,11 +52,11 @@ def test_cause_wins_over_effects_in_any_order():
         evidence(Kind.OVERDUE, 3),
     ]
     for order in itertools.permutations(items):
-        assert judge(order, MEMBERS, {}, step_timeout=600).culprit == 2
+        assert find_root_cause(order, MEMBERS, {}, step_timeout=600).culprit == 2
 
 
 def test_first_exception_is_the_culprit_and_different_ones_are_added():
-    root_cause = judge(
+    root_cause = find_root_cause(
         [
             evidence(Kind.RAISED, 2, "KeyError: 'x'"),
             evidence(Kind.RAISED, 0, "ValueError: y"),
@@ -78,9 +78,11 @@ def test_several_deaths_are_all_named():
 
 
 def test_only_silent_ranks_are_killed():
-    hung = judge([evidence(Kind.HUNG, 1), evidence(Kind.HUNG, 9)], MEMBERS, {}, step_timeout=600)
+    hung = find_root_cause(
+        [evidence(Kind.HUNG, 1), evidence(Kind.HUNG, 9)], MEMBERS, {}, step_timeout=600
+    )
     assert hung.hung == (MEMBERS[1],)
-    assert judge([evidence(Kind.DIED, 1)], MEMBERS, {}, step_timeout=600).hung == ()
+    assert find_root_cause([evidence(Kind.DIED, 1)], MEMBERS, {}, step_timeout=600).hung == ()
 
 
 def test_overdue_names_the_earliest_step_and_where_the_others_are():
@@ -128,7 +130,7 @@ def test_errors_of_the_users_input_have_no_traceback():
 
 def test_wire_keeps_every_field():
     item = evidence(Kind.OVERDUE, 2, place=Place(None, "start-up"))
-    root_cause = judge([evidence(Kind.HUNG, 1)], MEMBERS, {}, step_timeout=600)
+    root_cause = find_root_cause([evidence(Kind.HUNG, 1)], MEMBERS, {}, step_timeout=600)
     assert wire.evidence_from(wire.to_json(item)) == item
     assert wire.root_cause_from(wire.to_json(root_cause)) == root_cause
     assert wire.member_from(wire.to_json(MEMBERS[1])) == MEMBERS[1]

@@ -1,5 +1,4 @@
-"""Block ids of one rank: normal use, exhaustion, double frees, unknown ids, and a long mix of
-all."""
+"""Block ids of one rank: normal use, exhaustion, double frees, unknown ids, and long mixes."""
 
 import random
 
@@ -33,7 +32,7 @@ def test_exhaustion_is_asked_for_first_and_asserted_after():
     allocator = BlockAllocator(3)
     assert allocator.can_allocate(3)
     assert not allocator.can_allocate(4)
-    with pytest.raises(AssertionError, match="4 blocks asked for, 3 of 3 are free"):
+    with pytest.raises(AssertionError, match="4 blocks requested, 3 of 3 are free"):
         allocator.allocate(4)
     allocator.allocate(3)
     assert not allocator.can_allocate(1)

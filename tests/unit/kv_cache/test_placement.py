@@ -1,4 +1,4 @@
-"""Placement: balanced, within what each rank has free, and every block placed exactly once."""
+"""Placement: balanced, within each rank's free blocks, and every block placed exactly once."""
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +38,7 @@ def test_shard_sizes_are_as_equal_as_free_blocks_allow(num_blocks, free):
     assert sum(sizes) == num_blocks
     assert all(0 <= size <= limit for size, limit in zip(sizes, free, strict=True))
     largest = max(sizes)
-    # A rank may have less than the largest minus one only because it had no more free blocks.
+    # A rank may have fewer than the largest minus one only if it had no more free blocks.
     assert all(
         size >= largest - 1 or size == limit for size, limit in zip(sizes, free, strict=True)
     )

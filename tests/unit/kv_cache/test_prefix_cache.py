@@ -1,5 +1,4 @@
-"""Findable blocks: random histories of the ledger against a model, and what an allocator does with
-kept blocks."""
+"""Findable blocks: random histories of the ledger against a model; kept blocks of an allocator."""
 
 import pytest
 from hypothesis import HealthCheck, event, settings
@@ -23,8 +22,10 @@ def any_spans(spans):
 
 
 class LedgerHistories(RuleBasedStateMachine):
-    """Sequences of few different tokens, so that many share a beginning. `contents` is what each
-    place holds."""
+    """Sequences of few different tokens, so that many share a prefix.
+
+    `contents` maps each place to its content.
+    """
 
     sequences = Bundle("sequences")
 

@@ -1,5 +1,4 @@
-"""Launch environments as torchrun and deepspeed really set them, and every way in which they can be
-broken."""
+"""Launch environments as torchrun and deepspeed really set them, and every way to break them."""
 
 from __future__ import annotations
 

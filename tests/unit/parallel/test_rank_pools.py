@@ -1,4 +1,4 @@
-"""Division of a job's ranks into pools, and errors where it is impossible."""
+"""Split of a job's ranks into pools, and the errors for impossible splits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.rank_pools import rank_pool_of, split_rank_pools
 
 
-def test_without_decode_ranks_there_is_one_side():
+def test_without_decode_ranks_there_is_one_pool():
     (pool,) = split_rank_pools(ParallelConfig(tp=2, sp=3), 6)
     assert (pool.name, pool.tp, pool.sp, list(pool.global_ranks)) == ("all", 2, 3, list(range(6)))
 

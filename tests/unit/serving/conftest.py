@@ -1,5 +1,4 @@
-"""A server over an engine without a model, and a client of it; tests that need others define their
-own."""
+"""A server over an engine without a model, and its client; some tests define others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch from file to file with an engine that has no model."""
+"""A batch from file to file with an engine without a model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Prompts that come back with the log-probabilities of their tokens, as clients that score texts
-ask for them."""
+"""Echoed prompts with the log-probabilities of their tokens, as requested to score texts."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def test_prompts_alone_in_every_form(client, tokenizer) -> None:
         count = 4 if prompt in (ids, ["x", "yb"]) else 2
         assert [choice.index for choice in answer.choices] == list(range(count))
         assert {choice.finish_reason for choice in answer.choices} == {"length"}
-        # Ids are echoed with what special tokens are called, text as it came.
+        # Echoed ids show special tokens by name; echoed text is unchanged.
         given = "<s>" if prompt in (ids, ids[1]) else ""
         assert [choice.text for choice in answer.choices[-2:]] == [f"{given}yb"] * 2
         last = answer.choices[-1].logprobs
@@ -57,7 +56,7 @@ def test_a_prompt_of_one_token_has_no_log_probability(client) -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_a_stream_is_the_whole_answer_in_pieces(client, max_tokens) -> None:
-    """Other samples may have tokens before the prompt is scored, which is with the first one."""
+    """Other samples may have tokens before the prompt's logprobs, which the first sample brings."""
     asked = dict(
         model=MODEL, prompt=["xé", "yb"], n=2, max_tokens=max_tokens, echo=True, logprobs=1
     )
@@ -88,8 +87,11 @@ def test_a_large_answer_is_made_beside_the_others(client) -> None:
 
 
 def test_scoring_as_evaluation_harnesses_ask_for_it(client) -> None:
-    """Batches of context and continuation as ids, one new token that is thrown away, and a
-    comparison of a token's log-probability with the largest of its position."""
+    """Score continuations from prompt logprobs, as evaluation harnesses do.
+
+    They send batches of context and continuation as ids, discard one new token, and compare a
+    token's log-probability with the largest at its position.
+    """
     answer = client.completions.create(
         model=MODEL,
         prompt=[[120, 121, 122], [120, 7]],

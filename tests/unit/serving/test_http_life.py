@@ -1,4 +1,4 @@
-"""The server's states, its streams in silence and in failure, and what it tells dashboards."""
+"""States of the server, silent and failing streams, and metrics for dashboards."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Bad input: the server's own schema, fuzzed bodies, oversized bodies. Nothing is a 5xx, nothing
-stays behind."""
+"""Bad input (schema tests, fuzzed and oversized bodies) gives no 5xx and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
 
 @pytest.mark.slow
 def test_schemathesis_finds_no_server_error(server) -> None:
-    """As a user runs it, on the schema that the server itself gives out."""
+    """Schemathesis as a user runs it, on the schema that the server publishes."""
     result = subprocess.run(
         [
             str(Path(sys.executable).with_name("schemathesis")),

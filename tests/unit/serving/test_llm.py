@@ -1,4 +1,4 @@
-"""What LLM decides without a model; generation itself is in tests/e2e."""
+"""Decisions of LLM that need no model; tests/e2e tests generation itself."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The page at `/` without a browser: it is there, needs nothing from elsewhere, and its scripts are
-sound."""
+"""The page at `/` without a browser: served, self-contained, with sound scripts."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def server(tokenizer):
 
 
 class Page(HTMLParser):
-    """Ids, labels and references of a page; fails where a tag is not closed as it was opened."""
+    """Ids, labels and references of a page; fails on tags closed in the wrong order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -98,12 +97,15 @@ def test_all_files_of_the_page_are_open_and_its_numbers_are_not(tokenizer) -> No
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js to run the page's script")
 def test_the_stream_reader_takes_any_cut_of_any_stream(server: FakeServer, tmp_path) -> None:
-    """Cut at every byte: through characters, through line ends, with comments in between."""
+    """Cuts at every byte: through characters and line ends, with comments in between."""
     for name in ("page.js", "event_stream.js"):
         (tmp_path / name).write_text(server.get(f"/{name}").text)
     (tmp_path / "package.json").write_text('{"type": "module"}')
     events = ['{"a":"é\\n"}', "two\nlines", "[DONE]"]
-    text = f": keep-alive\n\ndata: {events[0]}\r\n\r\ndata:two\ndata: lines\n\n: x\n\ndata: {events[2]}\n\ndata: cut"
+    text = (
+        f": keep-alive\n\ndata: {events[0]}\r\n\r\ndata:two\ndata: lines\n\n: x\n\n"
+        f"data: {events[2]}\n\ndata: cut"
+    )
     (tmp_path / "run.js").write_text(
         f"""
         import {{ eventData, errorText }} from "./event_stream.js";

@@ -1,5 +1,4 @@
-"""The page at `/` as a reader meets it, in headless Chromium, with an engine without a model behind
-it."""
+"""The page at `/` for a reader in headless Chromium, over an engine without a model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-// Reading an answer of /v1/completions or /v1/chat/completions as it comes. Knows the API, not the page.
+// Incremental reader of answers from /v1/completions or /v1/chat/completions, independent of the page.
 
-/** Bytes of a server-sent event stream -> the `data` of each event. Comments (keep-alives) are dropped. */
+/** The `data` of each event in a server-sent event stream of bytes. Comments (keep-alives) are dropped. */
 export async function* eventData(chunks) {
   const decoder = new TextDecoder();
   let rest = "";
@@ -15,13 +15,13 @@ export async function* eventData(chunks) {
   }
 }
 
-/** What an error body or an error event says; `status` where there is an HTTP status. */
+/** Message of an error body or an error event; `status` if there is an HTTP status. */
 export function errorText(body, status) {
   const message = body?.error?.message ?? "the server's answer is not readable";
   return status ? `${status}: ${message}` : message;
 }
 
-/** The request body of a prompt. */
+/** Request body for a prompt. */
 export function requestBody({ kind, model, prompt, maxTokens, temperature }) {
   const asked = kind === "chat" ? { messages: [{ role: "user", content: prompt }] } : { prompt };
   return {
@@ -48,8 +48,8 @@ async function* pieces(stream) {
 }
 
 /**
- * Sends a prompt; calls `onText(piece)` as the answer grows. Gives `{finishReason, usage}`.
- * Throws an Error with what the server said, and an AbortError once `signal` says so.
+ * Send a prompt; call `onText(piece)` as the answer grows. Return `{finishReason, usage}`.
+ * Throw an Error with the server's message, and an AbortError when `signal` aborts.
  */
 export async function generate(prompt, { headers, signal, onText }) {
   const path = prompt.kind === "chat" ? "v1/chat/completions" : "v1/completions";

@@ -1,4 +1,4 @@
-// The page at /: shows /status once a second, and sends the prompts that its reader types.
+// The page at /: show /status once a second, and send prompts typed by the reader.
 import { errorText, generate } from "./event_stream.js";
 
 const POLL_MS = 1000;
@@ -39,7 +39,7 @@ function rows(table, entries) {
   table.hidden = entries.length === 0;
 }
 
-// "decode " before what belongs to one of two sides.
+// Prefix like "decode " for values of one of two rank pools.
 const ofSide = (name) => (name === "all" ? "" : `${name} `);
 
 function showKv(cache) {
@@ -64,7 +64,7 @@ function showKv(cache) {
   }
   ranks.forEach(({ used, of, name }, index) => {
     const item = list.children[index];
-    // The server may have come back with other sides since the last look.
+    // The server may have restarted with other rank pools since the last look.
     item.firstChild.firstChild.textContent = name;
     item.querySelector("meter").max = of;
     const text = `${number.format(used)} of ${number.format(of)} blocks`;
@@ -158,7 +158,7 @@ async function look() {
   } catch {
     showUnreachable("the server does not answer");
   }
-  // A page in the background need not ask.
+  // A page in the background needs no status.
   if (!document.hidden) poll = setTimeout(look, POLL_MS);
 }
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sps2_mega.attention.layout.heads import split_heads
+from sps2_mega.attention.layout.heads import head_groups, split_heads
 from sps2_mega.attention.layout.token_layout import build_layout
-from sps2_mega.attention.layout.heads import head_groups
 from sps2_mega.attention.pipeline.parts import cut_queries, seen_keys
 from sps2_mega.attention.pipeline.settings import (
     MAX_AUTO,
