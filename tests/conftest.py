@@ -3,7 +3,6 @@ the pools."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import shutil
@@ -19,20 +18,12 @@ for entry in (TESTS, TESTS.parent):
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the cores among them
 
 
-def nvidia_driver() -> bool:
-    """Whether CUDA programs can start here, told without importing torch."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-if not nvidia_driver():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels then run on the CPU
 
 import harness  # noqa: E402  (needs the path set above)
 import netns  # noqa: E402
+
+if not harness.nvidia_driver():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels then run on the CPU
 
 MARKERS = {
     "gpu": "needs a CUDA device",
@@ -73,6 +64,16 @@ def missing_netns() -> str | None:
             return None
     except RuntimeError as error:  # root in a container often lacks the capability
         return f"cannot build network namespaces: {error}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A byte-level tokenizer."""
+    import tokenizer_samples as samples
+
+    from sps2_mega.text.tokenizer import Tokenizer
+
+    return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(autouse=True)
