@@ -18,7 +18,6 @@ for entry in (TESTS, TESTS.parent):
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the cores among them
 
 
-
 import harness  # noqa: E402  (needs the path set above)
 import netns  # noqa: E402
 

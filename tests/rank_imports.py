@@ -3,7 +3,6 @@ here, and no device be asked for."""
 
 import sps2_mega.engine.start
 import sps2_mega.mcore.gpt
-import sps2_mega.mcore.init
 from sps2_mega.mcore._compat import eager_import
 
 with eager_import("cpu"):
