@@ -2,7 +2,7 @@
 here, and no device be asked for."""
 
 import sps2_mega.engine.start
-import sps2_mega.mcore.gpt
+import sps2_mega.mcore.gpt  # noqa: F401
 from sps2_mega.mcore._compat import eager_import
 
 with eager_import("cpu"):
