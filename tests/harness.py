@@ -24,7 +24,6 @@ import contextlib
 import ctypes
 import datetime
 import multiprocessing
-import multiprocessing.forkserver as forkserver
 import os
 import pickle
 import random
@@ -35,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -113,6 +113,12 @@ def pool_of(world_size: int) -> RankPool:
         evicted.close()
     _pools[world_size] = pool
     return pool
+
+
+def own_processes() -> set[int]:
+    """Children of this process that serve all pools: ranks are forked from one of them."""
+    servers = forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid
+    return {pid for pid in servers if pid is not None}
 
 
 def close_pools() -> None:
@@ -223,7 +229,7 @@ def _forking() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([] if nvidia_driver() else ["rank_imports"])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), before or ""])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), before or ""])
     try:
         forkserver.ensure_running()
     finally:

@@ -1,7 +1,7 @@
 """Compiles every kernel for CUDA devices that need not be there, as a program of its own (no
 interpreter).
 
-    python triton_compiler.py 90     compute capability 9.0: prints one JSON line per kernel and form
+    python triton_compiler.py 90     compute capability 9.0: prints a JSON line per kernel and form
 
 The interpreter accepts what the compiler does not (types, shapes of tiles), and knows nothing of
 shared memory.
