@@ -50,7 +50,7 @@ serve: setup ## OpenAI-compatible server of the bundled model on SP=2 ranks, at 
 
 # Files go to JOBS processes, each with ranks of its own; JOBS=0 runs all in one, which is easier to follow.
 test: setup ## the whole CPU test suite, ranks on gloo, JOBS=2 test files at a time
-	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(JOBS) --dist loadfile $(ARGS)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## tests without ranks
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_style.py tests/unit tests/kernels -m "not slow" $(ARGS)

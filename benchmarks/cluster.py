@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -153,9 +152,6 @@ def save(arguments: argparse.Namespace, runs: list[Run]) -> None:
 
 def main() -> int:
     arguments = parser().parse_args()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that all is removed
     runs: list[Run] = []
     try:
         require_means()

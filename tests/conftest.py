@@ -1,13 +1,12 @@
-"""What all tests share: the import path, seeds, markers with their skip conditions, and the end of
-the pools."""
+"""Import path, seeds, markers with their skip conditions, order, and the end of the pools."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,12 @@ for entry in (TESTS, TESTS.parent):
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the cores among them
 
 
-def nvidia_driver() -> bool:
-    """Whether CUDA programs can start here, told without importing torch."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-if not nvidia_driver():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels then run on the CPU
-
 import harness  # noqa: E402  (needs the path set above)
+import leftovers  # noqa: E402
 import netns  # noqa: E402
+
+if not harness.nvidia_driver():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels then run on the CPU
 
 MARKERS = {
     "gpu": "needs a CUDA device",
@@ -46,7 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
+# Folders in the order in which their files start: what takes long first, so that no worker has a
+# long file left when the others are done.
+ORDER = ("e2e", "dist", "serving", "benchmarks", "histories", "commands", "kernels")
+# Longest files of a folder, longest first.
+LONG_FILES = (
+    "test_cluster_bench", "test_dead_rank", "test_serve", "test_serve_ends", "test_generate_cli",
+    "test_levels", "test_equals_transformers", "test_prefix_caching", "test_launchers",
+    "test_engine", "test_http_robust", "test_eval_accuracy",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: start_order(item.path))
     reasons = {"gpu": missing_gpu, "netns": missing_netns}
     for marker, missing in reasons.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
@@ -54,6 +57,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if reason:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def start_order(path: Path) -> tuple[int, int]:
+    """Ascending where tests of this file run earlier than others; files of equal order stay."""
+    folder = path.relative_to(TESTS).parts[0]
+    long = LONG_FILES.index(path.stem) if path.stem in LONG_FILES else len(LONG_FILES)
+    return ORDER.index(folder) if folder in ORDER else len(ORDER), long
 
 
 def missing_gpu() -> str | None:
@@ -73,6 +83,25 @@ def missing_netns() -> str | None:
             return None
     except RuntimeError as error:  # root in a container often lacks the capability
         return f"cannot build network namespaces: {error}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A byte-level tokenizer."""
+    import tokenizer_samples as samples
+
+    from sps2_mega.text.tokenizer import Tokenizer
+
+    return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """A test that leaves a signal handler, a process or a thread fails."""
+    before = leftovers.Before()
+    yield
+    found = before.leftovers()
+    assert not found, f"left behind: {found}"
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,15 @@
-"""Runs the engine on all ranks of a test and brings back plain results; used by tests in `dist`."""
+"""Run the engine on all ranks of a test, bring back plain results and compare them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from harness import free_port, run_ranks
+
+LOGPROB_TOLERANCE = 1e-4  # float32, whatever the layout
 
 Request = tuple[list[int], dict[str, Any]]  # prompt tokens, fields of SamplingParams
 
@@ -20,6 +24,35 @@ def run_engine(
         engine_on_rank, tp * sp, port, options, requests, tp, sp, timeout=300, **extra
     )
     return results[0]
+
+
+def tokens(outputs: Sequence[Any]) -> list[list[list[int]]]:
+    """Token ids by request and sample."""
+    return [[completion.token_ids for completion in output.completions] for output in outputs]
+
+
+def assert_same(outputs: Sequence[Any], expected: Sequence[Any]) -> None:
+    """Same tokens, ends and log-probabilities of every sample and prompt, and no error."""
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert output.error is None
+        for one, other in zip(output.completions, wanted.completions, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.finish_reason == other.finish_reason
+            assert (one.logprobs is None) == (other.logprobs is None)
+            for entry, reference in zip(one.logprobs or [], other.logprobs or [], strict=True):
+                assert entry.token_id == reference.token_id
+                assert entry.logprob == _near(reference.logprob)
+                assert [token for token, _ in entry.top] == [token for token, _ in reference.top]
+                assert [v for _, v in entry.top] == _near([v for _, v in reference.top])
+        scores, reference = output.prompt_logprobs, wanted.prompt_logprobs
+        assert (scores is None) == (reference is None)
+        if reference is not None:
+            assert (scores.first, scores.top_ids) == (reference.first, reference.top_ids)
+            assert list(scores.own) == _near(list(reference.own))
+
+
+def _near(values: Any) -> Any:
+    return pytest.approx(values, abs=LOGPROB_TOLERANCE)
 
 
 def engine_on_rank(

@@ -1,8 +1,9 @@
 """Runs a test function on several real processes and brings back their results, tracebacks or
 stacks.
 
-Importing Megatron costs seconds per process, so ranks are kept in pools: one pool per world size,
-started at first use, shared by all tests of the session, closed at its end. Use:
+Importing torch and Megatron costs seconds per process, so ranks are forked from one process that
+has imported them (`rank_imports`), and kept in pools: one pool per world size, started at first
+use, shared by all tests of the session, closed at its end. Use:
 
     def on_each_rank(rank, x):            # a module-level function of the test module
         group = harness.default_group()   # gloo; or let the code under test initialise
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import datetime
 import multiprocessing
 import os
@@ -27,16 +29,19 @@ import pickle
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import rank_process
 
 TESTS = Path(__file__).resolve().parent
 MAX_PROCESSES = 8
@@ -108,6 +113,12 @@ def pool_of(world_size: int) -> RankPool:
         evicted.close()
     _pools[world_size] = pool
     return pool
+
+
+def own_processes() -> set[int]:
+    """Children of this process that serve all pools: ranks are forked from one of them."""
+    servers = forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid
+    return {pid for pid in servers if pid is not None}
 
 
 def close_pools() -> None:
@@ -208,6 +219,36 @@ class RankPool:
         raise RankError(first, "\n".join(lines))
 
 
+@cache
+def _forking() -> ForkServerContext:
+    """Starts processes that have imported what ranks need already.
+
+    An initialised CUDA driver does not survive a fork, and imports may ask for devices: beside a
+    driver, ranks import for themselves.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([] if nvidia_driver() else ["rank_imports"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), before or ""])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def nvidia_driver() -> bool:
+    """Whether CUDA programs can start here, told without importing torch."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 class _Rank:
     """One process of a pool and the parent's end of its pipe; its output goes to an unnamed
     file."""
@@ -216,22 +257,15 @@ class _Rank:
         self.rank = rank
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the rank
         self._log_start = 0
+        environment = rank_environment(rank, world_size, ports[0]) | {_MEETING_PORT: str(ports[1])}
         ours, theirs = multiprocessing.Pipe()
         self.connection: Connection = ours
         with theirs:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    str(TESTS / "rank_process.py"),
-                    str(os.getpid()),
-                    str(theirs.fileno()),
-                ],
-                env=rank_environment(rank, world_size, ports[0]) | {_MEETING_PORT: str(ports[1])},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
+            log = f"/proc/{os.getpid()}/fd/{self._log.fileno()}"
+            self._process = _forking().Process(
+                target=rank_process.main, args=(theirs, environment, log)
             )
+            self._process.start()
 
     def send(self, header: bytes, payload: bytes) -> bool:
         self._log_start = os.fstat(self._log.fileno()).st_size
@@ -246,7 +280,9 @@ class _Rank:
         try:
             answer: tuple[str, Any] = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
-            code = self._process.wait(GRACE_S)
+            self._process.join(GRACE_S)
+            code = self._process.exitcode
+            assert code is not None
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             return "error", (
                 "died",
@@ -255,8 +291,8 @@ class _Rank:
         return answer
 
     def dump_stacks(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGUSR1)
+        if self._process.is_alive():
+            os.kill(self._process.pid, signal.SIGUSR1)
 
     def tail(self) -> str:
         """What the process wrote since the last call began, shortened from the front."""
@@ -272,7 +308,8 @@ class _Rank:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
         self._process.kill()
-        self._process.wait()
+        self._process.join()
+        self._process.close()
         self._log.close()
 
 

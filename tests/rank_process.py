@@ -1,10 +1,9 @@
 """One rank of a pool: receives (module, function, arguments), calls the function, sends back what
 it returned.
 
-Runs as a script of its own process, started by `harness.RankPool`. It decides nothing about
-distribution: RANK, WORLD_SIZE and the others are already in the environment, and
-`torch.distributed` is initialised only if the called function does so. Imports stay from one call
-to the next, process groups do not.
+Runs in a process of its own, forked for `harness.RankPool`. It decides nothing about distribution:
+RANK, WORLD_SIZE and the others are given by the pool, and `torch.distributed` is initialised only
+if the called function does so. Imports stay from one call to the next, process groups do not.
 """
 
 from __future__ import annotations
@@ -28,16 +27,23 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    parent_pid, fd = int(sys.argv[1]), int(sys.argv[2])
-    # A pytest that is killed must not leave ranks behind, even ones stuck in a collective.
+def main(connection: Connection, environment: dict[str, str], log: str) -> None:
+    """`log` is a file that takes what the process writes."""
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    # A pytest that is killed takes the server of forks along, and it the ranks, even ones that are
+    # stuck in a collective.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
+    if os.getppid() == 1:
         return
+    os.environ.clear()
+    os.environ.update(environment)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    serve(Connection(fd), rank=int(os.environ["RANK"]))
+    serve(connection, rank=int(environment["RANK"]))
 
 
 def serve(connection: Connection, *, rank: int) -> None:
@@ -117,7 +123,3 @@ def seed_everything(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -59,8 +58,6 @@ def on_emulated_nodes(
     """
     if nodes < 2:
         raise ClusterError(f"--nodes must be at least 2, got {nodes}")
-    # So that namespaces are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     together: list[Terms] = []
     alone: list[Terms] = []
     names: list[str] = []

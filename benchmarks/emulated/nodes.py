@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +86,8 @@ def require_means() -> None:
 
 @contextmanager
 def emulated_cluster(num_nodes: int) -> Iterator[Cluster]:
-    """`num_nodes` nodes with free links; they are removed at the end, whatever ends it.
+    """`num_nodes` nodes with free links; they are removed at the end, whatever ends it: meanwhile
+    SIGTERM raises SystemExit. Call it in the main thread.
 
     Raises:
         ClusterError: the machine does not let us; the failing command is named.
@@ -94,6 +97,7 @@ def emulated_cluster(num_nodes: int) -> Iterator[Cluster]:
     switch = f"{tag}-switch"
     nodes = tuple(Node(f"{tag}-{i}", f"10.78.0.{i + 1}") for i in range(num_nodes))
     made: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for namespace in (switch, *(node.namespace for node in nodes)):
             made.append(namespace)
@@ -106,6 +110,7 @@ def emulated_cluster(num_nodes: int) -> Iterator[Cluster]:
     finally:
         for namespace in made:  # their links go with them
             subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
+        signal.signal(signal.SIGTERM, before)
 
 
 def shaping_commands(device: str, link: Link) -> list[list[str]]:

@@ -6,7 +6,7 @@ import families
 import pytest
 from disaggregated_history import random_history
 from disaggregated_run import run_disaggregated, started
-from engine_run import run_engine
+from engine_run import assert_same, run_engine, tokens
 from harness import free_port, run_ranks
 
 from sps2_mega.config import CSAConfig
@@ -36,19 +36,8 @@ def requests(max_tokens=24):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama3")
-    families.save_family("llama3-rope", folder)
-    return dict(model=str(folder), dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def one_rank(model):
     return run_engine(model, requests())
-
-
-def tokens(outputs):
-    return [[c.token_ids for c in output.completions] for output in outputs]
 
 
 def check_outputs(model, one_rank, shape):
@@ -56,19 +45,7 @@ def check_outputs(model, one_rank, shape):
     ran = run_disaggregated(
         model, requests(), tp=tp, sp=sp, decode_ranks=decode_ranks, decode_tp=decode_tp
     )
-    assert tokens(ran.outputs) == tokens(one_rank)
-    for mine, theirs in zip(ran.outputs, one_rank, strict=True):
-        for one, other in zip(mine.completions, theirs.completions, strict=True):
-            assert one.finish_reason == other.finish_reason
-            if other.logprobs is not None:
-                assert [e.token_id for e in one.logprobs] == [e.token_id for e in other.logprobs]
-                values = [e.logprob for e in other.logprobs]
-                assert [e.logprob for e in one.logprobs] == pytest.approx(values, abs=1e-4)
-        scores, wanted = mine.prompt_logprobs, theirs.prompt_logprobs
-        assert (scores is None) == (wanted is None)
-        if wanted is not None:
-            assert (scores.first, scores.top_ids) == (wanted.first, wanted.top_ids)
-            assert list(scores.own) == pytest.approx(list(wanted.own), abs=1e-4)
+    assert_same(ran.outputs, one_rank)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

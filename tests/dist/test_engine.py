@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import families
 import pytest
-from engine_run import run_engine
+from engine_run import assert_same, run_engine, tokens
 
 from sps2_mega.errors import Refusal
 from sps2_mega.types import FinishReason
@@ -43,45 +43,19 @@ def requests(lengths=LENGTHS, max_tokens=24):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama3")
-    families.save_family("llama3-rope", folder)
-    return dict(model=str(folder), dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def one_rank(model):
     return run_engine(model, requests())
 
 
-def tokens(output):
-    return [completion.token_ids for completion in output.completions]
-
-
-def assert_same(outputs, expected):
-    for output, reference in zip(outputs, expected, strict=True):
-        assert tokens(output) == tokens(reference)
-        for completion, wanted in zip(output.completions, reference.completions, strict=True):
-            assert completion.finish_reason == wanted.finish_reason
-            assert (completion.logprobs is None) == (wanted.logprobs is None)
-            for entry, other in zip(completion.logprobs or [], wanted.logprobs or [], strict=True):
-                assert entry.token_id == other.token_id
-                assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
-                assert [t for t, _ in entry.top] == [t for t, _ in other.top]
-                assert [v for _, v in entry.top] == pytest.approx(
-                    [v for _, v in other.top], abs=1e-4
-                )
-
-
 def test_one_rank_does_what_was_asked(one_rank):
     assert [len(output.completions) for output in one_rank] == [1, 1, 1, 3, 1, 1, 1, 1, 1]
-    assert len(set(map(tuple, tokens(one_rank[3])))) == 3  # samples of one request differ
+    assert len(set(map(tuple, tokens(one_rank)[3]))) == 3  # samples of one request differ
     assert one_rank[2].completions[0].logprobs[0].top[2][1] <= 0.0
     assert all(entry.top == () for entry in one_rank[5].completions[0].logprobs)
     stopped = one_rank[6].completions[0]
     assert len(stopped.token_ids) >= 6
-    assert len(tokens(one_rank[7])[0]) == 50
-    assert len(tokens(one_rank[8])[0]) == 1
+    assert len(tokens(one_rank)[7][0]) == 50
+    assert len(tokens(one_rank)[8][0]) == 1
     assert one_rank[8].completions[0].finish_reason is FinishReason.LENGTH
     assert one_rank[8].completions[0].timings.per_token_s is None
 
@@ -158,7 +132,7 @@ def test_what_cannot_run_is_refused_by_value(model):
         Refusal.TOKEN_OUT_OF_RANGE,
         Refusal.EXCEEDS_KV_CACHE,
     ]
-    assert len(tokens(outputs[4])[0]) == 10
+    assert len(outputs[4].completions[0].token_ids) == 10
     assert outputs[5] is Refusal.EXCEEDS_KV_CACHE
 
 

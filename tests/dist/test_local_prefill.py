@@ -7,19 +7,12 @@ import os
 
 import families
 import pytest
-from engine_run import run_engine
+from engine_run import assert_same, run_engine
 from harness import free_port, run_ranks
 
 from sps2_mega.config import CSAConfig
 
 APART = dict(sp_threshold=150)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama3")
-    families.save_family("llama3-rope", folder)
-    return dict(model=str(folder), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +25,9 @@ def requests():
     return [(text, dict(max_tokens=12, seed=i, ignore_eos=True)) for i, text in enumerate(texts)]
 
 
-def tokens(outputs):
-    return [[completion.token_ids for completion in output.completions] for output in outputs]
-
-
 @pytest.fixture(scope="module")
 def expected(model, requests):
-    return tokens(run_engine(model, requests, waves=(8,)))
+    return run_engine(model, requests, waves=(8,))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +40,7 @@ def test_whole_on_one_rank_gives_the_tokens_of_one_rank(
 ):
     options = model | dict(scheduler=APART | scheduler)
     outputs = run_engine(options, requests, tp=tp, sp=sp, waves=(8,), stagger=stagger)
-    assert tokens(outputs) == expected
+    assert_same(outputs, expected)
 
 
 def test_sparse_prompts_on_one_rank_see_what_spread_ones_see(model, requests):
@@ -59,7 +48,7 @@ def test_sparse_prompts_on_one_rank_see_what_spread_ones_see(model, requests):
     options = model | dict(csa=csa, cache=dict(no_prefix_caching=True))
     spread = run_engine(options | dict(scheduler=dict(sp_threshold=0)), requests, sp=2)
     apart = run_engine(options | dict(scheduler=APART), requests, sp=2)
-    assert tokens(apart) == tokens(spread)
+    assert_same(apart, spread)
 
 
 def bytes_on_rank(rank, port, options, prompt_lens, sp):

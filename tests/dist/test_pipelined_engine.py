@@ -8,17 +8,10 @@ import json
 
 import families
 import pytest
-from engine_run import run_engine
+from engine_run import assert_same, run_engine
 from harness import RankError, free_port, run_ranks
 
 PROMPTS = (1, 333, 40, 127)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama3")
-    families.save_family("llama3-rope", folder)
-    return dict(model=str(folder), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +24,12 @@ def requests():
 
 @pytest.fixture(scope="module")
 def one_rank(model, requests):
-    return tokens(run_engine(model, requests))
-
-
-def tokens(outputs):
-    return [output.completions[0].token_ids for output in outputs]
+    return run_engine(model, requests)
 
 
 def test_one_rank_without_anything_to_send_may_be_cut_too(model, requests, one_rank):
     options = model | dict(pipeline="on", micro_batches=6)
-    assert tokens(run_engine(options, requests)) == one_rank
+    assert_same(run_engine(options, requests), one_rank)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +43,7 @@ def test_one_rank_without_anything_to_send_may_be_cut_too(model, requests, one_r
 def test_many_ranks_equal_one_and_are_traced(model, requests, one_rank, tmp_path, tp, sp, options):
     path = tmp_path / "trace.json"
     outputs = run_engine(model | options | dict(trace=str(path)), requests, tp=tp, sp=sp)
-    assert tokens(outputs) == one_rank
+    assert_same(outputs, one_rank)
     assert [p.name for p in tmp_path.iterdir()] == ["trace.json"]  # no parts are left
     check_trace(json.loads(path.read_text())["traceEvents"], num_ranks=tp * sp)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import families
 import pytest
-from engine_run import run_engine
+from engine_run import assert_same, run_engine
 
 from sps2_mega.config import CSAConfig
 
@@ -18,13 +18,6 @@ LAYOUTS = [
     (2, 2, "gather", 1.0),
 ]
 ONE_LAYER = dict(tbt_target_ms=1.0)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama3")
-    families.save_family("llama3-rope", folder)
-    return dict(model=str(folder), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +41,6 @@ def requests():
 @pytest.fixture(scope="module")
 def expected(model, requests):
     return run_engine(model | dict(cache=dict(no_prefix_caching=True)), requests)
-
-
-def assert_same(outputs, expected):
-    for output, wanted in zip(outputs, expected, strict=True):
-        assert output.error is None
-        for completion, reference in zip(output.completions, wanted.completions, strict=True):
-            assert completion.token_ids == reference.token_ids
-            for entry, other in zip(
-                completion.logprobs or [], reference.logprobs or [], strict=True
-            ):
-                assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize(("tp", "sp", "transport", "target_ms"), LAYOUTS, ids=str)

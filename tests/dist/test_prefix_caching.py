@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import families
 import pytest
-from engine_run import run_engine
+from engine_run import assert_same, run_engine
 
 from sps2_mega.config import CSAConfig
 
@@ -20,13 +20,6 @@ LAYOUTS = [
 ]
 NUM_FIRST = 7
 NO_SHARING = dict(no_prefix_caching=True)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama3")
-    families.save_family("llama3-rope", folder)
-    return dict(model=str(folder), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +60,6 @@ def expected(model, requests):
     outputs = run_engine(model | dict(cache=NO_SHARING), requests)
     assert all(output.num_cached_tokens == 0 for output in outputs)
     return outputs
-
-
-def assert_same(outputs, expected):
-    for output, wanted in zip(outputs, expected, strict=True):
-        assert output.error is None
-        for completion, reference in zip(output.completions, wanted.completions, strict=True):
-            assert completion.token_ids == reference.token_ids
-            assert completion.finish_reason == reference.finish_reason
-            for entry, other in zip(
-                completion.logprobs or [], reference.logprobs or [], strict=True
-            ):
-                assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize(("tp", "sp", "transport"), LAYOUTS, ids=str)

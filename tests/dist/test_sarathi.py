@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import families
 import pytest
-from engine_run import run_engine
+from engine_run import assert_same, run_engine
 
 # 7 and 50 divide neither the prompts nor the blocks; with 7, most steps have one or two new tokens.
 LAYOUTS = [
@@ -16,13 +16,6 @@ LAYOUTS = [
     (2, 2, "ring", 50),
     (1, 4, "gather", 50),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama3")
-    families.save_family("llama3-rope", folder)
-    return dict(model=str(folder), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +39,6 @@ def requests():
 @pytest.fixture(scope="module")
 def expected(model, requests):
     return run_engine(model | dict(cache=dict(no_prefix_caching=True)), requests)
-
-
-def assert_same(outputs, expected):
-    for output, wanted in zip(outputs, expected, strict=True):
-        assert output.error is None
-        for completion, reference in zip(output.completions, wanted.completions, strict=True):
-            assert completion.token_ids == reference.token_ids
-            for entry, other in zip(
-                completion.logprobs or [], reference.logprobs or [], strict=True
-            ):
-                assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize(("tp", "sp", "transport", "chunk_tokens"), LAYOUTS, ids=str)

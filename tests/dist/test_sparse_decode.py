@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import families
 import pytest
-from engine_run import run_engine
+from engine_run import assert_same, run_engine
 
 from sps2_mega.config import CSAConfig
 
@@ -20,19 +20,13 @@ def requests(max_tokens=30):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama3")
-    families.save_family("llama3-rope", folder)
-    return dict(model=str(folder), dtype="float32", csa=CSA, decode_attention="csa")
+def sparse(model):
+    return model | dict(csa=CSA, decode_attention="csa")
 
 
 @pytest.fixture(scope="module")
-def one_rank(model):
-    return run_engine(model, requests())
-
-
-def tokens(outputs):
-    return [output.completions[0].token_ids for output in outputs]
+def one_rank(sparse):
+    return run_engine(sparse, requests())
 
 
 def logprobs(outputs):
@@ -40,28 +34,24 @@ def logprobs(outputs):
 
 
 @pytest.mark.parametrize(("tp", "sp"), [(1, 2), (2, 2), (1, 4)])
-def test_same_tokens_on_every_layout(model, one_rank, tp, sp):
-    outputs = run_engine(model, requests(), tp=tp, sp=sp)
-    assert tokens(outputs) == tokens(one_rank)
-    assert logprobs(outputs) == pytest.approx(logprobs(one_rank), abs=1e-4)
+def test_same_tokens_on_every_layout(sparse, one_rank, tp, sp):
+    assert_same(run_engine(sparse, requests(), tp=tp, sp=sp), one_rank)
 
 
-def test_one_at_a_time_and_in_blocks_that_no_degree_divides(model, one_rank):
-    options = model | dict(scheduler=dict(max_running=1), cache=dict(block_size=5, num_blocks=80))
-    assert tokens(run_engine(options, requests(), sp=2)) == tokens(one_rank)
+def test_one_at_a_time_and_in_blocks_that_no_degree_divides(sparse, one_rank):
+    options = sparse | dict(scheduler=dict(max_running=1), cache=dict(block_size=5, num_blocks=80))
+    assert_same(run_engine(options, requests(), sp=2), one_rank)
 
 
-def test_far_keys_are_left_out(model, one_rank):
-    dense = run_engine(model | dict(decode_attention="dense"), requests())
+def test_far_keys_are_left_out(sparse, one_rank):
+    dense = run_engine(sparse | dict(decode_attention="dense"), requests())
     first = [output.completions[0].logprobs[0].logprob for output in dense]
     # The prompt is prefilled alike, so the first token is; the ones after it see less.
     assert first == [output.completions[0].logprobs[0].logprob for output in one_rank]
     assert logprobs(dense) != pytest.approx(logprobs(one_rank), abs=1e-3)
 
 
-def test_within_one_cell_it_is_dense(model):
+def test_within_one_cell_it_is_dense(sparse):
     csa = CSAConfig(degrees=(1, 3), spans=(4096,), sinks=0, halo=0, tail=0)
-    sparse = run_engine(model | dict(csa=csa), requests(12))
-    dense = run_engine(model | dict(csa=CSAConfig()), requests(12))
-    assert tokens(sparse) == tokens(dense)
-    assert logprobs(sparse) == pytest.approx(logprobs(dense), abs=1e-4)
+    one_cell = run_engine(sparse | dict(csa=csa), requests(12))
+    assert_same(one_cell, run_engine(sparse | dict(csa=CSAConfig()), requests(12)))

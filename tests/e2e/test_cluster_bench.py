@@ -19,7 +19,7 @@ from launched import parent_of
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [
-    *(sys.executable, str(ROOT / "tools" / "bench" / "cluster.py")),
+    *(sys.executable, str(ROOT / "benchmarks" / "cluster.py")),
     *("--shapes", "sps2-tiny", "--tokens", "301", "--chunks", "100", "--repeats", "1"),
     *(
         "--decode",

@@ -29,7 +29,8 @@ engine.add_request("warm-up", [1] * 5, SamplingParams(max_tokens=2))
 while engine.has_work():
     engine.step()
 before = mib("VmRSS")
-engine.add_request("long", [i % 251 for i in range(length)], SamplingParams(max_tokens=4, ignore_eos=True))
+long = SamplingParams(max_tokens=4, ignore_eos=True)
+engine.add_request("long", [i % 251 for i in range(length)], long)
 while engine.has_work():
     engine.step()
 m = engine.model_config

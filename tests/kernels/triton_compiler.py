@@ -1,6 +1,6 @@
 """Compiler of every kernel for CUDA devices that need not be present, as a program of its own.
 
-    python triton_compiler.py 90     compute capability 9.0: one JSON line per kernel and form
+    python triton_compiler.py 90     compute capability 9.0: prints a JSON line per kernel and form
 
 Triton's interpreter accepts what the compiler does not (types, shapes of tiles), and knows
 nothing of shared memory; this program runs without it.

@@ -3,12 +3,14 @@ sends only what is seen."""
 
 from __future__ import annotations
 
+import math
 import os
+from functools import cache
 
 import families
 import pytest
 import torch
-from engine_run import run_engine
+from engine_run import assert_same, run_engine
 from harness import free_port, run_ranks
 
 from sps2_mega.attention.csa.spans import SparsePrefill
@@ -48,9 +50,7 @@ def case(name: str, levels: tuple[int, ...], transports=("gather",), in_order=CO
         transports=transports,
     )
     generator = torch.Generator().manual_seed(1)
-    sp = 1
-    for size in levels:
-        sp *= size
+    sp = math.prod(levels)
     ends = [tokens for tokens, _, _ in LENGTHS]
     ranks = [
         torch.randint(0, sp, (-(-n // BLOCK_SIZE),), generator=generator).tolist() for n in ends
@@ -62,11 +62,19 @@ def case(name: str, levels: tuple[int, ...], transports=("gather",), in_order=CO
         block_size=BLOCK_SIZE,
         sp_size=sp,
     )
+    return sparse, layout, inputs(len(sparse.kv_heads))
+
+
+@cache
+def inputs(num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q, K and V of all tokens, [T, heads, WIDTH], the same for every case."""
+    generator = torch.Generator().manual_seed(2)
+    num_tokens = sum(tokens for tokens, _, _ in LENGTHS)
     q, k, v = (
-        torch.randn(sum(ends), heads, WIDTH, generator=generator)
-        for heads in (HEADS, len(sparse.kv_heads), len(sparse.kv_heads))
+        torch.randn(num_tokens, heads, WIDTH, generator=generator)
+        for heads in (HEADS, num_kv_heads, num_kv_heads)
     )
-    return sparse, layout, (q, k, v)
+    return q, k, v
 
 
 def local_index(runs, counts, layout):
@@ -124,15 +132,17 @@ def on_rank(rank: int, port: int, cases):
 
 def run_cases(levels: tuple[int, ...], cases):
     """Per case the results of all ranks."""
-    sp = 1
-    for size in levels:
-        sp *= size
+    sp = math.prod(levels)
     if sp == 1:
         return [[on_one_rank(case_of, SINGLE)] for case_of in cases]
     return list(zip(*run_ranks(on_rank, sp, free_port(), cases), strict=True))
 
 
-def masks(sparse, layer: int, sequence: int, local_kv_head: int) -> torch.Tensor:
+@cache
+def masks(name: str, layer: int, sequence: int, local_kv_head: int) -> torch.Tensor:
+    """[T, T] of one sequence: which keys a query sees, pair by pair. Spans are given, so that the
+    number of ranks does not matter."""
+    sparse, _, _ = case(name, (1,))
     tokens, prompt_len, _ = LENGTHS[sequence]
     pattern = sparse.pattern(prompt_len)
     head = sparse.kv_heads[local_kv_head]
@@ -147,14 +157,15 @@ def masks(sparse, layer: int, sequence: int, local_kv_head: int) -> torch.Tensor
     )
 
 
-def by_definition(name: str, levels: tuple[int, ...], layer: int) -> torch.Tensor:
+@cache
+def by_definition(name: str, layer: int) -> torch.Tensor:
     """Outputs in sequence order from masks made pair by pair."""
-    sparse, layout, (q, k, v) = case(name, levels)
+    sparse, layout, (q, k, v) = case(name, (1,))
     out = torch.empty_like(q)
     for sequence, first in enumerate(layout.keys.seq_starts()):
         rows = slice(first, first + LENGTHS[sequence][0])
         for local in range(len(sparse.kv_heads)):
-            mask = masks(sparse, layer, sequence, local)
+            mask = masks(name, layer, sequence, local)
             for head in range(2 * local, 2 * local + 2):
                 scores = (q[rows, head] @ k[rows, local].T * SCALE).masked_fill(~mask, -torch.inf)
                 weights = torch.softmax(scores, -1).nan_to_num()  # a row without keys is zero
@@ -176,7 +187,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("levels", "transports"), LAYOUTS)
 def test_outputs_are_those_of_the_definition(levels, transports):
-    expected = {name: [by_definition(name, levels, layer) for layer in LAYERS] for name in PATTERNS}
+    expected = {name: [by_definition(name, layer) for layer in LAYERS] for name in PATTERNS}
     cases = [
         (name, levels, transport, order)
         for name in PATTERNS
@@ -215,7 +226,7 @@ def expected_bytes(case_of: tuple, layer: int, kv_parts: int) -> list[int]:
     key_rank = {(r.sequence, p): r.rank for r in layout.keys.runs for p in range(r.start, r.end)}
     queries = [(r.sequence, p, r.rank) for r in layout.queries.runs for p in range(r.start, r.end)]
     visible = {
-        (sequence, g): masks(sparse, layer, sequence, g)
+        (sequence, g): masks(case_of[0], layer, sequence, g)
         for sequence in range(len(LENGTHS))
         for g in kv
     }
@@ -265,7 +276,7 @@ def test_only_visible_rows_travel(levels, settings):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama-one-kv-head")
     families.save_family("llama-one-kv-head", folder)
     wide = tmp_path_factory.mktemp("qwen3")
@@ -286,13 +297,18 @@ def first_logprobs(outputs):
     return [dict(output.completions[0].logprobs[0].top) for output in outputs]
 
 
+@pytest.fixture(scope="module")
+def dense(models):
+    return run_engine(models["four"], REQUESTS)
+
+
 @pytest.mark.parametrize("heads", ["one", "four"])
-def test_the_engine_gives_the_same_tokens_on_every_layout(model, heads):
+def test_the_engine_gives_the_same_tokens_on_every_layout(models, dense, heads):
     csa = CSAConfig(degrees=(1, 4), spans=(48,), halo=16, tail=8, sinks=4)
-    options = model[heads] | dict(csa=csa)
+    options = models[heads] | dict(csa=csa)
     expected = run_engine(options, REQUESTS)
-    dense = run_engine(model[heads], REQUESTS)
-    assert first_logprobs(expected) != first_logprobs(dense)  # the pattern is really applied
+    exact = dense if heads == "four" else run_engine(models[heads], REQUESTS)
+    assert first_logprobs(expected) != first_logprobs(exact)  # the pattern is really applied
     levels = dict(sp_levels=(2, 2), transport="gather,pass_q")
     for tp, sp, more in [
         (1, 2, dict(transport="auto")),
@@ -300,25 +316,17 @@ def test_the_engine_gives_the_same_tokens_on_every_layout(model, heads):
         (1, 3, dict(transport="ring", pipeline="off")),
         (1, 4, levels),
     ]:
-        outputs = run_engine(options | more, REQUESTS, tp=tp, sp=sp)
-        for output, reference in zip(outputs, expected, strict=True):
-            assert output.completions[0].token_ids == reference.completions[0].token_ids, (tp, sp)
+        assert_same(run_engine(options | more, REQUESTS, tp=tp, sp=sp), expected)
 
 
-def test_exact_attention_may_have_a_transport_per_level(model):
-    dense = run_engine(model["four"], REQUESTS)
+def test_exact_attention_may_have_a_transport_per_level(models, dense):
     levels = dict(sp_levels=(2, 2), transport="pass_q,ulysses")
-    outputs = run_engine(model["four"] | levels, REQUESTS, sp=4)
-    for output, reference in zip(outputs, dense, strict=True):
-        assert output.completions[0].token_ids == reference.completions[0].token_ids
+    assert_same(run_engine(models["four"] | levels, REQUESTS, sp=4), dense)
 
 
-def test_a_tail_as_long_as_the_prompt_is_exact(model):
+def test_a_tail_as_long_as_the_prompt_is_exact(models, dense):
     csa = CSAConfig(degrees=(1, 4), spans=(48,), tail=500)
-    dense = run_engine(model["four"], REQUESTS)
-    outputs = run_engine(model["four"] | dict(csa=csa), REQUESTS, sp=2)
-    for output, reference in zip(outputs, dense, strict=True):
-        assert output.completions[0].token_ids == reference.completions[0].token_ids
+    assert_same(run_engine(models["four"] | dict(csa=csa), REQUESTS, sp=2), dense)
 
 
 @pytest.mark.parametrize(
@@ -331,8 +339,8 @@ def test_a_tail_as_long_as_the_prompt_is_exact(model):
         (dict(transport="post"), ["post", "ulysses", "pass_q"]),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(model, options, words):
+def test_settings_that_do_not_fit_are_refused(models, options, words):
     with pytest.raises(AssertionError) as error:
-        run_engine(model["four"] | options, REQUESTS)
+        run_engine(models["four"] | options, REQUESTS)
     for word in words:
         assert word in str(error.value)

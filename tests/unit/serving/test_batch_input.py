@@ -71,8 +71,8 @@ def test_both_kinds_of_lines_mixed(tmp_path) -> None:
         (b'{"custom_id": "a", "url": "/v1/completions"}', "body must be"),
         (b'{"custom_id": "a", "url": "/v1/completions", "method": "GET", "body": {}}', "method"),
         (
-            b'{"custom_id": "a", "url": "/v1/completions", '
-            b'"body": {"prompt": "x", "stream": true}}',
+            b'{"custom_id": "a", "url": "/v1/completions",'
+            b' "body": {"prompt": "x", "stream": true}}',
             "stream",
         ),
         (b"[" * 100_000, "nested"),

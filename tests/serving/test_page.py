@@ -103,8 +103,8 @@ def test_the_stream_reader_takes_any_cut_of_any_stream(server: FakeServer, tmp_p
     (tmp_path / "package.json").write_text('{"type": "module"}')
     events = ['{"a":"é\\n"}', "two\nlines", "[DONE]"]
     text = (
-        f": keep-alive\n\ndata: {events[0]}\r\n\r\ndata:two\ndata: lines\n\n: x\n\n"
-        f"data: {events[2]}\n\ndata: cut"
+        f": keep-alive\n\ndata: {events[0]}\r\n\r\n"
+        f"data:two\ndata: lines\n\n: x\n\ndata: {events[2]}\n\ndata: cut"
     )
     (tmp_path / "run.js").write_text(
         f"""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sps2_mega.checkpoint.export import export_megatron
 from sps2_mega.checkpoint.source import open_checkpoint
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "model_configs" / "sps2-tiny"
 
 
