@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import machine
+from benchmarks.generation.workload import source_prompts
 
 
 @dataclass
@@ -40,17 +41,6 @@ class ForwardClock:
 
     def _stop(self, *_: Any) -> None:
         self.seconds += time.perf_counter() - self._began
-
-
-def source_prompts(count: int, shortest: int, longest: int) -> list[str]:
-    """Python source of the standard library, cut to lengths spread geometrically over the range."""
-    files = sorted(Path(json.__file__).parents[1].glob("*.py"))
-    texts = [f.read_text(errors="ignore") for f in files]
-    texts = [text for text in texts if len(text) > longest and text.isascii()][:count]
-    ratio = longest / shortest
-    return [
-        text[: int(shortest * ratio ** (i / max(1, count - 1)))] for i, text in enumerate(texts)
-    ]
 
 
 def run_ours(

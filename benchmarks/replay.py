@@ -41,7 +41,7 @@ from benchmarks.emulated.nodes import (
     rate_name,
     require_means,
 )
-from benchmarks.stretched_model import stretched
+from benchmarks.load.stretched_model import stretched
 from benchmarks.trace_replay.figures import table
 from benchmarks.trace_replay.server import served_on_nodes
 from sps2_mega.errors import ConfigError
@@ -234,7 +234,7 @@ class Replays:
         args, output = self._args, folder / f"load-{number}.json"
         command = [
             *self._cluster.nodes[0].prefix,
-            *(sys.executable, str(machine.ROOT / "tools" / "bench" / "serving.py")),
+            *(sys.executable, str(machine.ROOT / "benchmarks" / "serving.py")),
             *("--url", url, "--trace", str(self._folder / f"slice-{number}.jsonl")),
             *("--requests", str(args.requests), "--salt", "replay", "--seeds", str(number)),
             *("--length-scale", str(args.length_scale), "--output-scale", str(args.output_scale)),

@@ -30,8 +30,8 @@ from benchmarks import machine
 from benchmarks.load.client import Target
 from benchmarks.load.figures import spread
 from benchmarks.load.process import served
+from benchmarks.load.stretched_model import stretched
 from benchmarks.load.tbt_run import Trace, Watched, watch
-from benchmarks.stretched_model import stretched
 
 LIMIT = 3.0  # disturbed p99 over quiet median
 SYSTEMS = (

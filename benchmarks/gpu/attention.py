@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import device_time
+from benchmarks.gpu import device_time
 from benchmarks.gpu.part import Part
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.csa.pieces import csa_pieces

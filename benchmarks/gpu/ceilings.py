@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import device_time
+from benchmarks.gpu import device_time
 from benchmarks.gpu.part import Part
 from sps2_mega.checkpoint.canonical import layer_shapes
 from sps2_mega.checkpoint.resolve import resolve_model

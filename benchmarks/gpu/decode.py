@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import device_time
+from benchmarks.gpu import device_time
 from benchmarks.gpu.bounds import decode_bytes, spread
 from benchmarks.gpu.engine_rank import (
     RunningSequences,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import device_time
+from benchmarks.gpu import device_time
 from benchmarks.gpu.engine_rank import config_of, started
 from benchmarks.gpu.part import Part
 from sps2_mega.attention.csa.pattern import CSAPattern

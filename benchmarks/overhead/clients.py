@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.generate import source_prompts
+from benchmarks.generation.workload import source_prompts
 from benchmarks.load.process import RunningServer
 from benchmarks.load.sse import events
 

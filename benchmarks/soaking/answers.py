@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generate import source_prompts
+from benchmarks.generation.workload import source_prompts
 from benchmarks.soaking.cases import Answer
 
 _ROOT = Path(__file__).resolve().parents[2]

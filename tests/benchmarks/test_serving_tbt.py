@@ -11,9 +11,9 @@ from fake_engine import FakeEngine
 from fake_server import MODEL, serving
 
 from benchmarks.load.client import Target
+from benchmarks.load.stretched_model import stretched
 from benchmarks.load.tbt_run import Trace, Watched, watch
 from benchmarks.serving_tbt import SYSTEMS, best_of, figures, line
-from benchmarks.stretched_model import stretched
 
 
 def trace(**changes: object) -> Trace:

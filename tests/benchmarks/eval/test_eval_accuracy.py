@@ -19,7 +19,7 @@ from benchmarks.eval.summary import summary
 from sps2_mega.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = ROOT / "tools" / "eval_accuracy.py"
+SCRIPT = ROOT / "benchmarks" / "eval_accuracy.py"
 SMALL = [
     *("--settings", "keys-d4", "paper-d2.4", "keys-d4-b16-stridedecode", "--lengths", "450"),
     *("--texts", "1", "--seeds", "0", "5", "--halo", "20", "--tail", "30"),

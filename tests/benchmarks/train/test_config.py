@@ -10,7 +10,7 @@ import yaml
 from benchmarks.train.config import load_train_config
 from sps2_mega.errors import ConfigError
 
-COMMITTED = Path(__file__).resolve().parents[3] / "tools" / "train" / "sps2-tiny.yaml"
+COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks" / "train" / "sps2-tiny.yaml"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -18,7 +18,7 @@ from benchmarks.train.optimizer import rate_factor
 from sps2_mega.errors import CheckpointError, ConfigError
 from tests.benchmarks.train.tiny_run import ARCHITECTURE, corpus, run_config
 
-COMMITTED = Path(__file__).resolve().parents[3] / "tools" / "train" / "sps2-tiny.yaml"
+COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks" / "train" / "sps2-tiny.yaml"
 
 
 def test_saved_weights_give_transformers_the_same_logits(tmp_path: Path) -> None:
