@@ -1,16 +1,17 @@
 """Attention kernels on one CUDA device against torch's own, side by side in one run.
 
-    python benchmarks/kernels.py [--save] [--repeats 7]
-    python benchmarks/kernels.py --tiny     starts everything on a CPU; its numbers mean nothing
+python benchmarks/kernels.py [--save] [--repeats 7]
+python benchmarks/kernels.py --tiny     starts everything on a CPU; its numbers mean nothing
 
-csa     one layer's prefill attention, Llama-3-8B heads, bfloat16, 128K tokens, 8 cells, degrees 1,4 and 1,8.
-        share_of_ideal = best dense library time x FLOPs ratio / time of CSA; the target is >= 0.85
-        csa_tiles are other sizes of the kernel's tiles
+csa     one layer's prefill attention: Llama-3-8B heads, bfloat16, 128K tokens, 8 cells, degrees
+        1,4 and 1,8. share_of_ideal = best dense library time x FLOPs ratio / time of CSA; the
+        target is >= 0.85. csa_tiles are other sizes of the kernel's tiles
 decode  one layer's paged decode attention. share_of_copy = bytes of K and V per second / copy
-bandwidth; the target is >= 0.85 from 64K tokens in the batch. torch reads the same bytes from one
-dense tensor
+        bandwidth; the target is >= 0.85 from 64K tokens in the batch. torch reads the same
+        bytes from one dense tensor
 merge   partials of a prefill merged by LSE, and share_of_copy of the bytes read and written
 append  new tokens into the paged cache, likewise
+rotary  RoPE fused with that write, likewise
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.kernel_cases.bench import FULL, HEADS, KV_HEADS, TINY, WIDTH, Be
 
 
 def run(bench: Bench, written: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """All measurements; `written` gets what there is so far after each of them."""
+    """Run all measurements; `written` gets the results so far after each of them."""
     from benchmarks.gpu.device_time import copy_bandwidth
     from benchmarks.kernel_cases.csa import csa, tile_shapes
     from benchmarks.kernel_cases.decode import decode
@@ -110,8 +111,7 @@ def main() -> None:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The result in short: one line per measurement, times in ms and the share that the target is
-    about."""
+    """Short lines, one per measurement: times in ms and the share that the target is about."""
 
     def short(found: dict[str, Any] | None) -> str:
         if not found or "seconds" not in found:

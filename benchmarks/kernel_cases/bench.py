@@ -14,7 +14,7 @@ LIBRARIES = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is measured: full sizes, or sizes at which all of it just starts."""
+    """Full sizes, or sizes at which everything just starts."""
 
     prompt: int
     cells: int
@@ -58,8 +58,7 @@ TINY = Sizes(
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Where and how often everything runs; `backends` are the forms of our kernels that exist
-    here."""
+    """Device, dtype and repeats of all measurements; `backends` are the kernels available here."""
 
     device: Any
     dtype: Any
@@ -86,7 +85,7 @@ class Bench:
         )
 
     def times(self, contestants: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Medians of all contestants that can run; the others are left out."""
+        """Median seconds of all contestants that can run; the others are left out."""
         from benchmarks.gpu import device_time
 
         runnable = {}

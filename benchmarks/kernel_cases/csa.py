@@ -51,8 +51,7 @@ def csa(bench: Bench, far_degree: int) -> dict[str, Any]:
 
 
 def tile_shapes(bench: Bench) -> list[dict[str, Any]]:
-    """CSA at degrees 1,4 with other tiles than the kernel's constants: what those are chosen
-    from."""
+    """CSA at degrees 1,4 with other tiles than the kernel's constants, to choose those from."""
     from unittest.mock import patch
 
     from sps2_mega.attention.csa.pieces import csa_pieces

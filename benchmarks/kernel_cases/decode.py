@@ -10,7 +10,7 @@ from benchmarks.kernel_cases.bench import HEADS, KV_HEADS, WIDTH, Bench, librari
 
 
 def decode(bench: Bench, batch: int, context: int, bandwidth: float) -> dict[str, Any] | None:
-    """None where the device has no room."""
+    """Seconds of one layer's decode attention; None if the device has no room."""
     import numpy as np
     import torch
 

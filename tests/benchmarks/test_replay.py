@@ -127,7 +127,8 @@ def test_an_interrupted_replay_goes_on_where_it_was(tmp_path, monkeypatch):
     # The chunk size of the first rate is known and not needed; that of the second is looked for on
     # slice 0.
     tuned = [("tp", size, 0) for size in ("256", "512", "1024")]
-    assert served == [("sp", "2", 2), *tuned, ("tp", "256", 1), ("tp", "256", 2), ("sp", "2", 1), ("sp", "2", 2)]  # fmt: skip
+    replayed = [("tp", "256", 1), ("tp", "256", 2), ("sp", "2", 1), ("sp", "2", 2)]
+    assert served == [("sp", "2", 2), *tuned, *replayed]
     assert replays.tuning["2mbit"] == dict.fromkeys(("256", "512", "1024"), 2.0)
 
 
