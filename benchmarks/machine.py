@@ -72,12 +72,16 @@ def stolen_since() -> Callable[[], float]:
     return share
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write docs/results/NAME.json with the command line and the machine."""
+def save(name: str, result: dict[str, Any], arguments: list[str] | None = None) -> Path:
+    """Write docs/results/NAME.json with the command line and the machine.
+
+    `arguments` replace those of the command line, which may name folders of this machine.
+    """
     path = ROOT / "docs" / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
-    command = f"python {script} {shlex.join(sys.argv[1:])}".strip()
+    given = sys.argv[1:] if arguments is None else arguments
+    command = f"python {script} {shlex.join(given)}".strip()
     head = {"command": command, "date": datetime.now(UTC).date().isoformat(), "machine": describe()}
     path.write_text(json.dumps(head | result, indent=2) + "\n")
     return path

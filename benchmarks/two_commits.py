@@ -132,6 +132,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def without_folders(arguments: list[str]) -> list[str]:
+    """The command line with BEFORE and AFTER in place of folders of this machine."""
+    shown: list[str] = []
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        if shown and shown[-1] in ("--before", "--after"):
+            shown.append(shown[-1][2:].upper())
+        elif equals and flag in ("--before", "--after"):
+            shown += [flag, flag[2:].upper()]
+        else:
+            shown.append(argument)
+    return shown
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -165,7 +179,7 @@ def main() -> int:
         return 2
     result |= {"repeats": repeats, "batches_per_process": rounds, "share_stolen": stolen()}
     if arguments.save:
-        print("written:", machine.save(arguments.name, result))
+        print("written:", machine.save(arguments.name, result, without_folders(sys.argv[1:])))
     return 0 if result.get("tokens", {}).get("identical", True) else 1
 
 

@@ -111,7 +111,7 @@ def _tail_bytes(tail: int, length: int, span: int, model: ModelConfig) -> float:
 
 
 def _decode_share(pattern: CSAPattern, position: int) -> float:
-    """Share of the keys 0..position that a token at `position` sees: a mean over classes of heads."""
+    """Mean over head classes of the share of keys 0..position visible to a token at `position`."""
     classes = range(num_classes(pattern.degrees))
     chosen = classes[:: max(1, len(classes) // 64)]  # `local` has as many classes as tokens
     seen = sum(

@@ -12,7 +12,7 @@ _DATA = "data:"
 
 
 class StreamError(Exception):
-    """Wrong end of a stream; the text names the kind, without numbers, so that it can be counted."""
+    """Wrong end of a stream; the text names the kind without numbers, so that it can be counted."""
 
 
 async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
