@@ -27,13 +27,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import machine
 from benchmarks.load.process import cpu_seconds, served
-from benchmarks.overhead.clients import answered, asked_of
+from benchmarks.overhead.clients import answered, mixed_requests
 from benchmarks.overhead.offline import OfflineProcess
 
 
 def main() -> int:
     args = parser().parse_args()
-    asks = asked_of(args.requests, args.shortest, args.longest, args.new_tokens)
+    asks = mixed_requests(args.requests, args.shortest, args.longest, args.new_tokens)
     flags = [*shlex.split(args.flags), "--max-num-seqs", str(args.at_once)]
     flags += ["--threads", str(args.threads)]
     degrees = ["--tp", str(args.tp), "--sp", str(args.sp)]

@@ -101,7 +101,7 @@ def summary(samples: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 
 def run_all(checkouts: dict[str, Path], folder: Path, repeats: int, rounds: int) -> dict[str, Any]:
-    """Summaries of all settings."""
+    """Measure all settings and return their summaries."""
     chosen = settings(folder, rounds)
     samples: dict[str, dict[str, list[dict[str, float]]]] = {
         name: {side: [] for side in SIDES} for name in chosen
@@ -169,7 +169,9 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as place:
             if arguments.tokens or arguments.only_tokens:
-                result["tokens"] = compare(*checkouts.values(), Path(place, "families"), RANKS)
+                result["tokens"] = compare(
+                    checkouts["before"], checkouts["after"], Path(place, "families"), RANKS
+                )
                 print(json.dumps(result["tokens"], indent=2), flush=True)
             if not arguments.only_tokens:
                 result["settings"] = run_all(checkouts, Path(place), repeats, rounds)

@@ -1,13 +1,13 @@
-"""Offline generation in a process of its own, through the public `LLM` of whichever checkout leads
-PYTHONPATH.
+"""Offline generation in a process of its own, through the public `LLM` of the checkout under test.
 
     python -P child.py < JOB.json        JOB is {"checkout": FOLDER, "models": [MODEL, ...]}
 
-A MODEL is loaded, answers one warm-up prompt, then every batch in order. Its fields: `model`, `sp`,
-`options` (of LLM), and `batches`, lists of {"prompt": text or token ids, "params": fields of
-SamplingParams}. Each line of standard output that begins with MARK holds JSON: first when the
-warm-up's token was ready, on the clock of `time.monotonic`, then one line per batch. Nothing but
-the checkout's public API is imported, so that older commits are measured by the same code.
+PYTHONPATH must lead to that checkout. A MODEL is loaded, answers one warm-up prompt, then every
+batch in order. Its fields: `model`, `sp`, `options` (of LLM), and `batches`, lists of {"prompt":
+text or token ids, "params": fields of SamplingParams}. Each line of standard output that begins
+with MARK holds JSON: first the time of the warm-up's token on the clock of `time.monotonic`, then
+one line per batch. Nothing but the checkout's public API is imported, so that older commits are
+measured by the same code.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ from benchmarks.load.process import RunningServer
 from benchmarks.load.sse import events
 
 
-def asked_of(count: int, shortest: int, longest: int, new_tokens: int) -> list[tuple[str, int]]:
+def mixed_requests(
+    count: int, shortest: int, longest: int, new_tokens: int
+) -> list[tuple[str, int]]:
     """Prompts with numbers of new tokens from half to one and a half times `new_tokens`, unordered.
 
     Answers of one length would all end in the same step, and then everybody waits for the clients.

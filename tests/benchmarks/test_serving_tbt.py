@@ -1,5 +1,4 @@
-"""TBT under prefill: which gaps count as disturbed, which system is best, and the run against a
-live server."""
+"""TBT under prefill: disturbed gaps, the best system, and a run against a live server."""
 
 from __future__ import annotations
 
@@ -84,7 +83,7 @@ def test_decodes_run_on_while_prompts_come() -> None:
         assert len(quiet) > 10
         assert disturbed
         assert min(quiet + disturbed) > 0
-        while server.async_engine.num_open:  # decodes were left, which the server notices
+        while server.async_engine.num_open:  # the client abandoned decodes, and the server noticed
             server.get("/health")
 
 
