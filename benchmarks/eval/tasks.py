@@ -74,6 +74,15 @@ def make_probe(
 ) -> Probe:
     """Probe number `index`; equal arguments give equal probes.
 
+    Args:
+        task: a kind of probe, of those listed above.
+        length: tokens of prompt and answer together, at most.
+        depth: place of what must be found, from 0 (beginning) to 1 (end).
+        index: number of the probe among those of the same length and depth.
+        seed: of all random choices, together with the other arguments.
+        texts: held-out texts by name, which fill the prompt.
+        tokenizer: the model's own.
+
     Raises:
         ConfigError: `length` is too short for the task.
     """
