@@ -1,14 +1,13 @@
-"""What the HTTP server costs: the same prompts through it and through offline generation, side by
-side.
+"""Cost of the HTTP server: the same prompts through it and through offline generation.
 
     python benchmarks/api_overhead.py [--requests 64] [--at-once 16] [--new-tokens 64] [--save]
 
-Both keep --at-once requests under way: a server with --max-num-seqs of them and as many clients,
-waiting for whole answers or streaming them; and LLM.generate in a process of its own with the same
-engine options. They take turns, so that a noise of the machine meets all of them. The ratio is the
-server's output tokens per second over those of offline generation; clients run on the same machine
-and count against the server. The CPU time that each token takes in the server's processes and in
-those of offline generation is told too: other work on the machine hardly moves it.
+Both keep --at-once requests in flight: a server with --max-num-seqs of them and as many clients,
+which wait for whole answers or stream them; and LLM.generate in a process of its own with the same
+engine options. They take turns, so that noise of the machine hits all of them. The ratio is the
+server's output tokens per second over those of offline generation. Clients run on the same machine
+and count against the server. CPU time per token is reported for the server's processes and for
+those of offline generation: other load on the machine hardly moves it.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import machine
 from benchmarks.load.process import cpu_seconds, served
-from benchmarks.overhead.clients import answered, asked_of
+from benchmarks.overhead.clients import answered, mixed_requests
 from benchmarks.overhead.offline import OfflineProcess
 
 
 def main() -> int:
     args = parser().parse_args()
-    asks = asked_of(args.requests, args.shortest, args.longest, args.new_tokens)
+    asks = mixed_requests(args.requests, args.shortest, args.longest, args.new_tokens)
     flags = [*shlex.split(args.flags), "--max-num-seqs", str(args.at_once)]
     flags += ["--threads", str(args.threads)]
     degrees = ["--tp", str(args.tp), "--sp", str(args.sp)]
@@ -98,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """One contestant's run: until all was answered, and computed meanwhile by its processes."""
+    """One run of a contestant: seconds to the last answer, and CPU seconds of its processes."""
 
     seconds: float
     cpu_s: float
@@ -115,8 +114,7 @@ def measured(run: Callable[[], float], cpu_s: Callable[[], float]) -> Callable[[
 def taken_in_turn(
     contestants: dict[str, Callable[[], Took]], repeats: int
 ) -> dict[str, list[Took]]:
-    """What each took, `repeats` times after one warm-up; the order turns around from round to
-    round."""
+    """Times of every contestant over `repeats` rounds, after one warm-up; the order alternates."""
     found: dict[str, list[Took]] = {name: [] for name in contestants}
     for number in range(repeats + 1):
         names = list(contestants) if number % 2 else list(reversed(contestants))
@@ -128,8 +126,7 @@ def taken_in_turn(
 
 
 def summary(rounds: dict[str, list[Took]], tokens: int) -> dict[str, Any]:
-    """Tokens per second (medians), and the server's share of offline speed: median and range over
-    rounds."""
+    """Median tokens per second, and the server's share of offline speed (median and range)."""
     seconds = {name: [took.seconds for took in each] for name, each in rounds.items()}
     ratios = {
         name: sorted(base / mine for base, mine in zip(seconds["offline"], each, strict=True))

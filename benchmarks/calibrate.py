@@ -1,17 +1,17 @@
-"""Measures this machine for the simulator and writes a hardware file: rates, overheads, and the
-links between its ranks.
+"""Measure this machine for the simulator and write a hardware file: rates, overheads and links.
 
-    python benchmarks/calibrate.py --output out/mine.yaml                                   one rank
+    python benchmarks/calibrate.py --output out/mine.yaml                        one rank
     torchrun --nproc-per-node 8 benchmarks/calibrate.py --model llama-3-8b --output out/node.yaml
-    deepspeed --hostfile hosts benchmarks/calibrate.py --output out/cluster.yaml             links of nodes and between
+    deepspeed --hostfile hosts benchmarks/calibrate.py --output out/cluster.yaml
+                                                         links inside nodes and between them
     sudo python benchmarks/calibrate.py --nodes 2 --rates 10gbit,1gbit --output out/two.yaml
-    --one-rank out/one.yaml
+        --one-rank out/one.yaml
 
     python tools/simulate.py --hardware out/node.yaml ..
 
 All ranks measure at once, so what they share counts. With --nodes the ranks run in network
 namespaces, one in each, as in cluster.py, and the file has one link per rate (`--link
-between-1gbit`). How is `calibration.terms`.
+between-1gbit`). `calibration.terms` describes the measurements.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _write(texts: dict[Path, str]) -> None:
 
 
 def on_this_rank(args: argparse.Namespace) -> str | None:
-    """The file's text on rank 0 of the job that this process belongs to."""
+    """Text of the hardware file, on rank 0 of the job that this process belongs to."""
     import torch
 
     from benchmarks.calibration import nodes
@@ -103,7 +103,7 @@ def on_this_rank(args: argparse.Namespace) -> str | None:
     info = from_environment()
     if args.device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(1)  # a rank is a core, as in the other tools
-    wanted = os.environ.get(nodes.AS_JSON)  # by the process that emulates nodes
+    wanted = os.environ.get(nodes.AS_JSON)  # given by the process that emulates nodes
     with guard(info):
         if wanted == nodes.TP_STEP:
             probe = probe_for(model_of(args.model), args.dtype)
@@ -120,7 +120,7 @@ def on_this_rank(args: argparse.Namespace) -> str | None:
 
 
 def on_emulated_nodes(args: argparse.Namespace) -> Iterator[dict[Path, str]]:
-    """The files' texts after each rate, the fastest one first.
+    """Yield the texts of the files after each rate, fastest rate first.
 
     Raises:
         ClusterError: this machine cannot emulate nodes, or a rank failed.
@@ -147,7 +147,7 @@ def on_emulated_nodes(args: argparse.Namespace) -> Iterator[dict[Path, str]]:
 
 
 def model_of(name: str) -> ModelConfig:
-    """Of a name in model_configs/, of a model folder, or of a shape of cluster.py.
+    """Model of a name in model_configs/, of a model folder, or of a shape of cluster.py.
 
     Raises:
         ConfigError: none of these.

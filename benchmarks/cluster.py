@@ -1,8 +1,7 @@
-"""Prefill systems on an emulated cluster: first token times against the rate of the link between
-nodes.
+"""Prefill systems on an emulated cluster: time to first token against the rate of the links.
 
     sudo python benchmarks/cluster.py [--nodes 2] [--rates 10gbit,1gbit,100mbit] [--tokens 8192]
-    [--save]
+        [--save]
 
 Nodes are network namespaces with one rank of one thread each; every link is limited by tc in both
 directions. One job per system stays loaded while the rate changes under it, and systems take turns
@@ -15,7 +14,7 @@ on the same prompts (greedy, one new token and --decode more, no prefix caching)
     csa                SP over the nodes, sparse attention; also pipelined, and on one rank
 
 At every rate answers must equal those of one rank. The rate at which dense Ulysses communicates as
-long as it computes is looked for first and measured as well.
+long as it computes is searched for first and measured as well.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_all(arguments: argparse.Namespace, cluster: Cluster) -> Iterator[Run]:
-    """One Run per model and length, one after the other."""
+    """Yield one Run per model and length."""
     with tempfile.TemporaryDirectory() as place:
         for name in named(arguments.shapes, SHAPES, "shape"):
             shape = SHAPES[name]
@@ -130,9 +129,12 @@ def _measure(measurement: Measurement, arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Any]:
-    """The result file's content below its head."""
+    """Content of the result file below its head."""
     cores = machine.describe()["cores"]
-    note = f"{arguments.nodes} ranks of one thread share {cores} cores, also with the kernel's packet handling"
+    note = (
+        f"{arguments.nodes} ranks of one thread share {cores} cores, "
+        "also with the kernel's packet handling"
+    )
     return {
         "nodes": arguments.nodes,
         "note": note,
@@ -144,7 +146,7 @@ def report(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Any]:
 
 
 def save(arguments: argparse.Namespace, runs: list[Run]) -> None:
-    """Writes docs/results/NAME.json and .png."""
+    """Write docs/results/NAME.json and .png."""
     path = machine.save(arguments.name, report(arguments, runs))
     plot(runs, path.with_suffix(".png"))
     say(f"written: {path}")
@@ -163,7 +165,7 @@ def main() -> int:
         with emulated_cluster(arguments.nodes) as cluster:
             for run in run_all(arguments, cluster):
                 runs.append(run)
-                if arguments.save:  # what is measured is kept, whatever comes next
+                if arguments.save:  # keep what was measured, whatever follows
                     save(arguments, runs)
     except (ClusterError, JobFailed, ValueError) as error:
         sys.stderr.write(f"cluster: {error}\n")

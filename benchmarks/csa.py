@@ -1,12 +1,12 @@
-"""CSA prefill attention against torch's dense causal SDPA, one rank, same threads, in one run.
+"""CSA prefill attention against torch's dense causal SDPA: one rank, same threads, in one run.
 
     python benchmarks/csa.py [--tokens 16384] [--degrees 1,4] [--cells 8] [--threads 1] [--save]
 
-Two shapes of heads: the bundled model's, and Llama-3-8B's scaled down to a quarter of its heads and
-half their width. `ratio_of_ideal` is CSA time / (dense time x FLOPs ratio): 1 means that what is
-left of the work runs as fast as dense attention does; the target is <= 1.15. `cpu_ratio_of_ideal`
-is the same from processor time, which other load on the machine disturbs less. Planning the pieces
-is in the time of CSA.
+There are two shapes of heads: the bundled model's, and Llama-3-8B's with a quarter of its heads and
+half their width. `ratio_of_ideal` is CSA time / (dense time x FLOPs ratio): 1 means that the
+remaining work runs as fast as dense attention does; the target is <= 1.15. `cpu_ratio_of_ideal` is
+the same from processor time, which other load on the machine disturbs less. CSA's time includes
+planning the pieces.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHAPES = {  # query heads, KV heads, head width
 
 
 def compare(pattern: Any, tokens: int, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """Seconds of one layer's attention of both, and how far CSA is from its share of the work."""
+    """Seconds of one layer's attention by both, and CSA's distance from its share of the work."""
     import torch
 
     from sps2_mega.attention.csa.pieces import csa_pieces

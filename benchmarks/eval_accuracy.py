@@ -1,22 +1,18 @@
-"""Measures what attention settings cost in accuracy, on any model, through the engine's own prefill
-and decode.
+"""Accuracy of attention settings on any model, through the engine's own prefill and decode.
 
-    python benchmarks/eval_accuracy.py [--model DIR] [--data FILE|FOLDER] [--settings dense keys-d4
-    paper-d4 ...]
-    torchrun --nproc-per-node 4 benchmarks/eval_accuracy.py --sp 4          (or deepspeed --num_gpus 4 ...)
-    python benchmarks/eval_accuracy.py --merge A.json B.json --name all     (measures nothing: one result of several)
+    python benchmarks/eval_accuracy.py [--model DIR] [--data FILE|FOLDER]
+        [--settings dense keys-d4 paper-d4 ...]
+    torchrun --nproc-per-node 4 benchmarks/eval_accuracy.py --sp 4   (or deepspeed --num_gpus 4 ...)
+    python benchmarks/eval_accuracy.py --merge A.json B.json --name all
+                                                     (measures nothing: joins results)
 
 For each setting and length: bits per byte of held-out text by position, KL of the next token's
-    distribution from
-dense attention, and exact answers to generated retrieval probes by depth, in a first or a second
-turn. Several
---seeds are pooled. Weights are loaded once. The output folder gets NAME.json (after each setting),
-NAME.md, and
-NAME.png and NAME-frontier-LENGTH.png (need matplotlib, extra `bench`). Names of settings are
-explained in
-benchmarks/eval/settings.py.
+distribution from dense attention, and exact answers to generated retrieval probes by depth, in a
+first or a second turn. Several --seeds are pooled. Weights are loaded once. The output folder gets
+NAME.json (after each setting), NAME.md, and NAME.png and NAME-frontier-LENGTH.png (need matplotlib,
+extra `bench`). benchmarks/eval/settings.py explains the names of settings.
 
-Exit code 2 when the command cannot run as given.
+Exit code 2 if the command cannot run as given.
 """
 
 from __future__ import annotations
@@ -58,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, info: LaunchInfo) -> int:
-    """All settings on this rank; rank 0 writes."""
+    """Measure all settings on this rank; rank 0 writes."""
     from tqdm import tqdm
 
     from benchmarks.eval.measure import Job
@@ -133,7 +129,7 @@ def run(args: argparse.Namespace, info: LaunchInfo) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """One result of several that differ in lengths only, and its tables and pictures."""
+    """Join results that differ in lengths only, with tables and pictures."""
     from benchmarks.eval.report import merged, write_json, write_report
 
     results = []
@@ -214,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="put results of other lengths together",
     )
-    # Launchers add this one; the rank comes from the environment.
+    # Launchers add this flag; the rank is read from the environment.
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 

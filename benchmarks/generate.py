@@ -1,11 +1,11 @@
-"""Offline generation against transformers, one rank, same model, prompts, type and threads, in one
-run.
+"""Offline generation against transformers: one rank, same model, prompts, dtype and threads.
 
     python benchmarks/generate.py [--dtype float32] [--requests 16] [--new-tokens 128] [--save]
 
 Both get the same batch of mixed-length prompts (Python source, 100 to 2000 tokens for the bundled
-byte-level model). transformers pads them into one batch; we prefill and decode them unpadded. Its
-prefill of one prompt after the other, without padding, is shown too.
+byte-level model) and take turns in one run. transformers pads them into one batch; we prefill and
+decode them unpadded. Its prefill of one prompt after the other, without padding, is shown too. Two
+commits of our own are compared by `two_commits.py`.
 
     prefill   prompt tokens (padding not counted) / time until all first tokens are there
     decode    tokens after the first / time after that
@@ -25,11 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import machine
+from benchmarks.generation.workload import source_prompts
 
 
 @dataclass
 class ForwardClock:
-    """Adds up the time spent in the model's forward, by module hooks."""
+    """Clock of the time spent in the model's forward, by module hooks."""
 
     seconds: float = 0.0
     _began: float = field(default=0.0)
@@ -40,17 +41,6 @@ class ForwardClock:
 
     def _stop(self, *_: Any) -> None:
         self.seconds += time.perf_counter() - self._began
-
-
-def source_prompts(count: int, shortest: int, longest: int) -> list[str]:
-    """Python source of the standard library, cut to lengths spread geometrically over the range."""
-    files = sorted(Path(json.__file__).parents[1].glob("*.py"))
-    texts = [f.read_text(errors="ignore") for f in files]
-    texts = [text for text in texts if len(text) > longest and text.isascii()][:count]
-    ratio = longest / shortest
-    return [
-        text[: int(shortest * ratio ** (i / max(1, count - 1)))] for i, text in enumerate(texts)
-    ]
 
 
 def run_ours(
@@ -107,7 +97,7 @@ def run_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> d
 
 
 def prefill_one_by_one(model: Any, prompts: list[list[int]]) -> dict[str, float]:
-    """transformers without padding: what a careful user gets from it for mixed lengths."""
+    """Rate of transformers without padding: what a careful user gets for mixed lengths."""
     import torch
 
     began = time.perf_counter()
@@ -134,7 +124,7 @@ def _rates(
 
 
 def plot(ratios: dict[str, float], path: Path) -> None:
-    """Bars of how many times faster we are; 1 is a tie."""
+    """Draw the speed relative to transformers as bars; 1 is a tie."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,13 +1,12 @@
-"""A whole model on one GPU: prefill, decode and the host's share, beside the card's ceilings and
-transformers.
+"""A whole model on one GPU: prefill, decode and host time against the card and transformers.
 
     python benchmarks/gpu_model.py [--budget-s 500] [--parts decode,prefill] [--out docs/results]
     python benchmarks/gpu_model.py --tiny      starts everything on a CPU; its numbers mean nothing
 
 Random bf16 weights of Llama-3-8B shape are made on the device; nothing is downloaded. Each part
 runs in a process of its own with a limit of its own, so that one that fails, hangs or leaves a
-broken device behind takes nothing with it. OUT/gpu-model.json is written again after every part,
-and has at any time all cases measured so far.
+broken device behind takes nothing with it. OUT/gpu-model.json is rewritten after every part and
+always holds all cases measured so far.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _END_S = 5.0  # between a part's own deadline and its end by force
 
 
 def run_parts(parts: list[str], arguments: argparse.Namespace) -> int:
-    """Runs the parts one after the other; returns how many did not end well."""
+    """Run the parts one after the other; return how many did not end well."""
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -60,7 +59,7 @@ def run_parts(parts: list[str], arguments: argparse.Namespace) -> int:
 
 
 def _run_part(name: str, limit: float, tiny: bool) -> tuple[list[dict[str, Any]], str]:
-    """The cases that were written, and how the process ended."""
+    """Cases that the part wrote, and how its process ended."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows"
         command = [sys.executable, __file__, "--run-part", name, "--file", str(file)]
@@ -75,7 +74,7 @@ def _run_part(name: str, limit: float, tiny: bool) -> tuple[list[dict[str, Any]]
 
 
 def run_here(name: str, arguments: argparse.Namespace) -> None:
-    """One part in this process."""
+    """Run one part in this process."""
     deadline = time.monotonic() + arguments.budget_s
     import torch
 

@@ -1,4 +1,4 @@
-"""What a benchmark result must say about where and how it was made."""
+"""Origin of a benchmark result: machine, versions, command, date."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def describe() -> dict[str, Any]:
 def interleaved(
     contestants: dict[str, Callable[[], dict[str, float]]], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Run the contestants in turn, `repeats` times after one warm-up round; medians of what they
-    return.
+    """Run the contestants in turn and return the medians of what each returned.
 
-    Taking turns spreads the noise of a shared machine over all of them.
+    There are `repeats` rounds after one warm-up. Taking turns spreads the noise of a shared machine
+    over all of them.
     """
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for round_number in range(repeats + 1):
@@ -54,8 +54,11 @@ def interleaved(
 
 
 def stolen_since() -> Callable[[], float]:
-    """Call the answer later: the share of the cores' time in between that a virtual machine's host
-    gave to others while this one had work, as Linux counts it."""
+    """Start counting stolen time; the returned function gives its share of the cores' time since.
+
+    Stolen is what a virtual machine's host gave to others while this one had work, as Linux counts
+    it.
+    """
 
     def counted() -> list[int]:
         return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
@@ -69,12 +72,16 @@ def stolen_since() -> Callable[[], float]:
     return share
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write docs/results/NAME.json with the command line and the machine."""
+def save(name: str, result: dict[str, Any], arguments: list[str] | None = None) -> Path:
+    """Write docs/results/NAME.json with the command line and the machine.
+
+    `arguments` replace those of the command line, which may name folders of this machine.
+    """
     path = ROOT / "docs" / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
-    command = f"python {script} {shlex.join(sys.argv[1:])}".strip()
+    given = sys.argv[1:] if arguments is None else arguments
+    command = f"python {script} {shlex.join(given)}".strip()
     head = {"command": command, "date": datetime.now(UTC).date().isoformat(), "machine": describe()}
     path.write_text(json.dumps(head | result, indent=2) + "\n")
     return path

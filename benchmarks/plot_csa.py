@@ -1,15 +1,15 @@
-"""Draws docs/csa.png: levels, degrees and spans of a CSA pattern, from the pattern's own
-definition.
+"""Picture of a CSA pattern for docs/csa.png: levels, degrees and spans, from its own definition.
 
     python benchmarks/plot_csa.py [FILE]        (needs matplotlib)
 
-Above, what one KV head sees: a cell per (query, key) pair. Below, one query and all KV heads: who
-keeps which key. The numbers are small so that single keys can be made out; nothing else is
-simplified.
+The upper part shows what one KV head sees, a cell per (query, key) pair; the lower part one query
+and all KV heads, with the keys that each keeps. The numbers are small so that single keys can be
+made out; nothing else is simplified.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ KINDS = {  # in the order of the legend
 
 
 def kind_of(pattern: Any, i: int, j: int, kv_head: int) -> str:
-    """The colour of a pair."""
+    """Colour of a pair."""
     level_0, level_1, level_2, halo, sinks, tail = KINDS.values()
     if j > i:
         return FUTURE
@@ -100,9 +100,11 @@ def _cells(axes: Any, colours: list[list[str]]) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
-        sys.exit(__doc__)
-    path = Path(sys.argv[1]) if len(sys.argv) == 2 else ROOT / "docs" / "csa.png"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "docs" / "csa.png")
+    path = parser.parse_args().file
     try:
         draw(path)
     except ModuleNotFoundError as error:

@@ -1,19 +1,19 @@
-"""Replays slices of a trace on an emulated cluster, for real: chunked prefill over TP against SPS2,
-through the HTTP server.
+"""Replay of trace slices over HTTP on an emulated cluster: chunked prefill over TP against SPS2.
 
     sudo python benchmarks/replay.py --save [--rates 1gbit,120mbit] [--slices 3] [--requests 40]
 
-What is saved with the same settings is not measured again: an interrupted run goes on, unless
---again is given.
+Results already saved with the same settings are kept: an interrupted run continues, unless --again
+is given.
 
-    sarathi    launch/serve.py --tp N --scheduler sarathi, chunks of the size that served a slice of their own best
+    sarathi    launch/serve.py --tp N --scheduler sarathi, with the chunk size that served a slice
+               of its own best
     sps2       --sp N, exact attention
     sps2-csa   --sp N --csa-degrees 1,4
 
 Nodes are network namespaces with one rank of one thread each and links of a given rate
 (cluster.py). Every system gets the same slices of the trace, scaled in length and time, from
 benchmarks/serving.py on the first node; ratios are paired by slice. Only one server runs at a time.
-Decides what is run; what the numbers say is `replay_figures`'.
+Decides what is run; `trace_replay.figures` decides what the numbers say.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from benchmarks.emulated.nodes import (
     rate_name,
     require_means,
 )
-from benchmarks.stretched_model import stretched
+from benchmarks.load.stretched_model import stretched
 from benchmarks.trace_replay.figures import table
 from benchmarks.trace_replay.server import served_on_nodes
 from sps2_mega.errors import ConfigError
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             replays = Replays(args, cluster, Path(folder), tuning)
             for run in replays.all_runs({_which(run) for run in runs}):
                 runs.append(run)
-                if args.save:  # what is measured is kept, whatever comes next
+                if args.save:  # keep what was measured, whatever follows
                     save(args, replays, runs)
     except (ClusterError, ConfigError, ValueError) as error:
         print(f"replay: {error}", file=sys.stderr)
@@ -102,7 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError where the command line asks for what cannot be."""
+    """Check the command line.
+
+    Raises:
+        ConfigError: it asks for something impossible.
+    """
     if args.nodes < 2 or min(args.slices, args.requests) < 1:
         raise ConfigError("needs at least 2 nodes, 1 slice and 1 request")
     if unknown := [name for name in args.systems.split(",") if name not in SYSTEMS]:
@@ -127,7 +131,7 @@ def slice_of(trace: str, number: int, requests: int) -> list[Arrival]:
 
 
 def write_slice(rows: Sequence[Arrival], path: Path) -> None:
-    """As the lines of a Mooncake trace, which the load client reads."""
+    """Write a slice as the lines of a Mooncake trace, which the load client reads."""
     start = rows[0].time_s
     lines = [
         json.dumps(
@@ -144,8 +148,7 @@ def write_slice(rows: Sequence[Arrival], path: Path) -> None:
 
 
 class Replays:
-    """All servers and loads of one run of the bench; slice 0 tunes the baseline and is not
-    measured."""
+    """All servers and loads of one run; slice 0 tunes the baseline and is not measured."""
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class Replays:
         folder: Path,
         tuning: dict[str, dict[str, float]],
     ) -> None:
-        """`tuning`: mean response seconds by rate and chunk size, as far as they are known."""
+        """`tuning` holds mean response seconds by rate and chunk size, as far as they are known."""
         self._args, self._cluster, self._folder = args, cluster, folder
         self._model = stretched(args.model, args.max_model_len, folder)
         self._started = 0
@@ -164,8 +167,10 @@ class Replays:
             write_slice(rows, folder / f"slice-{number}.jsonl")
 
     def all_runs(self, done: Collection[tuple[str, str, int]]) -> Iterator[dict[str, Any]]:
-        """Rate by rate, system by system, but what is `done` (`_which`); each server gets all its
-        slices."""
+        """Yield runs by rate and system, except those in `done` (`_which`).
+
+        Each server gets all its slices.
+        """
         args = self._args
         for rate in parse_rates(args.rates.split(",")):
             name = rate_name(rate)
@@ -192,7 +197,7 @@ class Replays:
                     yield {"rate": name, "slice": number, "system": system, "figures": figures}
 
     def _best_chunk(self, rate: str) -> int:
-        """The chunk size with the least mean response time on slice 0."""
+        """Chunk size with the least mean response time on slice 0."""
         sizes = self._args.chunks.split(",")
         if len(sizes) == 1:
             return int(sizes[0])
@@ -214,11 +219,11 @@ class Replays:
     def _replayed(
         self, flags: Sequence[str], slices: Sequence[int]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """One server, and the figures of each slice that it served."""
+        """Figures of each slice, served by one server."""
         self._started += 1
         folder = self._folder / f"server-{self._started}"
         folder.mkdir()
-        blocks = 8 * self._args.max_model_len // 16  # on each rank: never what limits
+        blocks = 8 * self._args.max_model_len // 16  # on each rank: never the limit
         common = ["--model", self._model, "--max-model-len", str(self._args.max_model_len)]
         common += ["--num-kv-blocks", str(blocks), "--no-prefix-caching", "--threads", "1"]
         common += ["--device", "cpu", "--dtype", "float32"]
@@ -228,11 +233,11 @@ class Replays:
                 yield number, self._loaded(url, number, folder)
 
     def _loaded(self, url: str, number: int, folder: Path) -> dict[str, Any]:
-        """What the load client saw, run on the first node."""
+        """Observations of the load client, run on the first node."""
         args, output = self._args, folder / f"load-{number}.json"
         command = [
             *self._cluster.nodes[0].prefix,
-            *(sys.executable, str(machine.ROOT / "tools" / "bench" / "serving.py")),
+            *(sys.executable, str(machine.ROOT / "benchmarks" / "serving.py")),
             *("--url", url, "--trace", str(self._folder / f"slice-{number}.jsonl")),
             *("--requests", str(args.requests), "--salt", "replay", "--seeds", str(number)),
             *("--length-scale", str(args.length_scale), "--output-scale", str(args.output_scale)),
@@ -247,8 +252,7 @@ class Replays:
 
 
 def saved(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """Runs and chunk sizes' seconds of the result file, where it was made with the same
-    settings."""
+    """Runs and chunk sizes' seconds in the result file, if it was made with the same settings."""
     path = machine.ROOT / "docs" / "results" / f"{args.name}.json"
     if not args.save or args.again or not path.is_file():
         return [], {}
@@ -259,7 +263,7 @@ def saved(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, dic
 
 
 def save(args: argparse.Namespace, replays: Replays, runs: list[dict[str, Any]]) -> None:
-    """Writes docs/results/NAME.json and .png."""
+    """Write docs/results/NAME.json and .png."""
     from benchmarks.trace_replay.plot import plot
 
     tuning = replays.tuning
@@ -270,7 +274,7 @@ def save(args: argparse.Namespace, replays: Replays, runs: list[dict[str, Any]])
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Settings on which the figures depend."""
     return {k: v for k, v in vars(args).items() if k not in ("save", "name", "again")}
 
 

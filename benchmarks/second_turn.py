@@ -1,13 +1,12 @@
-"""How long a second turn on a long context waits for its first token, beside the first turn, in one
-run.
+"""Time to first token of a second turn on a long context, beside the first turn, in one run.
 
-    python benchmarks/second_turn.py [--tokens 16384] [--sp 2] [--transport ring] [--scheduler
-    sarathi] [--save]
+    python benchmarks/second_turn.py [--tokens 16384] [--sp 2] [--transport ring]
+        [--scheduler sarathi] [--save]
 
-The first turn is a prompt of `--tokens` tokens and a short answer; the second is all of that and a
-question of `--question` tokens. With prefix caching only what is new is computed, so `ratio`
+The first turn is a prompt of `--tokens` tokens and a short answer; the second adds a question of
+`--question` tokens to all that. With prefix caching only the new tokens are computed, so `ratio`
 (second / first time to the first token) should be near `new_tokens / tokens`, plus what those
-tokens attend to. `--no-prefix-caching` shows what it would cost otherwise.
+tokens attend to. `--no-prefix-caching` shows the cost without it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from benchmarks import machine
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to the first token of both turns, and how many tokens each of them computed."""
+    """Seconds to the first token of both turns, and the number of tokens that each computed."""
     from sps2_mega.serving import LLM
     from sps2_mega.types import SamplingParams
 

@@ -1,19 +1,20 @@
-"""Replays a request trace, or Poisson arrivals, against a server of the OpenAI API and reports what
-its clients saw.
+"""Load on a server of the OpenAI API: a replayed request trace or Poisson arrivals.
 
     python benchmarks/serving.py --url http://127.0.0.1:8000 --trace mooncake --requests 100
-    --length-scale 0.02
+        --length-scale 0.02
     python benchmarks/serving.py --url http://127.0.0.1:8000 --poisson 2 --lengths 500:64,2000:16
-    --seeds 0 1 2
+        --seeds 0 1 2
 
-    TTFT      first token - when the request was due        TBT    gap between two tokens
-    TPOT      mean gap of a request                         goodput    requests/s within --slo-ttft and --slo-tbt
+    TTFT      first token - when the request was due
+    TBT       gap between two tokens
+    TPOT      mean gap of a request
+    goodput   requests/s within --slo-ttft and --slo-tbt
 
-Requests are sent when they are due, whatever came of earlier ones; --max-in-flight bounds them, and
-then waiting counts. Lengths count tokens with --prompts ids (the default), else characters or
+Requests are sent when they are due, whatever became of earlier ones; --max-in-flight bounds them,
+and then waiting counts. Lengths count tokens with --prompts ids (the default), else characters or
 words: the server's own counts are in the result. Prompts that the model's context cannot hold are
 left out and counted. Exit codes: 0 all requests were answered, 1 some failed, 2 it could not run.
-Decides what is run; how one request goes is `load.client`'s.
+Decides what is run; `load.client` handles a single request.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def write(
     runs: dict[str, Replay],
     results: list[dict[str, Any]],
 ) -> None:
-    """The JSON file and the picture. A key is a secret: neither has it."""
+    """Write the JSON file and the picture, neither with the API key."""
     settings = {
         name: value
         for name, value in vars(args).items()
@@ -97,17 +98,18 @@ def write(
     args.output.write_text(json.dumps(record | {"runs": results}, indent=1) + "\n")
     from benchmarks.load.plot import plot
 
+    arrivals = "Poisson" if args.poisson is not None else args.trace or "azure-code"
     plot(
         runs,
         args.output.with_suffix(".png"),
-        title=f"{target.model}, {args.trace or 'azure-code' if args.poisson is None else 'Poisson'}",
+        title=f"{target.model}, {arrivals}",
         limits={"ttft_s": args.slo_ttft, "tbt_s": args.slo_tbt},
     )
     print("written:", args.output)
 
 
 def _shown(arguments: list[str]) -> str:
-    """The command line, without the key that a result file must not have."""
+    """Command line without the key, which a result file must not have."""
     shown = [
         "KEY" if before == "--api-key" else re.sub("^--api-key=.*", "--api-key=KEY", argument)
         for before, argument in zip(["", *arguments], arguments, strict=False)

@@ -1,16 +1,15 @@
-"""What running requests notice of a long prompt: time between tokens in quiet and while it is
-prefilled, per scheduler.
+"""Time between tokens of running requests, in quiet and during a long prefill, per scheduler.
 
     python benchmarks/serving_tbt.py [--prompt-len 8192] [--decodes 4] [--save]
-    python benchmarks/serving_tbt.py --system "mine=--sp 2 --tbt-target-ms 20" --system "other=--tp
-    2 --scheduler sarathi"
+    python benchmarks/serving_tbt.py --system "mine=--sp 2 --tbt-target-ms 20"
+        --system "other=--tp 2 --scheduler sarathi"
 
 Every system is a server of its own, started in turn with the same weights, and gets the same
 requests, --rounds times in alternation. {target} in flags stands for --target-ms, or for --factor
-times the quiet median of the first system. The bundled model's weights are given a context long
-enough for the prompts: what they then say is no text any more, what it takes is the same. Of
-systems named sarathi-N the best one is marked: the shortest TTFT among those that keep the
-disturbed p99 within 3 times the quiet median, else the shortest p99.
+times the quiet median of the first system. The bundled model's weights get a context long enough
+for the prompts: their output is no text any more, but takes the same time. Of the systems named
+sarathi-N the best one is marked: the shortest TTFT among those that keep the disturbed p99 within 3
+times the quiet median, else the shortest p99.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from benchmarks import machine
 from benchmarks.load.client import Target
 from benchmarks.load.figures import spread
 from benchmarks.load.process import served
+from benchmarks.load.stretched_model import stretched
 from benchmarks.load.tbt_run import Trace, Watched, watch
-from benchmarks.stretched_model import stretched
 
 LIMIT = 3.0  # disturbed p99 over quiet median
 SYSTEMS = (
@@ -113,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def one(model: str, flags: list[str], trace: Trace, folder: Path) -> Watched:
-    """A server from its start to its end."""
+    """Run one server from start to end."""
     with served(["--model", model, *flags], folder / "server.log") as server:
         # Log-probabilities make every token an event, also one that is no text by itself.
         target = Target(
@@ -126,7 +125,7 @@ def one(model: str, flags: list[str], trace: Trace, folder: Path) -> Watched:
 
 
 def figures(runs: list[Watched]) -> dict[str, Any]:
-    """Of all rounds together, in seconds."""
+    """Figures of all rounds together, in seconds."""
     parts = [run.parted() for run in runs]
     quiet = [gap for part, _ in parts for gap in part]
     disturbed = [gap for _, part in parts for gap in part]
@@ -144,7 +143,7 @@ def figures(runs: list[Watched]) -> dict[str, Any]:
 
 
 def best_of(systems: dict[str, dict[str, Any]], prefix: str) -> str | None:
-    """Which of the systems with this prefix is tuned best; None without any."""
+    """Name of the best tuned system with this prefix; None without any."""
     rivals = {name: found for name, found in systems.items() if name.startswith(prefix)}
     keep = {n: f for n, f in rivals.items() if f.get("p99_over_quiet_p50", LIMIT + 1) <= LIMIT}
     if keep:

@@ -1,13 +1,13 @@
-"""Soaks a server in mixed requests and checks every answer, its KV blocks and its memory.
+"""Soak test of a server in mixed requests, which checks every answer, its KV blocks and its memory.
 
     python benchmarks/soak.py --requests 2000 --sp 2                 the bundled model on two ranks
     python benchmarks/soak.py --model DIR --tp 2 --flags "--dtype bfloat16"
 
-A fifth of the requests is left midway, a tenth invalid; the others come streamed or not, as text,
-token ids or several at once, with samples, stop strings, echo and log-probabilities. Every finished
-text must be what offline generation gives for it. Afterwards no block may be in use, and resident
-memory of all server processes must have stayed within 5 % of its median in the second half. Exit
-codes: 0 all was right, 1 it was not, 2 it could not run.
+A fifth of the requests is abandoned midway, a tenth is invalid; the others are streamed or not,
+given as text, token ids or several at once, with samples, stop strings, echo and log-probabilities.
+Every finished text must equal that of offline generation. Afterwards no block may be in use, and
+resident memory of all server processes must have stayed within 5 % of its median in the second
+half. Exit codes: 0 all was right, 1 it was not, 2 it could not run.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def run(server: RunningServer, answers: list[Answer], args: argparse.Namespace) -> dict[str, Any]:
-    """The soak against a server that runs; what was done and what was wrong."""
+    """Soak a running server; return what was done and what was wrong."""
     described = httpx.get(f"{server.url}/v1/models", trust_env=False).json()["data"][0]
     mix = CaseMix(
         answers=[with_ids(answer, server.url) for answer in answers],
@@ -112,7 +112,7 @@ def run(server: RunningServer, answers: list[Answer], args: argparse.Namespace) 
 
 
 def with_ids(answer: Answer, url: str) -> Answer:
-    """The same with the prompt's token ids, which the server's tokenizer knows."""
+    """The answer with the prompt's token ids added, from the server's tokenizer."""
     asked = {"prompt": answer.fields["prompt"]}
     tokens = httpx.post(f"{url}/tokenize", json=asked, trust_env=False).json()["tokens"]
     return dataclasses.replace(answer, prompt_ids=tokens)

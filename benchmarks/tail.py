@@ -1,11 +1,11 @@
-"""What the exact tail adds to a sparse prefill: measured here, and computed for a long prompt.
+"""Cost of the exact tail in a sparse prefill: measured here, and computed for a long prompt.
 
     python benchmarks/tail.py [--tokens 16384] [--sp 2] [--tail 128] [--save]
 
 `measured`: seconds to the first token with and without tail, by two jobs on the same prompts in
 turn. `computed`: for `--long` tokens on `--ranks` ranks of the model `--long-model`, the tail's
-share of the attention pairs, of all FLOPs of the prefill, and of the bytes sent, from the same
-formulas that the planner uses. The target is less than 3 % of a prefill of 128K tokens.
+share of the attention pairs, of all FLOPs of the prefill, and of the bytes sent, from the formulas
+of the planner. The target is less than 3 % of a prefill of 128K tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _job(pipe: Any, model: str, tokens: int, sp: int, tail: int) -> None:
-    """Prompts in, seconds to the first token out, until None comes."""
+    """Loop of a job: prompts in, seconds to the first token out, until None arrives."""
     from sps2_mega.config import CSAConfig
     from sps2_mega.serving import LLM
     from sps2_mega.types import SamplingParams
@@ -65,8 +65,7 @@ def _job(pipe: Any, model: str, tokens: int, sp: int, tail: int) -> None:
 
 
 def computed(args: argparse.Namespace) -> dict[str, Any]:
-    """Shares of the tail in a prefill that has it, contiguous shards and cells of one rank, degrees
-    1,4."""
+    """Tail's shares in a prefill with contiguous shards, cells of one rank and degrees 1,4."""
     from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
     from sps2_mega.attention.layout.token_layout import build_layout
     from sps2_mega.attention.planner.by_level import visible_between

@@ -1,20 +1,20 @@
-"""Trains the bundled byte-level model on Python's own sources and generated long-range tasks, and
-evaluates it.
+"""Training and evaluation of the bundled byte-level model.
 
-    python benchmarks/train_tiny.py [--output out/train] [--device cpu|cuda]      trains, evaluates
-    python benchmarks/train_tiny.py --evaluate model_configs/sps2-tiny            evaluates a model only
+    python benchmarks/train_tiny.py [--output out/train] [--device cpu|cuda]   trains, evaluates
+    python benchmarks/train_tiny.py --evaluate model_configs/sps2-tiny         evaluates only
 
-Everything that influences the weights is in benchmarks/train/sps2-tiny.yaml. A run that was
-interrupted goes on when it is started again. The output folder gets
+The data are Python's own sources and generated long-range tasks. Everything that influences the
+weights is in benchmarks/train/sps2-tiny.yaml. An interrupted run continues when it is started
+again. The output folder gets
 
     model/           Hugging Face folder: config, bfloat16 weights, tokenizer
     checkpoint.pt    what a resumed run needs
     log.jsonl        loss, bits per byte and found digits of training batches
     curve.png        the same as a picture (needs matplotlib, extra `bench`)
     evaluation.json  held-out bits per byte beside gzip, xz and a 5-gram model; retrieval by length
-    and depth
+                     and depth
 
-Exit code 2 when the command cannot run as given.
+Exit code 2 if the command cannot run as given.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(config: TrainConfig, corpus: Corpus, device: str, args: argparse.Namespace) -> None:
-    """Trains, or goes on; writes all files of the output folder.
+    """Train, or continue a run, and write all files of the output folder.
 
     Raises:
         ConfigError: the output folder is another configuration's.
@@ -98,7 +98,7 @@ def train(config: TrainConfig, corpus: Corpus, device: str, args: argparse.Names
 
 
 def evaluate(model: TinyLlama, corpus: Corpus, num_probes: int) -> dict[str, Any]:
-    """Plain values; lengths beyond what the model's configuration admits are left out."""
+    """Evaluation as plain values; lengths beyond the model's configured context are left out."""
     from benchmarks.train.baselines import baseline_bits_per_byte
     from benchmarks.train.evaluate import TASKS, bits_per_byte, retrieval
 

@@ -1,10 +1,10 @@
-"""Each prefill transport, and the planner's choice, on the same steps in one run: is the choice the
-fastest?
+"""Prefill transports and the planner's choice on the same steps in one run.
 
-    python benchmarks/transport.py                                 all ranks on this machine's loopback
-    python benchmarks/transport.py --rates 1gbit,200mbit --save    also between two namespaces with such a cable (root)
+    python benchmarks/transport.py                    all ranks on this machine's loopback
+    sudo python benchmarks/transport.py --rates 1gbit,200mbit --save
+                                                      also between two namespaces linked so
 
-One layer's attention of a prefill step is timed on real ranks (`transport_rank.py`), without the
+One layer's attention of a prefill step is timed on real ranks (`transports/rank.py`), without the
 rest of the model: the transports take turns and the slowest rank counts. Fresh prompts are also
 timed under CSA, with each combination of transports for the SP levels. `regret` is what the
 planner's choice took over what the best one took, both forced: the median of the rounds' ratios,
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.emulated.nodes import Link, emulated_cluster, parse_rate
 from benchmarks.machine import ROOT, save
 from benchmarks.transports.shapes import SHAPES, Shape
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sp", type=_numbers, default=[2, 4], help="SP degrees, e.g. 2,4")
     parser.add_argument(
-        "--rates", default="", help="cable rates as tc writes them, e.g. 1gbit,200mbit"
+        "--rates", default="", help="link rates as tc writes them, e.g. 1gbit,200mbit"
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
@@ -70,12 +71,11 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _run_job(sp: int, rate: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Starts the ranks, half of them on each node where there is a cable, and returns what rank 0
-    wrote."""
+    """Run the ranks, half of them on each of two nodes if `rate` is given; return rank 0's file."""
     with tempfile.TemporaryDirectory() as folder, _nodes(rate) as nodes:
         output = Path(folder) / "result.json"
         per_node = sp // len(nodes)
-        script = str(Path(__file__).with_name("transport_rank.py").resolve())
+        script = str(Path(__file__).resolve().parent / "transports" / "rank.py")
         numbers = ["--rounds", str(args.rounds), "--shapes", str(args.shapes)]
         command = [sys.executable, script, str(output), *numbers]
         ranks = []
@@ -109,17 +109,15 @@ def _run_job(sp: int, rate: str, args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _nodes(rate: str) -> Iterator[list[tuple[list[str], dict[str, str], str]]]:
-    """(command prefix, environment, address) of each node: this machine, or two namespaces with a
-    cable."""
+    """Command prefix, environment and address of each node: this machine, or two namespaces."""
     if not rate:
         yield [([], {}, "127.0.0.1")]
         return
     if os.geteuid():
         raise SystemExit("--rates needs root: it makes network namespaces")
-    from tests.netns import two_nodes
-
-    with two_nodes(rate) as pair:
-        yield [(node.prefix, node.environment, node.address) for node in pair]
+    with emulated_cluster(2) as cluster:
+        cluster.set_link(Link(bits_per_s=parse_rate(rate)))
+        yield [(node.prefix, node.environment, node.address) for node in cluster.nodes]
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,12 +1,11 @@
-"""Holds the simulator against the emulated cluster: times of all systems, measured and simulated,
-and their errors.
+"""Validation of the simulator against the emulated cluster: measured and simulated times, errors.
 
-    python benchmarks/validate_cluster.py [docs/results/cluster*.json ..] [--calibrated
-    docs/results]
+    python benchmarks/validate_cluster.py [docs/results/cluster*.json ..]
+        [--calibrated docs/results]
 
 Reads what cluster.py wrote (--save) and what calibrate.py measured (calibrated-SHAPE-NODES*.yaml),
-writes docs/results/validation-cluster.json and a section of docs/evaluation.md. How is
-`emulated.simulated`'s.
+writes docs/results/validation-cluster.json and a section of docs/evaluation.md.
+`emulated.simulated` holds the method.
 """
 
 from __future__ import annotations
@@ -54,17 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def written(text: str, found: Mapping[str, Any]) -> str:
-    """The document with the section that stands for `found`."""
+    """The document with its section replaced by that for `found`."""
     return with_part(text, BEGIN, END, section(found))
 
 
 def cluster_results() -> list[Path]:
-    """The stored result files of cluster.py."""
+    """Paths of the stored result files of cluster.py."""
     return sorted(RESULTS.glob("cluster*.json"))
 
 
 def validated(results: Sequence[Path], calibrated: Path) -> dict[str, Any]:
-    """What goes into validation-cluster.json.
+    """Content of validation-cluster.json.
 
     Raises:
         ConfigError: there are no results, or calibrations are missing: all of them are named.
@@ -90,8 +89,7 @@ def validated(results: Sequence[Path], calibrated: Path) -> dict[str, Any]:
 
 
 def missing_calibrations(results: Sequence[Path], folder: Path) -> list[str]:
-    """The commands that write what is not there, for all shapes, numbers of nodes and rates of
-    these results."""
+    """Commands that write the missing files, for all shapes, node counts and rates of `results`."""
     rates: dict[tuple[str, int], dict[str, None]] = {}
     tokens: dict[tuple[str, int], int] = {}
     for path in results:

@@ -1,1 +1,1 @@
-"""The measured terms of a machine, for the simulator; `calibrate.py` is the command."""
+"""Measured terms of a machine for the simulator; the command is `calibrate.py`."""

@@ -1,7 +1,6 @@
-"""From measured terms to a hardware file of the simulator: every figure says how and when it was
-measured.
+"""Hardware file of the simulator from measured terms, with date and method beside every figure.
 
-Decides names of links and what stands where nothing could be measured; it measures nothing.
+Decides the names of links and the stand-ins for what could not be measured; measures nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ import yaml
 from benchmarks.calibration.links import MeasuredLink
 from benchmarks.calibration.terms import Terms
 
-_HEAD = "# Measured figures of one machine for sps2_mega's simulator; see docs/evaluation.md. FLOPs count a multiply and an add as two.\n"
+_HEAD = (
+    "# Measured figures of one machine for sps2_mega's simulator; see docs/evaluation.md. "
+    "FLOPs count a multiply and an add as two.\n"
+)
 
 
 def hardware_text(
@@ -25,8 +27,11 @@ def hardware_text(
     date: str,
     between: Mapping[str, MeasuredLink] | None = None,
 ) -> str:
-    """YAML that `load_hardware` reads. `between`: links between nodes by name, the first one is the
-    file's own; None: the outermost SP level's."""
+    """YAML for `load_hardware`.
+
+    `between` are links between nodes by name, the first of which is the file's own; None means the
+    outermost SP level's.
+    """
     made = f"measured, {command}, {date}"
     ranks = f"{terms.ranks} rank{'s' if terms.ranks > 1 else ''} at once"
     inside, outside = _levels(terms)
@@ -76,8 +81,10 @@ def hardware_text(
 
 
 def _levels(terms: Terms) -> tuple[MeasuredLink, MeasuredLink]:
-    """Inside a node, between nodes; where one was not there, the other stands for it, and a rank
-    alone gets its memory."""
+    """Links inside a node and between nodes.
+
+    If one of them was not measured, the other stands for it; a single rank gets its memory's rate.
+    """
     if not terms.links:
         alone = MeasuredLink(latency_s=terms.call_s, bytes_per_s=terms.read_bytes_per_s)
         return alone, alone

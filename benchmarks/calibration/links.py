@@ -1,9 +1,8 @@
-"""The links between ranks as this project uses them: rows to the next rank, all-to-alls of heads,
-sums of TP.
+"""Links between ranks under this project's traffic: rows to the next rank, all-to-alls, TP sums.
 
-Libraries reach different shares of one line for them (gloo's all-to-all may send in one direction
-after the other), so the first gives the rate and the others how much longer they take than that
-rate says.
+Libraries reach different shares of a line for each of them (gloo's all-to-all may send in one
+direction after the other), so the first gives the rate, and the others are stated as factors over
+the time that this rate predicts.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _ROUNDS = 12  # an exchange may take once or twice as long, by chance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLink:
-    """One SP level; factors are over what `bytes_per_s` says."""
+    """Link of one SP level; factors are relative to the time that `bytes_per_s` predicts."""
 
     latency_s: float
     bytes_per_s: float
@@ -44,14 +43,16 @@ class MeasuredLink:
 
 
 def measured_links(groups: Sequence[Group], timer: Timer) -> tuple[MeasuredLink, ...]:
-    """Of every level of several ranks; all ranks call it together and get the same."""
+    """Links of every SP level of several ranks (collective; the same result on all)."""
     probed = measure_links(groups, timer.control, timer.device)
     return tuple(_measured(group, link, timer) for group, link in zip(groups, probed, strict=True))
 
 
 def middle_links(looks: Sequence[Sequence[MeasuredLink]]) -> tuple[MeasuredLink, ...]:
-    """Of several looks at the same links, figure by figure: one look takes seconds, and so do
-    disturbances of a machine that is shared."""
+    """Median of several measurements of the same links, figure by figure.
+
+    One measurement takes seconds, as long as disturbances of a shared machine last.
+    """
     names = [field.name for field in dataclasses.fields(MeasuredLink)]
     return tuple(
         MeasuredLink(**{name: median(getattr(link, name) for link in seen) for name in names})
@@ -60,8 +61,10 @@ def middle_links(looks: Sequence[Sequence[MeasuredLink]]) -> tuple[MeasuredLink,
 
 
 def _among_computing(call: Callable[[], None], timer: Timer) -> float:
-    """Median of a small call among computing, as in decode steps: who waits is woken up first,
-    which a loop of exchanges alone would not show. Of the slowest rank."""
+    """Median seconds of a small call between computations, as in decode steps, on the slowest rank.
+
+    A waiting rank is woken up first, which a loop of exchanges alone would not show.
+    """
     matrix = torch.ones(_BUSY_WIDTH, _BUSY_WIDTH, dtype=timer.dtype, device=timer.device)
     samples = []
     for _ in range(_SMALL_ROUNDS):
@@ -111,7 +114,7 @@ def _measured(group: Group, probed: Link, timer: Timer) -> MeasuredLink:
 
 
 def _stream(x: Tensor, sizes: Sequence[int], group: Group) -> None:
-    """The same bytes as one exchange, in several under way at once, as the pipeline has them."""
+    """The bytes of one exchange as several in flight at once, as the pipeline has them."""
     pending = []
     few = [size // WINDOW for size in sizes]
     for part in x[: sum(few) * WINDOW].chunk(WINDOW):
@@ -121,7 +124,6 @@ def _stream(x: Tensor, sizes: Sequence[int], group: Group) -> None:
 
 
 def _sent_bytes(link: Link) -> int:
-    """About what a layer sends: a few hundredths of a second, within sizes that occur; a multiple
-    of 4."""
+    """Bytes of a typical exchange: some hundredths of a second, clamped, a multiple of 4."""
     most = 2**22 if link.bytes_per_s < 5e9 else 2**28
     return int(min(max(0.05 * link.bytes_per_s, 2**19), most)) // 4 * 4

@@ -1,9 +1,7 @@
-"""calibrate.py on emulated nodes: at each link rate ranks of all nodes measure, then TP over them,
-then one rank alone.
+"""Calibration on emulated nodes: all ranks, then TP over them, then one rank alone, per link rate.
 
-What shares a file of results is measured in turn: the machine's speed changes from one minute to
-the next, and what two ranks get of it is only worth something against what one gets at the same
-time.
+Figures of one result file are measured in turn: the machine's speed changes from one minute to the
+next, and what two ranks get of it can only be compared with what one rank gets at the same time.
 """
 
 from __future__ import annotations
@@ -34,8 +32,10 @@ _RANK_S = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnNodes:
-    """Of all rates so far. `between` are the links by their names in the file; `alone` is of one
-    rank, where wanted."""
+    """Results of all rates so far.
+
+    `between` are the links by their names in the file; `alone` is one rank's, if it was requested.
+    """
 
     terms: Terms
     between: dict[str, MeasuredLink]
@@ -50,8 +50,10 @@ def on_emulated_nodes(
     *,
     with_one_rank: bool,
 ) -> Iterator[OnNodes]:
-    """After each rate; `command` starts a rank, which gets `--output FILE` in addition. `probe` is
-    what their decode steps are of.
+    """Yield the results after each rate.
+
+    `command` starts a rank, which gets `--output FILE` in addition; `probe` is the model of its
+    decode steps.
 
     Raises:
         ClusterError: this machine cannot emulate nodes, or a rank failed.
@@ -88,7 +90,7 @@ def on_emulated_nodes(
 
 
 class _Jobs:
-    """Ranks of one command, one job after the other."""
+    """Runner of one command's ranks, one job after the other."""
 
     def __init__(self, command: Sequence[str], output: Path) -> None:
         self._command = [*command, "--output", str(output)]
@@ -96,7 +98,7 @@ class _Jobs:
         self._started = 0
 
     def run(self, what: str, nodes: Sequence[Node]) -> Any:
-        """What rank 0 wrote.
+        """Run the ranks and return what rank 0 wrote.
 
         Raises:
             ClusterError: a rank failed, or did not end.

@@ -1,8 +1,7 @@
-"""Joins what ranks on emulated nodes measured at several link rates.
+"""Join of what ranks on emulated nodes measured at several link rates.
 
-What a rank does by itself does not depend on the link, nor does the time in which it wakes up for a
-small message: of these the middle of all rates is taken. Only what a link carries is each rate's
-own.
+A rank's own work does not depend on the link, nor does its wake-up time for a small message: their
+medians over all rates are taken. Only what a link carries is kept per rate.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _OF_THE_HOST = ("latency_s", "reduce_latency_s")
 
 
 def joined(found: Sequence[Terms]) -> tuple[Terms, list[MeasuredLink]]:
-    """One set of terms, with the first rate's links, and the outermost link of each rate."""
+    """One set of terms with the first rate's links, and the outermost link of each rate."""
     outer = _awake([terms.links[-1] for terms in found if terms.links])
     middle = {
         name: median(getattr(terms, name) for terms in found)
@@ -32,7 +31,7 @@ def joined(found: Sequence[Terms]) -> tuple[Terms, list[MeasuredLink]]:
 
 
 def _awake(links: Sequence[MeasuredLink]) -> list[MeasuredLink]:
-    """With everybody's middle latencies."""
+    """The links with median latencies over all rates."""
     if not links:
         return []
     middle = {name: median(getattr(link, name) for link in links) for name in _OF_THE_HOST}
@@ -40,10 +39,12 @@ def _awake(links: Sequence[MeasuredLink]) -> list[MeasuredLink]:
 
 
 def with_reduce_latency(terms: Terms, tp_step_s: float, model: ModelConfig) -> Terms:
-    """With small sums of the outermost link as a decode step of `model` with TP over all ranks
-    shows them: there ranks arrive at different times, which a loop of sums does not show. They are
-    two of each layer, and one of the step. Where the step is shorter than all else in it, they
-    stay."""
+    """The terms with the latency of small sums on the outermost link, taken from a decode step.
+
+    `tp_step_s` is a step of `model` with TP over all ranks. Ranks arrive there at different times,
+    which a loop of sums does not show. A step has two sums per layer and one more. If the step is
+    shorter than all else in it, the terms stay as they are.
+    """
     size = model_size(model)
     reads_s = size.layer_bytes / terms.ranks / terms.read_bytes_per_s
     layer_s = reads_s + terms.layer_overhead_s + terms.call_s

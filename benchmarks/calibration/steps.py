@@ -1,9 +1,10 @@
-"""Decode steps of an engine on a small probe: what is left of a step when its weights are read is
-what launching, planning, telling the ranks, sampling and small exchanges take where they occur.
+"""Decode steps of an engine on a small probe, to time what reading the weights does not explain.
 
-There are two probes. The bundled model's layers stay in a CPU's caches from one step to the next;
-so do those of models as small. Layers of larger models evict all else, also what the host and the
-network's stack need next, which then take several times as long: the other probe has such layers.
+The rest of a step is launching, planning, telling the ranks, sampling and small exchanges, timed
+where they occur. There are two probes. The bundled model's layers stay in a CPU's caches from one
+step to the next, as do those of models as small. Layers of larger models evict everything else,
+also what the host and the network stack need next, which then take several times as long: the other
+probe has layers of that size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sps2_mega.types import SamplingParams
 
 BUNDLED = "sps2-tiny"
 _STEPS = 200
-_CACHED_BYTES = 32 * 2**20  # of a layer's weights; larger ones stay in no cache
+_CACHED_BYTES = 32 * 2**20  # weights of a layer, more than any cache holds
 _LARGE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -48,15 +49,14 @@ _LARGE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """`source` is what `--model` gets: a bundled model's name, or None for a random one of
-    `config`."""
+    """Model of the timed steps; `source` is a bundled name, or None for a random `config`."""
 
     source: str | None
     config: ModelConfig
 
 
 def probe_for(model: ModelConfig, dtype: str) -> Probe:
-    """The one that stands for `model`, both in `dtype`."""
+    """The probe that stands for `model`, both in `dtype`."""
     source, config = BUNDLED, named_model_file(BUNDLED).config
     if model_size(dataclasses.replace(model, dtype=dtype)).layer_bytes > _CACHED_BYTES:
         source, config = None, model_config_from_hf(_LARGE)
@@ -65,8 +65,10 @@ def probe_for(model: ModelConfig, dtype: str) -> Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSteps:
-    """Median seconds of a step, of one of its layers, and of what is not layers: planning, telling
-    the ranks, sampling, committing."""
+    """Median seconds of a step, of one of its layers, and of the rest.
+
+    The rest is planning, telling the ranks, sampling and committing.
+    """
 
     step_s: float
     layer_s: float
@@ -76,8 +78,7 @@ class DecodeSteps:
 def start_on_probe(
     probe: Probe, info: LaunchInfo, *, tp: int, device: str, dtype: str
 ) -> StartedRank:
-    """All ranks of the job, `tp` of them in each TP group and the rest in SP; all call it
-    together."""
+    """Start an engine on the probe: TP groups of `tp` ranks, SP over the rest (collective)."""
     on_cuda = device != "cpu" and torch.cuda.is_available()
     options = {
         "num_blocks": 64,
@@ -96,7 +97,7 @@ def start_on_probe(
 
 
 def decode_steps(rank: StartedRank) -> DecodeSteps | None:
-    """Of a short sequence. None on ranks that follow, which leave the job here."""
+    """Time decode steps of a short sequence; None on follower ranks, which leave the job here."""
     if rank.groups.global_rank > 0:
         worker_of(rank).run()
         return None

@@ -1,16 +1,19 @@
-"""The simulator's terms of one machine, measured by all ranks of a job at once; the slowest rank
-counts.
+"""The simulator's terms of one machine, measured by all ranks at once; the slowest rank counts.
 
-    peak        the largest product that is timed               linear     a layer of the model without attention
-    attention   causal, one long prompt                         memory     weights of a layer for one token, as decode does
-    layer       one of a decode step, less reading and sending  links      `calibration.links`, per SP level
-    step        of a decode step what is not the layers         small      calls, merges, copies: `engine.machine_probe`
+    peak        the largest product that is timed
+    linear      a layer of the model without attention
+    attention   causal, one long prompt
+    memory      weights of a layer for one token, as decode reads them
     cache       decode attention of one query, all its tokens in scattered blocks
+    layer       a layer of a decode step, less reading and sending
+    step        a decode step less its layers
+    links       `calibration.links`, per SP level
+    small       calls, merges, copies: the engine's machine probe
 
-Layers are Megatron's own with random weights, so what is between its products is counted where it
-occurs; decode steps are the engine's (`calibration.steps`). Means and medians, not best times:
-where ranks share cores, waiting for one is part of the price. Decides no units of the file
-(`calibration.file`).
+Layers are Megatron's own with random weights, so what happens between their products is counted
+where it occurs; decode steps are the engine's (`calibration.steps`). Figures are means and medians,
+not best times: where ranks share cores, waiting for a core is part of the price. The file's units
+are decided in `calibration.file`.
 """
 
 from __future__ import annotations
@@ -40,14 +43,17 @@ from sps2_mega.simulator.model_size import model_size
 
 _LAYERS = 2  # of the timed model: more would measure the same again
 _READ_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
-_MOSTLY_READING = 4.0  # times what a layer takes that reads next to nothing
+_MOSTLY_READING = 4.0  # relative to a layer that reads next to nothing
 _BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """Rates per rank while all ranks work; `memory_bytes` is what one rank may have. `links` and
-    `levels` are those of the SP levels, empty for one rank."""
+    """Rates per rank while all ranks work.
+
+    `memory_bytes` is what one rank may have. `links` and `levels` belong to the SP levels and are
+    empty for one rank.
+    """
 
     device: str
     ranks: int
@@ -69,7 +75,7 @@ class Terms:
 
 
 def terms_of(values: Mapping[str, Any]) -> Terms:
-    """The inverse of `dataclasses.asdict`, also after a journey through JSON."""
+    """Inverse of `dataclasses.asdict`, also after a round trip through JSON."""
     links = tuple(MeasuredLink(**link) for link in values["links"])
     return Terms(**{**values, "levels": tuple(values["levels"]), "links": links})
 
@@ -77,7 +83,9 @@ def terms_of(values: Mapping[str, Any]) -> Terms:
 def measure(
     model: ModelConfig, info: LaunchInfo, *, tokens: int | None, device: str, dtype: str
 ) -> Terms | None:
-    """All ranks call it together; None on all but rank 0. `tokens` None: 4096 on CPU, 8192 on CUDA.
+    """Measure all terms (collective); None on all ranks but rank 0.
+
+    `tokens` None means 4096 on CPU and 8192 on CUDA.
 
     Raises:
         ConfigError: ranks cannot meet, or CUDA is asked for and is not there.
@@ -109,7 +117,7 @@ def measure(
     if steps is None:
         return None
     weights_s = size.layer_bytes / read_rate
-    # Queries go out and partials come home in each layer; the rest of it that is not reading is
+    # Queries go out and partials return in each layer; what else is not reading is
     # overhead.
     exchanges_s = 2 * max((link.latency_s for link in links), default=0.0)
     reads_s = model_size(probe.config).layer_bytes / read_rate
@@ -137,7 +145,7 @@ def measure(
 
 
 class _NoAttention:
-    """Stands where attention would: what is left of the layer is timed."""
+    """Stand-in for attention, so that the rest of the layer is timed."""
 
     def run_layer(
         self,
@@ -152,7 +160,7 @@ class _NoAttention:
 
 
 def _random_gpt(model: ModelConfig, rank: StartedRank) -> GPT:
-    """Few layers of that width and a small vocabulary, with weights that keep numbers finite."""
+    """Model of a few layers of that width, a small vocabulary, and weights that stay finite."""
     short = dataclasses.replace(model, num_layers=_LAYERS, vocab_size=64, sliding_window=None)
     gpt = GPT(short, rank.groups, dtype=rank.compute.dtype, device=rank.compute.device)
     with torch.inference_mode():
@@ -162,7 +170,7 @@ def _random_gpt(model: ModelConfig, rank: StartedRank) -> GPT:
 
 
 def _layer_s(gpt: GPT, tokens: int, timer: Timer) -> float:
-    """One layer of `tokens` tokens, without attention, the embedding and the head."""
+    """Seconds of one layer of `tokens` tokens, without attention, embedding and head."""
     ids = torch.zeros(tokens, dtype=torch.int64, device=timer.device)
     start = gpt.begin(ids, ids, _NoAttention())
 
@@ -183,8 +191,7 @@ def _attention_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:
 
 
 def _kv_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:
-    """Bytes of keys and values that decode attention of one query reads per second, from a cache
-    whose blocks lie in any order."""
+    """Bytes of K and V per second that decode attention of one query reads, blocks in any order."""
     blocks = -(-tokens // _BLOCK)
     shape = (blocks, _BLOCK, model.num_kv_heads, model.head_dim)
     k_cache, v_cache = torch.zeros(2, *shape, dtype=timer.dtype, device=timer.device)
@@ -207,8 +214,11 @@ def _kv_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:
 
 
 def _read_rate(layer_bytes: float, one_s: float, rank: StartedRank, timer: Timer) -> float:
-    """Bytes of weights that a decode step reads per second: the model's own layer for one token
-    where reading is most of its time, else a matrix that no cache holds."""
+    """Bytes of weights per second that a decode step reads.
+
+    The model's own layer for one token is timed if reading is most of its time, else a matrix that
+    no cache holds.
+    """
     narrow = named_model_file(BUNDLED).config
     narrow_s = _layer_s(_random_gpt(narrow, rank), 1, timer)
     if one_s > _MOSTLY_READING * narrow_s:

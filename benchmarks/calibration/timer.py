@@ -1,7 +1,6 @@
-"""Times calls on all ranks at once, so that what they share counts; the slowest rank's time is
-everybody's answer.
+"""Timing of calls on all ranks at once; the slowest rank's time is the answer on all of them.
 
-A time is the middle one of several means: a call may take once or twice as long by chance, which
+A time is the median of several means: a call may take once or twice as long by chance, which
 belongs to its price, but a moment in which a shared machine does something else does not.
 """
 
@@ -17,14 +16,14 @@ from sps2_mega.comm.probe import agree_most
 from sps2_mega.engine.startup.start_rank import StartedRank
 from sps2_mega.parallel.groups import Group
 
-PEAK_WIDTH = {"cpu": 1024, "cuda": 8192}  # of the square product that is timed first
-LONG_ENOUGH_S = 1.0  # shared machines change their speed from one moment to the next
+PEAK_WIDTH = {"cpu": 1024, "cuda": 8192}  # width of the square product that is timed first
+LONG_ENOUGH_S = 1.0  # the speed of a shared machine changes from moment to moment
 _MOST_ROUNDS = 200
 _MEANS = 5
 
 
 class Timer:
-    """Times calls on all ranks at once, and keeps the peak, which every rank measures first."""
+    """Timer of collective calls; also keeps the peak rate, which every rank measures first."""
 
     def __init__(self, rank: StartedRank) -> None:
         self.device, self.dtype = rank.compute.device, rank.compute.dtype
@@ -42,8 +41,10 @@ class Timer:
         return self.dtype.itemsize
 
     def agreed(self, call: Callable[[], object], *, least: int = 2) -> float:
-        """Seconds of a call on the slowest rank, all ranks calling as often, `least` times or
-        more."""
+        """Seconds of a call on the slowest rank; all ranks repeat it equally often.
+
+        They make `least` calls or more.
+        """
         call()  # the first may compile or allocate
         once = agree_most(self._seconds(call, 1), self.control)
         rounds = max(least, min(_MOST_ROUNDS, int(LONG_ENOUGH_S / max(once, 1e-9))))
@@ -61,6 +62,6 @@ class Timer:
         return (time.perf_counter() - began) / rounds
 
     def finish(self) -> None:
-        """Waits for the device: only then has a time a meaning."""
+        """Wait for the device: a time has a meaning only then."""
         if not self.on_cpu:
             torch.cuda.synchronize(self.device)

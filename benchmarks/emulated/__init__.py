@@ -1,2 +1,1 @@
-"""Systems side by side on a cluster of network namespaces; `cluster.py` and `validate_cluster.py`
-are the commands."""
+"""Systems on a cluster of network namespaces, for `cluster.py` and `validate_cluster.py`."""

@@ -1,12 +1,12 @@
-"""What samples of the emulated cluster say: medians, the balanced link rate, and what a pipeline
-could have hidden.
+"""Figures from samples of the emulated cluster: medians, balanced link rate, hidden communication.
 
-    rate at balance    communication of unpipelined dense Ulysses = computation (first token time without its waits)
-    could be hidden    communication without its ends, and no more than the attention to hide it behind:
+    rate at balance    communication of unpipelined dense Ulysses = its computation
+                       (time to first token less the waits)
+    could be hidden    communication without its ends, at most the attention that can hide it:
 
-        [K V Q0][Q1][..]                 ends: inputs of the first micro-batch, output of the last one
-                [ 0 ][ 1 ][ .. ]         hidden = communication unpipelined - waits pipelined, same rate
-                     [O0][..][On]
+        [K V Q0][Q1][..]                 ends: inputs of the first micro-batch, output of the last
+                [ 0 ][ 1 ][ .. ]         hidden = communication unpipelined - waits pipelined,
+                     [O0][..][On]                 at the same rate
 
 Pure numbers: no process, no tensor.
 """
@@ -29,9 +29,12 @@ _BLOCK = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One prompt; `tbt_s` the middle gap between its tokens, 0 where there is one only.
-    `attention_s`: computing of all layers' attention; `head_groups` times `query_parts` are the
-    micro-batches of a layer; zeros where nothing was recorded."""
+    """Times of one prompt, in seconds.
+
+    `tbt_s` is the median gap between its tokens, 0 for a single token. `attention_s` is the
+    computation of all layers' attention; `head_groups` times `query_parts` are the micro-batches of
+    a layer. They are zero where nothing was recorded.
+    """
 
     ttft_s: float
     tbt_s: float = 0.0
@@ -43,7 +46,7 @@ class Sample:
 
 
 def stages_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a Sample that stages of a trace tell: attention, and how a layer was cut."""
+    """Fields of a Sample that a trace's stages give: attention seconds, and the cut of a layer."""
     attention_s, micro_batches, groups = 0.0, set(), set()
     for event in events:
         number = event.get("args", {}).get("micro_batch")
@@ -83,9 +86,11 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def balanced_rate(samples: Mapping[float, Sample]) -> float | None:
-    """The link rate at which communication takes as long as computation, from samples of
-    unpipelined dense Ulysses by rate; between rates as a straight line of logarithms. None where it
-    lies outside of the rates."""
+    """Link rate at which unpipelined dense Ulysses communicates as long as it computes.
+
+    `samples` are by rate; between two rates the logarithms are interpolated linearly. None if the
+    rate lies outside of those measured.
+    """
     ratios = {rate: communication_share(sample) for rate, sample in samples.items()}
     # From the slow end: on a busy machine ranks wait for each other at any rate, and fast links
     # show nothing else.
@@ -105,8 +110,10 @@ def communication_share(sample: Sample) -> float:
 def end_share(
     sample: Sample, *, num_heads: int, num_kv_heads: int, ranks: int, tokens: int
 ) -> float:
-    """The share of dense Ulysses' bytes that nothing can hide: what the first micro-batch needs,
-    and what the last one returns."""
+    """Share of dense Ulysses' bytes that nothing can hide.
+
+    These are the inputs of the first micro-batch and the output of the last one.
+    """
     blocks = -(-tokens // _BLOCK)
     block_ranks = prompt_block_ranks(blocks, [blocks] * ranks, "contiguous")
     layout = build_layout([block_ranks], [tokens], block_size=_BLOCK, sp_size=ranks)
@@ -118,14 +125,13 @@ def end_share(
 
 
 def hidden_of_hideable(plain: Sample, pipelined: Sample, share_of_ends: float) -> float:
-    """The share of what could be hidden that was: `plain` and `pipelined` at the same link rate."""
+    """Share of the hideable communication that was hidden; both samples at the same link rate."""
     could = min(plain.total_comm_s * (1.0 - share_of_ends), plain.attention_s)
     return (plain.total_comm_s - pipelined.exposed_comm_s) / could
 
 
 def paired(numerators: Sequence[Sample], denominators: Sequence[Sample]) -> float:
-    """The median ratio of first token times, repeat by repeat: what disturbs the machine disturbs
-    both."""
+    """Median ratio of times to first token within a repeat, where disturbances hit both."""
     return statistics.median(
         top.ttft_s / bottom.ttft_s for top, bottom in zip(numerators, denominators, strict=True)
     )

@@ -1,12 +1,13 @@
 """The emulated cluster as hardware of the simulator.
 
-    calibrated-SHAPE-NODES.yaml         rates of so many ranks at once, and links at the probed rates (calibrate.py)
+    calibrated-SHAPE-NODES.yaml         rates of that many ranks at once, and links at the rates
+                                        probed (calibrate.py)
     calibrated-SHAPE-NODES-alone.yaml   rates of one of them alone
-    speed                               how much faster the machine was than in the calibration; it divides all that a
-                                        rank does, and no link
+    speed                               speed of the machine relative to its calibration; it divides
+                                        all times of a rank, and no link's
 
 A decode step sends some KB, less than the bucket of an emulated link lets pass at once
-(`emulated.nodes`): whatever its rate, they travel as fast as on the fastest one.
+(`emulated.nodes`): at any rate they travel as fast as on the fastest link.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sps2_mega.simulator.hardware import Hardware, load_hardware
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """Of the machine against its calibration; 2.0 is twice as fast."""
+    """Speeds of the machine relative to its calibration; 2.0 is twice as fast."""
 
     prefill: float = 1.0
     decode: float = 1.0
@@ -33,8 +34,10 @@ class Speeds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """Hardware files of one shape on one cluster: of all its ranks at once, and of one alone,
-    measured in turn."""
+    """Hardware files of one shape on one cluster, for all ranks at once and for one alone.
+
+    They are measured in turn.
+    """
 
     shape: str
     together: Path
@@ -42,7 +45,7 @@ class Calibrated:
 
     @staticmethod
     def named(shape: str, nodes: int, folder: Path) -> Calibrated:
-        """By the files' names; they need not be there."""
+        """Files by their conventional names, whether or not they exist."""
         together = folder / f"calibrated-{shape}-{nodes}.yaml"
         alone = folder / f"calibrated-{shape}-{nodes}-alone.yaml"
         return Calibrated(shape=shape, together=together, alone=alone)
@@ -52,8 +55,7 @@ class Calibrated:
         return self.together.is_file() and self.alone.is_file()
 
     def hardware(self, ranks: int, rate: str | None, *, speed: float) -> Hardware:
-        """Of one rank, or of all, one in each node, joined by links of that rate (None: the fastest
-        one).
+        """Hardware of one rank, or of all, one in each node; `rate` None is the fastest link.
 
         Raises:
             ConfigError: a file is missing, or has no such link.
@@ -75,7 +77,7 @@ class Calibrated:
 
 
 def faster(hardware: Hardware, speed: float) -> Hardware:
-    """The same machine on a day on which it does everything so many times as fast; links stay."""
+    """The same machine with all times of a rank divided by `speed`; links stay."""
     return hardware.replace(
         peak_flops_per_s=hardware.peak_flops_per_s * speed,
         memory_bytes_per_s=hardware.memory_bytes_per_s * speed,
@@ -88,8 +90,9 @@ def faster(hardware: Hardware, speed: float) -> Hardware:
 
 
 def linked_at(path: Path, rate: str) -> Hardware:
-    """The file's hardware with its probed link of that rate; between two probed rates, what a link
-    of this rate reaches is told from the nearer one.
+    """Hardware of the file with its probed link of that rate.
+
+    Between two probed rates, the nearer one gives the share of the line that is reached.
 
     Raises:
         ConfigError: the file has no probed links, or the rate is free and was not probed.

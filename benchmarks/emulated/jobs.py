@@ -1,6 +1,6 @@
 """Jobs on the nodes of an emulated cluster: one rank per node, kept running, one prompt at a time.
 
-Many jobs live side by side, so that all meet the same machine, but only the one that is asked runs:
+Many jobs live side by side, so that all meet the same machine, but only the job that answers runs:
 the others are stopped (SIGSTOP), since the communication threads of idle ranks wake up a thousand
 times a second.
 """
@@ -27,18 +27,21 @@ _ROOT = Path(__file__).resolve().parents[2]
 _RANK = Path(__file__).with_name("rank.py")
 _PORT = 29600
 _END_S = 20.0
-_SETTLE_S = 0.05  # for threads to wake up, and for the other ranks to end their step
+_SETTLE_S = 0.05  # for threads to wake up and other ranks to end their step
 
 
 class JobFailed(Exception):
-    """A job ended or refused; the message has the end of its log."""
+    """End or refusal of a job; the message has the end of its log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One prompt, seconds; `gaps_s` between its tokens; communication is the prefill's, zero for
-    systems that do not record it. `logprobs` are the likeliest first tokens, `events` the stages of
-    rank 0 in the format of Chrome traces."""
+    """Measurements of one prompt, in seconds.
+
+    `gaps_s` lie between its tokens. Communication is the prefill's, zero for systems that do not
+    record it. `logprobs` are the likeliest first tokens, `events` the stages of rank 0 in the
+    format of Chrome traces.
+    """
 
     ttft_s: float
     gaps_s: tuple[float, ...]
@@ -54,7 +57,7 @@ class Job:
     def __init__(
         self, name: str, config: EngineConfig, nodes: Sequence[Node], port: int, folder: Path
     ) -> None:
-        """Returns at once; `wait_ready` waits for the ranks. `folder` gets the logs."""
+        """Start the ranks without waiting for them (`wait_ready` does); `folder` gets the logs."""
         self.name = name
         self._trace = None if config.trace is None else Path(f"{config.trace}.rank0")
         self._read = 0
@@ -79,14 +82,18 @@ class Job:
                 self._processes.append(process)
 
     def wait_ready(self) -> None:
-        """Returns at once where it was ready before."""
+        """Wait until the ranks have started; no effect afterwards."""
         if not self._ready:
             self._next_answer()
             self._ready = True
             self._pause()
 
     def ask(self, tokens: list[int], new_tokens: int) -> Measured:
-        """Raises JobFailed: the job ended, or refused the prompt."""
+        """Measure one prompt.
+
+        Raises:
+            JobFailed: the job ended, or refused the prompt.
+        """
         stdin = self._processes[0].stdin
         assert stdin is not None
         self._signal(signal.SIGCONT)
@@ -100,7 +107,7 @@ class Job:
         return Measured(**answer, gaps_s=gaps_s, logprobs=logprobs, events=self._new_events())
 
     def close(self) -> None:
-        """Ends all ranks: they leave when stdin closes, and are killed where they do not."""
+        """End all ranks: they leave when stdin closes, and are killed if they do not."""
         self._signal(signal.SIGCONT)
         for process in self._processes:
             assert process.stdin is not None
@@ -122,7 +129,7 @@ class Job:
         self._signal(signal.SIGSTOP)
 
     def _signal(self, number: signal.Signals) -> None:
-        """To all ranks that still run; each leads a process group."""
+        """Signal all ranks that still run; each leads a process group."""
         for process in self._processes:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -153,7 +160,7 @@ class Job:
 
 
 def rank_environment(rank: int, nodes: Sequence[Node], port: int) -> dict[str, str]:
-    """Of a launcher's variables; a job of one rank has none."""
+    """A launcher's variables; a job of one rank has none."""
     common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if len(nodes) == 1:
         return common
@@ -173,7 +180,7 @@ def rank_environment(rank: int, nodes: Sequence[Node], port: int) -> dict[str, s
 
 
 class Jobs:
-    """Jobs by name; leaving the context ends all that still run."""
+    """Jobs by name; all that still run end with the context."""
 
     def __init__(self, nodes: Sequence[Node], folder: Path) -> None:
         self._nodes, self._folder = nodes, folder
@@ -181,7 +188,7 @@ class Jobs:
         self._started = 0
 
     def start(self, name: str, config: EngineConfig) -> None:
-        """One rank per node, or one rank on the first node where the configuration has one."""
+        """Start one rank per node, or a single rank on the first node."""
         size = config.parallel.tp * config.parallel.sp
         self._started += 1
         port = _PORT + self._started  # namespaces have their own ports, jobs share them

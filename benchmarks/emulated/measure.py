@@ -1,4 +1,4 @@
-"""Measures all systems on one model and one prompt length, over all link rates.
+"""Measurement of all systems on one model and one prompt length, over all link rates.
 
 Decides what is measured in which order: systems take turns at every rate, so that all meet the same
 machine, and all get the same prompts. Answers are compared with those of one rank.
@@ -23,7 +23,7 @@ from sps2_mega.config import EngineConfig
 from sps2_mega.serving.llm import engine_config
 
 _BLOCK = 16
-_IDLE_S = 7200.0  # a job may wait as long for its turn
+_IDLE_S = 7200.0  # a job may wait this long for its turn
 TOLERANCE = 1e-4  # of log-probabilities, float32
 
 
@@ -38,7 +38,7 @@ class Measurement:
         self._answers: dict[tuple[str, int], dict[int, float]] = {}
 
     def start(self, systems: Sequence[System]) -> None:
-        """Starts jobs and lets each run once, so that nothing is measured for the first time."""
+        """Start jobs and run each once, so that nothing is measured for the first time."""
         self.set_rate(None)
         for system in systems:
             self._jobs.start(system.name, self._config(system))
@@ -47,8 +47,10 @@ class Measurement:
             self._prefill(system, repeat=0)
 
     def start_for_tuning(self) -> None:
-        """Only what `find_balance` and `keep_best_chunk_size` need: every idle rank costs memory
-        and some time."""
+        """Start only what `find_balance` and `keep_best_chunk_size` need.
+
+        Every idle rank costs memory and some time.
+        """
         say(f"{self.run.shape.name}, {self.run.tokens} tokens: {len(self.run.systems)} systems")
         self.start([s for s in self.run.systems if s.name in ("alone", "ulysses") or s.rival])
 
@@ -56,7 +58,7 @@ class Measurement:
         self.start([s for s in self.run.systems if s.name not in self._jobs.running])
 
     def find_balance(self, rates: Sequence[float | None]) -> None:
-        """Three looks at dense Ulysses at each rate; the balanced rate becomes `run.balance`."""
+        """Set `run.balance`, from three prompts of dense Ulysses at each rate."""
         system = next((s for s in self.run.systems if s.name == "ulysses"), None)
         if system is None:
             return
@@ -71,8 +73,10 @@ class Measurement:
         say(f"communication equals computation at {rate_name(found) if found else 'no rate given'}")
 
     def keep_best_chunk_size(self, rates: Sequence[float | None]) -> None:
-        """Ends all chunked systems but the one with the least sum of times over `rates`, one look
-        each."""
+        """End all chunked systems but the one with the least sum of times over `rates`.
+
+        Each runs one prompt per rate.
+        """
         rivals = [s for s in self.run.systems if s.rival]
         if len(rivals) < 2:
             return
@@ -90,7 +94,7 @@ class Measurement:
                 self.run.systems.remove(system)
 
     def measure(self, rate: float | None, repeats: int) -> None:
-        """All systems in turn, `repeats` times; every other time in the opposite order."""
+        """Run all systems in turn, `repeats` times; the order alternates."""
         self.set_rate(rate)
         stolen = stolen_since()
         for repeat in range(1, repeats + 1):
@@ -116,7 +120,7 @@ class Measurement:
             **degrees,
             options={
                 "num_blocks": -(-blocks // degrees["sp"]) + 2,
-                "no_prefix_caching": True,  # every prompt is really computed
+                "no_prefix_caching": True,  # every prompt is computed in full
                 "dtype": "float32",
                 "device": "cpu",
                 "threads": 1,
@@ -142,10 +146,9 @@ class Measurement:
         )
 
     def _compare(self, system: System, repeat: int, logprobs: dict[int, float]) -> None:
-        """With the first system that answered the same prompt by the same rule, which is one rank
-        alone."""
+        """Compare with the first system that answered this prompt by the same rule (one rank)."""
         expected = self._answers.setdefault((system.answer, repeat), logprobs)
-        # Of the likeliest tokens only: the last ones of the list may be another choice among
+        # Only the likeliest tokens: the last ones of the list may be another choice among
         # equals.
         shared = expected.keys() & logprobs.keys()
         difference = max((abs(expected[t] - logprobs[t]) for t in shared), default=float("inf"))

@@ -1,11 +1,10 @@
-"""Nodes of an emulated cluster: network namespaces around a switch, with links of a given rate and
-latency.
+"""Nodes of an emulated cluster: network namespaces around a switch, with shaped links.
 
-    node 0 [uplink] ---- [port0]             tbf at both ends of every link: what a node sends and what it
-    node 1 [uplink] ---- [port1] switch      receives are limited alike
+    node 0 [uplink] ---- [port0]             tbf at both ends of every link limits what a node sends
+    node 1 [uplink] ---- [port1] switch      and what it receives alike
     node 2 [uplink] ---- [port2]
 
-Only the network is apart: processes of all nodes share the machine's cores, memory and files.
+Only the network is separate: processes of all nodes share the machine's cores, memory and files.
 Namespaces are named after this process and removed at the end; no other one is touched. Needs root
 and iproute2.
 """
@@ -22,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# A window of packets that a kernel passes down as one must fit into the bucket.
+# The bucket must hold a window of packets that a kernel passes down as one.
 _LEAST_BURST = 64 * 1024
 _BURST_S = 0.001
 _QUEUE_S = 0.2
-# What machines set differently. Reno is in every kernel, and the only one that a namespace may
-# always take; on links that lose nothing it fills them. An idle job must not begin its next prompt
-# with a slow start.
+# Settings that differ among machines. Reno is in every kernel, is the only algorithm that a
+# namespace may always take, and fills links that lose nothing. An idle job must not begin its next
+# prompt with a slow start.
 _SETTINGS = ("net.ipv4.tcp_congestion_control=reno", "net.ipv4.tcp_slow_start_after_idle=0")
 
 
@@ -38,7 +37,7 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """Of every node, in each direction. `bits_per_s` None: as fast as the machine copies."""
+    """Shape of every node's link, per direction; `bits_per_s` None leaves the rate free."""
 
     bits_per_s: float | None = None
     latency_s: float = 0.0
@@ -46,8 +45,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """`prefix` goes before a command that shall run there; `environment` directs gloo to the
-    link."""
+    """One namespace; `prefix` runs a command in it, `environment` directs gloo to the link."""
 
     namespace: str
     address: str
@@ -67,14 +65,18 @@ class Cluster:
     switch: str
 
     def set_link(self, link: Link) -> None:
-        """Of all nodes at once, also while jobs run."""
+        """Shape the links of all nodes, also while jobs run."""
         for number, node in enumerate(self.nodes):
             _shape(node.namespace, "uplink", link)
             _shape(self.switch, f"port{number}", link)
 
 
 def require_means() -> None:
-    """Raises ClusterError where namespaces cannot be made."""
+    """Check that namespaces can be made here.
+
+    Raises:
+        ClusterError: a program or root is missing.
+    """
     missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
     if missing:
         raise ClusterError(f"{' and '.join(missing)} not found: iproute2 is needed")
@@ -86,8 +88,7 @@ def require_means() -> None:
 
 @contextmanager
 def emulated_cluster(num_nodes: int) -> Iterator[Cluster]:
-    """`num_nodes` nodes with free links; they are removed at the end, whatever ends it: meanwhile
-    SIGTERM raises SystemExit. Call it in the main thread.
+    """Make `num_nodes` nodes with free links, and remove them however the context ends.
 
     Raises:
         ClusterError: the machine does not let us; the failing command is named.
@@ -97,24 +98,34 @@ def emulated_cluster(num_nodes: int) -> Iterator[Cluster]:
     switch = f"{tag}-switch"
     nodes = tuple(Node(f"{tag}-{i}", f"10.78.0.{i + 1}") for i in range(num_nodes))
     made: list[str] = []
+    with exit_on_sigterm():
+        try:
+            for namespace in (switch, *(node.namespace for node in nodes)):
+                made.append(namespace)
+                _run("ip", "netns", "add", namespace)
+            _inside(switch, "ip", "link", "add", "switch", "type", "bridge")
+            _inside(switch, "ip", "link", "set", "switch", "up")
+            for number, node in enumerate(nodes):
+                _connect(node, switch, f"port{number}")
+            yield Cluster(nodes, switch)
+        finally:
+            for namespace in made:  # deleting one removes its links
+                delete = ["ip", "netns", "delete", namespace]
+                subprocess.run(delete, capture_output=True, check=False)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit meanwhile, so that contexts clean up behind themselves."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        for namespace in (switch, *(node.namespace for node in nodes)):
-            made.append(namespace)
-            _run("ip", "netns", "add", namespace)
-        _inside(switch, "ip", "link", "add", "switch", "type", "bridge")
-        _inside(switch, "ip", "link", "set", "switch", "up")
-        for number, node in enumerate(nodes):
-            _connect(node, switch, f"port{number}")
-        yield Cluster(nodes, switch)
+        yield
     finally:
-        for namespace in made:  # their links go with them
-            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
         signal.signal(signal.SIGTERM, before)
 
 
 def shaping_commands(device: str, link: Link) -> list[list[str]]:
-    """tc's arguments that give `device` the link's rate and latency, instead of what it had."""
+    """Arguments of tc that replace `device`'s shaping by the link's rate and latency."""
     commands, parent = [], ["root", "handle", "1:"]
     if link.latency_s:
         delay = ["netem", "delay", f"{round(link.latency_s * 1e6)}us", "limit", "100000"]
@@ -181,7 +192,7 @@ def parse_rate(text: str) -> float | None:
 
 
 def rate_name(bits_per_s: float | None) -> str:
-    """The inverse of `parse_rate`, to three digits."""
+    """Inverse of `parse_rate`, to three digits."""
     if bits_per_s is None:
         return "free"
     unit, factor = ("gbit", 1e9) if bits_per_s >= 1e9 else ("mbit", 1e6)
@@ -189,6 +200,6 @@ def rate_name(bits_per_s: float | None) -> str:
 
 
 def parse_rates(texts: Sequence[str]) -> list[float | None]:
-    """Fastest first, without repetition; the free link before all."""
+    """Distinct rates, fastest first; the free link leads."""
     rates = {parse_rate(text) for text in texts}
     return sorted(rates, key=lambda rate: float("inf") if rate is None else rate, reverse=True)

@@ -1,5 +1,4 @@
-"""Draws first token times and exposed communication against link rate, a column per model and
-length."""
+"""Plot of time to first token and exposed communication against link rate, per model and length."""
 
 from __future__ import annotations
 
@@ -13,8 +12,11 @@ _FREE = 4e10  # where the free link is drawn, bits per second
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Writes a PNG. Exposed communication of systems that do not record it is their time above that
-    at the fastest link (dashed)."""
+    """Write a PNG.
+
+    Exposed communication of systems that do not record it is their time above that at the fastest
+    link (dashed).
+    """
     import matplotlib
 
     matplotlib.use("Agg")

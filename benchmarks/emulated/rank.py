@@ -1,8 +1,7 @@
-"""A rank of an emulated cluster: configuration as argument, on rank 0 prompts from stdin and
-measures to stdout.
+"""A rank of an emulated cluster, with prompts on rank 0's stdin and measurements on its stdout.
 
 `python benchmarks/emulated/rank.py PARENT CONFIG` with the starting process's id and EngineConfig
-in JSON; prompts, with how many tokens to answer, and measures are JSON lines. Started by
+in JSON. Prompts, with their numbers of new tokens, and measurements are JSON lines. Started by
 `emulated.jobs`. The job ends when stdin of rank 0 closes.
 """
 
@@ -24,8 +23,7 @@ NUM_LOGPROBS = 8
 
 
 def answer(engine: Any, number: int, tokens: list[int], new_tokens: int) -> dict[str, Any]:
-    """Measures of one prompt, all of which is computed: seconds, gaps between tokens, and the
-    likeliest first tokens."""
+    """Measurements of one prompt, computed in full: seconds, token gaps, likeliest first tokens."""
     from sps2_mega.types import SamplingParams
 
     before = engine.stats()
@@ -53,7 +51,7 @@ def answer(engine: Any, number: int, tokens: list[int], new_tokens: int) -> dict
 
 
 def end_with(parent: int) -> None:
-    """From now on this process dies with the one that started it, however that ends."""
+    """Let this process die with the one that started it, however that ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # it was faster
         sys.exit(1)

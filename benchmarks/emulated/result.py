@@ -1,6 +1,6 @@
-"""What was measured on the emulated cluster, and how it is written into the result file.
+"""Measurements of the emulated cluster as they stand in the result file.
 
-Decides names and comparisons there; the figures behind them are `emulated.figures`'.
+Decides names and comparisons there; `emulated.figures` computes the figures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from benchmarks.emulated.systems import Shape, System
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Samples of every system at every rate, and the largest difference of its answers from one
-    rank's. `decode` tokens follow the first one."""
+    """Samples of every system at every rate, and its largest difference from one rank's answers.
+
+    `decode` tokens follow the first one.
+    """
 
     shape: Shape
     tokens: int
@@ -37,7 +39,7 @@ class Run:
 
 
 def result_of(run: Run, ranks: int) -> dict[str, Any]:
-    """What goes into the result file."""
+    """The run's part of the result file."""
     return {
         "model": run.shape.about,
         "shape": run.shape.name,
@@ -58,7 +60,7 @@ def result_of(run: Run, ranks: int) -> dict[str, Any]:
 
 
 def at_rate(run: Run, rate: float | None, ranks: int) -> dict[str, float]:
-    """Comparisons at one rate, of those systems that were measured."""
+    """Comparisons at one rate among the systems measured."""
     here = {name: by_rate[rate] for name, by_rate in run.samples.items() if rate in by_rate}
     found = {}
     if {"ulysses", "ulysses-pipelined"} <= here.keys():

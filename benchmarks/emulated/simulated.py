@@ -1,12 +1,9 @@
-"""The simulator's answer to what cluster.py measured: the same model, prompt, system and link, one
-request at a time.
+"""Simulation of what cluster.py measured: the same model, prompt, system and link, one request.
 
-Hardware is `emulated.hardware`'s: calibrated rates and links, and the machine's speed while a rate
-was measured, told by the runs of one rank alone between the others: of prefill steps by its first
-token, of decode steps by those after it.
-
-Nothing else is fitted. Decides which simulated system stands for which measured one, and no
-figures' layout.
+`emulated.hardware` gives calibrated rates and links, and the machine's speed while a rate was
+measured. The runs of one rank alone between the others tell that speed: their first token for
+prefill steps, the later tokens for decode steps. Nothing else is fitted. Decides which simulated
+system stands for which measured one; the layout of figures is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -37,8 +34,10 @@ _SPARSE = ("csa", "csa-alone", "csa-pipelined")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One measured figure and its simulation, seconds; `figure` is ttft or tbt. `spread` is how far
-    apart the repeats of the measurement are, over their middle."""
+    """One measured figure (ttft or tbt) and its simulation, in seconds.
+
+    `spread` is the range of the measured repeats over their median.
+    """
 
     shape: str
     nodes: int
@@ -56,13 +55,14 @@ class Row:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the machine's speed is told by this very figure."""
+        """Whether the machine's speed was taken from this very figure."""
         return self.system == CALIBRATES
 
 
 def rows_of(document: Mapping[str, Any], folder: Path) -> tuple[list[Row], dict[str, float]]:
-    """All figures of one result file of cluster.py, and the machine's speeds by shape, prompt
-    length, rate and phase.
+    """All figures of one result file of cluster.py, and the machine's speeds.
+
+    Speeds are by shape, prompt length, rate and phase.
 
     Raises:
         ConfigError: a calibration is missing, or nothing ran on one rank alone.
@@ -125,7 +125,7 @@ def _on(
     ranks: int,
     shape: str,
 ) -> dict[str, float]:
-    """One request through the project's scheduler on that hardware."""
+    """Simulate one request through the project's scheduler on that hardware."""
     model = shape_config(SHAPES[shape])
     cost = cost_of(name, model, hardware, ranks, document["csa"], tokens=run["tokens"])
     engine = SimulatedEngine(
@@ -161,7 +161,7 @@ def cost_of(
     *,
     tokens: int,
 ) -> StepCost:
-    """The cost model of a system of cluster.py by its name; `csa` as in the result file.
+    """Cost model of a system of cluster.py by its name; `csa` as in the result file.
 
     Raises:
         ConfigError: no such system.
@@ -202,7 +202,7 @@ def _plain(name: str) -> bool:
 def _speeds(
     document: Mapping[str, Any], run: Mapping[str, Any], calibrated: Calibrated
 ) -> dict[str, Speeds]:
-    """By rate: simulated over measured times of one rank alone."""
+    """Simulated over measured times of one rank alone, by rate."""
     alone = run["curves"].get(CALIBRATES)
     if not alone:
         raise ConfigError(f"the runs have no system {CALIBRATES!r}, which tells the speed")
@@ -222,6 +222,6 @@ def _spread(bounds: Sequence[float] | None, seconds: float) -> float:
 
 
 def shape_of(run: Mapping[str, Any]) -> str:
-    """The name in `SHAPES`; older result files have its description only."""
+    """Name in `SHAPES`; older result files have only its description."""
     named: str | None = run.get("shape")
     return named or next(shape.name for shape in SHAPES.values() if shape.about == run["model"])

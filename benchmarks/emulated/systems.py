@@ -1,4 +1,4 @@
-"""Which systems the emulated cluster compares, and the models they run.
+"""Systems that the emulated cluster compares, and the models they run.
 
 A system is a parallel layout with options of `EngineConfig`; every one runs the engine's own code.
 The models have random weights: time does not depend on them, and shapes can then follow the
@@ -33,7 +33,7 @@ _LLAMA = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A model. `llama` are fields of transformers' LlamaConfig, None: the bundled model."""
+    """A model; `llama` are fields of transformers' LlamaConfig, None for the bundled model."""
 
     name: str
     about: str
@@ -93,8 +93,11 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """`answer` names what its logits must equal: all systems with the same one agree. `traced`: its
-    stages are recorded, which TP has none of."""
+    """A configuration under comparison.
+
+    All systems with the same `answer` must give equal logits. Stages of a `traced` system are
+    recorded; TP has none.
+    """
 
     name: str
     label: str
@@ -108,11 +111,11 @@ class System:
 
     @property
     def rival(self) -> bool:
-        """Of several that differ in the size of chunks only the best one stays."""
+        """Name shared by systems that differ in chunk size only, of which the best one is kept."""
         return "chunk_tokens" in self.options
 
     def degrees(self, num_nodes: int) -> dict[str, int]:
-        """tp and sp; a rank alone is on the first node."""
+        """Degrees of TP and SP; a single rank is on the first node."""
         return {
             "tp": num_nodes if self.layout == "tp" else 1,
             "sp": num_nodes if self.layout == "sp" else 1,
@@ -120,10 +123,10 @@ class System:
 
 
 def systems(*, chunk_sizes: list[int], csa: dict[str, Any]) -> list[System]:
-    """All of them, those without communication first; `csa` are fields of CSAConfig.
+    """All systems, those without communication first; `csa` are fields of CSAConfig.
 
-    The chunked baseline is there once per chunk size, so that its best can be taken. Transports are
-    forced: a planner would have measured the link before its rate changes.
+    The chunked baseline stands there once per chunk size, so that its best can be taken. Transports
+    are forced: a planner would have measured the link before its rate changes.
     """
     off, on = {"pipeline": "off"}, {"pipeline": "on"}
     csa_on_ranks = {**csa, "transport": "gather"}
@@ -167,7 +170,7 @@ def systems(*, chunk_sizes: list[int], csa: dict[str, Any]) -> list[System]:
 
 
 def named(names: str, known: Collection[str], what: str) -> list[str]:
-    """Names from a list with commas.
+    """Names from a list separated by commas.
 
     Raises:
         ValueError: one is not known; those that are known are listed.
@@ -180,7 +183,7 @@ def named(names: str, known: Collection[str], what: str) -> list[str]:
 
 
 def shape_config(shape: Shape) -> ModelConfig:
-    """What the engine knows of the shape's model, in float32, as it is run here."""
+    """ModelConfig of the shape, in float32, as it is run here."""
     if shape.llama is None:
         config = named_model_file(shape.name).config
     else:
@@ -191,8 +194,7 @@ def shape_config(shape: Shape) -> ModelConfig:
 
 
 def model_path(shape: Shape, folder: Path) -> str:
-    """What `--model` gets: a Hugging Face folder written below `folder`, or the bundled model's
-    name."""
+    """Argument of `--model`: a Hugging Face folder written below `folder`, or the bundled name."""
     if shape.llama is None:
         return shape.name
     import torch

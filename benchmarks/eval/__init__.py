@@ -1,2 +1,1 @@
-"""What an attention setting costs in accuracy: texts, tasks, measures and reports of
-benchmarks/eval_accuracy.py."""
+"""Texts, tasks, measures and reports of benchmarks/eval_accuracy.py."""

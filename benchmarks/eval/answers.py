@@ -1,5 +1,4 @@
-"""Answers to probes under one attention setting, through the engine's scheduler, prefix cache,
-prefill and decode.
+"""Answers to probes under one attention setting, through the scheduler, prefix cache and model.
 
 Every rank calls with the same arguments: each has its own copy of the scheduler, and since all
 ranks see the same sampled tokens, all copies make the same plans. A second turn is a longer prompt
@@ -26,8 +25,10 @@ from sps2_mega.types import SamplingParams, Sequence
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the answer was exact, the share of it that was right from its beginning, and the
-    share of the asking turn's prompt that was found in the cache (0 where there was one turn)."""
+    """Judgement of one answer: exactness, its right share from the beginning, cached share.
+
+    The cached share is that of the last turn's prompt, 0 for probes of one turn.
+    """
 
     exact: bool
     prefix: float
@@ -42,7 +43,7 @@ def answer_probes(
     *,
     on_done: Callable[[], None],
 ) -> list[Verdict]:
-    """A verdict on each probe's greedy continuation, in order."""
+    """Verdicts on each probe's greedy continuation, in order."""
     turns = _Turns(job, setting)
     verdicts = []
     for group in _groups(probes, turns.room):
@@ -50,10 +51,10 @@ def answer_probes(
         counts = [probe.new_tokens for probe in group]
         sequences = turns.run(prompts, counts)
         asked_again = [number for number, probe in enumerate(group) if probe.question_ids]
-        second = turns.run(
-            [prompts[n] + sequences[n].output_token_ids + group[n].question_ids for n in asked_again],
-            [counts[n] for n in asked_again],
-        )  # fmt: skip
+        longer = [
+            prompts[n] + sequences[n].output_token_ids + group[n].question_ids for n in asked_again
+        ]
+        second = turns.run(longer, [counts[n] for n in asked_again])
         for number, sequence in zip(asked_again, second, strict=True):
             sequences[number] = sequence
         for probe, sequence in zip(group, sequences, strict=True):
@@ -89,7 +90,7 @@ class _Turns:
         self.room = pool.num_blocks * sp.size * pool.block_size // 2
 
     def run(self, prompts: list[list[int]], new_tokens: list[int]) -> list[Sequence]:
-        """Greedy sequences; shorter than asked for where the model gave no finite logits."""
+        """Greedy sequences, cut short where the model gave no finite logits."""
         sequences = []
         for prompt, count in zip(prompts, new_tokens, strict=True):
             sequence = Sequence(
@@ -112,7 +113,7 @@ class _Turns:
 
 
 def _groups(probes: list[Probe], room: int) -> Iterator[list[Probe]]:
-    """Runs of probes that need at most `room` tokens of cache together, or one that needs more."""
+    """Runs of probes that together need at most `room` tokens of cache; a larger probe is alone."""
     group: list[Probe] = []
     used = 0
     for probe in probes:

@@ -1,9 +1,7 @@
-"""What an attention setting computes and moves: exact counts from the pattern, no torch, no model
-weights.
+"""Computation and traffic of an attention setting: exact counts from the pattern, without weights.
 
-    cells of the nearest span are ranks:   |  0  |  1  |  2  | .. |   a cell's rank needs the visible keys of
-                                                                      all cells before it, in every
-                                                                      layer
+    cells of the nearest span are ranks:   |  0  |  1  |  2  | .. |
+    in every layer a cell's rank needs the visible keys of all cells before it
 
 Decides how a setting's cost is stated beside its accuracy. Seconds are the planner's affair.
 """
@@ -20,23 +18,22 @@ from sps2_mega.config import CSAConfig, ModelConfig
 
 ITEMSIZE = 2  # bytes are stated for bfloat16, whatever the evaluation computes in
 LSE_BYTES = 4
-FAR_LENGTH = (
-    131072  # what a setting costs there stands beside the accuracy measured at other lengths
-)
-# Tokens from which blocks are counted as single keys: as many, but for one block per cell.
+FAR_LENGTH = 131072  # the cost there is stated beside the accuracy measured at other lengths
+# From this length on, blocks are counted as single keys, exact but for one block per cell.
 _LONG = 16384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of a whole prompt, averaged over the model's first layers; shares are relative to dense
-    attention.
+    """Cost of a whole prompt, averaged over the model's first layers.
 
-    flops         share of attention pairs computed
-    keys_moved    share of the rows of K and V that ranks need from each other
-    bytes_moved   the same in bytes, with the exact tail's queries and partial results in it
-    rank_bytes    bytes that a rank sends in one layer, on average over the ranks, in bfloat16
-    decode_keys   share of the cached keys that the first generated token reads
+    Shares are relative to dense attention.
+
+        flops         share of attention pairs computed
+        keys_moved    share of the rows of K and V that ranks need from each other
+        bytes_moved   the same in bytes, with the exact tail's queries and partials in it
+        rank_bytes    bytes that a rank sends in one layer, on average over the ranks, in bfloat16
+        decode_keys   share of the cached keys that the first generated token reads
     """
 
     flops: float
@@ -47,8 +44,11 @@ class Cost:
 
 
 def cost(setting: Setting, length: int, model: ModelConfig, *, cell: int) -> Cost:
-    """Exact counts for a prompt of `length` tokens. `cell` is the tokens of a rank under dense
-    attention; other settings have their own nearest span."""
+    """Exact counts for a prompt of `length` tokens.
+
+    `cell` is the tokens of a rank under dense attention; other settings have their own nearest
+    span.
+    """
     csa = setting.csa
     span = cell if csa.exact or csa.spans is None else csa.spans[0]
     row_bytes = 2 * model.head_dim * ITEMSIZE
@@ -96,22 +96,22 @@ def cost(setting: Setting, length: int, model: ModelConfig, *, cell: int) -> Cos
 
 
 def second_turn_bytes(num_tokens: int, num_ranks: int, model: ModelConfig) -> float:
-    """Bytes that a rank sends in one layer, on average, for `num_tokens` that see a cached context
-    of any length: queries go once to every other rank, partial results come back."""
+    """Mean bytes that a rank sends in one layer for `num_tokens` behind a context of any length.
+
+    Queries go once to every other rank, partials return.
+    """
     per_query = model.num_heads * (2 * model.head_dim * ITEMSIZE + LSE_BYTES)
     return num_tokens * per_query * (num_ranks - 1) / num_ranks
 
 
 def _tail_bytes(tail: int, length: int, span: int, model: ModelConfig) -> float:
-    """Of all ranks: each query of the tail goes to every rank before its own and its partial result
-    comes back."""
+    """Bytes of all ranks: each tail query goes to every rank before its own, a partial returns."""
     per_pair = model.num_heads * (2 * model.head_dim * ITEMSIZE + LSE_BYTES)
     return sum(i // span for i in range(max(0, length - tail), length)) * float(per_pair)
 
 
 def _decode_share(pattern: CSAPattern, position: int) -> float:
-    """Share of the keys 0..position that a token at `position` sees, averaged over the classes of
-    heads."""
+    """Mean over head classes of the share of keys 0..position visible to a token at `position`."""
     classes = range(num_classes(pattern.degrees))
     chosen = classes[:: max(1, len(classes) // 64)]  # `local` has as many classes as tokens
     seen = sum(

@@ -1,7 +1,6 @@
 """Scores of held-out texts under one attention setting, through the engine's prefill.
 
-Every rank calls with the same arguments. Decides no setting and no text. Answers to probes are
-`answers`'.
+Every rank calls with the same arguments. Decides no setting and no text; `answers` handles probes.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Job:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """One step that the watchdog watches: a rank that hangs in it ends the job."""
+        """One step under the watchdog: a rank that hangs in it ends the job."""
         self.num_steps += 1
         self.started.watchdog.step_begin(self.num_steps, name)
         yield
@@ -42,9 +41,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextScores:
-    """Of all windows of one length. `nats_WT` are losses of tokens 1.. of each window, `bytes_WT`
-    what they stand for, `rows` the log-probabilities after every `stride`-th token, which a
-    divergence needs."""
+    """Scores of all windows of one length.
+
+    `nats_WT` are losses of tokens 1.. of each window, `bytes_WT` the bytes that they stand for,
+    `rows` the log-probabilities after every `stride`-th token, which a divergence needs.
+    """
 
     nats_WT: Tensor
     bytes_WT: Tensor
@@ -61,8 +62,7 @@ def score_texts(
     stride: int,
     on_done: Callable[[], None],
 ) -> TextScores:
-    """Scores windows of one length; they are prompts of that length, so their last tokens are the
-    exact tail."""
+    """Score windows of one length, as prompts: their last tokens are the exact tail."""
     executor = executor_with(job.started.executor, csa)
     nats, num_bytes, rows = [], [], []
     for window in windows:
@@ -80,10 +80,11 @@ def score_texts(
 
 
 def text_measures(scores: TextScores, dense: TextScores, tail: int) -> dict[str, Any]:
-    """Bits per byte, perplexity per token and divergence from dense, over the tokens that no tail
-    predicts; bits per byte by eighth of the window over all tokens.
+    """Bits per byte, perplexity per token and divergence from dense.
 
-    `tail` is the longest one of all settings compared, so that all are judged on the same tokens.
+    They are taken over the tokens that no tail predicts, except bits per byte by eighth of the
+    window, which cover all tokens. `tail` is the longest one of all settings compared, so that all
+    are judged on the same tokens.
     """
     body = slice(0, max(1, scores.nats_WT.shape[1] - tail))
     # Fmt: skip.

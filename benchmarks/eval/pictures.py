@@ -1,4 +1,4 @@
-"""Results as pictures: answers by depth and length, and the frontier of accuracy against cost.
+"""Pictures of results: answers by depth and length, and the frontier of accuracy against cost.
 
 Decides what is drawn and which settings are on the frontier, measures nothing. Needs matplotlib.
 """
@@ -55,10 +55,14 @@ def heatmap(result: dict[str, Any], path: Path) -> None:
 
 
 def frontier(result: dict[str, Any], length: int, path: Path) -> None:
-    """At one length: change of bits per byte, and exact answers, against bytes and FLOPs. Settings
-    that no other one beats in both are joined by a line."""
+    """Draw change of bits per byte, and exact answers, against bytes and FLOPs at one length.
+
+    Settings that no other one beats in both are joined by a line.
+    """
     tasks = [task for task in RETRIEVAL if task in result["tasks"]]
-    rows = [("bits per byte, change from dense", _bits)] + ([("exact answers, %", _found)] if tasks else [])  # fmt: skip
+    rows = [("bits per byte, change from dense", _bits)]
+    if tasks:
+        rows.append(("exact answers, %", _found))
     figure, grid = plt.subplots(
         len(rows), 2, figsize=(13, 5 * len(rows)), squeeze=False, layout="constrained"
     )
@@ -68,7 +72,7 @@ def frontier(result: dict[str, Any], length: int, path: Path) -> None:
             points = {
                 name: (found["cost"][cost], value(found, tasks))
                 for name, found in settings.items()
-                # How generated tokens attend does not change the loss.
+                # The attention of generated tokens does not change the loss.
                 if value is _found or not found["sparse_decode"]
             }
             _draw(axes, points, higher_is_better=value is _found)
@@ -82,8 +86,7 @@ def frontier(result: dict[str, Any], length: int, path: Path) -> None:
 def pareto(
     points: dict[str, tuple[float, float]], *, higher_is_better: bool
 ) -> list[tuple[float, float]]:
-    """The (cost, value) pairs that no other pair beats in one and equals in the other, by rising
-    cost."""
+    """(cost, value) pairs that no other beats in one and equals in the other, by rising cost."""
     sign = -1.0 if higher_is_better else 1.0
     best: list[tuple[float, float]] = []
     for cost, value in sorted(set(points.values()), key=lambda p: (p[0], sign * p[1])):
@@ -123,8 +126,7 @@ def _draw(axes: Any, points: dict[str, tuple[float, float]], *, higher_is_better
 
 
 def _neighbours(points: dict[str, tuple[float, float]]) -> list[list[str]]:
-    """Names by place: those whose labels would lie on each other are together, nearest to the left
-    first."""
+    """Names by place, leftmost first; those whose labels would overlap are together."""
     (x0, y0), (x1, y1) = (
         tuple(choose(values) for values in zip(*points.values(), strict=True))
         for choose in (min, max)

@@ -1,6 +1,6 @@
-"""Results as files: JSON, markdown tables and pictures; and several results as one.
+"""Files of results: JSON, Markdown tables and pictures; and a join of several results.
 
-Decides how numbers are shown, measures nothing. The pictures themselves are `pictures`'.
+Decides how numbers are shown, measures nothing; `pictures` draws.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
-    """NAME.md (the summary, then a table per length), and NAME.png and NAME-frontier-LENGTH.png
-    where matplotlib is there, beside `path` (NAME.json)."""
+    """Write NAME.md, and with matplotlib NAME.png and NAME-frontier-LENGTH.png, beside `path`.
+
+    `path` is NAME.json. The Markdown has the summary, then a table per length.
+    """
     found = rounded(result)
     table = f"{summary(found)}\n\n{markdown(found)}"
     path.with_suffix(".md").write_text(table + "\n")
@@ -50,7 +52,7 @@ def rounded(value: Any) -> Any:
 
 
 def merged(results: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-    """One result with the lengths of all, in ascending order. `names` are for messages.
+    """One result with the lengths of all, in ascending order; `names` are for messages.
 
     Raises:
         ConfigError: they are not of the same model, data, seeds, depths, tasks and settings, or a
@@ -82,7 +84,7 @@ def merged(results: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One table per length; tasks show the share answered exactly."""
+    """Tables by length; tasks show the share answered exactly."""
     tasks = result["tasks"]
     lines = []
     for length in map(str, result["lengths"]):

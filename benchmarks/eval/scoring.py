@@ -1,8 +1,7 @@
-"""How likely a given text is under an attention setting: log-probabilities at every position of a
-prefill.
+"""Log-probabilities of a given text at every position of a prefill, under an attention setting.
 
 The prompt goes through the same input tensors, attention and model as a request's prefill does, and
-is scored as one that asks for log-probabilities (`prompt_scores`); nothing is sampled. Every rank
+is scored like one with prompt log-probabilities (`prompt_logprobs`); nothing is sampled. Every rank
 calls with the same arguments and gets the same results. Decides nothing about texts or measures
 (`benchmarks/eval`).
 """
@@ -31,10 +30,12 @@ from sps2_mega.worker.sampling.prompt_logprobs import compute_prompt_logprobs, g
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScore:
-    """On the CPU, in position order. `logprobs_T[i]` (float64, one less than there are tokens) is
-    the natural log-probability of token i+1 after tokens 0..i; NaN where the model gave no finite
-    logits. `rows_PV` (float32) are whole rows of log-probabilities, at the positions that were
-    asked for."""
+    """Scores of one prompt, on the CPU and in position order.
+
+    `logprobs_T[i]` (float64, one less than there are tokens) is the natural log-probability of
+    token i+1 after tokens 0..i; NaN where the model gave no finite logits. `rows_PV` (float32) are
+    whole rows of log-probabilities, at the requested positions.
+    """
 
     logprobs_T: Tensor
     rows_PV: Tensor
@@ -43,8 +44,9 @@ class PromptScore:
 def executor_with(
     executor: Executor, csa: CSAConfig, *, transport: str = "auto", sparse_decode: bool = False
 ) -> Executor:
-    """An executor on the same weights and cache under another attention setting; with
-    `sparse_decode` generated tokens see what the pattern shows, else all keys.
+    """An executor on the same weights and cache under another attention setting.
+
+    With `sparse_decode` generated tokens see what the pattern shows, else all keys.
 
     Raises:
         ConfigError: the setting cannot be had with this model, transport or number of SP levels.
@@ -74,7 +76,7 @@ def score_prompt(
     row_positions: Sequence[int] = (),
     rows_at_once: int = 512,
 ) -> PromptScore:
-    """Scores one prompt. The executor must be idle: any block of its cache is written.
+    """Score one prompt on an idle executor: any block of its cache is overwritten.
 
     `row_positions` (ascending) are positions after which the whole distribution is wanted.
     `rows_at_once` bounds the logits that exist at a time, in tokens.
@@ -115,7 +117,7 @@ def score_prompt(
 
 
 def _placed(executor: Executor, token_ids: list[int]) -> PrefillItem:
-    """The prompt on blocks of an empty cache, spread as the transport prefers it."""
+    """The prompt on blocks of an empty cache, in the transport's preferred placement."""
     pool, sp = executor.pool, executor.groups.sp
     balanced = executor.prefill.transport == "gather" and executor.prefill.sparse is None
     ledger = BlockLedger(
@@ -146,8 +148,10 @@ def _placed(executor: Executor, token_ids: list[int]) -> PrefillItem:
 def _in_position_order(
     local: Tensor, local_positions: np.ndarray, positions: Sequence[int], groups: ParallelGroups
 ) -> Tensor:
-    """Rows of all ranks, one per position of `positions` (ascending); `local` are those of
-    `local_positions`."""
+    """Rows of all ranks, one per position of `positions` (ascending).
+
+    `local` are the rows of `local_positions`.
+    """
     if not positions:
         return local
     here = np.isin(np.asarray(positions, dtype=np.int64), local_positions)

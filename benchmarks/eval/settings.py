@@ -46,8 +46,11 @@ _NAME = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extents:
-    """Tokens that settings share. Spans are tokens (int) or shares of the length (Fraction),
-    nearest first. A setting of n levels takes the first one and, beyond it, the last n-2."""
+    """Tokens that settings share.
+
+    Spans are tokens (int) or shares of the length (Fraction), nearest first. A setting of n levels
+    takes the first one and, beyond it, the last n-2.
+    """
 
     spans: tuple[int | Fraction, ...]
     sinks: int
@@ -57,15 +60,14 @@ class Extents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """How a prompt is prefilled, and whether generated tokens follow the same pattern or see all
-    keys."""
+    """Pattern of a prefill, and whether generated tokens follow it or see all keys."""
 
     csa: CSAConfig
     sparse_decode: bool
 
 
 def parse_span(text: str) -> int | Fraction:
-    """`256` tokens, or `1/8` of the length.
+    """Span from `256` (tokens) or `1/8` (of the length).
 
     Raises:
         ConfigError: it is neither.
@@ -80,7 +82,7 @@ def parse_span(text: str) -> int | Fraction:
 
 
 def named_setting(name: str, length: int, extents: Extents) -> Setting:
-    """What `name` stands for at prompts of `length` tokens.
+    """Setting of that name for prompts of `length` tokens.
 
     Raises:
         ConfigError: the name is not understood, or there are fewer spans than it has levels.

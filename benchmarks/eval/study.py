@@ -1,4 +1,4 @@
-"""All settings on one workload: the result that is written as JSON, as plain values.
+"""All settings on one workload: the result that is written as JSON, in plain values.
 
 Decides the order of measurement, what is measured once for several settings, and how seeds are
 pooled.
@@ -33,11 +33,18 @@ def measure_settings(
     on_prompt: Callable[[str], None],
     on_setting: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """By setting and length: configuration, cost, text measures and tasks. `names` begins with
-    dense.
+    """Configuration, cost, text measures and tasks, by setting and length.
 
-    `on_prompt` hears the setting's name after each prompt, `on_setting` all results after each
-    setting.
+    Args:
+        names: settings, of which the first is dense.
+        job: a started rank; all ranks call together.
+        tokenizer: the model's own.
+        work: windows and probes by length.
+        amounts: numbers of windows and probes.
+        extents: spans and further tokens that settings share.
+        kl_stride: tokens between the positions at which the divergence from dense is taken.
+        on_prompt: called with the setting's name after each prompt.
+        on_setting: called with all results after each setting.
     """
     measured: dict[str, Any] = {}
     dense_scores: dict[int, TextScores] = {}
@@ -51,7 +58,7 @@ def measure_settings(
             def done(name: str = name) -> None:
                 on_prompt(name)
 
-            # Settings that differ in decode only see the same texts alike.
+            # Settings that differ only in decode score texts alike.
             text = known_texts.get((length, setting.csa))
             if text is None:
                 scores = score_texts(
@@ -84,7 +91,7 @@ def measure_settings(
 
 
 def costs(name: str, length: int, job: Job, extents: Extents) -> dict[str, Any]:
-    """At `length`, and the same setting at FAR_LENGTH where its spans are shares of the length."""
+    """Cost at `length`, and at FAR_LENGTH if the setting's spans are shares of the length."""
     model = job.started.resolved.config
     found = {}
     for key, at in (("here", length), ("far", FAR_LENGTH)):
@@ -99,13 +106,16 @@ def costs(name: str, length: int, job: Job, extents: Extents) -> dict[str, Any]:
 def task_measures(
     probes: list[Probe], verdicts: list[Verdict], dense: list[Verdict], amounts: Amounts
 ) -> dict[str, Any]:
-    """Share of exact answers per task, with its standard error; by depth and by seed; change from
-    dense on the same probes with its standard error; share of right characters; share of a second
-    turn's prompt that was cached."""
+    """Exact answers per task, by depth and by seed, and their change from dense on the same probes.
+
+    Both have standard errors. Also the share of right characters, and of a second turn's prompt
+    that was cached.
+    """
     found = {}
     for task in amounts.tasks:
         mine = [i for i, probe in enumerate(probes) if probe.task == task]
         exact = [float(verdicts[i].exact) for i in mine]
+        scored = [(probes[i], value) for i, value in zip(mine, exact, strict=True)]
         changes = [float(verdicts[i].exact) - float(dense[i].exact) for i in mine]
         found[task] = {
             "exact": mean(exact),
@@ -115,15 +125,15 @@ def task_measures(
             "prefix": mean([verdicts[i].prefix for i in mine]),
             "cached": mean([verdicts[i].cached for i in mine]),
             "depths": {
-                str(depth): mean([float(verdicts[i].exact) for i in mine if probes[i].depth == depth])
+                str(depth): mean([value for probe, value in scored if probe.depth == depth])
                 for depth in amounts.depths
             },
             "seeds": {
-                str(seed): mean([float(verdicts[i].exact) for i in mine if probes[i].seed == seed])
+                str(seed): mean([value for probe, value in scored if probe.seed == seed])
                 for seed in amounts.seeds
             },
             "num_probes": len(mine),
-        }  # fmt: skip
+        }
     return found
 
 
@@ -132,7 +142,7 @@ def mean(values: list[float]) -> float:
 
 
 def mean_error(values: list[float]) -> float | None:
-    """Standard error of a mean; None of a single value."""
+    """Standard error of a mean; None for a single value."""
     if len(values) < 2:
         return None
     middle = mean(values)
@@ -141,8 +151,10 @@ def mean_error(values: list[float]) -> float | None:
 
 
 def share_error(values: list[float]) -> float:
-    """Standard error of a share of zeros and ones that stays above 0 where all are alike: one of
-    each is added."""
+    """Standard error of a share of zeros and ones, with one of each added.
+
+    So it stays above 0 where all are alike.
+    """
     count = len(values) + 2
     share = (sum(values) + 1) / count
     return math.sqrt(share * (1 - share) / count)

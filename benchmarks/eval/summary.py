@@ -1,5 +1,4 @@
-"""One table over all lengths: what a setting costs at a long context beside what it lost at the
-measured ones.
+"""Table over all lengths: a setting's cost at a long context beside its loss at the measured ones.
 
 Decides what is left out: the tables by length (`report`) and the JSON have everything.
 """
@@ -12,7 +11,7 @@ from benchmarks.eval.costs import FAR_LENGTH
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Markdown. Several lengths share a cell, in the order of the result, as `100 / 73`."""
+    """Markdown table; several lengths share a cell in the result's order, as `100 / 73`."""
     lengths = [str(length) for length in result["lengths"]]
     tasks = result["tasks"]
     at = f"at {FAR_LENGTH // 1024}K"
@@ -43,7 +42,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _change(text: dict[str, Any], dense: dict[str, Any]) -> str:
-    """The mean change relative to dense bits per byte."""
+    """Mean change relative to dense bits per byte."""
     if text is dense:
         return "0"
     per_cent = 100 / dense["bits_per_byte"]

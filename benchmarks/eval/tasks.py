@@ -1,14 +1,15 @@
 """Retrieval probes: a prompt whose continuation can only be known from something far back in it.
 
 Decides the kinds of probes, their wording and when an answer is right. One answer stands at the
-very end, so a probe has a depth; documents with questions all over are `benchmarks.train.tasks`'.
+very end, so a probe has a depth; `benchmarks.train.tasks` has documents with questions all over.
 
     passkey        one number
-    key_value      ten names with numbers, one is asked for
-    reference      the same, and the name asked for is defined by another name: that name and its number
-    multi_needle   three numbers of one list, asked for in order; the first is at the depth
+    key_value      ten names with numbers; the question names one
+    reference      the same, but the name in question is defined by another name: the answer is that
+                   name and its number
+    multi_needle   three numbers of one list, in order; the first is at the depth
     copy           48 letters without meaning, to be written again
-    second_turn    key_value, asked after another name was asked for and answered: a prompt behind a cached one
+    second_turn    key_value, after another name's question and answer: a prompt behind a cached one
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ _ATTEMPTS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """`prompt_ids` and the answer together are at most `length` tokens, and not much less. With
-    `question_ids` the prompt is a first turn that is answered by `new_tokens` too, and the question
-    follows in a second one."""
+    """A prompt and its answer, together at most `length` tokens, and not much less.
+
+    With `question_ids` the prompt is a first turn, which is answered by `new_tokens` too, and the
+    question follows in a second one.
+    """
 
     task: str
     length: int
@@ -69,7 +72,16 @@ def make_probe(
     texts: Texts,
     tokenizer: Tokenizer,
 ) -> Probe:
-    """Probe number `index`; the same arguments give the same probe.
+    """Probe number `index`; equal arguments give equal probes.
+
+    Args:
+        task: a kind of probe, of those listed above.
+        length: tokens of prompt and answer together, at most.
+        depth: place of what must be found, from 0 (beginning) to 1 (end).
+        index: number of the probe among those of the same length and depth.
+        seed: of all random choices, together with the other arguments.
+        texts: held-out texts by name, which fill the prompt.
+        tokenizer: the model's own.
 
     Raises:
         ConfigError: `length` is too short for the task.
@@ -118,8 +130,7 @@ def make_probe(
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """The answer is that to the prompt, or where there is a `question` for a second turn, to
-    that."""
+    """Text of a probe; the answer is to the `question` of the second turn if there is one."""
 
     prompt: str
     answer: str
@@ -127,7 +138,7 @@ class _Text:
 
 
 def _text(task: str, num_bytes: int, depth: float, rng: np.random.Generator, texts: Texts) -> _Text:
-    """Together `num_bytes` long where the texts are ASCII."""
+    """Text of a probe, `num_bytes` long with its answer if the source texts are ASCII."""
     code = _code(texts, num_bytes, rng)
     if task in ("passkey", "key_value", "reference"):
         from benchmarks.train.evaluate import probe
@@ -181,8 +192,7 @@ def _copy(rng: np.random.Generator, depth: float) -> tuple[list[Event], str]:
 
 
 def _code(texts: Texts, num_bytes: int, rng: np.random.Generator) -> np.ndarray:
-    """Twice `num_bytes` of one text, or of all texts one after the other where none is that
-    long."""
+    """Twice `num_bytes` of one text, or of all texts in sequence if none is that long."""
     long = [text for text in texts.values() if len(text) >= 2 * num_bytes]
     if long:
         text = long[rng.integers(len(long))]

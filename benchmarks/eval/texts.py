@@ -48,7 +48,7 @@ def load_texts(data: Path | None) -> Texts:
 def windows(
     texts: Texts, tokenizer: Tokenizer, *, length: int, count: int, seed: int
 ) -> list[list[int]]:
-    """Token lists of exactly `length` (with BOS where the tokenizer writes one), none of two texts.
+    """Token lists of exactly `length` (with the tokenizer's BOS, if any), each from one text.
 
     They are drawn by `seed` from anywhere in the texts, since beginnings are not like the rest; no
     token is in two of them. Texts are read until there is a choice, not all of a large collection.
@@ -82,7 +82,7 @@ def windows(
 
 
 def bos_prefix(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before plain text: [BOS] or nothing."""
+    """Tokens that the tokenizer puts before plain text: [BOS] or nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
 

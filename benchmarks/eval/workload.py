@@ -1,5 +1,4 @@
-"""What every setting is measured on: held-out windows and probes of each length and seed, made
-once.
+"""Workload of every setting: held-out windows and probes of each length and seed, made once.
 
 Decides how texts and probes are spread over lengths and seeds. Rank 0's are sent to the other
 ranks.
@@ -22,8 +21,7 @@ from sps2_mega.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amounts:
-    """How much is measured: `texts` windows per length and seed, `probes` per task, length, depth
-    and seed."""
+    """Amounts: `texts` windows per length and seed, `probes` per task, length, depth and seed."""
 
     lengths: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -35,7 +33,7 @@ class Amounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """By length, all seeds together."""
+    """Windows and probes by length, all seeds together."""
 
     windows: dict[int, list[list[int]]]
     probes: dict[int, list[Probe]]

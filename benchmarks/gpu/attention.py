@@ -1,8 +1,7 @@
-"""One layer's prefill attention: torch's libraries, flex_attention and what the runtime calls, on
-the same tensors.
+"""One layer's prefill attention: torch's libraries, flex_attention and the runtime, same tensors.
 
-flex_attention gets the same CSA pattern, as a mask by positions and KV head, and leaves out blocks
-that nobody sees.
+flex_attention gets the same CSA pattern, as a mask by positions and KV head, and skips blocks that
+nobody sees.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import device_time
+from benchmarks.gpu import device_time
 from benchmarks.gpu.part import Part
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.csa.pieces import csa_pieces
@@ -84,7 +83,7 @@ def _dense(
 
 
 class _Flex:
-    """flex_attention compiled for one pattern; made at the first call, which is the warm-up."""
+    """flex_attention compiled for one pattern at the first call, which is the warm-up."""
 
     def __init__(
         self,
@@ -133,7 +132,7 @@ class _Flex:
 
         def visible(_b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             near = (j >= i // cell * cell - halo) | (j < sinks) | (i >= dense_from)
-            # Which key in `far` a KV head sees; the runtime deals remainders to heads likewise.
+            # The key in `far` that a KV head sees; the runtime deals remainders to heads likewise.
             return (j <= i) & (near | (j % far == head // group % far))
 
         return visible

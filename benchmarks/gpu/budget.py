@@ -1,10 +1,8 @@
-"""How long each part may take: shares of what is left, so that an early end leaves more for those
-that follow."""
+"""Time limits of the parts, as shares of the remaining time: an early end helps later parts."""
 
 from __future__ import annotations
 
-# Part -> seconds that it asks for on an H200, start-up included; in the order in which they run,
-# what a decision depends on first.
+# Part -> seconds on an H200, start-up included, in running order: what decisions depend on first.
 PARTS: dict[str, float] = {
     "ceilings": 25.0,
     "decode": 60.0,
@@ -18,7 +16,9 @@ PARTS: dict[str, float] = {
 
 
 def limit_s(part: str, waiting: list[str], left_s: float) -> float:
-    """Seconds for `part` when it and then `waiting` have `left_s` together: never more than twice
-    what it asks for."""
+    """Seconds for `part` out of `left_s`, which `waiting` parts share with it.
+
+    It gets at most twice what it asks for.
+    """
     share = PARTS[part] / (PARTS[part] + sum(PARTS[name] for name in waiting))
     return min(left_s * share, 2.0 * PARTS[part])

@@ -1,5 +1,4 @@
-"""The card's own limits, measured: what a copy moves, and what cuBLAS reaches on the model's
-products."""
+"""Measured limits of the card: bandwidth of a copy, and cuBLAS on the model's products."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import device_time
+from benchmarks.gpu import device_time
 from benchmarks.gpu.part import Part
 from sps2_mega.checkpoint.canonical import layer_shapes
 from sps2_mega.checkpoint.resolve import resolve_model
@@ -38,14 +37,16 @@ def run(part: Part) -> None:
 
 
 def _product(part: Part, rows: int, outputs: int, inputs: int) -> dict[str, Any]:
-    """x [rows, inputs] times a weight [outputs, inputs], random: zeros would run faster than real
-    data."""
+    """Time x [rows, inputs] times a weight [outputs, inputs].
+
+    Both are random: zeros would run faster than real data.
+    """
 
     def made(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=part.dtype, device=part.device)
 
     x = made(rows, inputs)
-    # Few rows are limited by reading the weight: so many of them that no cache holds all.
+    # Few rows are limited by reading the weight: take so many weights that no cache holds them.
     copies = max(1, min(8, part.sizes.copied_bytes // 4 // (outputs * inputs)))
     weights = [made(outputs, inputs) for _ in range(copies)]
     work = device_time.in_graph(

@@ -1,6 +1,6 @@
 """Decode steps of the runtime on one rank: tokens per second, and the share of the bandwidth bound.
 
-A step is timed as a caller sees it: from the plan to the tokens on the host. Its bound is every
+A step is timed as a caller sees it, from the plan to the tokens on the host. Its bound is every
 weight and every key and value of the batch read once at the rate of a large copy.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import device_time
+from benchmarks.gpu import device_time
 from benchmarks.gpu.bounds import decode_bytes, spread
 from benchmarks.gpu.engine_rank import (
     RunningSequences,
@@ -94,8 +94,7 @@ def _timed(
 
 
 def _device_s(part: Part, running: RunningSequences) -> float | None:
-    """Seconds that the kernels of one step take, without the gaps between them; None where there is
-    no GPU."""
+    """Seconds in the kernels of one step, without the gaps between them; None without a GPU."""
     if not part.on_cuda:
         return None
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -105,8 +104,7 @@ def _device_s(part: Part, running: RunningSequences) -> float | None:
 
 
 def _room(part: Part, model: ModelConfig) -> int:
-    """Blocks that the device has memory for beside the weights; without a GPU tiny sizes always
-    fit."""
+    """Blocks that fit the device beside the weights; without a GPU tiny sizes always fit."""
     if not part.on_cuda:
         return 1 << 20
     free = torch.cuda.mem_get_info()[0] - part.sizes.kv_reserve_bytes
@@ -116,7 +114,7 @@ def _room(part: Part, model: ModelConfig) -> int:
 
 
 def _shortened(contexts: Sequence[int], steps: int, blocks: int) -> list[int]:
-    """The contexts, or as many tokens each as the blocks have room for."""
+    """The contexts, or equal shares of the blocks if there is no room for them."""
     if num_blocks(contexts, steps, _BLOCK) <= blocks:
         return list(contexts)
     each = blocks // len(contexts) * _BLOCK - steps

@@ -1,8 +1,7 @@
-"""Decode steps of transformers as its documentation makes them fast: a static cache and a compiled
-forward pass.
+"""Decode steps of transformers at its documented best: a static cache and a compiled forward.
 
-Prompts of random tokens are prefilled, padded to the longest; then the time between tokens, from
-the steps after which nothing is compiled or captured any more.
+Prompts of random tokens are prefilled, padded to the longest; then the time between tokens is
+measured from the step on after which nothing is compiled or captured any more.
 """
 
 from __future__ import annotations

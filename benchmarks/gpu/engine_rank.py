@@ -1,5 +1,4 @@
-"""A rank of the runtime with random weights, and the plans that it is measured with: one prompt, or
-running sequences.
+"""A rank of the runtime with random weights, and the plans that it is measured with.
 
 Sequences enter decode without a prefill, over blocks of random keys and values: the time of a step
 does not depend on what they hold, and filling a million tokens by prefill would take longer than
@@ -28,7 +27,7 @@ _GREEDY = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 def config_of(
     part: Part, *, num_blocks: int | None, max_model_len: int, graphs: bool = False
 ) -> EngineConfig:
-    """`graphs`: decode steps are captured, where there is a GPU."""
+    """EngineConfig of a part; with `graphs` decode steps are captured, on a GPU."""
     return EngineConfig(
         model=part.sizes.model,
         load_format="dummy",
@@ -52,8 +51,10 @@ def started(config: EngineConfig) -> Iterator[StartedRank]:
 
 
 def prompt_plan(rank: StartedRank, seq_id: int, tokens: int) -> StepPlan:
-    """Prefills one prompt of random tokens into the first blocks of the cache; the sequence before
-    it is over."""
+    """Plan that prefills one prompt of random tokens into the cache's first blocks.
+
+    It also ends the sequence before.
+    """
     generator = np.random.default_rng(seq_id)
     vocabulary = rank.resolved.config.vocab_size
     token_ids = generator.integers(0, vocabulary, tokens).tolist()
@@ -63,9 +64,12 @@ def prompt_plan(rank: StartedRank, seq_id: int, tokens: int) -> StepPlan:
 
 
 class RunningSequences:
-    """Sequences that decode on one rank, all in one batch; sequence i has `contexts[i]` tokens in
-    the cache at first. The cache must have room for `num_blocks(contexts, steps, block_size)`
-    blocks. `executor` is the rank's, or another one on its weights and cache."""
+    """Sequences that decode on one rank, all in one batch.
+
+    Sequence i starts with `contexts[i]` tokens in the cache, which must have room for
+    `num_blocks(contexts, steps, block_size)` blocks. `executor` is the rank's, or another one on
+    its weights and cache.
+    """
 
     def __init__(self, rank: StartedRank, executor: Executor, contexts: Sequence[int]) -> None:
         self._executor, self._contexts, self._step = executor, list(contexts), 0
@@ -74,12 +78,12 @@ class RunningSequences:
         for seq_id, context in enumerate(contexts):
             executor.enter(_item(rank, seq_id, [1] * context, first_block=first))
             first += -(-context // size)
-        # Blocks that the sequences open while they decode come after those of their contexts.
+        # Blocks opened while decoding follow those of the contexts.
         self._next_block = first
         self._token_ids = [1] * len(self._contexts)
 
     def step(self) -> None:
-        """One decode step of all sequences; ends when the tokens are on the host."""
+        """Run one decode step of all sequences, until the tokens are on the host."""
         size = self._executor.pool.block_size
         items = []
         for seq_id, context in enumerate(self._contexts):
@@ -99,12 +103,12 @@ class RunningSequences:
 
 
 def num_blocks(contexts: Sequence[int], steps: int, block_size: int) -> int:
-    """Blocks that `RunningSequences` take, those that they open while decoding included."""
+    """Blocks that `RunningSequences` takes, those opened while decoding included."""
     return sum(-(-(context + steps) // block_size) for context in contexts)
 
 
 def fill_cache(rank: StartedRank, layers: int) -> None:
-    """Random keys and values in every block."""
+    """Write random keys and values into every block."""
     for layer in range(layers):
         for cache in rank.executor.pool.layer(layer):
             with torch.inference_mode():

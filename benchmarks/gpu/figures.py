@@ -1,5 +1,4 @@
-"""What the measured cases say, as short lines for people and as bars: times against the ceilings of
-the same run."""
+"""Measured cases as short lines and as bars: times against the ceilings of the same run."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ def _line(row: dict[str, Any], rows: Rows, rate: float | None) -> str:
 
 
 def _against_transformers(row: dict[str, Any], rows: Rows) -> float | None:
-    """How many times transformers' tokens/s ours are, where both were measured on the same
-    lengths."""
+    """Our tokens/s over transformers', if both were measured on the same lengths."""
     same = ("tokens", "batch", "context")
     for other in rows:
         if (

@@ -1,13 +1,12 @@
-"""Where the host's time of a decode step goes, in the real engine: scheduling, inputs, launches,
-sampling, the rest.
+"""Host time of a decode step in the real engine: scheduling, inputs, launches, sampling, the rest.
 
     plan     Scheduler.plan                          launch   the model's calls until they return
     inputs   plan -> tensors on the device           sample   sampling, until its calls return
     device   waiting for the sampled tokens          commit   Scheduler.commit
     answers  stop strings, text, what clients get    rest     everything else of Engine.step
 
-With graphs a step is launched before the answers of the one before are dealt with: `answers` is
-then under the device's work, and `device` is what is left of that.
+With graphs a step is launched before the answers of the one before are processed: `answers` then
+overlaps the device's work, and `device` is the remainder of that work.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from sps2_mega.worker.sampling.sampling_states import SamplingStates
 
 _SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": dict(temperature=0.0),
-    # Random weights give nearly equal logits: as steep as a trained model's only so.
+    # Random weights give nearly equal logits; this makes them as steep as a trained model's.
     "top-p": dict(top_p=0.9, temperature=0.05, seed=1),
 }
 _PIECES = {

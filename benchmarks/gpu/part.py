@@ -1,5 +1,4 @@
-"""One part of the measurements in a process of its own: cases that may fail one by one, written
-down as they come.
+"""One part of the measurements in a process of its own, whose cases may fail one by one.
 
 A case that fails (no memory, no kernel for a shape) is recorded with its error and the next one
 goes on; one for which no time is left is recorded as skipped. A part's process may be ended at any
@@ -24,7 +23,7 @@ from benchmarks.gpu.sizes import Sizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Where a part runs. `deadline` is of time.monotonic(); `file` gets one JSON object a line."""
+    """Setting of a part; `deadline` is on time.monotonic(), `file` gets one JSON object a line."""
 
     name: str
     sizes: Sizes
@@ -44,9 +43,11 @@ class Part:
     def case(
         self, what: dict[str, Any], work: Callable[[], dict[str, Any]], *, seconds: float = 0.0
     ) -> dict[str, Any] | None:
-        """Records `what` with what `work` returns, or why there is nothing, in which case it
-        returns None. `seconds` is how long it may take on the slowest device that is worth a
-        wait."""
+        """Record `what` with the result of `work`, which is also returned.
+
+        Where there is none, the reason is recorded and None returned. `seconds` is how long it may
+        take on the slowest device worth a wait.
+        """
         left = self.deadline - time.monotonic()
         if left < seconds:
             self._record(what | {"skipped": f"{left:.0f} s left, it may take {seconds:.0f}"})

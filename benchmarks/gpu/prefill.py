@@ -1,5 +1,4 @@
-"""Time to the first token of one prompt on one rank, exact and CSA, and the share of the matrix
-rate that it uses.
+"""Time to first token of one prompt on one rank, exact and CSA, and the share of the matrix rate.
 
 Seconds are from the plan to the token on the host. MFU (model FLOPs utilisation) is the operations
 that the pattern needs, causal pairs counted once, over seconds and the rate of a large product on
@@ -40,13 +39,12 @@ def run(part: Part) -> None:
 
 
 def num_rounds(part: Part, tokens: int) -> int:
-    """How often a prompt is prefilled; the first time compiles kernels and is not counted."""
+    """Number of prefills of a prompt; the first compiles kernels and is not counted."""
     return 1 + (part.sizes.repeats if tokens < _LONG else 1)
 
 
 def expected_s(part: Part, model: ModelConfig, tokens: int) -> float:
-    """Seconds that all rounds of an exact prefill may take, at less than half of an H200's matrix
-    rate."""
+    """Seconds allowed for all rounds of an exact prefill, at under half an H200's matrix rate."""
     flops = linear_flops(model, tokens) + attention_flops(model, tokens)
     return num_rounds(part, tokens) * flops / 350e12 if part.on_cuda else 0.0
 

@@ -1,5 +1,4 @@
-"""Time to the first token in transformers: one forward pass over the prompt with its cache, logits
-of the last row only."""
+"""Time to first token in transformers: one forward over the prompt, with cache and last logits."""
 
 from __future__ import annotations
 

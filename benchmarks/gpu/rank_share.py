@@ -1,10 +1,9 @@
-"""What one rank computes in an SP prefill over several: seconds of a layer, from the pieces that
-are really its own.
+"""One rank's compute in an SP prefill over several ranks: seconds of a layer, from its own pieces.
 
-Per transport and pattern the rank with the most visible pairs is timed, since it is the one that
-the others wait for. Nothing is sent: keys are random and already there. The layer around the
-attention is Megatron's own, with the rank's tokens, whose keys and values enter a cache. These are
-compute times as the simulator has them (`attention_s`, `layer_s`), per layer.
+Per transport and pattern the rank with the most visible pairs is timed, since the others wait for
+it. Nothing is sent: keys are random and already there. The layer around the attention is Megatron's
+own, with the rank's tokens, whose keys and values enter a cache. These are compute times per layer
+as the simulator has them (`attention_s`, `layer_s`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import device_time
+from benchmarks.gpu import device_time
 from benchmarks.gpu.engine_rank import config_of, started
 from benchmarks.gpu.part import Part
 from sps2_mega.attention.csa.pattern import CSAPattern
@@ -68,7 +67,7 @@ def run(part: Part) -> None:
 
 
 class _QueriesOut:
-    """Attention of nothing, so that new keys and values only enter the cache."""
+    """Stand-in for attention, so that new keys and values only enter the cache."""
 
     def attend(
         self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, softmax: SoftmaxParams
@@ -108,9 +107,11 @@ def _layer(part: Part, model: ModelConfig, gpt: GPT, tokens: int) -> dict[str, A
 def _attention(
     part: Part, model: ModelConfig, transport: str, far: int, prompt: int
 ) -> dict[str, Any]:
-    """`ulysses`: all tokens, an even share of the heads. `gather`: all heads, two chunks of the
-    prompt where it is exact (one from either end, so that ranks are balanced), else the rank's own
-    cell."""
+    """Time the rank's share of a layer's attention.
+
+    `ulysses`: all tokens, an even share of the heads. `gather`: all heads, two parts of the prompt
+    if it is exact (one from either end, so that ranks are balanced), else the rank's own cell.
+    """
     sp = part.sizes.sp
     shard = -(-prompt // sp)
     heads, kv_heads = model.num_heads, model.num_kv_heads
@@ -163,7 +164,7 @@ def _pairs(pieces: Sequence[Piece]) -> int:
 
 
 def _merge_s(part: Part, out: Tensor) -> float:
-    """Merging partial results of the rank's queries once."""
+    """Seconds of merging partials of the rank's queries once."""
     lse = torch.randn(out.shape[:2], device=out.device)
 
     def merge() -> None:

@@ -1,5 +1,4 @@
-"""What is measured on a GPU: the sizes of every part, and tiny ones at which all of it just starts
-on a CPU."""
+"""Sizes of every part on a GPU, and tiny ones at which everything just starts on a CPU."""
 
 from __future__ import annotations
 
@@ -8,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Lengths are in tokens. `model` is a name of model_configs/, started with random weights.
+    """Lengths in tokens; `model` is a name of model_configs/, started with random weights.
 
     `decode` are (batch, context) and `mixed` is (batch, shortest, longest) with contexts spread
     geometrically; `compared_decode` are those of them that transformers is timed on, since it
-    compiles anew for each. A context that the KV cache has no room for is shortened to what it has.
+    compiles anew for each. A context that does not fit the KV cache is shortened.
     """
 
     model: str

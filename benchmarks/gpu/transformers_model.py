@@ -13,7 +13,7 @@ from sps2_mega.checkpoint.resolve import resolve_model
 
 
 def transformers_model(part: Part, *, longest: int) -> Any:
-    """A causal language model for texts of `longest` tokens, attention by torch's SDPA."""
+    """A causal language model for texts of `longest` tokens, with torch's SDPA."""
     import transformers
 
     ours = resolve_model(part.sizes.model, needs_weights=False).config

@@ -1,2 +1,1 @@
-"""Requests to a server and what became of them; `serving.py` and `serving_tbt.py` are the
-commands."""
+"""Requests to a server and their records, for `serving.py` and `serving_tbt.py`."""

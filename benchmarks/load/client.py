@@ -1,8 +1,8 @@
-"""Sends one request to a server of the OpenAI API and notes when each token came.
+"""Client of the OpenAI API that sends one request and notes the time of each token.
 
-A token is a server-sent event with text (or log-probabilities); how many tokens there really were
-is the server's `usage`. Failures are named by kind and never raised. Times are of
-`time.monotonic()`. Decides nothing about when to send.
+A token is a server-sent event with text (or log-probabilities); the true number of tokens is the
+server's `usage`. Failures are named by kind and never raised. Times are of `time.monotonic()`.
+Decides nothing about when to send.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ Api = Literal["completions", "chat"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Whom to ask and how. `extra` are fields for every body, as `ignore_eos` where the server
-    knows it."""
+    """Server, model and options of requests.
+
+    `extra` are fields for every body, such as `ignore_eos` if the server knows it.
+    """
 
     url: str
     model: str
@@ -42,7 +44,7 @@ class Target:
         return {"Authorization": f"Bearer {self.api_key}"}
 
     def body(self, request: TimedRequest) -> dict[str, Any]:
-        """The request's body, without what `extra` sets to null."""
+        """Body of the request, without fields that `extra` sets to null."""
         what: dict[str, Any] = {"prompt": request.prompt}
         if self.api == "chat":
             what = {"messages": [{"role": "user", "content": request.prompt}]}
@@ -60,9 +62,11 @@ class Target:
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """What became of one request. `due` is when it should have been sent, `sent` when it was;
-    without `error` it was answered to its end. Counts are the server's, None where it does not
-    tell."""
+    """Outcome of one request.
+
+    `due` is when it should have been sent, `sent` when it was; without `error` it was answered to
+    its end. Counts are the server's, None if it does not report them.
+    """
 
     request: TimedRequest
     due: float
@@ -77,20 +81,20 @@ class Record:
 
     @property
     def num_tokens(self) -> int:
-        """Output tokens, as the server counts them where it does."""
+        """Output tokens, by the server's count if there is one."""
         return len(self.token_times) if self.output_tokens is None else self.output_tokens
 
 
 def base_of(url: str) -> str:
-    """The address of the API's root, whether or not `url` ends with /v1."""
+    """Address of the API's root, whether or not `url` ends with /v1."""
     trimmed = url.rstrip("/")
     return trimmed if trimmed.endswith("/v1") else f"{trimmed}/v1"
 
 
 def open_client(timeout_s: float) -> httpx.AsyncClient:
-    """A client with as many connections as there are requests under way."""
+    """HTTP client without a limit on its connections."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    # What a whole request may take is limited where it is sent.
+    # The sender limits the time of a whole request.
     return httpx.AsyncClient(
         limits=limits, timeout=httpx.Timeout(timeout_s, pool=None), trust_env=False
     )
@@ -99,15 +103,14 @@ def open_client(timeout_s: float) -> httpx.AsyncClient:
 async def ask(
     client: httpx.AsyncClient, target: Target, request: TimedRequest, due: float
 ) -> Record:
-    """Sends now and follows the stream to its end."""
+    """Send the request now and follow the stream to its end."""
     record = Record(request=request, due=due, sent=time.monotonic())
     await fill(client, target, record)
     return record
 
 
 async def fill(client: httpx.AsyncClient, target: Target, record: Record) -> None:
-    """Sends the record's request and notes what comes, as it comes. Cancelling it closes the
-    connection."""
+    """Send the record's request and note its events; cancelling closes the connection."""
     request = record.request
     try:
         async with client.stream(

@@ -1,8 +1,8 @@
-"""Numbers of a replayed workload, as its clients saw them.
+"""Figures of a replayed workload, as its clients saw them.
 
-TTFT, TBT and TPOT are `sps2_mega.metrics`'s, with a request arriving when it was due. A request is
-good when its TTFT and the 99th percentile of its gaps keep their limits. Requests that failed are
-counted by kind and have no latencies.
+TTFT, TBT and TPOT are defined in `sps2_mega.metrics`, with a request arriving when it was due. A
+request is good if its TTFT and the 99th percentile of its gaps keep their limits. Requests that
+failed are counted by kind and have no latencies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sps2_mega.types import Sequence as TokenSequence
 
 
 def timings_of_record(record: Record) -> Timings:
-    """An answered request's. The end of a stream without any text counts as its first token."""
+    """Timings of an answered request; the end of a stream without any text is its first token."""
     sequence = TokenSequence(
         seq_id=0,
         prompt_token_ids=[],
@@ -44,7 +44,7 @@ def timings_of_record(record: Record) -> Timings:
 
 
 def figures(run: Replay, limits: Limits) -> dict[str, Any]:
-    """Plain numbers, for JSON; durations in seconds, None where there is nothing to measure."""
+    """Plain numbers for JSON; durations in seconds, None without a measurement."""
     answered = [record for record in run.records if record.error is None]
     timings = [timings_of_record(record) for record in answered]
     duration = run.duration_s or 1.0

@@ -1,5 +1,4 @@
-"""What the load client is asked to do: its flags, the server that they name, and the requests of a
-run."""
+"""Flags of the load client, the server that they name, and the requests of a run."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def found_target(args: argparse.Namespace) -> tuple[Target, int | None]:
-    """Whom to ask, and how long a context the server has, where it says so.
+    """Server to load, and its context length if it reports one.
 
     Raises:
         ConfigError: nobody answers there, or an option makes no sense.
@@ -94,7 +93,7 @@ def found_target(args: argparse.Namespace) -> tuple[Target, int | None]:
 def workload(
     args: argparse.Namespace, seed: int, max_len: int | None
 ) -> tuple[list[TimedRequest], int]:
-    """The requests of one run, and how many were left out because they are too long.
+    """Requests of one run, and how many were left out as too long.
 
     Raises:
         ConfigError: the trace cannot be read, or a number makes no sense.
@@ -108,7 +107,7 @@ def workload(
         output=args.output_scale,
     )
     kept = fitting(wanted, max_len)
-    # Each run has prompts of its own: it must not find an earlier one's in the server's cache.
+    # Each run has its own prompts: it must not find an earlier run's in the server's cache.
     requests = with_prompts(
         kept,
         kind=args.prompts or ("words" if args.api == "chat" else "ids"),

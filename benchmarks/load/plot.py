@@ -1,5 +1,4 @@
-"""Draws what clients of a server waited for: distributions of TTFT, TBT, TPOT and response time,
-and what came when."""
+"""Plot of clients' waiting times: distributions of TTFT, TBT, TPOT and response, and a timeline."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ _PANELS: tuple[tuple[str, str, _Durations], ...] = (
 
 
 def plot(runs: dict[str, Replay], path: Path, *, title: str, limits: dict[str, float]) -> None:
-    """Writes a PNG; one line per run. `limits` are drawn where they have a figure's name
-    (seconds)."""
+    """Write a PNG with one line per run, and `limits` (seconds) in the panels of the same name."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,5 +1,4 @@
-"""A server of this project as a child process: started, waited for, looked at, ended with all its
-ranks."""
+"""A server of this project as a child process: start, readiness, resources, end of all ranks."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 180.0
-_END_S = 40.0  # the server's own drain takes at most 25
+_END_S = 40.0  # the server itself drains for 25 at most
 _READY = re.compile(r"^sps2_mega is ready: (\S+) at (http://\S+)/v1", re.M)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningServer:
-    """`url` is without /v1; `model` is what clients call it."""
+    """A ready server; `url` is without /v1, `model` is the name for clients."""
 
     url: str
     model: str
@@ -32,7 +31,7 @@ class RunningServer:
     log: Path
 
     def resident_bytes(self) -> int:
-        """Resident memory of the server's processes, added up."""
+        """Resident memory of all processes of the server."""
         total = 0
         for process in _tree(self.process.pid):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -40,14 +39,15 @@ class RunningServer:
         return total
 
     def cpu_s(self) -> float:
-        """Seconds that the server's processes have computed."""
+        """CPU seconds of all processes of the server."""
         return cpu_seconds(self.process.pid)
 
 
 @contextlib.contextmanager
 def served(flags: Sequence[str], log: Path) -> Iterator[RunningServer]:
-    """launch/serve.py with these flags on a free loopback port. It must end by itself when told to;
-    what is left is killed.
+    """Run launch/serve.py with these flags on a free loopback port.
+
+    On exit it must end by itself after a signal; what is left is killed.
 
     Raises:
         RuntimeError: it did not get ready; the message has the end of its log.
@@ -70,8 +70,7 @@ def served(flags: Sequence[str], log: Path) -> Iterator[RunningServer]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Seconds that a process and its descendants have computed, the kernel's on their behalf
-    included."""
+    """CPU seconds of a process and its descendants, system time included."""
     total = 0.0
     for process in _tree(pid):
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,8 +1,8 @@
-"""Sends requests at their times, whether or not earlier ones have been answered (open loop).
+"""Open-loop replay: requests are sent at their times, whether or not earlier ones were answered.
 
-A request that is due while `max_in_flight` are under way waits here, and its waiting counts:
+A request that is due while `max_in_flight` are in flight waits here, and its waiting counts:
 latencies are measured from `due`, so that a slow server cannot hide behind a client that waits for
-it. How late requests were sent is in every record.
+it. Every record says how late its request was sent.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ Ask = Callable[[TimedRequest, float], Awaitable[Record]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """Records in the order of the requests; `start` is of `time.monotonic()`. `client_cpu_s` is
-    what this process computed meanwhile: near `duration_s`, the client itself was the
-    bottleneck."""
+    """Records in the order of the requests; `start` is of `time.monotonic()`.
+
+    `client_cpu_s` is this process's CPU time meanwhile: near `duration_s`, the client itself was
+    the bottleneck.
+    """
 
     records: list[Record]
     start: float
@@ -34,8 +36,7 @@ class Replay:
 async def replay(
     requests: Sequence[TimedRequest], ask: Ask, *, max_in_flight: int | None, timeout_s: float
 ) -> Replay:
-    """Sends all of them and waits for the last answer. A request may take `timeout_s` from when it
-    is sent.
+    """Send all requests and wait for the last answer, at most `timeout_s` after sending each.
 
     Raises:
         ValueError: `max_in_flight` is not positive.
@@ -69,7 +70,7 @@ async def replay(
     tasks = []
     for request in sorted(requests, key=lambda item: item.due_s):
         due = start + request.due_s
-        # One place at a time keeps requests in their order, also where they must wait.
+        # Taking places one by one keeps requests in order, also while they wait.
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         await places.acquire()
         tasks.append(asyncio.create_task(one(request, due)))

@@ -1,5 +1,4 @@
-"""From a workload's arrivals to requests that a server can be sent: scaled, cut to what fits, with
-real prompts.
+"""Requests for a server from a workload's arrivals: scaled, cut to what fits, with real prompts.
 
     Arrival (times, lengths, names of shared blocks) --scaled--> Arrival --prompts--> TimedRequest
 
@@ -35,8 +34,10 @@ _WORDS = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedRequest:
-    """`due_s` counts from the workload's start. `prompt_len` is what the workload says, in units of
-    the prompt's kind."""
+    """A request and its time; `due_s` counts from the workload's start.
+
+    `prompt_len` is the workload's, in units of the prompt's kind.
+    """
 
     due_s: float
     prompt: str | list[int]
@@ -47,8 +48,9 @@ class TimedRequest:
 def scaled(
     arrivals: Sequence[Arrival], *, time: float = 1.0, length: float = 1.0, output: float = 1.0
 ) -> list[Arrival]:
-    """Times, prompt lengths and output lengths times these factors; shared blocks shrink and grow
-    with the prompts.
+    """Arrivals with times, prompt lengths and output lengths multiplied by these factors.
+
+    Shared blocks shrink and grow with the prompts.
 
     Raises:
         ConfigError: a factor is not positive.
@@ -68,7 +70,7 @@ def scaled(
 
 
 def fitting(arrivals: Sequence[Arrival], max_len: int | None) -> list[Arrival]:
-    """Those whose prompt and output fit a context of `max_len` tokens together (None: all)."""
+    """Arrivals whose prompt and output together fit a context of `max_len` tokens (None: all)."""
     if max_len is None:
         return list(arrivals)
     return [item for item in arrivals if item.prompt_len + item.output_len <= max_len]
@@ -77,8 +79,7 @@ def fitting(arrivals: Sequence[Arrival], max_len: int | None) -> list[Arrival]:
 def with_prompts(
     arrivals: Sequence[Arrival], *, kind: PromptKind, ids: range, salt: str
 ) -> list[TimedRequest]:
-    """Requests with prompts: token ids drawn from `ids`, characters of these codes, or common
-    English words.
+    """Requests with prompts: token ids out of `ids`, characters of these codes, or English words.
 
     Only prompts of the same `salt` share anything, so that another run does not find this one's in
     a cache.
@@ -95,7 +96,7 @@ def with_prompts(
 
 
 def id_range(text: str) -> range:
-    """The range that LOW-HIGH names, both ends included.
+    """Range named LOW-HIGH, both ends included.
 
     Raises:
         ConfigError: it is not one.
@@ -117,7 +118,7 @@ def _prompt(
 
 
 def _draws(arrival: Arrival, number: int, *, count: int, salt: str) -> list[int]:
-    """`prompt_len` numbers below `count`, the same ones wherever the trace has the same name."""
+    """`prompt_len` numbers below `count`, equal wherever the trace has the same name."""
     if not arrival.hash_ids:
         return random.Random(f"{salt} alone {number}").choices(range(count), k=arrival.prompt_len)
     drawn: list[int] = []

@@ -1,5 +1,4 @@
-"""Server-sent events of a streamed answer, as the OpenAI API sends them: JSON objects, then
-[DONE]."""
+"""Server-sent events of a streamed answer of the OpenAI API: JSON objects, then [DONE]."""
 
 from __future__ import annotations
 
@@ -13,12 +12,11 @@ _DATA = "data:"
 
 
 class StreamError(Exception):
-    """A stream did not end as it should; the text names the kind, without numbers, so that kinds
-    can be counted."""
+    """Wrong end of a stream; the text names the kind without numbers, so that it can be counted."""
 
 
 async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The events of a stream, as they come.
+    """Yield the events of a stream as they arrive.
 
     Raises:
         StreamError: the server sent an error or no JSON, or the stream ended without [DONE].
@@ -40,7 +38,7 @@ async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def error_code(body: Any) -> str:
-    """Which error a body names."""
+    """Code of the error in a body."""
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict):
         return str(error.get("code") or error.get("type") or "unnamed error")

@@ -1,4 +1,4 @@
-"""A replayed run's figures as lines for people."""
+"""Figures of a replayed run as lines of text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPREADS = (
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Milliseconds; a dash where there was nothing to measure."""
+    """Table in milliseconds, with a dash where nothing was measured."""
     failed = sum(result["errors"].values())
     lines = [
         f"seed {result['seed']}: {result['answered']} of {result['requests']} answered in "

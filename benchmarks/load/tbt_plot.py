@@ -1,5 +1,4 @@
-"""Draws the time between tokens over time, with prefills shaded, and its distribution, one row per
-system."""
+"""Plot of time between tokens over time, prefills shaded, and its distribution, per system."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from benchmarks.load.tbt_run import Watched
 
 
 def plot(runs: dict[str, list[Watched]], result: dict[str, Any], path: Path) -> None:
-    """Writes a PNG of the first round over time and of all rounds' distributions."""
+    """Write a PNG of the first round over time and of all rounds' distributions."""
     import matplotlib
 
     matplotlib.use("Agg")

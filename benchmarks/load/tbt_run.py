@@ -1,11 +1,10 @@
-"""One server under watch: some requests decode all the time while long prompts come, one after the
-other.
+"""Time between tokens of steady decodes on one server while long prompts arrive in turn.
 
     decodes   ....................................................   gaps between tokens, each
     long              |== prefill ==|        |== prefill ==|         due .. first token
     gaps      quiet   |   disturbed |  quiet |  disturbed  |  quiet
 
-A gap is disturbed when it overlaps a prefill, else quiet. Quiet gaps lie before, between and after
+A gap is disturbed if it overlaps a prefill, else quiet. Quiet gaps lie before, between and after
 the prefills, so that decodes whose context grows are compared with themselves. Decides nothing
 about servers.
 """
@@ -30,22 +29,24 @@ _CODES = range(32, 127)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """The same for all servers: `decodes` requests with prompts of `decode_prompt` tokens,
-    `prompts` long ones of `prompt_len` tokens with `pause_s` of quiet before each and after the
-    last one."""
+    """Load that is the same for all servers.
+
+    `decodes` requests have prompts of `decode_prompt` tokens, and `prompts` long ones have
+    `prompt_len` tokens, with `pause_s` of quiet before each and after the last one.
+    """
 
     decodes: int
     decode_prompt: int
     prompts: int
     prompt_len: int
     pause_s: float
-    output_len: int  # of decodes, at most: they are left at the end
+    output_len: int  # of decodes, at most: they are abandoned at the end
     timeout_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """Seconds from the start: prefills as (due, first token), and of each gap (begin, end)."""
+    """Times in seconds from the start: (due, first token) of prefills, (begin, end) of gaps."""
 
     prefills: list[tuple[float, float]]
     gaps: list[tuple[float, float]]
@@ -61,7 +62,7 @@ class Watched:
 
 
 async def watch(target: Target, trace: Trace) -> Watched:
-    """Runs the trace.
+    """Run the trace against the server.
 
     Raises:
         RuntimeError: a request failed, or decodes ended before the last prefill did.
@@ -69,7 +70,7 @@ async def watch(target: Target, trace: Trace) -> Watched:
     texts = random.Random(0)
     start = time.monotonic()
     async with open_client(trace.timeout_s) as client:
-        # What a first request of each kind costs once, must not count.
+        # One-time costs of the first request of each kind must not count.
         await _first_token(client, target, _request(texts, trace.prompt_len, 1), trace)
         decodes = [
             _record(_request(texts, trace.decode_prompt, trace.output_len))

@@ -1,5 +1,4 @@
-"""Clients that keep a server busy with known requests and wait for whole answers, or stream
-them."""
+"""Clients that keep a server busy with known requests and wait for whole answers or stream them."""
 
 from __future__ import annotations
 
@@ -10,15 +9,18 @@ from typing import Any
 
 import httpx
 
-from benchmarks.generate import source_prompts
+from benchmarks.generation.workload import source_prompts
 from benchmarks.load.process import RunningServer
 from benchmarks.load.sse import events
 
 
-def asked_of(count: int, shortest: int, longest: int, new_tokens: int) -> list[tuple[str, int]]:
-    """Prompts with numbers of new tokens from half to one and a half times `new_tokens`, in no
-    order: answers of one length would all end in the same step, and then everybody waits for the
-    clients."""
+def mixed_requests(
+    count: int, shortest: int, longest: int, new_tokens: int
+) -> list[tuple[str, int]]:
+    """Prompts with numbers of new tokens from half to one and a half times `new_tokens`, unordered.
+
+    Answers of one length would all end in the same step, and then everybody waits for the clients.
+    """
     texts = source_prompts(count, shortest, longest)
     asks = [
         (texts[i % len(texts)], max(1, new_tokens * (i + count // 2) // count))
@@ -31,7 +33,7 @@ def asked_of(count: int, shortest: int, longest: int, new_tokens: int) -> list[t
 async def answered(
     server: RunningServer, asks: list[tuple[str, int]], at_once: int, *, stream: bool
 ) -> float:
-    """Seconds until all are answered.
+    """Seconds until all requests are answered.
 
     Raises:
         RuntimeError: an answer has another number of tokens than was asked for.

@@ -1,8 +1,7 @@
-"""Offline generation in a process of its own that takes batches one after the other, for a
-comparison in turns.
+"""Offline generation in a process of its own that takes batches in turn with another contestant.
 
-Run as a program it is that process: flags of launch/serve.py's engine, then on standard input JSON
-lines, each a list of (prompt, number of new tokens), answered by the seconds that it took.
+Run as a program it is that process. It takes the engine flags of launch/serve.py, then JSON lines
+on standard input, each a list of (prompt, number of new tokens), and answers each with its seconds.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _ANSWER = "seconds: "
 
 
 class OfflineProcess:
-    """A loaded model that generates when asked to; idle in between. Use it as a context manager."""
+    """A loaded model that generates on request; a context manager."""
 
     def __init__(self, model: str, flags: list[str]) -> None:
-        """`flags` are the engine's, as launch/serve.py takes them."""
+        """Start the process; `flags` are the engine's, as launch/serve.py takes them."""
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), "--model", model, *flags],
             cwd=ROOT,
@@ -39,7 +38,7 @@ class OfflineProcess:
         return self._process.pid
 
     def seconds(self, asks: list[tuple[str, int]]) -> float:
-        """Time to answer all of the prompts, each with as many tokens as it says.
+        """Seconds to answer all prompts, each with its number of tokens.
 
         Raises:
             RuntimeError: the process ended; its log is on standard error.

@@ -1,5 +1,4 @@
-"""What a soak's requests must be answered: the same requests through launch/generate.py, on one
-rank.
+"""Expected answers of a soak: the same requests through launch/generate.py, on one rank.
 
 Prompts are Python source of the standard library, of very different lengths. Most requests are
 greedy; some are sampled with a seed, which gives the same tokens whatever else runs.
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generate import source_prompts
+from benchmarks.generation.workload import source_prompts
 from benchmarks.soaking.cases import Answer
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +22,7 @@ _NEW_TOKENS = (1, 5, 16, 40)
 def known_answers(
     model: str, flags: list[str], folder: Path, *, num_prompts: int, longest: int
 ) -> list[Answer]:
-    """Generates them; `flags` are those of the engine besides model and degrees.
+    """Generate the answers; `flags` are the engine's besides model and degrees.
 
     Raises:
         RuntimeError: generation failed.
@@ -45,10 +44,10 @@ def known_answers(
 
 
 def requests(num_prompts: int, longest: int) -> list[dict[str, Any]]:
-    """Lines of an input file: every prompt with each number of new tokens, every fourth prompt
-    sampled.
+    """Lines of an input file: every prompt with each number of new tokens; every fourth is sampled.
 
-    The first prompt is one character; the others have 2 to `longest`."""
+    The first prompt is one character; the others have 2 to `longest`.
+    """
     texts = ["x", *source_prompts(num_prompts - 1, 2, longest)]
     lines = []
     for number, text in enumerate(texts):

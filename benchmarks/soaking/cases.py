@@ -1,8 +1,7 @@
-"""The requests of a soak: mixed shapes with the answers that they must get, some left midway, some
-invalid.
+"""Requests of a soak with expected answers: mixed shapes, some abandoned midway, some invalid.
 
 A case is drawn from known answers (offline generation of the same request), so that every token of
-every text can be checked. Decides what is asked; how it is sent and checked is `soak_client`'s.
+every text can be checked. Decides what is sent; `soaking.client` sends and checks.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ Ending = Literal["whole", "left", "refused"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What offline generation said: `fields` are the request's (prompt as text, max_tokens,
-    temperature, ..)."""
+    """Result of offline generation.
+
+    `fields` are the request's (prompt as text, max_tokens, temperature, ..).
+    """
 
     fields: dict[str, Any]
     prompt_ids: list[int] | None = None
@@ -29,9 +30,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """`body` is sent as it is. `texts[i]` is choice i's answer, of which a client that leaves sees
-    a part at most. `num_tokens` of all choices together; None where a stop string decides.
-    `leave_after`: events of a stream, or seconds."""
+    """A request, sent as `body`, and its expected outcome.
+
+    `texts[i]` is choice i's answer, of which a client that leaves sees a part at most. `num_tokens`
+    counts all choices together; None if a stop string decides. `leave_after` counts events of a
+    stream, or seconds.
+    """
 
     ending: Ending
     body: bytes
@@ -45,7 +49,7 @@ class Case:
 
 @dataclass(slots=True)
 class CaseMix:
-    """Draws cases; the same seed draws the same ones. `model` is what clients call the model."""
+    """Seeded draw of cases; `model` is the name for clients."""
 
     answers: Sequence[Answer]
     model: str
@@ -53,7 +57,7 @@ class CaseMix:
     source: random.Random = field(default_factory=lambda: random.Random(0))
 
     def draw(self, count: int) -> list[Case]:
-        """`count` cases, of which a fifth is left midway and a tenth invalid, in mixed order."""
+        """`count` cases in mixed order; a fifth is abandoned midway and a tenth invalid."""
         num_left, num_invalid = count // 5, count // 10
         cases = [self._left() for _ in range(num_left)]
         cases += [self._invalid(number) for number in range(num_invalid)]
@@ -80,7 +84,7 @@ class CaseMix:
             texts = tuple(one.text for one in chosen)
             num_tokens = sum(one.num_tokens for one in chosen)
         elif shape == "samples" and not answer.fields.get("temperature"):
-            fields["n"] = 2  # both are greedy, so both are the answer
+            fields["n"] = 2  # both samples are greedy and equal the answer
             texts, num_tokens = texts * 2, num_tokens * 2
         elif shape == "stop" and len(answer.text) > 3:
             place = self.source.randrange(1, len(answer.text) - 1)
@@ -95,7 +99,7 @@ class CaseMix:
         return self._case("whole", fields, texts, num_tokens, shape)
 
     def _left(self) -> Case:
-        """Longer than its known answer, so that it is running when its client leaves."""
+        """A case longer than its known answer, so that it is running when its client leaves."""
         answer = self.source.choice(self.answers)
         stream = self.source.random() < 0.7
         fields = answer.fields | {
@@ -107,7 +111,7 @@ class CaseMix:
         return self._case("left", fields, (answer.text,), None, "left", leave_after=after)
 
     def _invalid(self, number: int) -> Case:
-        """Each kind in turn."""
+        """An invalid request, each kind in turn."""
         good = {"model": self.model, "prompt": "x", "max_tokens": 2}
         kinds: list[tuple[Any, int]] = [
             (b'{"prompt": "x", "max_tok', 400),

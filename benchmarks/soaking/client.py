@@ -1,6 +1,6 @@
-"""Sends the cases of a soak, so many at a time, and says what was wrong with each answer.
+"""Client of a soak: sends cases with bounded concurrency and reports the faults of each answer.
 
-Every text must be the known one to the last character, with the right number of tokens; a client
+Every text must equal the known one to the last character, with the right number of tokens; a client
 that leaves must have seen the beginning of it; an invalid request must be refused in the API's
 form. Nothing is raised: faults are counted.
 """
@@ -24,7 +24,10 @@ _PATH = "/v1/completions"
 
 @dataclass(slots=True, kw_only=True)
 class SoakResult:
-    """`faults` are texts, the first ones in full; `endings` counts what the clients did."""
+    """Outcome of a soak; `faults` are texts, `endings` counts what the clients did.
+
+    Only the first faults are kept in full.
+    """
 
     done: int = 0
     endings: Counter[str] = field(default_factory=Counter)
@@ -41,8 +44,10 @@ async def soak(
     timeout_s: float = 300.0,
     on_done: Callable[[int], None] | None = None,
 ) -> SoakResult:
-    """Runs all cases against the server at `url` (without /v1); `on_done` hears how many have
-    ended."""
+    """Run all cases against the server at `url` (without /v1).
+
+    `on_done` is called with the number of ended cases.
+    """
     result = SoakResult()
     waiting = iter(cases)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=at_once)
@@ -107,7 +112,7 @@ async def _stream(client: httpx.AsyncClient, case: Case) -> list[str]:
 
 
 async def _leave(client: httpx.AsyncClient, case: Case) -> list[str]:
-    """Closes the connection midway."""
+    """Close the connection midway."""
     if not case.stream:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(case.leave_after):
@@ -143,7 +148,8 @@ def _answer_faults(case: Case, texts: list[str], usage: dict[str, Any]) -> Itera
         yield f"{len(texts)} choices instead of {len(case.texts)}"
     for index, (text, known) in enumerate(zip(texts, case.texts, strict=False)):
         if text != known:
-            yield f"choice {index} is {text[:200]!r} and not {known[:200]!r}; sent {case.body[:300]!r}"
+            sent = case.body[:300]
+            yield f"choice {index} is {text[:200]!r} and not {known[:200]!r}; sent {sent!r}"
     if case.num_tokens is not None and usage.get("completion_tokens") != case.num_tokens:
         yield f"usage says {usage.get('completion_tokens')} tokens instead of {case.num_tokens}"
 

@@ -1,5 +1,4 @@
-"""What a server must look like after a soak: nothing in use, nothing waiting, and memory that has
-stopped growing."""
+"""State required of a server after a soak: nothing in use, nothing waiting, stable memory."""
 
 from __future__ import annotations
 
@@ -26,8 +25,10 @@ class MemoryCurve:
         self.samples.append((done, resident))
 
     def spread(self, total: int) -> tuple[float, float]:
-        """How far the second half goes below and above its median, as shares of it; (0, 0) without
-        samples."""
+        """Deviation of the second half below and above its median, as shares of it.
+
+        (0, 0) without samples.
+        """
         second = [resident for done, resident in self.samples if 2 * done >= total]
         if not second:
             return 0.0, 0.0
@@ -35,7 +36,7 @@ class MemoryCurve:
         return min(second) / middle - 1, max(second) / middle - 1
 
     def outline(self, points: int = 20) -> dict[int, int]:
-        """Some of the samples, evenly, in MiB, for people."""
+        """Evenly spaced samples in MiB, for people."""
         step = max(1, len(self.samples) // points)
         return {done: round(resident / 2**20) for done, resident in self.samples[::step]}
 
@@ -50,7 +51,10 @@ class MemoryCurve:
 
 
 def state_faults(url: str) -> Iterator[str]:
-    """What is still in use, once a while was given to clients that left last; `url` without /v1."""
+    """Resources still in use after a grace period for clients that left last.
+
+    `url` is without /v1.
+    """
     deadline = time.monotonic() + _SETTLE_S
     while any((values := metrics(url, _EMPTY)).values()):
         if time.monotonic() > deadline:

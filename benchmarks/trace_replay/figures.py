@@ -1,5 +1,4 @@
-"""What paired replays say: how many times better a system is than the baseline, slice by slice of
-the trace.
+"""Figures of paired replays: improvement of a system over the baseline, per slice of the trace.
 
 Pure numbers; a ratio above 1 is better than the baseline. Slices are the pairs: every system got
 the same requests.
@@ -13,13 +12,16 @@ from typing import Any
 
 FIGURES = (("ttft_s", "TTFT"), ("tbt_s", "TBT"), ("response_s", "response time"))
 KEYS = ("mean", "p50", "p99")
+_COLUMNS = (("ttft_s", "mean"), ("tbt_s", "mean"), ("tbt_s", "p99"), ("response_s", "mean"))
 
 
 def ratios(
     runs: Sequence[Mapping[str, Any]], baseline: str
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """{rate: {system: {"TTFT mean": {median, least, most}}}} from runs of {rate, slice, system,
-    figures}."""
+    """{rate: {system: {"TTFT mean": {median, least, most}}}}.
+
+    `runs` hold rate, slice, system and figures.
+    """
     by_pair = {(run["rate"], run["slice"], run["system"]): run["figures"] for run in runs}
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for rate in _in_order(runs, "rate"):
@@ -58,7 +60,7 @@ def table(runs: Sequence[Mapping[str, Any]], baseline: str) -> str:
             if not mine:
                 continue
             cells = [rate, system]
-            for figure, key in (("ttft_s", "mean"), ("tbt_s", "mean"), ("tbt_s", "p99"), ("response_s", "mean")):  # fmt: skip
+            for figure, key in _COLUMNS:
                 values = [found[figure][key] for found in mine if found.get(figure)]
                 cells.append(_seconds(statistics.fmean(values)) if values else "")
             answered, asked = (sum(f[k] for f in mine) for k in ("answered", "requests"))

@@ -1,5 +1,4 @@
-"""The picture of paired replays: waiting times of every system, and how many times better than the
-baseline."""
+"""Plot of paired replays: waiting times of every system, and the improvement over the baseline."""
 
 from __future__ import annotations
 
@@ -11,8 +10,10 @@ from benchmarks.trace_replay.figures import FIGURES, ratios
 
 
 def plot(runs: Sequence[Mapping[str, Any]], baseline: str, path: Path, *, title: str) -> None:
-    """One row per link rate, one column per figure; dots are slices, bars their means, numbers the
-    median ratios."""
+    """Draw one row per link rate and one column per figure.
+
+    Dots are slices, bars their means, numbers the median ratios.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

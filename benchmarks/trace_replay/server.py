@@ -1,7 +1,6 @@
-"""A server of this project over the nodes of an emulated cluster: one rank in each, clients on the
-first node.
+"""A server over the nodes of an emulated cluster: one rank in each, clients on the first node.
 
-Decides nothing about systems or load; a server that does not get ready says so with the end of its
+Decides nothing about systems or load; if a server does not get ready, the error has the end of its
 log.
 """
 
@@ -22,7 +21,7 @@ from benchmarks.emulated.nodes import ClusterError, Node
 from benchmarks.machine import ROOT
 
 START_S = 240.0
-_END_S = 40.0  # the server's own drain takes at most 25
+_END_S = 40.0  # the server itself drains for 25 at most
 _READY = re.compile(r"^sps2_mega is ready: (\S+) at (http://\S+)/v1", re.M)
 
 
@@ -30,8 +29,7 @@ _READY = re.compile(r"^sps2_mega is ready: (\S+) at (http://\S+)/v1", re.M)
 def served_on_nodes(
     flags: Sequence[str], nodes: Sequence[Node], port: int, folder: Path
 ) -> Iterator[str]:
-    """launch/serve.py with these flags on all nodes; gives its address as clients on the first node
-    see it.
+    """Run launch/serve.py with these flags on all nodes; yield its address on the first node.
 
     Raises:
         ClusterError: it did not get ready.
@@ -77,7 +75,7 @@ def _wait_ready(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Pat
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """The first rank drains and tells the others; what is left then is killed."""
+    """Let the first rank drain and tell the others; kill what is left."""
     for process in processes[:1]:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)

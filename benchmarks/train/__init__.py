@@ -1,2 +1,1 @@
-"""Parts of benchmarks/train_tiny.py: data, generated tasks, model, initial weights, optimisation,
-evaluation."""
+"""Parts of benchmarks/train_tiny.py: data, tasks, model, initial weights, training, evaluation."""

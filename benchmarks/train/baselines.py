@@ -1,4 +1,4 @@
-"""What general compressors and a 5-gram model need for the held-out files, in bits per byte.
+"""Bits per byte of the held-out files under general compressors and a 5-gram model.
 
 These give the trained model's figure a scale. All of them see the held-out files as one text, which
 is kind to gzip and xz; the 5-gram model and `xz_after_training_files` know the training files, as
@@ -31,8 +31,9 @@ def baseline_bits_per_byte(corpus: Corpus) -> dict[str, float]:
 
 
 def ngram_bits_per_byte(train: np.ndarray, text: np.ndarray, order: int) -> float:
-    """An interpolated byte model with Witten-Bell weights: each context length trusts its counts n
-    as much as they outnumber the t different bytes that followed, and leaves t / (n + t) to the
+    """Bits per byte of an interpolated byte model with Witten-Bell weights.
+
+    A context length that occurred n times, followed by t different bytes, leaves t / (n + t) to the
     next shorter one.
     """
     probabilities = np.full(len(text), 1 / 256)
@@ -62,7 +63,7 @@ def _grams(text: np.ndarray, size: int) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Value of each asked key; 0 where there is none. `keys` are sorted."""
+    """Value of each key in `asked`; 0 if there is none. `keys` are sorted."""
     at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
     return np.where(keys[at] == asked, values[at], 0)
 

@@ -18,8 +18,10 @@ from sps2_mega.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """All [batch, length]. Token i of `inputs` predicts `targets` i; `positions` rise, not always
-    by one."""
+    """Arrays of one step, all [batch, length].
+
+    Token i of `inputs` predicts `targets` i; `positions` rise, not always by one.
+    """
 
     inputs: np.ndarray  # int64
     targets: np.ndarray  # int64
@@ -28,7 +30,7 @@ class Batch:
 
 
 class BatchMaker:
-    """Holds the corpus; `batch(step)` is always the same for the same configuration.
+    """Source of batches; `batch(step)` is always the same for the same configuration.
 
     Raises:
         ConfigError: no file is long enough to fill a document with code.
@@ -73,7 +75,7 @@ class BatchMaker:
 
 
 def positions(rng: np.random.Generator, stage: Stage) -> np.ndarray:
-    """[length], counting from 0, with at most one jump to keep below the stage's `max_position`."""
+    """Positions [length] from 0, with at most one jump, below the stage's `max_position`."""
     result = np.arange(stage.length)
     if rng.random() < stage.jump:
         cut = int(rng.integers(1, stage.length))

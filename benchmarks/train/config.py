@@ -1,7 +1,7 @@
-"""The training configuration: frozen dataclasses and the strict reading of one YAML file.
+"""Training configuration: frozen dataclasses and the strict reading of one YAML file.
 
-Decides which fields exist and what is refused. What the numbers mean for the weights is said beside
-them in sps2-tiny.yaml; there are no defaults here, so that a run is what its file says.
+Decides which fields exist and what is refused. sps2-tiny.yaml says beside the numbers what they
+mean for the weights; there are no defaults here, so that a run is what its file says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "model_configs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusConfig:
-    """Which files of the standard library are read. `exclude` names folders, at any depth."""
+    """Files of the standard library to read; `exclude` names folders, at any depth."""
 
     hold_out_every: int
     max_file_bytes: int
@@ -85,7 +85,7 @@ class TrainConfig:
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> Stage:
-        """The stage that step `step` (from 0) belongs to."""
+        """Stage of step `step` (from 0)."""
         for stage in self.stages:
             if step < stage.steps:
                 return stage
@@ -93,8 +93,7 @@ class TrainConfig:
         raise IndexError(f"the run has {self.num_steps} steps")
 
     def fingerprint(self) -> str:
-        """Changes with everything that influences the weights; a checkpoint of another one is not
-        resumed."""
+        """Hash of everything that influences the weights; resuming needs an equal one."""
         fields = dataclasses.asdict(self)
         for name in ("log_every", "checkpoint_every", "compile"):
             del fields[name]
@@ -102,7 +101,7 @@ class TrainConfig:
 
 
 def load_train_config(path: Path, device: str) -> TrainConfig:
-    """Reads the run of `device` ("cpu" or "cuda") from a YAML file.
+    """Read the run of `device` ("cpu" or "cuda") from a YAML file.
 
     Raises:
         ConfigError: a field is missing, unknown or of the wrong type, or the device has no run.

@@ -27,8 +27,7 @@ class Corpus:
     held_out: dict[str, np.ndarray]
 
     def train_stream(self) -> np.ndarray:
-        """All training files one after the other, [N] int16, each between the tokens BOS and
-        EOS."""
+        """All training files in sequence, [N] int16, each between the tokens BOS and EOS."""
         parts: list[np.ndarray] = []
         for text in self.train.values():
             parts += [np.array([BOS]), text, np.array([EOS])]
@@ -36,7 +35,7 @@ class Corpus:
 
 
 def read_corpus(config: CorpusConfig, library: Path | None = None) -> Corpus:
-    """Sources below `library`, the running interpreter's standard library unless given.
+    """Sources below `library`, by default the running interpreter's standard library.
 
     Raises:
         ConfigError: there are no sources (some distributions ship compiled files only).

@@ -9,8 +9,9 @@ from benchmarks.train.loop import Record
 
 
 def draw_curve(records: list[Record], path: Path) -> None:
-    """Bits per byte of code and share of found first digits over steps; vertical lines where the
-    length grows.
+    """Draw bits per byte of code and share of found first digits over steps.
+
+    Vertical lines mark where the length grows.
 
     Raises:
         ImportError: matplotlib is not installed (extra `bench`).

@@ -35,8 +35,7 @@ def room_for(events: list[Event], length: int) -> bool:
 
 
 def interleave(events: list[Event], length: int, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes (uint8) and loss weights (float32), both [length]: `code` with the events between its
-    lines.
+    """Bytes (uint8) and loss weights (float32), both [length], of `code` with events between lines.
 
     Events stand in order of their places; one at place 1.0 is the very end. `code` should have
     twice `length`. Gaps end at a line's end, so the code before the first event takes up the
@@ -50,7 +49,7 @@ def interleave(events: list[Event], length: int, code: np.ndarray) -> tuple[np.n
 
     texts: list[bytes] = []
     weights: list[float] = []
-    # The code is one run of lines; what is before the first event ends where the first gap begins.
+    # The code is one run of lines; the part before the first event ends at the first gap.
     source = code.tobytes()
     start = source.rfind(b"\n", 0, len(source) - sum(gaps)) + 1
     cursor = start

@@ -1,9 +1,7 @@
-"""What the trained model is worth: bits per byte of held-out files, and answers found at given
-depths.
+"""Quality of the trained model: bits per byte of held-out files, and answers found at given depths.
 
 Decides the measures that the model card states. Everything here is dense attention in plain
-PyTorch; what the serving runtime and its approximations do to the same measures is another tool's
-subject.
+PyTorch; `eval_accuracy.py` measures the serving runtime and its approximations.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ _BATCH_TOKENS = 8192
 
 @torch.inference_mode()
 def bits_per_byte(model: TinyLlama, texts: dict[str, np.ndarray], window: int) -> float:
-    """Over all bytes of all files; each file is cut into windows of `window` bytes that know
-    nothing of each other."""
+    """Bits per byte over all files, cut into independent windows of `window` bytes."""
     device = next(model.parameters()).device
     nats, num_bytes = 0.0, 0
     for targets, real in _windows(texts, window):
@@ -65,7 +62,7 @@ def retrieval(
     num_probes: int,
     seed: int,
 ) -> dict[str, float]:
-    """Share of probes whose answer is all the likeliest bytes, in all and per depth.
+    """Share of probes whose answer is all the likeliest bytes, in total and per depth.
 
     `texts` fill the documents, which have `length` bytes with the answer.
     """
@@ -77,10 +74,10 @@ def retrieval(
         hits = 0.0
         for start in range(0, per_depth, group):
             seeds = range(start, min(start + group, per_depth))
-            probes = [
-                probe(task, length, depth, np.random.default_rng([seed, length, int(1000 * depth), i]), texts)
-                for i in seeds
-            ]  # fmt: skip
+            generators = [
+                np.random.default_rng([seed, length, int(1000 * depth), i]) for i in seeds
+            ]
+            probes = [probe(task, length, depth, rng, texts) for rng in generators]
             documents = np.stack([document for document, _ in probes])
             targets = torch.from_numpy(documents.astype(np.int64)).to(device)
             right = _logits(model, targets).argmax(-1) == targets
@@ -95,12 +92,11 @@ def retrieval(
 def probe(
     task: str, length: int, depth: float, rng: np.random.Generator, texts: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, str]:
-    """Bytes [length]: code, what is needed at `depth`, the question, and the answer at the end; and
-    the answer.
+    """Bytes [length] of a probe, and its answer.
 
-    passkey: one number of five digits; key_value: ten names with numbers; reference: ten, and the
-    name that is asked for is another one's, defined half-way from there to the end: that name and
-    its number.
+    The bytes are code, what is needed at `depth`, the question, and the answer at the end. passkey:
+    one number of five digits. key_value: ten names with numbers. reference: ten, of which the one
+    in question is defined by another name half-way from there to the end: that name and its number.
     """
     value = answer = digits(rng, 5)
     if task == "passkey":
@@ -125,7 +121,7 @@ def probe(
 
 
 def _logits(model: TinyLlama, targets: Tensor) -> Tensor:
-    """[B, T, vocab] of the tokens that predict `targets` [B, T]."""
+    """Logits [B, T, vocab] of the tokens that predict `targets` [B, T]."""
     inputs = torch.cat([torch.full_like(targets[:, :1], BOS), targets[:, :-1]], dim=1)
     positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     with torch.autocast(targets.device.type, dtype=torch.bfloat16):

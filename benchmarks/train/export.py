@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder, and such a folder as a model again."""
+"""Conversion of the trained model to a Hugging Face folder and back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from benchmarks.train.model import TinyLlama
 from sps2_mega.checkpoint.hf_config import model_config_from_hf, model_config_to_hf
 from sps2_mega.errors import CheckpointError
 
-# A byte-level tokenizer has nothing to train: the bundled model's is every such model's.
+# A byte-level tokenizer needs no training: all of these models share the bundled one.
 _TOKENIZER = MODEL_CONFIGS / "sps2-tiny"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def save_model(model: TinyLlama, folder: Path) -> None:
-    """Writes config.json, bfloat16 weights and the byte-level tokenizer; files of the same names
-    are replaced."""
+    """Write config.json, bfloat16 weights and the byte-level tokenizer.
+
+    Files of the same names are replaced.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         f"model.{name}": tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -36,7 +38,7 @@ def save_model(model: TinyLlama, folder: Path) -> None:
 
 
 def load_model(folder: Path) -> TinyLlama:
-    """Float32 weights of a folder that has the architecture that is trained here.
+    """Model with float32 weights from a folder of the architecture trained here.
 
     Raises:
         ConfigError: the architecture is another one.

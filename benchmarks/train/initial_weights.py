@@ -9,15 +9,13 @@ those starting weights and nothing else.
     hidden     | one | token identity | features of the byte 1, 2, .. 8 before |
                |  0  |   identity     |   before[0]  before[1]   ..             |
 
-    layer 0    head h attends to the position h + 1 before: queries and keys are constant vectors in the
-               dimensions that RoPE turns quickly, the queries' turned back by h + 1 positions. The
-               head copies a
-               short code of that token into before[h].
-    layer 1    queries and keys are random mixtures of these codes in the dimensions that RoPE hardly turns, so
-               that they meet at any distance: the key at s describes the bytes before s, the query
-                   at t the bytes
-               up to t. Where they agree, the token at s is what followed last time: its identity is
-               copied.
+    layer 0    head h attends to the position h + 1 before: queries and keys are constant vectors in
+               the dimensions that RoPE turns quickly, the queries' turned back by h + 1 positions.
+               The head copies a short code of that token into before[h].
+    layer 1    queries and keys are random mixtures of these codes in the dimensions that RoPE
+               hardly turns, so that they meet at any distance: the key at s describes the bytes
+               before s, the query at t the bytes up to t. Where they agree, the token at s is what
+               followed last time: its identity is copied.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ _SHIFTED_HEAD = 5
 
 @dataclass(frozen=True, slots=True)
 class HiddenLayout:
-    """Which hidden dimensions mean what at the start."""
+    """Meaning of the hidden dimensions at the start."""
 
     identity: slice
     before: tuple[slice, ...]  # one per query head of layer 0
@@ -60,7 +58,7 @@ class HiddenLayout:
 
 @torch.no_grad()
 def initialise(model: TinyLlama, seed: int) -> None:
-    """Sets all weights, from `seed` alone.
+    """Set all weights, from `seed` alone.
 
     Raises:
         ConfigError: the architecture has no room for the circuit.
@@ -97,7 +95,7 @@ def initialise(model: TinyLlama, seed: int) -> None:
 
 
 def hidden_layout(hidden_size: int) -> HiddenLayout:
-    """Five eighths of the room are for the eight neighbours."""
+    """Layout of `hidden_size` dimensions, five eighths of them for the eight neighbours."""
     width = (hidden_size - 1) * 5 // (8 * 8)
     start = hidden_size - 8 * width
     before = tuple(slice(start + h * width, start + (h + 1) * width) for h in range(8))
@@ -115,8 +113,10 @@ def _embeddings(model: TinyLlama, layout: HiddenLayout, generator: torch.Generat
 
 
 def _neighbour_heads(model: TinyLlama, layout: HiddenLayout, generator: torch.Generator) -> Tensor:
-    """Layer 0. Returns the code [width of `before`, width of identity] in which neighbours are
-    described."""
+    """Set layer 0 and return the code in which neighbours are described.
+
+    The code is [width of `before`, width of identity].
+    """
     config, attention = model.config, model.layers[0].self_attn
     dim, fast = config.head_dim, config.head_dim // 4
     one = math.sqrt(config.hidden_size * _ONE_SHARE)  # normalised value of dimension 0
@@ -145,7 +145,7 @@ def _neighbour_heads(model: TinyLlama, layout: HiddenLayout, generator: torch.Ge
 def _match_heads(
     model: TinyLlama, layout: HiddenLayout, code: Tensor, generator: torch.Generator
 ) -> None:
-    """Layer 1."""
+    """Set layer 1."""
     config, attention = model.config, model.layers[1].self_attn
     dim, half = config.head_dim, config.head_dim // 2
     slow = torch.tensor([*range(half - 7, half), *range(dim - 7, dim)])
@@ -177,12 +177,12 @@ def _match_heads(
 
 
 def _stream_scale(model: TinyLlama) -> float:
-    """Size of the embeddings (root mean square of a row), which normalisation divides by."""
+    """Root mean square of an embedding row, by which normalisation divides."""
     return model.embed_tokens.weight.square().mean().sqrt().item()
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """[rows, columns] with orthonormal rows (columns, where there are fewer)."""
+    """Matrix [rows, columns] with orthonormal rows, or columns if there are fewer."""
     if columns < rows:
         return torch.linalg.qr(torch.randn(rows, columns, generator=generator))[0]
     return torch.linalg.qr(torch.randn(columns, rows, generator=generator))[0].T.contiguous()

@@ -32,7 +32,7 @@ Record = dict[str, float]
 
 
 class Trainer:
-    """Owns model, optimizers and log, which always belong to the same finished step."""
+    """Model, optimizers and log, which always belong to the same finished step."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, device: str) -> None:
         self.config, self.device = config, torch.device(device)
@@ -51,7 +51,7 @@ class Trainer:
     def train(
         self, until: int, checkpoint: Path | None = None, on_log: Callable[[], None] | None = None
     ) -> None:
-        """Runs until step `until`; saves to `checkpoint` on the way and at the end."""
+        """Run until step `until`; save to `checkpoint` on the way and at the end."""
         bar = tqdm(total=self.config.num_steps, initial=self.step, unit="step", dynamic_ncols=True)
         sums: list[Tensor] = []
         while self.step < until:
@@ -71,7 +71,7 @@ class Trainer:
         bar.close()
 
     def _one_step(self) -> Tensor:
-        """Returns sums (loss, nats of code, bytes of code, answers found, answers asked)."""
+        """Sums of one step: loss, nats of code, bytes of code, answers found, answers in all."""
         batch = self._batches.batch(self.step)
         arrays = (batch.inputs, batch.positions, batch.targets, batch.weights)
         tensors = [torch.from_numpy(a).to(self.device, non_blocking=True) for a in arrays]
@@ -126,7 +126,7 @@ class Trainer:
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Goes on where `path` was saved.
+        """Continue from the checkpoint `path`.
 
         Raises:
             ConfigError: it belongs to another configuration.

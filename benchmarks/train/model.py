@@ -1,4 +1,4 @@
-"""The trained model in plain PyTorch: Llama's layers with the names that Hugging Face's files use.
+"""The trained model in plain PyTorch: Llama's layers under Hugging Face's names.
 
 Decides the forward pass and the loss. The serving runtime builds the same architecture from
 megatron-core; this one exists because training needs nothing but one compiled graph. Initial
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, T, hidden]; cos, sin [B, 1, T, head_dim]."""
+        """Attention of x [B, T, hidden] under cos, sin [B, 1, T, head_dim]."""
         batch, length, _ = x.shape
         q, k, v = (
             proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)

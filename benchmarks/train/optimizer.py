@@ -1,4 +1,4 @@
-"""Muon for the layers' matrices, AdamW for the rest, and the rate of both over a run."""
+"""Muon for the layers' matrices, AdamW for the rest, and the learning rates over a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from benchmarks.train.config import OptimizerConfig
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Muon first. Embeddings are left to AdamW: their rows are updated one by one, not as a
-    matrix."""
+    """Muon, then AdamW, which updates embeddings: their rows change one by one, not as a matrix."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     return [

@@ -64,14 +64,16 @@ def names(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def key_value(rng: np.random.Generator, length: int) -> list[Event]:
-    """Values defined once and asked for later, often more than once."""
+    """Values defined once and queried later, often more than once."""
     num_keys = int(rng.integers(2, max(3, min(16, length // 60))))
     return _definitions_and_questions(rng, length, num_keys, references=0)
 
 
 def reference(rng: np.random.Generator, length: int) -> list[Event]:
-    """As key_value, and some names are defined by another name: two hops to the value, both of
-    which are asked for, `assert key_07c1 == key_ab3f == 71920`."""
+    """Values as in `key_value`, some of them behind a second name: two hops.
+
+    A question needs both: `assert key_07c1 == key_ab3f == 71920`.
+    """
     num_keys = int(rng.integers(2, max(3, min(8, length // 90))))
     return _definitions_and_questions(rng, length, num_keys, references=max(1, num_keys // 2))
 
@@ -107,7 +109,7 @@ def _definitions_and_questions(
 
 
 def passkey(rng: np.random.Generator, length: int) -> list[Event]:
-    """One value anywhere, asked for at the end."""
+    """One value anywhere, queried at the end."""
     value = digits(rng, 5)
     place = rng.uniform(0, 0.9)
     if rng.random() < 0.5:
@@ -121,7 +123,7 @@ def passkey(rng: np.random.Generator, length: int) -> list[Event]:
 
 
 def multi_needle(rng: np.random.Generator, length: int) -> list[Event]:
-    """Several values of one name, scattered, asked for together and in order."""
+    """Several values of one name, scattered, queried together and in order."""
     events: list[Event] = []
     for name in names(rng, int(rng.integers(1, 3))):
         places = np.sort(rng.uniform(0, 0.85, rng.integers(2, 5)))
@@ -138,7 +140,7 @@ def multi_needle(rng: np.random.Generator, length: int) -> list[Event]:
 
 
 def copy(rng: np.random.Generator, length: int) -> list[Event]:
-    """A span without meaning that stands again later; the tag says which."""
+    """A span without meaning that is repeated later; the tag says which."""
     events: list[Event] = []
     for tag in names(rng, int(rng.integers(1, 3))):
         letters = list(_LETTERS + " _.(")

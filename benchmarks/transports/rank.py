@@ -1,5 +1,4 @@
-"""One rank of `transport.py`: times one layer's attention by each transport, and asks the planner
-what it would take.
+"""One rank of `transport.py`: one layer's attention by each transport, and the planner's choice.
 
 Started by `transport.py` with the environment that launchers set; rank 0 writes the result.
 """
@@ -92,7 +91,7 @@ def main() -> None:
 def _exact(
     shape: Shape, groups: ParallelGroups, machine: Machine, pipeline: Pipeline, rounds: int
 ) -> dict[str, Any]:
-    """Exact attention: one transport for all levels."""
+    """Time exact attention, with one transport for all levels."""
     contestants = {}
     for name in (*TRANSPORTS, _ZIGZAG_ULYSSES):
         layout = _layout(shape, groups.sp.size, "contiguous" if name == "ulysses" else "zigzag")
@@ -114,8 +113,7 @@ def _exact(
 def _sparse(
     shape: Shape, groups: ParallelGroups, machine: Machine, pipeline: Pipeline, rounds: int
 ) -> dict[str, Any]:
-    """CSA over cells of an eighth of the prompt: each combination of a transport for each SP
-    level."""
+    """Time CSA over cells of an eighth of the prompt, with every combination of transports."""
     layout = _layout(shape, groups.sp.size, "contiguous")
     pattern = CSAPattern(
         degrees=DEGREES,
@@ -171,7 +169,7 @@ def _sparse(
 
 
 def _layout(shape: Shape, sp: int, order: Layout) -> PrefillLayout:
-    # As after an earlier turn: the prefix lies where its own prefill put it, the new blocks are
+    # As after an earlier turn: the prefix lies where its own prefill put it, and new blocks are
     # spread anew.
     ranks: list[int] = []
     for tokens in (shape.cached, shape.new):
@@ -202,10 +200,11 @@ def _attention(
 def _take_turns(
     contestants: dict[str, Callable[[], Tensor]], groups: ParallelGroups, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of the slowest rank, of each contestant in each round; the first round is not
-    counted. Short steps get more rounds, until they have taken a second or ten times as many. Each
-    round has an order of its own, as what came before leaves queues and windows behind; the same on
-    all ranks."""
+    """Seconds of each contestant in each round, on the slowest rank; a warm-up does not count.
+
+    Short steps get more rounds, until they have taken a second or ten times as many. Each round has
+    an order of its own, the same on all ranks, since a contestant leaves queues and windows behind.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     shuffle = random.Random(0).shuffle
     spent = 0.0
@@ -227,9 +226,11 @@ def _take_turns(
 
 
 def _judged(samples: dict[str, list[float]], planned: str, forced: Iterable[str]) -> dict[str, Any]:
-    """Medians, and `regret`: by how much the planned one's time exceeds that of the best forced
-    one. Compared round by round, as the machine's speed changes from one to the next more than
-    within one."""
+    """Medians, and `regret`: the planned contestant's excess over the best forced one.
+
+    They are compared round by round, as the machine's speed changes from one to the next more than
+    within one.
+    """
     regrets = {
         name: median(a / b for a, b in zip(samples[planned], samples[name], strict=True))
         for name in forced

@@ -1,4 +1,4 @@
-"""The prefill steps that `transport.py` times, and the exact transports that compete."""
+"""Prefill steps that `transport.py` times, and the exact transports that compete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file that calibrate.py writes: it loads, says where figures come from, and simulates."""
+"""Hardware files of calibrate.py: they load, state the origin of figures, and simulate."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -22,6 +23,7 @@ from benchmarks.emulated.nodes import (
     ClusterError,
     Link,
     Node,
+    exit_on_sigterm,
     parse_rate,
     parse_rates,
     rate_name,
@@ -81,6 +83,13 @@ def test_it_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(f"{require_means.__module__}.shutil.which", lambda name: None)
     with pytest.raises(ClusterError, match="ip and tc not found: iproute2 is needed"):
         require_means()
+
+
+def test_sigterm_raises_inside_a_cluster_and_its_handler_is_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit), exit_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_every_system_has_a_valid_configuration():

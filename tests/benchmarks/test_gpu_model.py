@@ -1,5 +1,4 @@
-"""The measurements for a GPU: their arithmetic, and that parts start, fail and end one by one on a
-CPU."""
+"""Measurements for a GPU: their arithmetic; on a CPU, parts that start, fail and end one by one."""
 
 from __future__ import annotations
 

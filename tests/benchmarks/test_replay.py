@@ -1,5 +1,4 @@
-"""Paired replays: slices of a trace, ratios by slice, table and picture; what cannot be run is
-said."""
+"""Paired replays: slices of a trace, ratios by slice, table and picture, refusals."""
 
 from __future__ import annotations
 
@@ -124,11 +123,10 @@ def test_an_interrupted_replay_goes_on_where_it_was(tmp_path, monkeypatch):
     slow = [("2mbit", name, number) for name in ("sarathi", "sps2") for number in (1, 2)]
     assert found == [("1gbit", "sps2", 2), *slow]
     assert links == [1e9, 2e6]
-    # The chunk size of the first rate is known and not needed; that of the second is looked for on
-    # slice 0.
+    # The first rate's chunk size is known and not needed; the second's is searched on slice 0.
     tuned = [("tp", size, 0) for size in ("256", "512", "1024")]
-    compared = [("tp", "256", 1), ("tp", "256", 2), ("sp", "2", 1), ("sp", "2", 2)]
-    assert served == [("sp", "2", 2), *tuned, *compared]
+    replayed = [("tp", "256", 1), ("tp", "256", 2), ("sp", "2", 1), ("sp", "2", 2)]
+    assert served == [("sp", "2", 2), *tuned, *replayed]
     assert replays.tuning["2mbit"] == dict.fromkeys(("256", "512", "1024"), 2.0)
 
 

@@ -1,5 +1,4 @@
-"""The load client: workloads with the trace's sharing, times kept, tokens counted, failures told
-apart."""
+"""Load client: workloads with the trace's sharing, exact times, counted tokens, named failures."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ def test_scaled_prompts_share_as_much_of_themselves(length, both) -> None:
     plain = [arrival(40, 7, 8, 9, block=16), arrival(41, 7, 8, 5, block=16)]
     first, second = prompts(scaled(plain, length=length))
     assert len(first) == max(1, round(40 * length))
-    # Blocks are whole tokens, so scaling rounds what is shared up.
+    # Blocks are whole tokens, so scaling rounds shared lengths up.
     assert min(len(first), both) <= shared(first, second) <= both + 2
 
 
@@ -111,7 +110,7 @@ def test_requests_go_out_in_time_whatever_earlier_ones_do() -> None:
 
         async def together(request: TimedRequest, due: float) -> Record:
             sent = time.monotonic()
-            await all_sent.wait()  # nobody is answered before the last one is sent
+            await all_sent.wait()  # no answers before the last request is sent
             return Record(request=request, due=due, sent=sent, end=time.monotonic())
 
         wanted = [timed(0.1), timed(0.0), timed(0.1)]  # in any order

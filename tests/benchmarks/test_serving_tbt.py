@@ -1,5 +1,4 @@
-"""TBT under prefill: which gaps count as disturbed, which system is best, and the run against a
-live server."""
+"""TBT under prefill: disturbed gaps, the best system, and a run against a live server."""
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ from fake_engine import FakeEngine
 from fake_server import MODEL, serving
 
 from benchmarks.load.client import Target
+from benchmarks.load.stretched_model import stretched
 from benchmarks.load.tbt_run import Trace, Watched, watch
 from benchmarks.serving_tbt import SYSTEMS, best_of, figures, line
-from benchmarks.stretched_model import stretched
 
 
 def trace(**changes: object) -> Trace:
@@ -84,7 +83,7 @@ def test_decodes_run_on_while_prompts_come() -> None:
         assert len(quiet) > 10
         assert disturbed
         assert min(quiet + disturbed) > 0
-        while server.async_engine.num_open:  # decodes were left, which the server notices
+        while server.async_engine.num_open:  # the client abandoned decodes, and the server noticed
             server.get("/health")
 
 

@@ -1,5 +1,4 @@
-"""The soak itself: its mix, that a right server passes, and that every kind of wrong one is
-found."""
+"""The soak itself: its mix, a right server that passes, and every kind of wrong one found."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def server(tokenizer: Tokenizer) -> Iterator[FakeServer]:
 
 
 def answer(tokenizer: Tokenizer, prompt: str, max_tokens: int) -> Answer:
-    """The engine without a model repeats the last token."""
+    """Answer of the engine without a model, which repeats the last token."""
     return Answer(
         fields={"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True},
         prompt_ids=tokenizer.encode(prompt),
@@ -152,6 +151,9 @@ def test_requests_have_mixed_lengths_and_their_answers_are_found_again(tmp_path)
 
 
 def _without_usage(engine: FakeEngine):
-    """The engine without a model always says that half of its cache is used."""
+    """Engine statistics with a used cache only while there is work.
+
+    The engine without a model always reports that half of its cache is used.
+    """
     told = engine.stats
     return lambda: dataclasses.replace(told(), kv_usage=0.5 if engine.has_work() else 0.0)

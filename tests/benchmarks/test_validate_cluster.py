@@ -1,5 +1,4 @@
-"""The simulator against the emulated cluster: which system stands for which, the machine's speed,
-the tables."""
+"""The simulator against the emulated cluster: pairs of systems, the machine's speed, the tables."""
 
 from __future__ import annotations
 
@@ -70,8 +69,7 @@ def test_a_rate_that_was_not_probed_is_told_from_the_nearest(folder):
 
 
 def measured(folder, slower):
-    """A result file whose figures are the simulator's own, on a machine that is so many times
-    slower."""
+    """A result file with the simulator's own figures, on a machine `slower` times as slow."""
     curves = {}
     for name in ("alone", "tp", "csa"):
         found = simulated(name, "1gbit", folder)

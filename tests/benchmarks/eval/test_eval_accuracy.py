@@ -1,5 +1,4 @@
-"""The command: the same measures on one rank and under a launcher on four, and what its files
-say."""
+"""The command: equal measures on one rank and on four under a launcher, and its files."""
 
 from __future__ import annotations
 
@@ -57,7 +56,7 @@ def test_four_ranks_measure_what_one_rank_does(one_rank, tmp_path):
         assert ours["text"]["by_position"] == pytest.approx(theirs["text"]["by_position"], abs=1e-4)
         assert ours["cost"] == theirs["cost"]
         for task, found in theirs["tasks"].items():
-            # Blocks that are cached lie on other ranks, but as many of them are.
+            # Cached blocks lie on other ranks, but their number is equal.
             assert ours["tasks"][task] == found
 
 

@@ -146,7 +146,7 @@ def test_costs_are_counts_of_pairs(name):
     assert measured.bytes_moved == pytest.approx(measured.rank_bytes / dense.rank_bytes)
     if not setting.sparse_decode:
         assert measured.decode_keys == 1.0
-    elif csa.block > 1:  # what the next token sees, where no tail makes it exact
+    elif csa.block > 1:  # keys visible to the next token, without a tail to make it exact
         seen = [
             sees(length, j, kv_head=head, layer=0, prompt_len=2 * length)
             for head in range(3)

@@ -1,5 +1,4 @@
-"""Texts and probes: what is held out, where needles are, and that every answer stands in its
-prompt."""
+"""Texts and probes: held-out data, places of needles, and every answer present in its prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training configuration is read strictly."""
+"""Strict reading of the training configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpus, generated documents and batches: what is held out, what weighs what, what a step gets."""
+"""Corpus, generated documents and batches: held-out files, loss weights, the data of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measures of the model card, against values known by other means."""
+"""Measures of the model card against values known by other means."""
 
 from __future__ import annotations
 

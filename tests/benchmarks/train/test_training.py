@@ -1,5 +1,4 @@
-"""Model, initial weights, optimisation: same numbers as transformers, a circuit that works, exact
-resumption."""
+"""Model, initial weights, optimisation: transformers' numbers, working circuit, exact resuming."""
 
 from __future__ import annotations
 

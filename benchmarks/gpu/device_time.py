@@ -1,5 +1,4 @@
-"""Seconds of work on a device: by events, over replays of a captured graph where single launches
-are too short.
+"""Timing of device work by CUDA events, over graph replays where single launches are too short.
 
 A launch from Python costs tens of microseconds, more than a decode kernel takes; a serving loop
 hides that in a graph, and so do we. On CPU it is plain wall-clock time.
@@ -18,7 +17,7 @@ Work = Callable[[], Any]
 
 
 def seconds(work: Work, device: torch.device) -> float:
-    """Of one call, on an idle device."""
+    """Seconds of one call on an idle device."""
     if device.type != "cuda":
         began = time.perf_counter()
         work()
@@ -32,7 +31,7 @@ def seconds(work: Work, device: torch.device) -> float:
 
 
 def in_graph(works: Sequence[Work], device: torch.device) -> Work:
-    """All works one after the other as a single thing to call: a graph on CUDA. Warms them up."""
+    """Warm up all works and return one callable that runs them in order: a graph on CUDA."""
     for work in works:
         work()
     if device.type != "cuda":
@@ -46,8 +45,10 @@ def in_graph(works: Sequence[Work], device: torch.device) -> Work:
 
 
 def medians(contestants: dict[str, Work], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each, in turns after one warm-up round, so that a change of clocks meets
-    all."""
+    """Median seconds of each contestant.
+
+    They take turns after one warm-up round, so that a change of clocks hits all.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for round_number in range(repeats + 1):
         for name, work in contestants.items():
@@ -58,8 +59,10 @@ def medians(contestants: dict[str, Work], device: torch.device, repeats: int) ->
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int, repeats: int) -> float:
-    """Bytes read plus bytes written per second by the device's own copy: the ceiling of reading
-    kernels."""
+    """Bytes read plus bytes written per second by the device's own copy.
+
+    This is the ceiling of reading kernels.
+    """
     source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     taken = medians({"copy": lambda: target.copy_(source)}, device, repeats)

@@ -1,5 +1,4 @@
-"""A copy of a model folder that admits longer texts: the same weights, for measuring time and not
-for reading answers."""
+"""Copy of a model folder that admits longer texts: same weights, for measuring time only."""
 
 from __future__ import annotations
 
@@ -11,8 +10,10 @@ from sps2_mega.checkpoint.resolve import resolve_model
 
 
 def stretched(model: str, context: int, folder: Path) -> str:
-    """Path of a folder with the weights and tokenizer of `model` (a Hugging Face folder or bundled
-    name) and a context of `context` tokens; files are links."""
+    """Folder with the weights and tokenizer of `model` and a context of `context` tokens.
+
+    `model` is a Hugging Face folder or a bundled name; files are linked.
+    """
     source = Path(resolve_model(model).path)
     target = folder / source.name
     target.mkdir(parents=True)

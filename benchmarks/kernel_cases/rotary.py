@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from benchmarks.kernels import Bench
+from benchmarks.kernel_cases.bench import HEADS, KV_HEADS, WIDTH, Bench
 
 _BLOCK = 16
 
 
-def rotary(
-    bench: Bench, heads: tuple[int, int, int], tokens: int, bandwidth: float
-) -> dict[str, Any]:
-    """`heads` are (query heads, KV heads, width). `torch` is what Megatron's layers do in launches
-    of their own, then two for the caches. Bytes: q and k read and written in place, k once more to
-    the cache, v read and written."""
+def rotary(bench: Bench, tokens: int, bandwidth: float) -> dict[str, Any]:
+    """Seconds, and the share of the copy bandwidth.
+
+    `torch` stands for the launches of Megatron's layers and two more for the caches. Bytes counted:
+    q and k read and written in place, k once more to the cache, v read and written.
+    """
     import torch
 
     from sps2_mega.kernels.rotary_append import dispatch
 
-    num_heads, kv_heads, width = heads
-    caches = [bench.randn(-(-tokens // _BLOCK), _BLOCK, kv_heads, width) for _ in range(2)]
-    packed = bench.randn(tokens, num_heads + 2 * kv_heads, width)
-    q, k, v = packed.split([num_heads, kv_heads, kv_heads], 1)
+    caches = [bench.randn(-(-tokens // _BLOCK), _BLOCK, KV_HEADS, WIDTH) for _ in range(2)]
+    packed = bench.randn(tokens, HEADS + 2 * KV_HEADS, WIDTH)
+    q, k, v = packed.split([HEADS, KV_HEADS, KV_HEADS], 1)
     slots = torch.arange(tokens, device=bench.device)
-    angles = torch.rand(tokens, width // 2, device=bench.device)
+    angles = torch.rand(tokens, WIDTH // 2, device=bench.device)
     rotation = {"cos_TR": angles.cos().to(bench.dtype), "sin_TR": angles.sin().to(bench.dtype)}
     times = bench.times(
         {
