@@ -50,11 +50,6 @@ def split_rank_pools(parallel: ParallelConfig, world_size: int) -> tuple[RankPoo
             named.
     """
     tp, sp, decode = parallel.tp, parallel.sp, parallel.decode_ranks
-    if parallel.prefill_ranks is not None and parallel.prefill_ranks != tp * sp:
-        raise ConfigError(
-            f"prefill_ranks must be tp * sp: prefill_ranks={parallel.prefill_ranks}, "
-            f"but tp={tp} * sp={sp} = {tp * sp}"
-        )
     if decode == 0:
         if parallel.decode_tp is not None:
             raise ConfigError(f"decode_tp={parallel.decode_tp} needs decode_ranks, which is 0")

@@ -16,7 +16,7 @@ from sps2_mega.cli import BUNDLED_PROMPTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "generate.py")
-SMALL_CACHE = ["--num-kv-blocks", "400"]
+SMALL_CACHE = ["--num-gpu-blocks-override", "400"]
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus=2"],

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from sps2_mega.flags import config_from, flags_of
 
 from sps2_mega import cli
 from sps2_mega.config import EngineConfig, ParallelConfig
-from sps2_mega.flags import config_from, flags_of
 from sps2_mega.serving.batch_input import GoodLine, read_lines, scan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,8 +91,8 @@ def test_nothing_given_is_the_default_configuration() -> None:
 
 def test_values_reach_nested_fields() -> None:
     config = parse(
-        "--model", "m", "--tp", "2", "--sp", "4", "--sp-levels", "2,2", "--num-kv-blocks", "7",
-        "--kv-memory-fraction", "0.5", "--max-num-seqs", "3", "--dtype", "float32", "--seed", "-1",
+        "--model", "m", "--tp", "2", "--sp", "4", "--sp-levels", "2,2", "--num-gpu-blocks-override", "7",
+        "--gpu-memory-utilization", "0.5", "--max-num-seqs", "3", "--dtype", "float32", "--seed", "-1",
     )  # fmt: skip
     assert config.parallel == ParallelConfig(tp=2, sp=4, sp_levels=(2, 2))
     assert (config.cache.num_blocks, config.cache.memory_fraction) == (7, 0.5)
@@ -145,7 +145,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     began = time.perf_counter()
     result = run("--help")
     assert result.returncode == 0
-    assert "--kv-memory-fraction" in result.stdout
+    assert "--gpu-memory-utilization" in result.stdout
     assert time.perf_counter() - began < 1.0 * 3  # the limit is 1 s on an idle machine
     code = "import sys, sps2_mega.cli; sps2_mega.cli.generate_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

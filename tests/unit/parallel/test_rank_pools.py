@@ -44,15 +44,9 @@ def test_decode_tp_is_that_of_prefill_unless_given():
         (dict(decode_ranks=-1), 1, "decode_ranks=-1"),
         (dict(decode_ranks=1, decode_tp=0), 2, "decode_tp=0"),
         (dict(decode_tp=2), 1, "decode_tp=2 needs decode_ranks"),
-        (dict(sp=2, prefill_ranks=3, decode_ranks=1), 4, r"prefill_ranks=3, but tp=1 \* sp=2 = 2"),
         (dict(tp=0, decode_ranks=1), 1, "tp=0"),
     ],
 )
 def test_what_does_not_add_up_is_named(parallel, world_size, text):
     with pytest.raises(ConfigError, match=text):
         split_rank_pools(ParallelConfig(**parallel), world_size)
-
-
-def test_prefill_ranks_are_only_checked():
-    sides = split_rank_pools(ParallelConfig(sp=2, prefill_ranks=2, decode_ranks=1), 3)
-    assert sides == split_rank_pools(ParallelConfig(sp=2, decode_ranks=1), 3)
