@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from sps2_mega.parallel.launcher import LaunchInfo
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("sps2_mega.cli")
 
 
 def log_to_stderr(info: LaunchInfo, notes: Iterable[str] = ()) -> None:

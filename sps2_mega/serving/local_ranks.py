@@ -48,7 +48,7 @@ class LocalRanks:
         """
         world_size = config.parallel.world_size
         split_rank_pools(config.parallel, world_size)
-        log.info("no launcher: starting %d more ranks on this machine", world_size - 1)
+        log.info("no launcher: starting all %d ranks on this machine", world_size)
         self.info = _launch_info(0, world_size, _free_port())
         self._closing = threading.Event()
         self._children = [
