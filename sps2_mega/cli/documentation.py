@@ -33,13 +33,11 @@ def markdown() -> str:
     lines += [f"| `sps2 {name}` | {text} |" for name, (_, text) in COMMANDS.items()]
     lines += [
         "",
-        "Each lists its flags with `--help`; those of `generate` and `serve` are below. These two "
-        "start their",
-        "ranks on this machine themselves when `tp * sp` is more than 1. Under `torchrun` or "
-        "`deepspeed` each process",
-        "is one rank: start `launch/generate.py` or `launch/serve.py`, which take the same flags.",
+        "Each lists its flags with `--help`; those of `generate` and `serve` are below. These two",
+        "start their ranks themselves on this machine. Under `torchrun` or `deepspeed`, where each",
+        "process is one rank, `launch/generate.py` and `launch/serve.py` take the same flags.",
         "",
-        "# Generate",
+        "## Generate",
         "",
         "Exit codes: 0 all lines were answered, 1 some lines failed, 2 it could not run.",
         "",
@@ -52,17 +50,16 @@ def markdown() -> str:
     lines += flag_tables(generate_parser())
     lines += [
         "",
-        "# Server",
+        "## Serve",
         "",
-        "`sps2 serve` takes the engine flags above and these; what they do is in "
-        "`docs/serving.md`.",
-        "Exit codes: 0 stopped in good order, 2 could not start, anything else: a rank failed or "
+        "`sps2 serve` takes the engine flags above and these; `docs/serving.md` explains them.",
+        "Exit codes: 0 stopped in good order, 2 could not start, anything else: a rank failed or",
         "was told to end at once.",
     ]
     lines += flag_tables(serve_parser(), only="server")
     lines += [
         "",
-        "# Fields without a flag",
+        "## Fields without a flag",
         "",
         "Set with `--override`, as `--override csa.halo=256 --override csa.tail=256`.",
         "",
@@ -96,7 +93,7 @@ def flag_tables(parser: argparse.ArgumentParser, *, only: str | None = None) -> 
         if rows:
             lines += [
                 "",
-                f"## {(group.title or '').capitalize()}",
+                f"### {(group.title or '').capitalize()}",
                 "",
                 "| flag | meaning |",
                 "|---|---|",
