@@ -1,4 +1,5 @@
-# Every target first makes sure that .venv is there and up to date; nothing outside this folder changes.
+# Every target first makes sure that .venv is there and up to date; nothing outside this folder
+# changes.
 #
 #   make PYTHON=python3.12          another interpreter for .venv (>= 3.11)
 #   make generate SP=1 MODEL=DIR INPUT=FILE ARGS="..."   other degrees, model, prompts or flags
@@ -44,11 +45,10 @@ generate: setup ## answer the bundled prompts with the bundled model on SP=2 ran
 		--output $(OUTPUT) --overwrite $(ARGS)
 
 serve: setup ## OpenAI-compatible server of the bundled model on SP=2 ranks, at PORT=8000
-	PATH="$(BIN):$$PATH" DS_ACCELERATOR=$(DS_ACCELERATOR) exec $(BIN)/deepspeed --num_gpus $$(($(TP) * $(SP))) \
-		--master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') \
-		launch/serve.py --model $(MODEL) --tp $(TP) --sp $(SP) --port $(PORT) $(ARGS)
+	exec $(BIN)/sps2 serve --model $(MODEL) --tp $(TP) --sp $(SP) --port $(PORT) $(ARGS)
 
-# Files go to JOBS processes, each with ranks of its own; JOBS=0 runs all in one, which is easier to follow.
+# Files go to JOBS processes, each with ranks of its own; JOBS=0 runs all in one, which is easier to
+# follow.
 test: setup ## the whole CPU test suite, ranks on gloo, JOBS=2 test files at a time
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -91,7 +91,7 @@ evaluate: setup ## simulate comparisons again, tables and pictures of docs/evalu
 	$(BIN)/python benchmarks/evaluate.py $(ARGS)
 
 doctor: setup ## what this machine has and what will be used
-	$(BIN)/python tools/doctor.py
+	$(BIN)/sps2 doctor
 
 clean: ## remove .venv, caches and outputs
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -9,7 +9,7 @@
 A stored comparison (docs/results/simulated-*.json) has its own arguments; it is simulated again
 with those, by the code as it is now, and replaced; what is wanted and not stored yet has them in
 `simulation.comparisons`. Measured results are not touched. Decides what is run when; how is
-`tools/simulate.py`'s.
+`sps2_mega.cli.simulate`'s.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from benchmarks.simulation.comparisons import WANTED
 from benchmarks.simulation.document import ROOT
 from benchmarks.simulation.unfinished import Unfinished
 from benchmarks.simulation.workers import workers
+from sps2_mega.cli import simulate
 from sps2_mega.errors import ConfigError
-from tools import simulate
+from sps2_mega.simulator.comparison.runs import document, run
 
 # Systems that every comparison has, also where it was stored before there were such.
 ALWAYS = ("sps2-yield",)
@@ -193,8 +194,8 @@ def again(item: Stored) -> None:
     args = arguments_of(item)
     began = time.perf_counter()
     setting = simulate.setting_of(args)
-    outcomes = simulate.run(setting, quiet=True)
-    content = simulate.document(setting, outcomes)
+    outcomes = run(setting, quiet=True)
+    content = document(setting, outcomes)
     content["wall_s"] = round(time.perf_counter() - began, 1)
     part = item.path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")

@@ -4,8 +4,8 @@ nothing was tuned on.
     python benchmarks/plan_sweep.py --save            what is not stored yet: an interrupted sweep goes on
     python benchmarks/plan_sweep.py --save --again    all of them (15 minutes on one core)
 
-The planner (tools/plan.py) sees the first part of a trace and chooses. The next part, of as many
-requests, is then served by its choice and by every setting there is (benchmarks.simulation.grid);
+The planner (`sps2 plan`) sees the first part of a trace and chooses. The next part, of as many
+requests, is then served by its choice and by every setting there is (sps2_mega.simulator.comparison.neighbours);
 regret is what the choice lacks of the best goodput there. Each row is written as it is done. With
 --save they are docs/results/planner-sweep.json and a table of docs/evaluation.md.
 """
@@ -30,17 +30,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.simulation.combinations import COMBINATIONS, Combination
 from benchmarks.simulation.document import EVALUATION, ROOT, with_part
-from benchmarks.simulation.grid import everything
-from benchmarks.simulation.setting import layout_of, rounded
 from benchmarks.simulation.workers import workers
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival, scaled
+from sps2_mega.simulator.comparison import best_settings
+from sps2_mega.simulator.comparison.neighbours import everything
+from sps2_mega.simulator.comparison.setting import layout_of, rounded
 from sps2_mega.simulator.figures import Limits
 from sps2_mega.simulator.hardware import load_hardware
 from sps2_mega.simulator.line_up import Place
 from sps2_mega.simulator.trace_files import read_trace
-from tools import plan
 
 SAVED = ROOT / "docs" / "results" / "planner-sweep.json"
 BEGIN, END = "<!-- planner: made by benchmarks/plan_sweep.py -->", "<!-- end of planner -->"
@@ -119,11 +119,13 @@ def swept(combination: Combination) -> dict[str, Any]:
     """
     began = time.perf_counter()
     place, seen, coming, limits = _problem(combination)
-    chosen = plan.ranked(place, seen, limits)[0].system
-    grid = everything(plan.settings(place, exact=False), place)
+    chosen = best_settings.ranked(place, seen, limits)[0].system
+    grid = everything(best_settings.settings(place, exact=False), place)
     if chosen not in grid:
         grid.append(chosen)
-    found = plan.in_order([plan.tried(system, place, coming, limits) for system in grid])
+    found = best_settings.in_order(
+        [best_settings.tried(system, place, coming, limits) for system in grid]
+    )
     ours = next(each for each in found if each.system == chosen)
     best = found[0]
     goodput = max(each.figures["goodput"] for each in found)
@@ -196,7 +198,7 @@ def _problem(
     return place, seen, coming, Limits(ttft_s=combination.ttft_s, tbt_s=combination.tbt_s)
 
 
-def _response(found: plan.Plan) -> float:
+def _response(found: best_settings.Plan) -> float:
     return float((found.figures["response_s"] or {}).get("mean", 0.0))
 
 

@@ -211,7 +211,14 @@ class Replays:
 
     def _sarathi(self, chunk: int) -> list[str]:
         tp = str(self._args.nodes)
-        return ["--tp", tp, "--scheduler", "sarathi", "--chunk-tokens", str(chunk)]
+        return [
+            "--tp",
+            tp,
+            "--scheduler",
+            "sarathi",
+            "--override",
+            f"scheduler.chunk_tokens={chunk}",
+        ]
 
     def _sps2(self, name: str) -> list[str]:
         return ["--sp", str(self._args.nodes), *SYSTEMS[name]]
@@ -225,7 +232,13 @@ class Replays:
         folder.mkdir()
         blocks = 8 * self._args.max_model_len // 16  # on each rank: never the limit
         common = ["--model", self._model, "--max-model-len", str(self._args.max_model_len)]
-        common += ["--num-kv-blocks", str(blocks), "--no-prefix-caching", "--threads", "1"]
+        common += [
+            "--num-gpu-blocks-override",
+            str(blocks),
+            "--no-enable-prefix-caching",
+            "--threads",
+            "1",
+        ]
         common += ["--device", "cpu", "--dtype", "float32"]
         nodes = self._cluster.nodes
         with served_on_nodes([*common, *flags], nodes, _PORT + self._started, folder) as url:

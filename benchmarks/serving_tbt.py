@@ -37,7 +37,7 @@ SYSTEMS = (
     "whole=--sp 2 --tbt-target-ms 0",
     "sps2=--sp 2 --tbt-target-ms {target}",
     *(
-        f"sarathi-{size}=--tp 2 --scheduler sarathi --chunk-tokens {size}"
+        f"sarathi-{size}=--tp 2 --scheduler sarathi --override scheduler.chunk_tokens={size}"
         for size in (32, 64, 128, 256)
     ),
 )
@@ -95,7 +95,8 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--context", type=int, default=32768, help="tokens, for --model stretched")
     found.add_argument(
-        "--flags", default="--device cpu --dtype float32 --num-kv-blocks 6144 --no-prefix-caching"
+        "--flags",
+        default="--device cpu --dtype float32 --num-gpu-blocks-override 6144 --no-enable-prefix-caching",
     )
     found.add_argument("--prompt-len", type=int, default=8192)
     found.add_argument("--prompts", type=int, default=3, help="long ones per round")

@@ -48,7 +48,9 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--sp", type=int, default=2)
     parser.add_argument(
-        "--flags", default="--dtype float32 --num-kv-blocks 1024", help="more of the engine"
+        "--flags",
+        default="--dtype float32 --num-gpu-blocks-override 1024",
+        help="more of the engine",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file for the verdict")

@@ -1,8 +1,8 @@
-"""Answers a file of requests, on every rank: under deepspeed, torchrun or plain python."""
+"""`sps2 generate` as a script for launchers: one process is one rank."""
 
 import sys
 
-from sps2_mega.cli import generate
+from sps2_mega.cli.generate import main
 
 if __name__ == "__main__":
-    sys.exit(generate())
+    sys.exit(main(prog="generate.py", starts_ranks=False))

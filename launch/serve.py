@@ -1,9 +1,8 @@
-"""Serves a model through the OpenAI API, on every rank: under deepspeed, torchrun or plain
-python."""
+"""`sps2 serve` as a script for launchers: one process is one rank."""
 
 import sys
 
-from sps2_mega.cli import serve
+from sps2_mega.cli.serve import main
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    sys.exit(main(prog="serve.py"))

@@ -1,7 +1,7 @@
 """Every default, once: frozen dataclasses for model, parallel layout, cache, scheduler and engine.
 
-A field is a command-line flag only if it is declared with `flag(...)`; `cli.py` builds the parser
-from that.
+A field declared with `flag` is a command-line flag; one declared with `unflagged` is set by
+`--override`. `sps2_mega.cli` builds its parsers from these declarations.
 """
 
 from __future__ import annotations
@@ -11,27 +11,19 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sps2_mega.config_fields import flag, unflagged
 from sps2_mega.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DECODE_ATTENTIONS = ("dense", "csa")
-PIPELINES = ("auto", "on", "off")
-
-
-def flag(
-    default: Any, help: str, *, name: str | None = None, choices: tuple[str, ...] | None = None
-) -> Any:
-    """A dataclass field that is also a command-line flag; `name` where it differs from the
-    field's."""
-    metadata = {"help": help, "name": name, "choices": choices}
-    return field(default=default, metadata={"flag": metadata})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding. `scaling` selects how inverse frequencies follow from `theta`:
-    `none`, `linear` (positions / factor), `llama3` (Llama 3.1's smoothed bands) or `yarn` (arXiv
-    2309.00071)."""
+    """Rotary position embedding.
+
+    `scaling` selects how inverse frequencies follow from `theta`: `none`, `linear` (positions /
+    factor), `llama3` (Llama 3.1's smoothed bands) or `yarn` (arXiv 2309.00071).
+    """
 
     theta: float = 10000.0
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -49,8 +41,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Architecture of a decoder-only model, in the field's terms; independent of file format and of
-    ranks.
+    """Architecture of a decoder-only model, independent of file format and ranks.
 
     `vocab_size` is the true vocabulary (logits are cut to it); padding for TP is decided where
     weights are sharded. `rope=None` means learned absolute positions. `sliding_window=w`: a query
@@ -97,71 +88,76 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """World size is tp * sp, and `decode_ranks` more where decode has ranks of its own; `tp` and
-    `sp` are then the shape of those that prefill. `sp_levels` are ring sizes, innermost first;
-    None: taken from the node topology."""
+    """Parallel degrees; the world size is tp * sp + `decode_ranks`.
 
-    tp: int = flag(1, "tensor-parallel degree")
+    With `decode_ranks`, decode has ranks of its own, and `tp` and `sp` are the shape of the ranks
+    that prefill. `sp_levels` are ring sizes, innermost first; None: taken from the node topology.
+    """
+
+    tp: int = flag(1, "tensor-parallel degree", also=("--tensor-parallel-size", "-tp"))
     sp: int = flag(1, "sequence-parallel degree")
     sp_levels: tuple[int, ...] | None = flag(
         None, "sizes of the SP levels, innermost first, e.g. 4,2 (default: from the node topology)"
     )
-    prefill_ranks: int | None = flag(
-        None, "ranks that prefill, which must be tp * sp (default: tp * sp)"
-    )
     decode_ranks: int = flag(
         0, "ranks beyond tp * sp, the last ones of the job, that decode (0: all ranks do both)"
     )
-    decode_tp: int | None = flag(
+    decode_tp: int | None = unflagged(
         None, "tensor-parallel degree of the decode ranks, the rest is SP (default: --tp)"
     )
 
     @property
     def world_size(self) -> int:
-        """Ranks of the job."""
+        """Number of ranks of the job."""
         return self.tp * self.sp + self.decode_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """KV cache. `num_blocks` is per SP rank; None: what `memory_fraction` of the free memory
-    holds."""
+    """KV cache. `num_blocks` is per SP rank; None: as many as `memory_fraction` of the memory
+    that is free after loading weights holds."""
 
-    block_size: int = flag(16, "tokens per KV cache block")
+    block_size: int = unflagged(16, "tokens per KV cache block")
     num_blocks: int | None = flag(
-        None, "KV cache blocks per SP rank (default: from free memory)", name="num-kv-blocks"
+        None,
+        "KV cache blocks per SP rank (default: from free memory)",
+        name="num-gpu-blocks-override",
     )
     memory_fraction: float = flag(
-        0.85, "share of the free device memory for the KV cache", name="kv-memory-fraction"
+        0.85,
+        "share of the device memory that is free after loading weights for KV cache and "
+        "activations; on CPU, of the rank's part of the free host memory",
+        name="gpu-memory-utilization",
     )
-    no_prefix_caching: bool = flag(False, "do not share the KV blocks of common prefixes")
+    no_prefix_caching: bool = flag(
+        False, "do not share the KV blocks of common prefixes", name="no-enable-prefix-caching"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """`policy` sps2: prompts go before decodes, and with `tbt_target_ms` give way to them between
-    layers; sarathi: every step decodes all running sequences and fills up with chunks of prompts to
-    `chunk_tokens` (arXiv 2403.02310).
+    """Order and size of steps.
+
+    `policy` sps2: prompts go before decodes and, with `tbt_target_ms`, give way to them between
+    layers. sarathi: every step decodes all running sequences and fills up with chunks of prompts
+    to `chunk_tokens` (arXiv 2403.02310).
     """
 
     policy: Literal["sps2", "sarathi"] = flag(
         "sps2",
         "sps2: whole prompts go before decodes; sarathi: chunks of prompts ride along with decodes",
         name="scheduler",
-        choices=("sps2", "sarathi"),
     )
-    chunk_tokens: int = flag(512, "tokens of a step with --scheduler sarathi, decodes included")
+    chunk_tokens: int = unflagged(512, "tokens of a step under sarathi, decodes included")
     tbt_target_ms: float | None = flag(
         None,
         "prefill gives way so that running requests get a token about this often, in ms; 0: it "
-        "is never interrupted "
-        "(default: 0, and 100 in the server)",
+        "is never interrupted (default: 0, and 100 in the server)",
     )
-    overtake: float = flag(
+    overtake: float = unflagged(
         4.0,
-        "with --tbt-target-ms a prompt is overtaken only by prompts that come within X times its "
-        "own prefill time; "
-        "0: first come, first served",
+        "with --tbt-target-ms, a prompt is overtaken only by prompts that arrive within X times "
+        "its own prefill time; 0: first come, first served",
     )
     sp_threshold: int | None = flag(
         None,
@@ -170,10 +166,14 @@ class SchedulerConfig:
     )
     max_running: int = flag(64, "sequences decoded together at most", name="max-num-seqs")
     max_prefill_tokens: int = flag(
-        8192, "prompt tokens batched into one prefill step (a longer prompt goes alone)"
+        8192,
+        "prompt tokens batched into one prefill step (a longer prompt goes alone)",
+        name="max-num-batched-tokens",
     )
     max_waiting: int | None = flag(
-        None, "length of the waiting queue (default: no limit)", name="max-queue"
+        None,
+        "length of the waiting queue (default: no limit, and 256 in the server)",
+        name="max-num-queued-reqs",
     )
 
     def __post_init__(self) -> None:
@@ -200,8 +200,10 @@ class SchedulerConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CSAConfig:
     """Communication-efficient sparse attention in prefill; all degrees 1 is exact attention.
-    `degrees=None`: what the model's file in model_configs/ says, else exact. `spans=None`: the
-    cells follow the ranks and nodes, as in the paper; they are then resolved per request."""
+
+    `degrees=None`: as the model's file in model_configs/ says, else exact. `spans=None`: cells
+    follow ranks and nodes, as in the paper; they are then resolved per request.
+    """
 
     degrees: tuple[int, ...] | None = flag(
         None,
@@ -209,26 +211,20 @@ class CSAConfig:
         "file's, else 1: exact)",
         name="csa-degrees",
     )
-    spans: tuple[int, ...] | None = flag(
-        None,
-        "tokens of one cell of each CSA level but the last (default: from ranks and nodes)",
-        name="csa-spans",
+    spans: tuple[int, ...] | None = unflagged(
+        None, "tokens of one cell of each CSA level but the last (default: from ranks and nodes)"
     )
-    sinks: int = flag(16, "first tokens that every query sees under CSA", name="csa-sinks")
-    halo: int = flag(128, "keys before its own cell that a query always sees", name="csa-halo")
-    tail: int = flag(128, "last tokens of a prompt that see all keys", name="csa-tail")
-    sample_queries: bool = flag(
-        False,
-        "stride queries too, as the paper does: cheaper, less accurate",
-        name="csa-sample-queries",
+    sinks: int = unflagged(16, "first tokens that every query sees")
+    halo: int = unflagged(128, "keys before its own cell that a query always sees")
+    tail: int = unflagged(128, "last tokens of a prompt that see all keys")
+    sample_queries: bool = unflagged(
+        False, "stride queries too, as the paper does: cheaper, less accurate"
     )
-    block: int = flag(
-        1, "neighbouring far keys that are kept or dropped together", name="csa-block"
-    )
+    block: int = unflagged(1, "neighbouring far keys that are kept or dropped together")
 
     @property
     def level_degrees(self) -> tuple[int, ...]:
-        """The degrees; exact where none were given."""
+        """The degrees; (1,), exact, where none were given."""
         return (1,) if self.degrees is None else self.degrees
 
     @property
@@ -236,7 +232,7 @@ class CSAConfig:
         return all(degree == 1 for degree in self.level_degrees)
 
     def over(self, suggested: CSAConfig | None) -> CSAConfig:
-        """Without degrees of its own: the suggested pattern, with what else was set here."""
+        """This pattern with its own degrees, else the suggested one with what is set here."""
         if self.degrees is not None or suggested is None:
             return self.replace(degrees=self.level_degrees)
         default = CSAConfig()
@@ -253,8 +249,7 @@ class CSAConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything an engine needs to start; `model` is a folder or the name of a file in
-    model_configs/."""
+    """Everything an engine needs to start; `model` is a folder or a name in model_configs/."""
 
     model: str = flag(
         "sps2-tiny", "Hugging Face folder, Megatron checkpoint folder, or a name in model_configs/"
@@ -265,39 +260,28 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     csa: CSAConfig = field(default_factory=CSAConfig)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto",
-        "weights and activations (auto: the checkpoint's on CUDA, float32 on CPU)",
-        choices=DTYPES,
+        "auto", "weights and activations (auto: the checkpoint's on CUDA, float32 on CPU)"
     )
     load_format: Literal["auto", "dummy"] = flag(
-        "auto", "dummy: random weights, to measure without a checkpoint", choices=("auto", "dummy")
+        "auto", "dummy: random weights, to measure without a checkpoint"
     )
-    device: Literal["auto", "cpu", "cuda"] = flag(
-        "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
-    )
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto takes CUDA where there is one")
     transport: str = flag(
         "auto",
         "how prefill moves data between SP ranks: ulysses, gather, ring, pass_q, or one for each "
-        "SP level, "
-        "nearest first, as gather,ulysses (auto: planned step by step)",
+        "SP level, nearest first, as gather,ulysses (auto: planned step by step)",
     )
     pipeline: Literal["auto", "on", "off"] = flag(
-        "auto",
-        "prefill computes while data travels (auto: where prompts are long enough to gain)",
-        choices=PIPELINES,
+        "auto", "prefill computes while data travels (auto: where prompts are long enough to gain)"
     )
-    micro_batches: int | None = flag(
+    micro_batches: int | None = unflagged(
         None, "parts of a layer's prefill attention (default: from prompt and model)"
     )
     decode_attention: Literal["dense", "csa"] = flag(
-        "dense",
-        "what generated tokens see: all keys, or with csa degrees what the pattern shows",
-        choices=DECODE_ATTENTIONS,
+        "dense", "what generated tokens see: all keys, or with csa degrees what the pattern shows"
     )
     cuda_graphs: Literal["auto", "off"] = flag(
-        "off",
-        "auto: decode steps of one CUDA rank are captured and replayed",
-        choices=("auto", "off"),
+        "off", "auto: decode steps of one CUDA rank are captured and replayed"
     )
     max_model_len: int | None = flag(None, "longest prompt plus output (default: the model's)")
     threads: int | None = flag(
@@ -307,7 +291,7 @@ class EngineConfig:
         None, "file for a Perfetto trace of prefill steps, all ranks (default: no trace)"
     )
     seed: int = flag(0, "seed of requests that have none of their own")
-    step_timeout: float = flag(600.0, "seconds after which a step that does not end fails the job")
+    step_timeout: float = unflagged(600.0, "seconds after which an unfinished step fails the job")
 
     def replace(self, **changes: Any) -> EngineConfig:
         return dataclasses.replace(self, **changes)

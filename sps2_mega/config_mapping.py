@@ -1,5 +1,4 @@
-"""EngineConfig as a plain mapping and back, for processes that are told their configuration as
-JSON."""
+"""EngineConfig to and from a plain mapping, for ranks that receive their configuration as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from sps2_mega.config import EngineConfig
 
 
 def parts_of_engine_config() -> dict[str, type]:
-    """The fields of EngineConfig that are configurations of their own, with their classes."""
+    """Fields of EngineConfig that are dataclasses themselves, with their classes."""
     factories: dict[str, Any] = {
         f.name: f.default_factory for f in dataclasses.fields(EngineConfig)
     }
@@ -19,7 +18,7 @@ def parts_of_engine_config() -> dict[str, type]:
 
 
 def engine_config_from_mapping(values: Mapping[str, Any]) -> EngineConfig:
-    """The inverse of `dataclasses.asdict`, also after JSON, which knows lists but no tuples."""
+    """Inverse of `dataclasses.asdict`, also after JSON, which has lists but no tuples."""
     parts = parts_of_engine_config()
     return EngineConfig(
         **{

@@ -34,7 +34,14 @@ def generate_command(
     one."""
     layout = ["--sp", str(sp), "--dtype", "float32", "--device", "cpu", "--max-num-seqs", "3"]
     files = ["--input", str(requests), "--output", str(answers)]
-    return [str(ROOT / "launch" / "generate.py"), *files, *layout, "--num-kv-blocks", "512", *extra]
+    return [
+        str(ROOT / "launch" / "generate.py"),
+        *files,
+        *layout,
+        "--num-gpu-blocks-override",
+        "512",
+        *extra,
+    ]
 
 
 def num_answers(path: Path) -> int:

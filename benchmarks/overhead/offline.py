@@ -70,9 +70,9 @@ class OfflineProcess:
 
 
 def main() -> None:
-    from sps2_mega.cli import serve_parser
+    from sps2_mega.cli.flags import config_from
+    from sps2_mega.cli.serve import serve_parser
     from sps2_mega.config import EngineConfig
-    from sps2_mega.flags import config_from
     from sps2_mega.serving.llm import LLM
     from sps2_mega.types import SamplingParams
 

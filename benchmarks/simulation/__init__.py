@@ -1,1 +1,1 @@
-"""What `tools/simulate.py` shows: tables and pictures of simulated comparisons."""
+"""Evaluation by simulation: comparisons, claims and published results."""

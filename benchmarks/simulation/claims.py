@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulation.report import BASELINE, CLAIMS, OURS, Claim, gains
-from benchmarks.simulation.setting import Outcome
 from benchmarks.trace_replay.figures import ratios
+from sps2_mega.simulator.comparison.report import BASELINE, CLAIMS, OURS, Claim, gains
+from sps2_mega.simulator.comparison.setting import Outcome
 
 BEGIN, END = "<!-- claims: made by benchmarks.simulation.results -->", "<!-- end of claims -->"
 _WIDE = "sarathi-wide"

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.simulation import claims
 from benchmarks.simulation.document import EVALUATION, ROOT, with_part
-from benchmarks.simulation.report import BASELINES, CLAIMS, OURS, gains, ratio_table
-from benchmarks.simulation.setting import Outcome
+from sps2_mega.simulator.comparison.report import BASELINES, CLAIMS, OURS, gains, ratio_table
+from sps2_mega.simulator.comparison.setting import Outcome
 
 DOCUMENT = EVALUATION
 EVERY = ROOT / "docs" / "results" / "simulated.md"
@@ -87,7 +87,7 @@ def written(text: str) -> str:
 
 
 def main() -> int:
-    from benchmarks.simulation.pictures import draw
+    from sps2_mega.simulator.comparison.pictures import draw
 
     DOCUMENT.write_text(written(DOCUMENT.read_text()))
     EVERY.write_text(every_setting())

@@ -14,20 +14,29 @@ from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.serving.batch import EXIT_COULD_NOT_RUN, BatchJob, BatchOptions
 
 
-def run_generate(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
-    """Run to the end on this rank; return its exit code."""
+def run_generate(
+    config: EngineConfig, options: BatchOptions, info: LaunchInfo, *, starts_ranks: bool
+) -> int:
+    """Run this rank to its end and return its exit code.
+
+    Without a launcher, `starts_ranks` starts the other ranks on this machine.
+    """
     from sps2_mega.comm.guard import guard
 
     with guard(info):
         try:
-            return _follow(config, info) if info.rank else _lead(config, options, info)
+            if info.rank > 0:
+                return _follow(config, info)
+            return _lead(config, options, info, starts_ranks=starts_ranks)
         except (ConfigError, CheckpointError) as error:
             # Raised on all ranks alike, or on this one, which then
             # tells the others before it raises.
             return _could_not_run(error, info)
 
 
-def _lead(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
+def _lead(
+    config: EngineConfig, options: BatchOptions, info: LaunchInfo, *, starts_ranks: bool
+) -> int:
     try:
         job = BatchJob.prepare(options, config)
     except ConfigError as error:
@@ -41,15 +50,31 @@ def _lead(config: EngineConfig, options: BatchOptions, info: LaunchInfo) -> int:
         if job.num_left == 0 and info.world_size == 1:
             sys.stdout.write(f"nothing to do: all lines are answered in {options.output}\n")
             return job.exit_code
-        from sps2_mega.engine.start import start_driver
-
-        engine = start_driver(config, info, show_progress=sys.stderr.isatty())
-        code = job.run(engine)
-        engine.shutdown()
+        code = _run(job, config, info, starts_ranks=starts_ranks)
     finally:
         job.close()
     sys.stdout.write(f"{job.totals.table()}\nanswers are in {options.output}\n")
     sys.stdout.flush()
+    return code
+
+
+def _run(job: BatchJob, config: EngineConfig, info: LaunchInfo, *, starts_ranks: bool) -> int:
+    from sps2_mega.engine.start import start_driver
+    from sps2_mega.serving.local_ranks import LocalRanks
+
+    ranks = None
+    if starts_ranks and info.launcher == "none" and config.parallel.world_size > 1:
+        ranks = LocalRanks(config)
+        info = ranks.info
+    told = False
+    try:
+        engine = start_driver(config, info, show_progress=sys.stderr.isatty())
+        code = job.run(engine)
+        engine.shutdown()
+        told = True
+    finally:
+        if ranks is not None:
+            ranks.close(told=told)
     return code
 
 

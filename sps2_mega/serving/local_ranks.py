@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -22,6 +23,8 @@ from sps2_mega.comm.watchdog import active_watchdogs
 from sps2_mega.config import EngineConfig
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.parallel.rank_pools import split_rank_pools
+
+log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _TAIL_LINES = 30
@@ -45,6 +48,7 @@ class LocalRanks:
         """
         world_size = config.parallel.world_size
         split_rank_pools(config.parallel, world_size)
+        log.info("no launcher: starting all %d ranks on this machine", world_size)
         self.info = _launch_info(0, world_size, _free_port())
         self._closing = threading.Event()
         self._children = [

@@ -1,19 +1,17 @@
 """The doctor: version bounds, the two packages called apex, exit status, both forms of the
 report."""
 
-import importlib.util
+import importlib.metadata
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-_SPEC = importlib.util.spec_from_file_location(
-    "doctor", Path(__file__).resolve().parents[2] / "tools" / "doctor.py"
-)
-doctor = importlib.util.module_from_spec(_SPEC)
-sys.modules["doctor"] = doctor  # dataclasses look their module up
-_SPEC.loader.exec_module(doctor)
+from sps2_mega.cli import doctor
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -45,6 +43,26 @@ def test_all_declared_dependencies_are_understood():
     for requirement in requirements:
         _, needed = doctor.split_requirement(requirement)
         doctor.within("1.2.3", needed)
+
+
+def test_without_a_checkout_the_installed_package_declares_them(monkeypatch, tmp_path):
+    declared = ["torch>=2.11,<2.14", 'pytest>=8; extra == "test"']
+    monkeypatch.setattr(doctor, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: declared)
+    assert doctor.requirements() == declared[:1]
+
+
+def test_it_runs_where_nothing_is_installed(tmp_path):
+    """-S: no site-packages."""
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "tools" / "doctor.py")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={},
+    )
+    assert done.returncode == 1, done.stderr
+    assert "not installed (needed: >=2.11,<2.14)" in done.stdout
 
 
 def test_a_package_that_is_missing_or_too_old_is_named_with_what_is_needed(monkeypatch):

@@ -1,10 +1,11 @@
-"""tools/plan.py: the best layout for a trace and limits, and what it cannot plan."""
+"""`sps2 plan`: the best layout for a trace and limits, and what it cannot plan."""
 
 from __future__ import annotations
 
 import pytest
 
-from tools import plan
+from sps2_mega.cli import plan
+from sps2_mega.simulator.comparison import best_settings
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_plans_are_ordered_by_goodput_and_then_by_response(trace):
         ["--model", "llama-3-8b", "--gpu", "h100", "--trace", trace, "--quiet", "--exact"]
     )
     found = plan.plans(args)
-    assert found == plan.in_order(found) and len(found) > 10
+    assert found == best_settings.in_order(found) and len(found) > 10
     refused, goodput = (found[0].figures[key] for key in ("refused", "goodput"))
     near = [f for f in found if f.figures["goodput"] > 0.996 * goodput]
     assert all(refused <= entry.figures["refused"] for entry in found)

@@ -1,4 +1,4 @@
-"""tools/simulate.py from the command line: table, JSON, ratios, refusals."""
+"""`sps2 simulate`: table, JSON, ratios, refusals."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from benchmarks.simulation.report import CLAIMS, gains
-from tools import simulate
+from sps2_mega.cli import simulate
+from sps2_mega.simulator.comparison.report import CLAIMS, gains
+from sps2_mega.simulator.comparison.runs import run
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_gains_compare_with_the_baseline_of_the_same_rate(trace):
     args = simulate.parser().parse_args(
         ["--trace", trace, "--gpus", "8", "--tune-on", "2", "--systems", "sarathi", "sps2"]
     )
-    outcomes = simulate.run(simulate.setting_of(args), quiet=True)
+    outcomes = run(simulate.setting_of(args), quiet=True)
     found = gains(outcomes, 1.0, "sps2")
     base, ours = (outcome.figures["ttft_s"]["mean"] for outcome in outcomes)
     assert found["TTFT"] == pytest.approx(base / ours)

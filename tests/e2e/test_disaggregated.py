@@ -35,7 +35,7 @@ def test_clients_are_served_until_the_decode_rank_is_lost(tmp_path: Path) -> Non
         "float32",
         "--device",
         "cpu",
-        "--num-kv-blocks",
+        "--num-gpu-blocks-override",
         "256",
     ]
     command = [sys.executable, str(ROOT / "launch" / "serve.py"), "--port", "0", *flags]

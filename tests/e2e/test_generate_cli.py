@@ -8,18 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from sps2_mega.cli import BUNDLED_PROMPTS
+from sps2_mega.bundled import bundled_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "generate.py")
-SMALL_CACHE = ["--num-kv-blocks", "400"]
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus=2"],
+SMALL_CACHE = ["--num-gpu-blocks-override", "400"]
+COMMANDS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus=2", SCRIPT],
+    "sps2": ["-m", "sps2_mega.cli", "generate"],  # starts the second rank itself
 }
 
 
@@ -37,10 +39,10 @@ def environment() -> dict[str, str]:
 
 
 def generate(
-    folder: Path, *argv: str, launcher: list[str] | None = None
+    folder: Path, *argv: str, command: Sequence[str] = (SCRIPT,)
 ) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *(launcher or []), SCRIPT, *SMALL_CACHE, *argv],
+        [sys.executable, *command, *SMALL_CACHE, *argv],
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -68,7 +70,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_bundled_prompts_with_nothing_but_defaults(one_rank: Path) -> None:
     answers = records(one_rank / "out.jsonl")
-    asked = [json.loads(line) for line in BUNDLED_PROMPTS.read_text().splitlines()]
+    asked = [json.loads(line) for line in bundled_prompts().read_text().splitlines()]
     assert answers.keys() == {line["id"] for line in asked}
     for line in asked:
         answer = answers[line["id"]]
@@ -83,15 +85,16 @@ def test_bundled_prompts_with_nothing_but_defaults(one_rank: Path) -> None:
     assert "requests ok     | 12" in stdout
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_sp_ranks_answer_the_same(one_rank: Path, tmp_path: Path, launcher: str) -> None:
-    result = generate(tmp_path, "--sp", "2", "--dtype", "float32", launcher=LAUNCHERS[launcher])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_sp_ranks_answer_the_same(one_rank: Path, tmp_path: Path, command: str) -> None:
+    result = generate(tmp_path, "--sp", "2", "--dtype", "float32", command=COMMANDS[command])
     assert result.returncode == 0, result.stderr
     answers, expected = records(tmp_path / "out.jsonl"), records(one_rank / "out.jsonl")
     assert answers.keys() == expected.keys()
     for name, answer in answers.items():
         assert texts(answer) == texts(expected[name]), name
     assert result.stdout.count("requests ok") == 1
+    assert ("no launcher: starting all 2 ranks" in result.stderr) == (command == "sps2")
 
 
 def texts(answer: dict) -> list[str]:
@@ -181,7 +184,7 @@ def test_a_killed_run_resumes_to_the_same_answers(tmp_path: Path) -> None:
 
 def test_what_cannot_run_says_so_with_code_2(tmp_path: Path) -> None:
     result = generate(
-        tmp_path, "--model", str(tmp_path / "absent"), "--input", str(BUNDLED_PROMPTS)
+        tmp_path, "--model", str(tmp_path / "absent"), "--input", str(bundled_prompts())
     )
     assert result.returncode == 2
     assert "absent" in result.stderr

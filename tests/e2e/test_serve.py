@@ -29,7 +29,16 @@ LIMIT_S = 15.0
 
 
 def serve_command(*extra: str) -> list[str]:
-    layout = ["--sp", "2", "--dtype", "float32", "--device", "cpu", "--num-kv-blocks", "512"]
+    layout = [
+        "--sp",
+        "2",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--num-gpu-blocks-override",
+        "512",
+    ]
     return [str(ROOT / "launch" / "serve.py"), "--port", "0", *layout, *extra]
 
 

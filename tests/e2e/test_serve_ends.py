@@ -19,7 +19,16 @@ NUM_CLIENTS = 3
 
 
 def serve_command(*extra: str) -> list[str]:
-    layout = ["--sp", "2", "--dtype", "float32", "--device", "cpu", "--num-kv-blocks", "2048"]
+    layout = [
+        "--sp",
+        "2",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--num-gpu-blocks-override",
+        "2048",
+    ]
     return [str(ROOT / "launch" / "serve.py"), "--port", "0", *layout, *extra]
 
 
@@ -62,7 +71,7 @@ def health_until_the_end(url: str) -> set[int]:
 )
 def test_every_connection_ends_with_the_reason(tmp_path, launcher, phase):
     start = [sys.executable] if launcher == "python" else launch_command(launcher, 2)
-    command = [*start, *serve_command("--step-timeout", str(STEP_TIMEOUT_S))]
+    command = [*start, *serve_command("--override", f"step_timeout={STEP_TIMEOUT_S}")]
     with launched(command, tmp_path / "log") as job, ThreadPoolExecutor(NUM_CLIENTS + 1) as pool:
         url = url_when_ready(job)
 

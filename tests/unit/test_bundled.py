@@ -12,11 +12,15 @@ from sps2_mega.bundled import FOLDERS, INSIDE, bundled_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 USE = """
+from sps2_mega.bundled import bundled_prompts
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.simulator.hardware import hardware_names, load_hardware
 from sps2_mega.simulator.trace_files import BUNDLED, read_trace, trace_path
-print(named_model_file("sps2-tiny").weights.is_dir(), load_hardware("h200", inter_node="rdma-100g").gpu)
-print(len(hardware_names()), [len(read_trace(name, limit=3)) for name in BUNDLED], trace_path("mooncake"))
+hardware = load_hardware("h200", inter_node="rdma-100g")
+print(named_model_file("sps2-tiny").weights.is_dir(), hardware.gpu)
+lengths = [len(read_trace(name, limit=3)) for name in BUNDLED]
+print(len(hardware_names()), lengths, trace_path("mooncake"))
+print(bundled_prompts())
 """
 
 
@@ -41,6 +45,7 @@ def test_a_wheel_brings_its_models_hardware_and_traces(tmp_path):
         text=True,
         check=True,
     )
-    models, traces = done.stdout.splitlines()
+    models, traces, prompts = done.stdout.splitlines()
     assert models == "True NVIDIA H200 SXM 141 GB"
     assert traces.startswith("5 [3, 3, 3, 3, 3] ") and str(built) in traces
+    assert Path(prompts).is_file() and prompts.startswith(str(built))

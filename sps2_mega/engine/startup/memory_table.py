@@ -74,8 +74,8 @@ def shortage(ranks: Sequence[RankMemory]) -> str | None:
         return None
     return (
         f"rank {worst} may run out of memory: the KV cache and the largest step need up to "
-        f"{_size(-ranks[worst].free)} more than is free; lower num_kv_blocks or max_model_len, "
-        "or use more ranks"
+        f"{_size(-ranks[worst].free)} more than is free; lower num_gpu_blocks_override or "
+        "max_model_len, or use more ranks"
     )
 
 

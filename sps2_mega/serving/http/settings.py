@@ -1,23 +1,26 @@
-"""Defaults and flags of the HTTP server; those of the engine behind it are EngineConfig's."""
+"""Defaults and flags of the HTTP server; EngineConfig has the engine's."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
-from sps2_mega.config import EngineConfig, flag
+from sps2_mega.config import EngineConfig
+from sps2_mega.config_fields import flag, unflagged
 from sps2_mega.errors import ConfigError
 
-# Where EngineConfig sets no limit; a server without one would collect requests that nobody waits
-# for any more.
+# Where EngineConfig sets no limit: without one, a server would collect requests whose clients have
+# given up.
 DEFAULT_MAX_QUEUE = 256
-# Offline nobody reads along, so that EngineConfig never interrupts a prefill.
+# Offline nobody reads along, so EngineConfig's default never interrupts a prefill.
 DEFAULT_TBT_TARGET_MS = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Times in seconds. `api_key=None` lets everybody in, hence the loopback default of `host`.
+    """Settings of the HTTP front end; times in seconds.
+
+    `api_key=None` lets everybody in, hence the loopback default of `host`.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -33,12 +36,12 @@ class ServerConfig:
     served_model_name: str | None = flag(
         None, "the model's name for clients (default: the last part of --model)"
     )
-    request_timeout: float = flag(3600.0, "seconds from a request to the end of its answer")
-    max_body_bytes: int = flag(32 * 2**20, "largest request body")
+    request_timeout: float = unflagged(3600.0, "seconds from a request to the end of its answer")
+    max_body_bytes: int = unflagged(32 * 2**20, "largest request body")
     drain_timeout: float = flag(
         25.0, "seconds that running requests get after SIGTERM; launchers kill after 30"
     )
-    stream_keep_alive: float = flag(
+    stream_keep_alive: float = unflagged(
         10.0, "seconds of silence in a stream before a comment keeps proxies from closing it"
     )
 
@@ -61,13 +64,16 @@ class ServerConfig:
 
 
 def model_name(server: ServerConfig, model: str) -> str:
-    """What clients call the model."""
+    """Name of the model for clients."""
     return server.served_model_name or model.rstrip("/").rpartition("/")[2] or model
 
 
 def for_serving(config: EngineConfig) -> EngineConfig:
-    """The engine's configuration in a server: with a target for the time between tokens, where its
-    scheduler takes one and none was given."""
+    """The engine's configuration in a server.
+
+    Adds the server's target for the time between tokens where none was given and the scheduler
+    takes one.
+    """
     scheduler = config.scheduler
     if scheduler.policy == "sarathi" or scheduler.tbt_target_ms is not None:
         return config

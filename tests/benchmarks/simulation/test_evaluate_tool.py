@@ -11,9 +11,9 @@ import pytest
 from benchmarks import evaluate
 from benchmarks.evaluate import Stored
 from benchmarks.simulation.comparisons import WANTED
+from sps2_mega.cli import simulate
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.line_up import candidates
-from tools import simulate
 
 
 def items(*seconds, folder=None):

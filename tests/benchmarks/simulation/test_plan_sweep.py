@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import plan_sweep
 from benchmarks.simulation.combinations import COMBINATIONS, Combination
-from benchmarks.simulation.grid import everything, neighbours
+from sps2_mega.simulator.comparison.neighbours import everything, neighbours
 from sps2_mega.simulator.hardware import load_hardware
 from sps2_mega.simulator.line_up import Place, candidates
 from tests.unit.simulator.small_model import MODEL

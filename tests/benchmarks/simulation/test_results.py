@@ -7,8 +7,8 @@ import json
 import pytest
 
 from benchmarks.simulation import claims, results
-from benchmarks.simulation.setting import Outcome, layout_of
 from sps2_mega.config import CSAConfig
+from sps2_mega.simulator.comparison.setting import Outcome, layout_of
 from sps2_mega.simulator.system import System
 
 

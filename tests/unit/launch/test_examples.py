@@ -17,7 +17,7 @@ import yaml
 from fake_engine import FakeEngine
 from fake_server import serving
 
-from sps2_mega import cli
+from sps2_mega.cli.serve import serve_parser
 from sps2_mega.serving.http.settings import ServerConfig
 from sps2_mega.text.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ def serve_commands() -> dict[str, str]:
 @pytest.mark.parametrize("name", ["slurm", "systemd", "kubernetes"])
 def test_flags_of_the_examples_are_ours(name):
     command = serve_commands()[name].replace("${TP}", "2").replace("${SP}", "4")
-    parsed = vars(cli.serve_parser().parse_args(shlex.split(command)))
+    parsed = vars(serve_parser().parse_args(shlex.split(command)))
     assert (parsed["host"], parsed["port"]) == ("0.0.0.0", 8000)
     assert (parsed["parallel.tp"], parsed["parallel.sp"]) in [(2, 4), (4, 4)]
 
@@ -116,7 +116,7 @@ def test_kubernetes_names_fit_together():
     assert variables["MASTER_ADDR"] == "sps2-mega-0.sps2-mega-ranks"
     assert [port["port"] for port in ranks["ports"]] == [int(variables["MASTER_PORT"])]
     assert clients["ports"][0]["targetPort"] == main["ports"][0]["name"]
-    parsed = vars(cli.serve_parser().parse_args(shlex.split(serve_commands()["kubernetes"])))
+    parsed = vars(serve_parser().parse_args(shlex.split(serve_commands()["kubernetes"])))
     assert main["ports"][0]["containerPort"] == parsed["port"]
     nodes, per_node = int(variables["NODES"]), int(variables["RANKS"])
     assert (

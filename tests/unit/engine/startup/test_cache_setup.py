@@ -29,8 +29,8 @@ def test_configured_number_wins():
 @pytest.mark.parametrize(
     ("cache", "free", "words"),
     [
-        (CacheConfig(num_blocks=0), 0, ["num_kv_blocks", "0"]),
-        (CacheConfig(memory_fraction=1.5), 10**9, ["kv_memory_fraction", "1.5"]),
+        (CacheConfig(num_blocks=0), 0, ["num_gpu_blocks_override", "0"]),
+        (CacheConfig(memory_fraction=1.5), 10**9, ["gpu_memory_utilization", "1.5"]),
         (
             CacheConfig(memory_fraction=0.5),
             200 * MIB,

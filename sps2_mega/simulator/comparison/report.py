@@ -1,13 +1,12 @@
-"""Tables of simulated comparisons: each system's figures, and SPS2's gains beside the paper's
-claims."""
+"""Tables of simulated comparisons: figures of each system, and gains beside the paper's claims."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.simulation.setting import Outcome, Setting, layout_of
+from sps2_mega.simulator.comparison.setting import Outcome, Setting, layout_of
 
 BASELINE = "sarathi"
 BASELINES = (BASELINE, "sarathi-large", "sarathi-wide")
@@ -16,8 +15,10 @@ OURS = ("sps2", "sps2-yield", "sps2-csa", "sps2-split")
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One of the paper's ratios over Sarathi-Serve; `value` is taken from figures, `higher` where
-    more is better."""
+    """One of the paper's ratios over Sarathi-Serve.
+
+    `value` reads the figure of an outcome; `higher`: more is better.
+    """
 
     name: str
     ratio: float
@@ -43,16 +44,13 @@ CLAIMS = (
 
 
 def as_text(setting: Setting, outcomes: Sequence[Outcome]) -> str:
-    """A Markdown table, one row per system and rate; seconds, and thousands of tokens per
-    second."""
+    """Markdown table, a row per system and rate; seconds, and thousands of tokens per second."""
     lines = [
         f"{setting.name}: {len(setting.arrivals)} requests; limits {setting.limits.ttft_s:g} s "
-        "TTFT, "
-        f"{setting.limits.tbt_s:g} s TBT",
+        f"TTFT, {setting.limits.tbt_s:g} s TBT",
         "",
         "| rate | system | layout | TTFT mean | p99 | TBT mean | p99 | response | prefill kt/s | "
-        "decode kt/s | "
-        "good | busy | refused |",
+        "decode kt/s | good | busy | refused |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for outcome in outcomes:
@@ -77,8 +75,7 @@ def as_text(setting: Setting, outcomes: Sequence[Outcome]) -> str:
 def gains(
     outcomes: Iterable[Outcome], rate: float, ours: str, baseline: str = BASELINE
 ) -> dict[str, float | None]:
-    """Per claim, how many times better a system is than the baseline at one rate; below 1 it is
-    worse."""
+    """Gain of a system over the baseline at one rate, per claim; below 1 it is worse."""
     at = {outcome.system.name: outcome for outcome in outcomes if outcome.rate == rate}
     result: dict[str, float | None] = {}
     for claim in CLAIMS:
@@ -91,8 +88,7 @@ def gains(
 
 
 def ratio_table(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
-    """A Markdown table: a row per setting, rate, SPS2 system and baseline; the paper's claims in
-    the head."""
+    """Markdown table, a row per setting, rate, SPS2 system and baseline; claims in the head."""
     head = " | ".join(f"{claim.name} (paper {claim.ratio:g}x)" for claim in CLAIMS)
     lines = [f"| setting | rate | system | over | {head} |", "|---" * (4 + len(CLAIMS)) + "|"]
     for setting, outcomes in results:
@@ -107,7 +103,8 @@ def ratio_table(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
     return "\n".join(lines)
 
 
-def _two(spread: dict[str, float] | None, factor: float, unit: str) -> tuple[str, str]:
+def _two(spread: Mapping[str, float] | None, factor: float, unit: str) -> tuple[str, str]:
     if spread is None:
         return "", ""
-    return tuple(f"{spread[key] * factor:.3g} {unit}" for key in ("mean", "p99"))  # type: ignore[return-value]
+    mean, p99 = (f"{spread[key] * factor:.3g} {unit}" for key in ("mean", "p99"))
+    return mean, p99

@@ -1,5 +1,4 @@
-"""Pictures of a simulated comparison: waiting times against rate, ratios to the baseline, where
-time goes."""
+"""Pictures of a simulated comparison: waiting times, ratios to the baseline, shares of time."""
 
 from __future__ import annotations
 
@@ -7,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulation.report import CLAIMS, OURS, gains
-from benchmarks.simulation.setting import Outcome
+from sps2_mega.simulator.comparison.report import CLAIMS, OURS, gains
+from sps2_mega.simulator.comparison.setting import Outcome
 
 _CURVES = (("ttft_s", "TTFT"), ("tbt_s", "TBT"), ("response_s", "response time"))
 
 
 def draw(setting: str, outcomes: Sequence[Outcome], path: Path) -> None:
-    """Writes a PNG of six panels; `setting` is its title."""
+    """Write a PNG of six panels with `setting` as its title; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,7 +51,7 @@ def draw(setting: str, outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def _ratios(panel: Any, outcomes: Sequence[Outcome], rate: float) -> None:
-    """How many times better than the baseline, and what the paper claims."""
+    """Gains over the baseline beside the paper's claims."""
     present = [name for name in OURS if any(o.system.name == name for o in outcomes)]
     for place, name in enumerate(present):
         found = gains(outcomes, rate, name)

@@ -1,5 +1,4 @@
-"""One comparison: what is served where, and what came out of it. Plain values; nothing is computed
-here."""
+"""One comparison as plain values: its setting, and the outcome of each system at each rate."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from sps2_mega.simulator.system import System
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """`arrivals` come at rate 1; `arguments` are the command line, for the record."""
+    """Workload, cluster and systems; `arrivals` at rate 1, `arguments` for the record."""
 
     name: str
     place: Place
@@ -32,7 +31,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One system at one rate; `wall_s` is what the simulation took."""
+    """Figures of one system at one rate; `wall_s` is the simulation's own time in seconds."""
 
     system: System
     rate: float
@@ -49,9 +48,9 @@ class Outcome:
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> Outcome:
-        """What `as_json` wrote."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["system"].items()}
-        csa = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("csa").items()}
+        """Inverse of `as_json`."""
+        values = _with_tuples(entry["system"])
+        csa = _with_tuples(values.pop("csa"))
         return Outcome(
             system=System(**values, csa=CSAConfig(**csa)),
             rate=entry["rate"],
@@ -60,8 +59,12 @@ class Outcome:
         )
 
 
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
 def rounded(value: Any) -> Any:
-    """Floats to five digits, in whatever is nested."""
+    """The value with all floats in it at five digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
@@ -70,7 +73,7 @@ def rounded(value: Any) -> Any:
 
 
 def layout_of(system: System) -> str:
-    """A system's layout in a few characters, as tables show it."""
+    """Layout of a system in a few characters, for tables."""
     text = f"{system.replicas} x tp{system.tp}" + (f" sp{system.sp}" if system.sp > 1 else "")
     if system.dcp > 1:
         text += f" dcp{system.dcp}"

@@ -1,5 +1,4 @@
-"""Settings of systems near a given one, and all there are of a place: what a planner refines with,
-and is held against.
+"""Neighbouring settings of a system, for a search, and all settings of a place, to check it.
 
 A neighbour differs in one knob: chunk size, target between tokens, number of engines, GPUs that
 decode, degree of TP where sequences decode. Decides no order.
@@ -21,8 +20,7 @@ DECODE_EIGHTHS = (1, 2, 4, 6)  # of the GPUs
 
 
 def neighbours(system: System, place: Place) -> list[System]:
-    """Settings that differ from `system` in one knob and fit the place; itself is not among
-    them."""
+    """Settings that differ from `system` in one knob and fit the place, without itself."""
     found = []
     for other in _changed(system, place):
         if other.num_gpus <= place.gpus and _fits(other, place) and other != system:
@@ -69,7 +67,7 @@ def _split(system: System, place: Place) -> Iterator[System]:
 
 
 def _with_sp(system: System, sp: int, place: Place) -> System:
-    """With as many CSA degrees as the SP levels then need, where it had any."""
+    """The system at another SP degree, with the CSA degrees that its SP levels then need."""
     other = system.replace(sp=sp)
     if system.csa.exact or not _fits(other, place):
         return other
@@ -77,7 +75,7 @@ def _with_sp(system: System, sp: int, place: Place) -> System:
 
 
 def _fits(system: System, place: Place) -> bool:
-    """Whether SP fills whole nodes."""
+    """True if SP fills whole nodes."""
     try:
         place.hardware.sp_machine(system.tp, system.sp)
     except ConfigError:

@@ -1,0 +1,1 @@
+"""Systems side by side on one workload: settings, runs, tables, pictures, and the best setting."""
