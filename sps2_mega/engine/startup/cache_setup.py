@@ -164,10 +164,10 @@ def num_kv_blocks(
     """
     if cache.num_blocks is not None:
         if cache.num_blocks < 1:
-            raise ConfigError(f"num_kv_blocks must be at least 1, got {cache.num_blocks}")
+            raise ConfigError(f"num_gpu_blocks_override must be at least 1, got {cache.num_blocks}")
         return cache.num_blocks
     if not 0.0 < cache.memory_fraction <= 1.0:
-        raise ConfigError(f"kv_memory_fraction must be in (0, 1], got {cache.memory_fraction}")
+        raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {cache.memory_fraction}")
     available = int(free_bytes * cache.memory_fraction) - activation_bytes
     blocks = min(available // bytes_per_block, useful_blocks)
     if blocks < 1:
@@ -176,7 +176,7 @@ def num_kv_blocks(
             f"{cache.memory_fraction:.0%} of it may be used, activations need about "
             f"{activation_bytes / 2**20:.0f} MiB, one block needs {bytes_per_block / 2**20:.2f} "
             "MiB. "
-            "Raise kv_memory_fraction, lower max_prefill_tokens, or use more ranks"
+            "Raise gpu_memory_utilization, lower max_num_batched_tokens, or use more ranks"
         )
     return blocks
 
