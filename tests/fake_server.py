@@ -25,14 +25,14 @@ from sps2_mega.serving.http.settings import ServerConfig
 MODEL = "fake"
 FACTS = ServedFacts(
     world_size=6,
-    sides=(RankPool(name="all", first=0, tp=2, sp=3),),
+    pools=(RankPool(name="all", first=0, tp=2, sp=3),),
     sp_levels=(3,),
     device="cpu",
     dtype="float32",
     transport="ring",
     max_model_len=64,
     block_size=16,
-    kv_sides=(KVUse(pool="all", blocks_per_rank=10, used_per_rank=(0, 0, 0)),),
+    kv_pools=(KVUse(pool="all", blocks_per_rank=10, used_per_rank=(0, 0, 0)),),
     memory=tuple(
         RankMemory(weights=2**30, kv_cache=2**29, activations=2**28, free=rank * 2**30)
         for rank in range(6)

@@ -155,14 +155,14 @@ def _served_model(engine: Driver, started: StartedRank) -> ServedModel:
         refusal=engine.refusal,
         facts=ServedFacts(
             world_size=len(started.memory),
-            sides=started.pools,
+            pools=started.pools,
             sp_levels=started.sp_levels,
             device=started.compute.device.type,
             dtype=_dtype_name(started),
             transport=started.transport,
             max_model_len=engine.max_model_len,
             block_size=started.config.cache.block_size,
-            kv_sides=engine.stats().kv_pools,
+            kv_pools=engine.stats().kv_pools,
             memory=started.memory,
         ),
     )
@@ -179,12 +179,12 @@ def _memory_text(started: StartedRank) -> str:
 
 
 def _ready_line(url: str, name: str, engine: Driver, started: StartedRank, seconds: float) -> str:
-    sides = ", ".join(
-        f"{'' if side.name == 'all' else f'{side.name} '}tp={side.tp} sp={side.sp}"
-        for side in started.pools
+    pools = ", ".join(
+        f"{'' if pool.name == 'all' else f'{pool.name} '}tp={pool.tp} sp={pool.sp}"
+        for pool in started.pools
     )
     return (
-        f"sps2_mega is ready: {name} at {url}/v1, {sides} on "
+        f"sps2_mega is ready: {name} at {url}/v1, {pools} on "
         f"{started.compute.device.type} in {_dtype_name(started)}, context "
         f"{engine.max_model_len} tokens, "
         f"page at {url}/, after {seconds:.1f} s\n"

@@ -169,7 +169,7 @@ def test_status_in_every_state(tokenizer) -> None:
         assert status["reason"] == "rank 1 died"
 
 
-def test_both_sides_of_a_job_in_status_and_metrics(tokenizer) -> None:
+def test_both_pools_of_a_job_in_status_and_metrics(tokenizer) -> None:
     engine = FakeEngine(tokenizer)
     engine.kv_pools = (
         KVUse(pool="prefill", blocks_per_rank=10, used_per_rank=(0, 5)),

@@ -61,7 +61,7 @@ def test_numbers_of_the_server(browser, server) -> None:
     assert browser.console() == []
 
 
-def test_both_sides_of_a_job(browser, server) -> None:
+def test_both_pools_of_a_job(browser, server) -> None:
     one_pool = server.engine.kv_pools
     server.engine.kv_pools = (
         KVUse(pool="prefill", blocks_per_rank=10, used_per_rank=(4,)),

@@ -47,19 +47,19 @@ class State(enum.StrEnum):
 class ServedFacts:
     """Facts for monitoring: ranks and their memory, and the KV cache before the first step.
 
-    `sides` are the rank pools: one of all ranks, or the prefill and decode pools.
+    `pools` are one pool of all ranks, or the prefill pool and the decode pool.
     Levels and transport are those of the first pool.
     """
 
     world_size: int
-    sides: tuple[RankPool, ...]
+    pools: tuple[RankPool, ...]
     sp_levels: tuple[int, ...]
     device: str
     dtype: str
     transport: str
     max_model_len: int
     block_size: int
-    kv_sides: tuple[KVUse, ...]
+    kv_pools: tuple[KVUse, ...]
     memory: tuple[RankMemory, ...]
 
 

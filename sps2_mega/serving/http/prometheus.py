@@ -106,10 +106,10 @@ class ServerMetrics:
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
-        for side in stats.kv_pools:
-            for rank, used in enumerate(side.used_per_rank):
-                gauge = self._rank_kv_usage.labels(self._model_name, side.pool, str(rank))
-                gauge.set(used / max(1, side.blocks_per_rank))
+        for use in stats.kv_pools:
+            for rank, used in enumerate(use.used_per_rank):
+                gauge = self._rank_kv_usage.labels(self._model_name, use.pool, str(rank))
+                gauge.set(used / max(1, use.blocks_per_rank))
         for counter, name in (
             (self._prompt, "prompt_tokens"),
             (self._cached, "cached_tokens"),

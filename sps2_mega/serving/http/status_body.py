@@ -154,7 +154,7 @@ def status_of(
 def _layout(facts: ServedFacts) -> Layout:
     return Layout(
         world_size=facts.world_size,
-        sides=[PoolLayout(name=side.name, tp=side.tp, sp=side.sp) for side in facts.sides],
+        sides=[PoolLayout(name=pool.name, tp=pool.tp, sp=pool.sp) for pool in facts.pools],
         sp_levels=list(facts.sp_levels),
         device=facts.device,
         dtype=facts.dtype,
@@ -173,16 +173,16 @@ def _layout(facts: ServedFacts) -> Layout:
 
 
 def _kv_cache(async_engine: AsyncEngine, facts: ServedFacts) -> KVCache:
-    sides = facts.kv_sides if async_engine.stats is None else async_engine.stats.kv_pools
+    pools = facts.kv_pools if async_engine.stats is None else async_engine.stats.kv_pools
     return KVCache(
         block_size=facts.block_size,
         sides=[
             PoolKVCache(
-                name=side.pool,
-                blocks_per_rank=side.blocks_per_rank,
-                used_per_rank=list(side.used_per_rank),
+                name=use.pool,
+                blocks_per_rank=use.blocks_per_rank,
+                used_per_rank=list(use.used_per_rank),
             )
-            for side in sides
+            for use in pools
         ],
     )
 
