@@ -79,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--sp", type=int, default=1)
     found.add_argument(
         "--flags",
-        default="--dtype float32 --num-gpu-blocks-override 2048 --no-enable-prefix-caching --tbt-target-ms 0",
+        default="--dtype float32 --num-gpu-blocks-override 2048 "
+        "--no-enable-prefix-caching --tbt-target-ms 0",
         help="of both engines; by default both prefill without giving way, so that they take the "
         "same steps",
     )

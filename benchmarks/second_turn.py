@@ -6,7 +6,7 @@
 The first turn is a prompt of `--tokens` tokens and a short answer; the second adds a question of
 `--question` tokens to all that. With prefix caching only the new tokens are computed, so `ratio`
 (second / first time to the first token) should be near `new_tokens / tokens`, plus what those
-tokens attend to. `--no-prefix-caching` shows the cost without it.
+tokens attend to. `--no-enable-prefix-caching` shows the cost without it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--sp", type=int, default=1)
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--scheduler", default="sps2")
-    parser.add_argument("--no-prefix-caching", action="store_true")
+    parser.add_argument("--no-enable-prefix-caching", dest="no_prefix_caching", action="store_true")
     parser.add_argument("--threads", type=int, default=1, help="per rank, on CPU")
     parser.add_argument("--save", action="store_true", help="write docs/results/second_turn.json")
     args = parser.parse_args()

@@ -96,7 +96,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--context", type=int, default=32768, help="tokens, for --model stretched")
     found.add_argument(
         "--flags",
-        default="--device cpu --dtype float32 --num-gpu-blocks-override 6144 --no-enable-prefix-caching",
+        default="--device cpu --dtype float32 "
+        "--num-gpu-blocks-override 6144 --no-enable-prefix-caching",
     )
     found.add_argument("--prompt-len", type=int, default=8192)
     found.add_argument("--prompts", type=int, default=3, help="long ones per round")

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+_VOCAB_SIZE = 32000
 # Llama-like, 200,827,904 parameters.
 DUMMY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -16,7 +17,7 @@ DUMMY_LLAMA = {
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 64,
-    "vocab_size": 32000,
+    "vocab_size": _VOCAB_SIZE,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
@@ -42,10 +43,7 @@ def source_prompts(count: int, shortest: int, longest: int) -> list[str]:
 def random_prompts(lengths: tuple[int, ...], seed: int) -> list[list[int]]:
     """Token ids of the dummy Llama, without its special tokens."""
     generator = random.Random(seed)
-    return [
-        [generator.randrange(3, DUMMY_LLAMA["vocab_size"]) for _ in range(length)]  # type: ignore[call-overload]
-        for length in lengths
-    ]
+    return [[generator.randrange(3, _VOCAB_SIZE) for _ in range(length)] for length in lengths]
 
 
 def save_dummy_llama(folder: Path) -> str:
