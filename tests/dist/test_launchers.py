@@ -13,7 +13,7 @@ import pytest
 from launched import LaunchedJob, launch_command, launched, node_command, parent_of
 from netns import cut_cable, two_nodes
 
-PROGRAM = str(Path(__file__).with_name("watchdog_rank.py"))
+PROGRAM = str(Path(__file__).parent / "comm" / "watchdog_rank.py")
 LAUNCHERS = ["torchrun", "deepspeed"]
 LIMIT_S = 15.0
 
