@@ -8,7 +8,7 @@ from rank_threads import RankThreads
 
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import build_layout
-from sps2_mega.attention.levels import transport as leveled
+from sps2_mega.attention.levels import transport as by_levels
 from sps2_mega.attention.pipeline.executor import plain_pipeline
 from sps2_mega.attention.planner.by_level import (
     CANDIDATES,
@@ -188,10 +188,10 @@ def test_bytes_are_those_that_travel(names, monkeypatch):
     pattern = csa(spans=(24,), sinks=0, halo=0, tail=0, degrees=(1, 2))
     layout = layout_of([[block // 6 for block in range(24)]], [tokens])
     threads = CountedThreads(4)
-    monkeypatch.setattr(leveled, "post_all_to_all", threads.post_all_to_all)
+    monkeypatch.setattr(by_levels, "post_all_to_all", threads.post_all_to_all)
 
     def on_rank(group):
-        transport = leveled.HierarchicalTransport(
+        transport = by_levels.HierarchicalTransport(
             layout,
             [pattern],
             [tokens],
