@@ -32,6 +32,7 @@ def compare(pattern: Any, tokens: int, shape: tuple[int, int, int], repeats: int
     import torch
 
     from sps2_mega.attention.csa.pieces import csa_pieces
+    from sps2_mega.attention.layout.causal_pairs import causal_pairs
     from sps2_mega.attention.planner.sparse_volume import flops_ratio
     from sps2_mega.kernels.csa.sdpa import attend_pieces
 
@@ -68,7 +69,7 @@ def compare(pattern: Any, tokens: int, shape: tuple[int, int, int], repeats: int
     share, cpu_share = (
         result["csa"][clock] / result["dense"][clock] for clock in ("seconds", "cpu_seconds")
     )
-    dense_flops = 4 * width * heads * (tokens * (tokens + 1) // 2)
+    dense_flops = 4 * width * heads * causal_pairs(range(tokens))
     result["dense"]["gflops_per_s"] = 1e-9 * dense_flops / result["dense"]["seconds"]
     result["csa"]["gflops_per_s"] = 1e-9 * dense_flops * ratio / result["csa"]["seconds"]
     return result | {

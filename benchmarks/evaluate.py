@@ -1,15 +1,15 @@
-"""Makes the simulated results anew, and all tables and pictures of docs/evaluation.md.
+"""Simulate the stored comparisons again, and make all tables and pictures of docs/evaluation.md.
 
-    python benchmarks/evaluate.py              what fits into --minutes: stored comparisons, the quickest ones first
-    python benchmarks/evaluate.py --full       all of them, and the planner against an exhaustive sweep (about 20 minutes on two
-                                          cores); what was interrupted goes on, unless --again is
-                                          given
-    python benchmarks/evaluate.py --list       what would run, and how long it took last time
+    python benchmarks/evaluate.py           stored comparisons that fit into --minutes, the quickest
+                                            first
+    python benchmarks/evaluate.py --full    all of them, and `sps2 plan` against an exhaustive
+                                            sweep (about 20 minutes on two cores); continues an
+                                            interrupted run unless --again is given
+    python benchmarks/evaluate.py --list    what would run, and how long it took last time
 
-A stored comparison (docs/results/simulated-*.json) has its own arguments; it is simulated again
-with those, by the code as it is now, and replaced; what is wanted and not stored yet has them in
-`simulation.comparisons`. Measured results are not touched. Decides what is run when; how is
-`sps2_mega.cli.simulate`'s.
+A stored comparison (docs/results/simulated-*.json) keeps its arguments; the current code simulates
+it again with those and replaces it. What is wanted and not stored yet has its arguments in
+`simulation.comparisons`. Measured results are not touched. `sps2_mega.cli.simulate` does the work.
 """
 
 from __future__ import annotations
@@ -41,18 +41,17 @@ from sps2_mega.cli import simulate
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.comparison.runs import document, run
 
-# Systems that every comparison has, also where it was stored before there were such.
+# Systems of every comparison, also of those stored before these existed.
 ALWAYS = ("sps2-yield",)
-_TUNING = 3.0  # all of a run over its last part, where only that was stored
+_TUNING = 3.0  # a whole run takes so many times its last part, where only that was stored
 _UNKNOWN_S = 300.0  # of one that was never run: too long for what fits into a few minutes
-_SWEEP = "planner: "  # before the names of combinations
-UNFINISHED = ROOT / "out" / "evaluate.json"  # what an interrupted --full has done
+_SWEEP = "planner: "  # prefix of the names of combinations
+UNFINISHED = ROOT / "out" / "evaluate.json"  # done by an interrupted --full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One result file: the command line that makes it, and about how long that takes on one
-    core."""
+    """One result file, the command line that makes it, and its rough duration on one core."""
 
     path: Path
     arguments: dict[str, Any]
@@ -102,8 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 def all_tasks(
     known: Sequence[Stored], args: argparse.Namespace
 ) -> dict[str, Callable[[], dict[str, Any] | None]]:
-    """By name, the longest first: every comparison, or those of --only, and without that the
-    planner's sweep."""
+    """Tasks by name, the longest first: all comparisons or those of --only, else also the sweep."""
     chosen = [item for item in reversed(known) if not args.only or item.name in args.only]
     tasks: dict[str, Callable[[], dict[str, Any] | None]] = {
         item.name: partial(again, item) for item in chosen
@@ -114,7 +112,7 @@ def all_tasks(
 
 
 def stored() -> list[Stored]:
-    """All comparisons of docs/results, and those that are wanted there, the quickest first."""
+    """All comparisons stored in docs/results or wanted there, the quickest first."""
     found = []
     for path in results.paths():
         content = json.loads(path.read_text())
@@ -131,7 +129,7 @@ def stored() -> list[Stored]:
 
 
 def selected(known: Sequence[Stored], args: argparse.Namespace) -> list[Stored]:
-    """Those that are run.
+    """Comparisons to run.
 
     Raises:
         ConfigError: there is no comparison of a given name, or a number makes no sense.
@@ -174,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 def _completed(
     tasks: dict[str, Callable[[], dict[str, Any] | None]], args: argparse.Namespace
 ) -> Iterator[str]:
-    """Names, as they are done and stored."""
+    """Run all tasks and yield the name of each once it is stored."""
     with (
         workers(args.jobs) as pool,
         tqdm(total=len(tasks), unit="comparison", disable=args.quiet) as bar,
@@ -190,7 +188,7 @@ def _completed(
 
 
 def again(item: Stored) -> None:
-    """Simulates one comparison with its own arguments and replaces its file."""
+    """Simulate one comparison with its own arguments and replace its file."""
     args = arguments_of(item)
     began = time.perf_counter()
     setting = simulate.setting_of(args)
@@ -203,7 +201,7 @@ def again(item: Stored) -> None:
 
 
 def arguments_of(item: Stored) -> argparse.Namespace:
-    """The stored command line, with defaults for flags that came later."""
+    """The stored command line, with defaults for flags that are newer."""
     args = simulate.parser().parse_args([])
     for name, value in item.arguments.items():
         setattr(args, name, value)
@@ -212,7 +210,7 @@ def arguments_of(item: Stored) -> argparse.Namespace:
 
 
 def _documents() -> None:
-    """Everything that is made of stored results, measured ones included."""
+    """Write everything that is made of stored results, measured ones included."""
     from benchmarks import validate_cluster
 
     results.main()

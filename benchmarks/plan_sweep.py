@@ -1,13 +1,13 @@
-"""Holds the planner against an exhaustive sweep: 20 combinations of model, hardware and trace that
-nothing was tuned on.
+"""Compare `sps2 plan` with an exhaustive sweep, on 20 combinations that nothing was tuned on.
 
-    python benchmarks/plan_sweep.py --save            what is not stored yet: an interrupted sweep goes on
+    python benchmarks/plan_sweep.py --save            what is not stored yet; continues a sweep
     python benchmarks/plan_sweep.py --save --again    all of them (15 minutes on one core)
 
-The planner (`sps2 plan`) sees the first part of a trace and chooses. The next part, of as many
-requests, is then served by its choice and by every setting there is (sps2_mega.simulator.comparison.neighbours);
-regret is what the choice lacks of the best goodput there. Each row is written as it is done. With
---save they are docs/results/planner-sweep.json and a table of docs/evaluation.md.
+`sps2 plan` sees the first part of a trace and chooses a setting. The next part, of as many
+requests, is then served by its choice and by every setting
+(`sps2_mega.simulator.comparison.neighbours`); regret is what the choice lacks of the best goodput
+there. Each row is written once it is done. With --save they are docs/results/planner-sweep.json and
+a table of docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def stored(path: Path = SAVED) -> list[dict[str, Any]]:
-    """The rows of a file, of combinations that are still asked for, in the order of
-    `COMBINATIONS`."""
+    """Rows of a file whose combinations are still wanted, in the order of `COMBINATIONS`."""
     if not path.is_file():
         return []
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
@@ -97,8 +96,7 @@ def stored(path: Path = SAVED) -> list[dict[str, Any]]:
 
 
 def keep(row: dict[str, Any], path: Path, command: str) -> None:
-    """Adds a row to a file, or replaces it there. What is written stays readable, whatever comes
-    next."""
+    """Add a row to a file, or replace it; the file is readable at any moment."""
     rows = [each for each in stored(path) if each["name"] != row["name"]]
     content = {
         "command": f"python benchmarks/plan_sweep.py {command}".strip(),
@@ -112,7 +110,7 @@ def keep(row: dict[str, Any], path: Path, command: str) -> None:
 
 
 def swept(combination: Combination) -> dict[str, Any]:
-    """One row: the planner's choice on the first part, and it and all others on the second.
+    """One row: the choice from the first part of the trace, and all settings on the second.
 
     Raises:
         ConfigError: a name is unknown, or nothing fits.
@@ -172,14 +170,14 @@ def write_document() -> None:
 
 
 def written(text: str) -> str:
-    """The document with the table of what is stored."""
+    """The document with the table of stored rows."""
     return with_part(text, BEGIN, END, section(stored()))
 
 
 def _problem(
     combination: Combination,
 ) -> tuple[Place, list[Arrival], list[Arrival], Limits]:
-    """Where, what the planner sees, what comes then (from time 0), and the limits."""
+    """Place, requests that `sps2 plan` sees, requests after those (from time 0), and limits."""
     hardware = load_hardware(combination.hardware, inter_node=combination.link)
     model = named_model_file(combination.model).config
     place = Place(

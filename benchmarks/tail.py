@@ -67,6 +67,7 @@ def _job(pipe: Any, model: str, tokens: int, sp: int, tail: int) -> None:
 def computed(args: argparse.Namespace) -> dict[str, Any]:
     """Tail's shares in a prefill with contiguous shards, cells of one rank and degrees 1,4."""
     from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
+    from sps2_mega.attention.layout.causal_pairs import causal_pairs
     from sps2_mega.attention.layout.token_layout import build_layout
     from sps2_mega.attention.planner.by_level import visible_between
     from sps2_mega.checkpoint.model_file import named_model_file
@@ -92,7 +93,7 @@ def computed(args: argparse.Namespace) -> dict[str, Any]:
     body = visible_between(layout, [pattern], starts, range(model.num_kv_heads))
     per_kv_head = model.num_heads // model.num_kv_heads
     body_pairs = sum(pair.pairs for pair in body.values()) * per_kv_head
-    tail_pairs = sum(range(starts[0] + 1, tokens + 1)) * model.num_heads
+    tail_pairs = causal_pairs(range(starts[0], tokens)) * model.num_heads
     width, item = model.head_dim, 2
     body_bytes = sum(p.key_rows * 2 * width * item for (a, b), p in body.items() if a != b)
     tail_bytes = args.tail * model.num_heads * (2 * width * item + 4) * (ranks - 1)

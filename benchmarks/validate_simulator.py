@@ -1,9 +1,8 @@
-"""Holds the simulator against published measurements; writes the table of docs/evaluation.md and a
-JSON of it.
+"""Compare the simulator with published measurements, in a table of docs/evaluation.md and as JSON.
 
-python benchmarks/validate_simulator.py            (a test checks that the table is current)
+    python benchmarks/validate_simulator.py            (a test checks that the table is current)
 
-Decides how the comparison is shown; what is compared is `benchmarks.simulation.published`.
+The published figures are in `benchmarks.simulation.published`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ BEGIN, END = (
 
 
 def table() -> str:
-    """The Markdown table of all published figures, and what was fitted."""
+    """Markdown table of all published figures and of the fitted constants."""
     hardware = load_hardware("h100-meta")
     efficiency, latency_s = fitted(hardware)
     lines = [
@@ -52,7 +51,7 @@ def table() -> str:
 
 
 def document_with(text: str, new_table: str) -> str:
-    """`text` with what is between the markers replaced."""
+    """Replace what is between the markers in `text`."""
     return with_part(text, BEGIN, END, new_table)
 
 

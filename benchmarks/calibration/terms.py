@@ -30,6 +30,7 @@ from torch import Tensor
 from benchmarks.calibration.links import MeasuredLink, measured_links, middle_links
 from benchmarks.calibration.steps import BUNDLED, decode_steps, probe_for, start_on_probe
 from benchmarks.calibration.timer import PEAK_WIDTH, Timer
+from sps2_mega.attention.layout.causal_pairs import causal_pairs
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.config import ModelConfig
 from sps2_mega.engine.startup.machine_probe import attention_speed
@@ -38,7 +39,6 @@ from sps2_mega.kernels.attention.sdpa import attend_run
 from sps2_mega.kernels.paged_decode.dispatch import paged_decode, prepare
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.launcher import LaunchInfo
-from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.model_size import model_size
 
 _LAYERS = 2  # of the timed model: more would measure the same again
@@ -187,7 +187,7 @@ def _attention_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:
 
     q, k, v = made(model.num_heads), made(model.num_kv_heads), made(model.num_kv_heads)
     seconds = timer.agreed(lambda: attend_run(q, k, v, scale=1.0, q_start=0))
-    return 4.0 * model.head_dim * model.num_heads * causal_pairs(0, tokens) / seconds
+    return 4.0 * model.head_dim * model.num_heads * causal_pairs(range(tokens)) / seconds
 
 
 def _kv_rate(model: ModelConfig, tokens: int, timer: Timer) -> float:

@@ -18,6 +18,7 @@ from benchmarks.gpu import device_time
 from benchmarks.gpu.part import Part
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.csa.pieces import csa_pieces
+from sps2_mega.attention.layout.causal_pairs import causal_pairs
 from sps2_mega.attention.planner.sparse_volume import flops_ratio
 from sps2_mega.checkpoint.resolve import resolve_model
 from sps2_mega.kernels.attention.sdpa import attend_run
@@ -33,7 +34,7 @@ def run(part: Part) -> None:
             torch.randn(tokens, heads, model.head_dim, dtype=part.dtype, device=part.device)
             for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
         )
-        flops = 4.0 * model.head_dim * model.num_heads * (tokens * (tokens + 1) // 2)
+        flops = 4.0 * model.head_dim * model.num_heads * causal_pairs(range(tokens))
         scale = model.head_dim**-0.5
         for name, attend in _dense(part, q, k, v, scale).items():
             part.case(

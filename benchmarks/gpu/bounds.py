@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sps2_mega.attention.layout.causal_pairs import causal_pairs
 from sps2_mega.checkpoint.canonical import num_parameters
 from sps2_mega.config import ModelConfig
 
@@ -17,7 +18,7 @@ def linear_flops(model: ModelConfig, tokens: int) -> float:
 
 def attention_flops(model: ModelConfig, tokens: int) -> float:
     """FLOPs of exact causal attention over a whole prompt: both products, visible pairs only."""
-    pairs = tokens * (tokens + 1) // 2
+    pairs = causal_pairs(range(tokens))
     return 4.0 * model.head_dim * model.num_heads * pairs * model.num_layers
 
 

@@ -13,6 +13,7 @@ def csa(bench: Bench, far_degree: int) -> dict[str, Any]:
     import torch
 
     from sps2_mega.attention.csa.pieces import csa_pieces
+    from sps2_mega.attention.layout.causal_pairs import causal_pairs
     from sps2_mega.attention.planner.sparse_volume import flops_ratio
     from sps2_mega.kernels.csa.dispatch import attend_pieces
 
@@ -35,7 +36,7 @@ def csa(bench: Bench, far_degree: int) -> dict[str, Any]:
     }
     times = bench.times(libraries(dense, bench.device) | ours)
     ratio = flops_ratio(pattern, **where)
-    flops = 4 * WIDTH * HEADS * (tokens * (tokens + 1) // 2)
+    flops = 4 * WIDTH * HEADS * causal_pairs(range(tokens))
     result: dict[str, Any] = {"degrees": [1, far_degree], "flops_ratio": ratio, "seconds": times}
     result["tflops_per_s"] = {
         name: 1e-12 * flops * (ratio if name in ours else 1.0) / taken

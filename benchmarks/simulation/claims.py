@@ -1,10 +1,8 @@
-"""The paper's claims beside what was found here: a table of docs/evaluation.md, made of stored
-results alone.
+"""The paper's claims beside our ratios: a table of docs/evaluation.md, from stored results alone.
 
 Simulated: every SPS2 system against chunked prefill, at every rate of every stored comparison
 (docs/results/simulated-*). Measured: replays of a trace (replay.json) and single prompts on an idle
-cluster (cluster.json), both emulated. Decides what is put beside what; the ratios are `report`'s
-and `replay_figures`'.
+cluster (cluster.json), both emulated. `report` and `trace_replay.figures` compute the ratios.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ _WHY = {
 
 
 def table(stored: Sequence[tuple[str, Sequence[Outcome]]], folder: Path) -> str:
-    """Markdown; `folder` has the measured results."""
+    """Markdown table; `folder` has the measured results."""
     replays, cluster = _read(folder / "replay.json"), _read(folder / "cluster.json")
     lines = [
         "| claim of the paper | ours, simulated | ours, measured on the emulated cluster | why |",
@@ -83,7 +81,7 @@ def _simulated(claim: Claim, stored: Sequence[tuple[str, Sequence[Outcome]]]) ->
 def _gains(
     claim: Claim, stored: Sequence[tuple[str, Sequence[Outcome]]], baseline: str
 ) -> Iterator[tuple[float, str]]:
-    """(gain, where) of all our systems."""
+    """Yield (gain, where) of all our systems."""
     for setting, outcomes in stored:
         for rate in sorted({outcome.rate for outcome in outcomes}):
             for ours in OURS:
@@ -109,8 +107,10 @@ def _measured(
 
 
 def _single_prompts(cluster: Mapping[str, Any]) -> Iterator[str]:
-    """Of each model at its fastest and its slowest link: chunked prefill over TP against the best
-    exact and sparse SP."""
+    """Ratios of the best exact and sparse SP to chunked prefill over TP.
+
+    For each model at its fastest and at its slowest link.
+    """
     for run in cluster["runs"]:
         curves = run["curves"]
         chunked = next((name for name in curves if name.startswith("tp-chunked")), None)

@@ -1,5 +1,6 @@
-"""The combinations of model, hardware and trace that the planner is held against
-(`benchmarks/plan_sweep.py`): nothing was tuned on them. Decides nothing else.
+"""Combinations of model, hardware and trace for `benchmarks/plan_sweep.py`.
+
+Nothing was tuned on them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
-    """`rate` and `length` times the trace's; limits in seconds."""
+    """One combination; `rate` and `length` multiply those of the trace, limits are in seconds."""
 
     model: str
     hardware: str

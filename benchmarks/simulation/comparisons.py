@@ -1,9 +1,8 @@
-"""Comparisons that the evaluation wants: name of the result file -> flags of tools/simulate.py.
+"""Comparisons of the evaluation: name of the result file -> flags of `sps2 simulate`.
 
-A stored result has its own arguments; these are for what is not stored yet. Together with the
-stored ones they have every model, trace and link that the evaluation names, and Poisson arrivals,
-shared prefixes and vLLM-like decode context parallelism once each. Decides nothing about how they
-are run (`benchmarks/evaluate.py`).
+A stored result keeps its arguments; these serve until there is one. Together with the stored ones
+they cover every model, trace and link that the evaluation names, and Poisson arrivals, shared
+prefixes and vLLM-like decode context parallelism once each. `benchmarks/evaluate.py` runs them.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from __future__ import annotations
 _OURS = "sps2 sps2-yield sps2-csa sps2-split"
 
 WANTED = {
-    "llama-3-8b-h200-servegen": "--model llama-3-8b --hardware h200 --gpus 8 --trace servegen --requests 80 --rates 1 4 "
-    f"--tune-on 20 --systems sarathi sarathi-large ring {_OURS}",
+    "llama-3-8b-h200-servegen": "--model llama-3-8b --hardware h200 --gpus 8 --trace servegen "
+    f"--requests 80 --rates 1 4 --tune-on 20 --systems sarathi sarathi-large ring {_OURS}",
     "mistral-7b-h100-conversation": "--model mistral-7b --hardware h100 --gpus 8 --trace "
     "azure-conversation "
     f"--requests 120 --rates 2 8 --tune-on 25 --systems sarathi sarathi-large ulysses {_OURS}",

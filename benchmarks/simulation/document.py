@@ -1,5 +1,4 @@
-"""Generated parts of docs/evaluation.md: each stands between two comment lines, the rest of the
-document is written by hand."""
+"""Generated parts of docs/evaluation.md, each between two comment lines."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ EVALUATION = ROOT / "docs" / "evaluation.md"
 
 
 def with_part(text: str, begin: str, end: str, part: str) -> str:
-    """`text` with what is between the lines `begin` and `end` replaced by `part`.
+    """Replace what is between the lines `begin` and `end` of `text` by `part`.
 
     Raises:
         SystemExit: the lines are not there.

@@ -1,9 +1,8 @@
-"""The two constants that are fitted to published figures, made anew: what the hardware file should
-say.
+"""Fit of the two constants of hardware/h100-meta.yaml to published figures.
 
-Both by one rule, the least worst error over the rows that name the constant: `gemm_efficiency` over
-the prefills and `latency_s` over the decode steps between nodes. Each hardly moves the other's
-rows, so they are fitted in turns until neither changes. Decides how; which rows is `validation`'s.
+One rule for both, the least worst error over the rows of `published` that name the constant:
+`gemm_efficiency` over the prefills and `latency_s` over the decode steps between nodes. Each hardly
+moves the other's rows, so they are fitted in turns until neither changes.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ _ROUNDS = 5
 
 
 def fitted(hardware: Hardware) -> tuple[float, float]:
-    """(`gemm_efficiency` to a thousandth, `latency_s` between nodes to a microsecond); `hardware`'s
-    are the first guess."""
+    """Fit (`gemm_efficiency` to a thousandth, `latency_s` between nodes to a microsecond).
+
+    `hardware` has the first guess.
+    """
     found = hardware
     for _ in range(_ROUNDS):
         before = found
@@ -42,8 +43,11 @@ def _with_latency(hardware: Hardware, microseconds: int) -> Hardware:
 def _least_worst(
     constant: str, hardware: Hardware, changed: Callable[[Hardware, int], Hardware], most: int
 ) -> Hardware:
-    """Among 1 .. `most`. Each row's error only falls and then rises with a constant, so does the
-    worst of them: coarse steps find the valley, fine ones its ground."""
+    """Hardware with the number in 1 .. `most` that has the least worst error.
+
+    Each row's error only falls and then rises with a constant, and so does the worst of them:
+    coarse steps find the valley, fine ones its ground.
+    """
 
     def worst(number: int) -> float:
         return max(abs(row.error) for row in compare(changed(hardware, number), constant))

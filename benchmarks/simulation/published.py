@@ -1,11 +1,10 @@
-"""Published measurements that the cost model is held against: Llama 3 405B on H100 by Meta, arXiv
-2411.01783v3.
+"""Published measurements for comparison: Llama 3 405B on H100 by Meta, arXiv 2411.01783v3.
 
 Tables 5 to 8 and section 4.2: context parallelism over nodes with TP 8 inside, against more TP; one
 prompt, one sequence in decode. Two constants are fitted to them and to nothing else:
 `gemm_efficiency` of hardware/h100-meta.yaml (to the prefills) and `latency_s` of the link
-rdma-400g-meta (to the decode steps between nodes). All else are sources' figures. TP ranks are
-taken to hold parts of the vocabulary, so that a step has one all-reduce more than two per layer.
+rdma-400g-meta (to the decode steps between nodes). All other figures have sources. TP ranks are
+assumed to hold parts of the vocabulary, so a step has one all-reduce more than two per layer.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Literal
 
 from sps2_mega.config import ModelConfig, RopeConfig
 from sps2_mega.simulator.hardware import Hardware
-from sps2_mega.simulator.sparse_cost import Prompt
+from sps2_mega.simulator.prompt import Prompt
 from sps2_mega.simulator.step_cost import StepCost, step_cost
 from sps2_mega.simulator.system import System
 
@@ -38,7 +37,9 @@ FFN_ITEMSIZE = 1  # its feed-forward layers were in FP8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
     """One published figure: seconds of a prefill of `tokens`, or of a decode step behind as many.
-    `known_gap` says why the model is not expected to reach it."""
+
+    `known_gap` says why the model is not expected to reach it.
+    """
 
     label: str
     kind: Literal["prefill", "decode"]
@@ -54,8 +55,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """`error` is relative to the published figure; `terms` are what the simulated seconds consist
-    of."""
+    """A published figure, the simulated seconds and the cost terms that make them up."""
 
     published: Published
     seconds: float
@@ -63,6 +63,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
+        """Relative to the published figure."""
         return self.seconds / self.published.seconds - 1.0
 
 
@@ -205,8 +206,10 @@ PUBLISHED = (
 
 
 def compare(hardware: Hardware, fitted_to: str = "") -> list[Comparison]:
-    """Every published figure against the cost model on `hardware` (hardware/h100-meta.yaml), or
-    only those that a constant is fitted to."""
+    """Compare the published figures with the cost model on `hardware` (hardware/h100-meta.yaml).
+
+    With `fitted_to`, only those that this constant is fitted to.
+    """
     return [_compare(row, hardware) for row in PUBLISHED if fitted_to in ("", row.fitted_to)]
 
 
@@ -235,8 +238,11 @@ def _compare(published: Published, hardware: Hardware) -> Comparison:
 
 
 def _ring_decode_s(cost: StepCost) -> float:
-    """Their decode passes queries round a ring, one exchange per hop, and returns outputs and LSE
-    by two all-to-alls; a few kilobytes each, so only latencies count."""
+    """Seconds of the exchanges of their decode.
+
+    It passes queries round a ring, one exchange per hop, and returns outputs and LSE by two
+    all-to-alls; a few kilobytes each, so only latencies count.
+    """
     if cost.sp == 1:
         return 0.0
     exchanges = cost.sp - 1 + 2

@@ -1,6 +1,7 @@
-"""The tables and pictures of all simulated comparisons in docs/results, and where they are shown.
+"""Tables and pictures of all simulated comparisons in docs/results.
 
-    docs/evaluation.md            the paper's claims beside what was found, and the spread over all settings
+    docs/evaluation.md            the paper's claims beside our ratios, and their spread over all
+                                  settings
     docs/results/simulated.md     every setting
 
 python -m benchmarks.simulation.results            (a test checks that all of them are current)
@@ -34,7 +35,7 @@ def path_of(name: str) -> Path:
 
 
 def stored() -> list[tuple[str, list[Outcome]]]:
-    """(setting, outcomes) of every docs/results/simulated-*.json."""
+    """Read (setting, outcomes) of every docs/results/simulated-*.json."""
     found = []
     for path in paths():
         content = json.loads(path.read_text())
@@ -54,8 +55,7 @@ def every_setting() -> str:
 
 
 def summary(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
-    """Per claim and baseline: the paper's ratio, and the largest, the middle and the smallest that
-    were simulated."""
+    """Markdown table of the paper's ratio and our best, median and worst, by claim and baseline."""
     lines = [
         "| claim | paper | over | best | median | worst | best at |",
         "|---|---|---|---|---|---|---|",
@@ -80,7 +80,7 @@ def summary(results: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
 
 
 def written(text: str) -> str:
-    """docs/evaluation.md with its two tables of all that is stored."""
+    """docs/evaluation.md with its two tables of all stored comparisons."""
     found = stored()
     text = with_part(text, claims.BEGIN, claims.END, claims.table(found, EVERY.parent))
     return with_part(text, BEGIN, END, summary(found))

@@ -1,7 +1,4 @@
-"""What a long run has done so far, kept in a file so that it goes on there after an interruption.
-
-Decides nothing about what is done; the file goes when the run is over.
-"""
+"""Progress of a long run in a file, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ from pathlib import Path
 
 
 class Unfinished:
-    """Names of what is done are in the file `path` from the first one until `finished`."""
+    """Names of finished tasks, in the file `path` until `finished` deletes it."""
 
     def __init__(self, path: Path, *, anew: bool = False) -> None:
-        """`anew`: forget what an earlier run has done."""
+        """With `anew`, forget what an earlier run has done."""
         self._path = path
         if anew:
             path.unlink(missing_ok=True)

@@ -1,5 +1,4 @@
-"""Processes that simulate beside one another and end with the one that started them, however that
-ends."""
+"""Worker processes that end with the one that started them, however that ends."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ _LOOK_S = 0.5
 
 @contextmanager
 def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """So many processes. When the block is left by an error or Ctrl-C, what has not begun is not
-    waited for."""
+    """Run `jobs` processes; an error or Ctrl-C in the block cancels what has not begun."""
     pool = ProcessPoolExecutor(max_workers=jobs, initializer=_end_with, initargs=(os.getpid(),))
     try:
         yield pool
@@ -25,7 +23,7 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _end_with(parent: int) -> None:
-    """Without this, workers of a killed parent would wait for its next task for ever."""
+    """End this worker when its parent is gone; else it would wait for a task for ever."""
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 

@@ -25,7 +25,8 @@ from benchmarks.transports.shapes import DEGREES, SHAPES, TRANSPORTS, Shape
 from sps2_mega.attention.build import make_transport
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import PrefillLayout, build_layout
-from sps2_mega.attention.levels.transport import HierarchicalTransport, num_kv_parts
+from sps2_mega.attention.levels.kv_parts import num_kv_parts
+from sps2_mega.attention.levels.transport import HierarchicalTransport
 from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.pipeline.settings import CPU_PART, PipelineSettings
 from sps2_mega.attention.planner.by_level import CANDIDATES, choose_levels, visible_between

@@ -1,7 +1,6 @@
-"""What was measured of the machine: the links of each SP level and the speed of attention on one
-rank.
+"""Measured speeds of the machine: the links of each SP level, and attention on one rank.
 
-Plain numbers that all ranks agree on; measuring is `comm.probe` and `engine.machine_probe`.
+Plain numbers that all ranks agree on; `comm.probe` and `engine.startup.machine_probe` measure them.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ _FASTEST_CPU_FLOPS_PER_S = 1e13
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One SP level: seconds of a small message, and what a rank sends per second while all ranks
-    do. Between CPUs each byte that a rank sends while it receives another one takes
-    `core_s_per_byte` of its cores; 0 where that was not measured."""
+    """One SP level: seconds of a small message, and bytes per second of a rank while all send.
+
+    Between CPUs each byte that a rank sends while it receives another one takes `core_s_per_byte`
+    of its cores; 0 where that was not measured.
+    """
 
     latency_s: float
     bytes_per_s: float
@@ -27,17 +28,21 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """`links[l]` joins the groups of `sp_levels[l]` ranks; attention does `flops_per_s` on each
-    rank (a multiply and an add are two). Beside that, each call of it takes `call_s`, merging two
+    """Links and speeds of a job's SP ranks.
+
+    `links[l]` joins the groups of `sp_levels[l]` ranks; attention does `flops_per_s` on each rank
+    (a multiply and an add are two). Beside that, each call of it takes `call_s`, merging two
     partials `merge_s` for each number of the output, and gathering rows `copy_s` for each number. A
     small all-gather among all SP ranks takes `gather_s`; None: a latency for each of them.
 
-    `ranks_per_core` ranks have to share a core while all compute, which the speeds are of; one that
+    All speeds hold while all ranks compute, `ranks_per_core` of them on each core; a rank that
     computes alone is as many times faster.
 
-    Where it was measured, between CPUs, `layer_s` has what a layer of each of `PROBED_TOKENS` per
-    rank takes beside its bytes and FLOPs, by exact transport, and `work_s` what each SP level of a
-    sparse one with next to nothing to do takes; they stand for latencies and calls then."""
+    Between CPUs, where it was measured, `layer_s` has the seconds of a layer of each of
+    `PROBED_TOKENS` per rank beside its bytes and FLOPs, by exact transport, and `work_s` the
+    seconds of an SP level of a sparse layer with next to nothing to compute, by transport; both
+    then stand for latencies and calls.
+    """
 
     sp_levels: tuple[int, ...]
     links: tuple[Link, ...]
@@ -57,7 +62,7 @@ class Machine:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether ranks are CPUs, told from their speed."""
+        """Whether ranks are CPUs, judged by their speed."""
         return self.flops_per_s < _FASTEST_CPU_FLOPS_PER_S
 
     def to_json(self) -> str:
@@ -65,7 +70,7 @@ class Machine:
 
     @staticmethod
     def from_json(text: str) -> Machine:
-        """Raises ValueError where the text is not what `to_json` writes."""
+        """Read what `to_json` wrote; ValueError for any other text."""
         try:
             values = json.loads(text)
             return Machine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sps2_mega.attention.layout.causal_pairs import causal_pairs
 from sps2_mega.config import ModelConfig
 
 
@@ -36,5 +37,5 @@ class LayerFlops:
 
         Sparse attention does less; how much less is left to measurements.
         """
-        pairs = (end * (end + 1) - start * (start + 1)) // 2
+        pairs = causal_pairs(range(start, end))
         return (end - start) * self.token_flops + pairs * self.pair_flops

@@ -1,5 +1,4 @@
-"""One request of a workload: when it comes, how long it is, and which blocks of its prompt others
-have too."""
+"""Requests of a workload: arrival times, lengths, and the blocks that their prompts share."""
 
 from __future__ import annotations
 
@@ -12,8 +11,10 @@ from sps2_mega.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """`time_s` from the workload's start. `hash_ids[b]` names tokens [b * hash_block, ..) of the
-    prompt and all before them: equal names are equal tokens. Empty: the prompt is like no other.
+    """One request, `time_s` after the workload's start.
+
+    `hash_ids[b]` names tokens [b * hash_block, ..) of the prompt and all before them: equal names
+    are equal tokens. Empty: the prompt shares nothing.
 
     Raises:
         ConfigError: no tokens, or a time before the start.
@@ -33,8 +34,10 @@ class Arrival:
             )
 
     def token_ids(self, unique: int) -> list[int]:
-        """Tokens that are equal exactly where the trace says so; `unique` sets prompts without
-        names apart."""
+        """Tokens that are equal exactly where the trace says so.
+
+        `unique` tells prompts without names apart.
+        """
         if not self.hash_ids:
             return [_UNNAMED + unique] * self.prompt_len
         tokens: list[int] = []
@@ -48,8 +51,10 @@ VOCAB_SIZE = 2**31
 
 
 def scaled(arrivals: Sequence[Arrival], *, rate: float = 1.0, length: float = 1.0) -> list[Arrival]:
-    """The same requests `rate` times as fast, with prompts `length` times as long (which then share
-    nothing)."""
+    """Speed requests up by `rate` and lengthen prompts by `length`.
+
+    Prompts of another length share nothing.
+    """
     if rate <= 0 or length <= 0:
         raise ConfigError(f"rate and length factors must be > 0, got {rate} and {length}")
     return [

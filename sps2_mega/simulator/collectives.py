@@ -1,13 +1,11 @@
-"""Seconds of collectives outside attention: all-reduces of tensor parallelism, small exchanges of
-decode.
+"""Seconds of collectives outside attention: all-reduces of TP, and the small exchanges of decode.
 
     all-reduce, one node     reduce-scatter and gather: 2 exchanges, 2 (t-1)/t of the bytes
-    over n nodes             the same inside each node, and between the nodes a ring of the t/n-th part:
-                             n - 1 exchanges of both directions at once, 2 (n-1)/n of its bytes
+    over n nodes             as above inside each node, and between nodes a ring of the t/n-th part:
+                             n - 1 exchanges in both directions at once, 2 (n-1)/n of its bytes
     all-to-all               1 exchange over the slowest link, all peers at once
 
-Attention's own transports are priced from the bytes that `attention.traffic` counts
-(`transport_cost`).
+Attention's own transports are priced by `transport_cost` and `sparse_cost`.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from sps2_mega.simulator.hardware import Hardware
 
 
 def all_reduce_s(num_bytes: float, ranks: int, hardware: Hardware) -> float:
-    """Sum of a tensor of `num_bytes` over `ranks` neighbouring GPUs."""
+    """Seconds to sum a tensor of `num_bytes` over `ranks` neighbouring GPUs."""
     local = min(ranks, hardware.gpus_per_node)
     nodes = -(-ranks // hardware.gpus_per_node)
     seconds = 0.0
@@ -34,7 +32,7 @@ def all_reduce_s(num_bytes: float, ranks: int, hardware: Hardware) -> float:
 
 
 def all_to_all_s(bytes_sent: float, machine: Machine) -> float:
-    """Every sp rank sends `bytes_sent`, in equal parts to all others."""
+    """Seconds until every SP rank has sent `bytes_sent`, in equal parts to all others."""
     size = 1
     for level in machine.sp_levels:
         size *= level

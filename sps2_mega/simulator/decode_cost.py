@@ -1,7 +1,7 @@
-"""Seconds of what decode exchanges in one layer.
+"""Seconds of the exchanges of one decode layer.
 
-Queries go to all SP ranks and partials come back, or all keys and values go to the
-sequences' owners; TP ranks that share a KV head's tokens exchange too. Decides nothing.
+Queries travel to all SP ranks and partials return, or all keys and values travel to the ranks that
+own the sequences; TP ranks that share the tokens of a KV head exchange too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sps2_mega.simulator.system import System
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeExchange:
-    """On one engine of `tp` * `sp` GPUs whose SP ranks are `machine`'s."""
+    """Exchanges on one engine of `tp` * `sp` GPUs, whose SP levels and links are in `machine`."""
 
     system: System
     tp: int
@@ -27,7 +27,7 @@ class DecodeExchange:
     machine: Machine
 
     def seconds(self, num_decodes: int, context: int) -> float:
-        """`num_decodes` sequences that have `context` tokens together."""
+        """Seconds of one layer for `num_decodes` sequences with `context` tokens together."""
         others = (self.sp - 1) / self.sp
         heads = self.size.num_heads / self.tp
         row = heads * self.size.head_dim * self.size.itemsize

@@ -1,8 +1,6 @@
-"""One simulated engine: the project's scheduler, and a clock that a step cost moves instead of a
-model.
+"""One simulated engine: the real scheduler, with a clock in place of a model.
 
-Decides nothing: the scheduler plans, the cost says how long it takes, and every planned sequence
-gets a token.
+The scheduler plans, `StepCost` says how long a step takes, and every planned sequence gets a token.
 """
 
 from __future__ import annotations
@@ -17,13 +15,12 @@ from sps2_mega.kv_cache.block_chain import chain_root
 from sps2_mega.metrics import StepMeter
 from sps2_mega.scheduler.scheduler import Scheduler
 from sps2_mega.simulator.arrivals import VOCAB_SIZE
-from sps2_mega.simulator.sparse_cost import Prompt
+from sps2_mega.simulator.prompt import Prompt
 from sps2_mega.simulator.step_cost import StepCost, Terms
 from sps2_mega.types import DecodeItem, PrefillItem, Sequence, StepOutput, StepPlan
 
-BLOCK_SIZE = (
-    64  # tokens; four of the engine's, which changes little here and quarters the bookkeeping
-)
+# Tokens; four of the engine's blocks, which changes little here and quarters the bookkeeping.
+BLOCK_SIZE = 64
 _MEMORY_FRACTION = 0.85  # of what weights leave, as CacheConfig's default
 
 
@@ -38,7 +35,7 @@ class SimulatedEngine:
         max_model_len: int,
         receives: bool = False,
     ) -> None:
-        """`receives`: prompts were prefilled elsewhere and come with their keys and values.
+        """With `receives`, prompts were prefilled elsewhere and arrive with their keys and values.
 
         Raises:
             ConfigError: the weights do not fit the GPUs.
@@ -83,7 +80,7 @@ class SimulatedEngine:
         return refusal
 
     def start_step(self, now: float) -> float | None:
-        """When the next step ends; None when there is nothing to do."""
+        """Start the next step and return its end; None when there is nothing to do."""
         assert self.plan is None, "a step is under way"
         if not self.scheduler.has_work:
             return None  # an idle scheduler would recount all blocks, every time
@@ -101,7 +98,7 @@ class SimulatedEngine:
         return now + self._seconds
 
     def finish_step(self, now: float) -> list[Sequence]:
-        """The sequences that ended with the step that is under way."""
+        """End the step under way and return the sequences that are finished with it."""
         plan, self.plan = self.plan, None
         assert plan is not None, "no step is under way"
         count = len(plan.sampled)
@@ -118,8 +115,7 @@ class SimulatedEngine:
         return finished
 
     def _terms(self, plan: StepPlan) -> Terms:
-        """What the step costs; of a pass in slices each layer costs the same, and the last slice
-        has the head."""
+        """Terms of the step; layers of a sliced pass cost the same, the last slice has the head."""
         for pass_id in plan.dropped:
             del self._passes[pass_id]
         if plan.layers is None:
@@ -141,7 +137,7 @@ class SimulatedEngine:
         )
 
     def _prompt_tokens(self, plan: StepPlan) -> int:
-        """Of a slice its layers' share, so that slices of a pass add up to its tokens."""
+        """Prompt tokens of the step; slices of a pass count by layers and add up to its tokens."""
         if plan.layers is None:
             return sum(item.num_new_tokens for item in self._computed(plan).prefills)
         items, num_layers = self._passes[plan.layers.pass_id], self.cost.size.num_layers
@@ -154,8 +150,10 @@ class SimulatedEngine:
         return done(plan.layers.end, plan.layers.end_token) - first
 
     def _computed(self, plan: StepPlan) -> StepPlan:
-        """The plan as the model sees it: a prompt that comes with its keys and values is one more
-        decode. After a preemption they are gone, and the prompt is computed here."""
+        """The plan as the model sees it: a prompt that brings its keys and values is a decode.
+
+        After a preemption they are gone, and the prompt is computed here.
+        """
         if not self._receives:
             return plan
         there = [i for i in plan.prefills if len(i.token_ids) == i.num_prompt_tokens]
@@ -184,7 +182,7 @@ def kv_blocks(cost: StepCost) -> int:
 
 
 def scheduler_config(cost: StepCost) -> SchedulerConfig:
-    """The engine's scheduler settings, as the system has them."""
+    """Scheduler settings of a system."""
     system = cost.system
     return SchedulerConfig(
         policy=system.policy,

@@ -1,8 +1,8 @@
-"""Numbers of a simulated run: what users wait for, what the cluster yields, where the time went.
+"""Figures of a simulated run: waiting times of users, yield of the cluster, and time by cost term.
 
-TTFT, TBT and TPOT of a request are `metrics.timings_of`'s; rates of prefill and of decode are
-`metrics.StepMeter`'s, engines added up. A request is good when its TTFT and the 99th percentile of
-its gaps keep their limits.
+`metrics.timings_of` defines TTFT, TBT and TPOT of a request, `metrics.StepMeter` the rates of
+prefill and decode, here summed over engines. A request is good when its TTFT and the 99th
+percentile of its gaps keep their limits.
 """
 
 from __future__ import annotations

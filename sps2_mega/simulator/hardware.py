@@ -1,11 +1,9 @@
-"""Facts of the hardware that the simulator prices: one GPU, its node, its links; each figure with
-its source.
+"""Facts of the simulated hardware: one GPU, its node and its links, each figure with its source.
 
     hardware/<name>.yaml   the GPU, and the names of its two links
-    hardware/links.yaml    the links; a file may have some of its own, as those that `benchmarks/calibrate.py` writes
+    hardware/links.yaml    the links; a file may bring its own, as `benchmarks/calibrate.py` does
 
-Decides what figures there are and that none comes without a source; what is computed from them is
-the cost terms'.
+No figure is accepted without a source. The cost terms compute with them.
 """
 
 from __future__ import annotations
@@ -22,20 +20,22 @@ from sps2_mega.bundled import bundled_folders
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Link, Machine
 
-# What a link may have besides, and a file: neutral where nobody measured it.
+# Optional figures of a link and of a file: neutral where nobody measured them.
 _OF_LINKS = ("exchange_factor", "stream_factor", "reduce_factor", "reduce_latency_s")
 _MEASURED = ("step_overhead_s", "call_s", "merge_s", "copy_s", "kv_bytes_per_s", *_OF_LINKS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Nodes of equal GPUs. `*_per_s` are peak figures, of which the efficiencies are reached; FLOPs
-    count a multiply and an add as two. `layer_overhead_s` are gaps between the small kernels of one
-    layer. Links are per GPU and one direction, as reached. The last nine are neutral where nobody
-    measured them: the host's share of a step, attention's small costs as in `Machine`, what decode
-    attention reads of keys and values per second (0: as memory gives), how much longer than the
-    link's rate says all-to-alls take between nodes, one at a time or several under way, and sums,
-    and a small sum among nodes (0: a latency for each other node).
+    """Nodes of equal GPUs.
+
+    `*_per_s` are peak figures, of which the efficiencies are reached; FLOPs count a multiply and an
+    add as two. `layer_overhead_s` are gaps between the small kernels of one layer. Links are per
+    GPU and one direction, as reached. The last nine are neutral where nobody measured them:
+    the host's share of a step; `call_s`, `merge_s` and `copy_s` as in `Machine`; bytes of keys and
+    values that decode attention reads per second (0: as memory gives); the factors by which
+    all-to-alls between nodes, one at a time or several under way, and sums exceed what the link's
+    rate says; and the seconds of a small sum among nodes (0: a latency for each other node).
 
     Raises:
         ConfigError: a figure is not positive (the last nine: negative), or an efficiency above 1.
@@ -86,15 +86,14 @@ class Hardware:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """What one GPU reads from its memory per second."""
+        """Bytes that one GPU reads from its memory per second."""
         return self.memory_bytes_per_s * self.memory_efficiency
 
     def replace(self, **changes: Any) -> Hardware:
         return dataclasses.replace(self, **changes)
 
     def sp_machine(self, tp: int, sp: int) -> Machine:
-        """SP levels and their links, as the planner wants them, where the ranks of a TP group are
-        neighbours.
+        """SP levels and links in the planner's form; the ranks of a TP group are neighbours.
 
         Raises:
             ConfigError: TP groups or SP levels do not fill whole nodes.
@@ -119,7 +118,7 @@ class Hardware:
 
 
 def load_hardware(name: str, *, inter_node: str | None = None) -> Hardware:
-    """A file of hardware/ by name, or by path; `inter_node` names another link between nodes.
+    """Read a file of hardware/, by name or by path; `inter_node` names another link between nodes.
 
     Raises:
         ConfigError: no such file or link, or a figure that is missing, unknown, or without a
@@ -157,7 +156,7 @@ def hardware_names() -> list[str]:
 
 
 def _files() -> dict[str, Path]:
-    """Name -> file: those of ./hardware, then those that come with the package."""
+    """Name -> file, from ./hardware and then from the package."""
     files: dict[str, Path] = {}
     for folder in bundled_folders("hardware"):
         for path in sorted(folder.glob("*.yaml")):
@@ -191,7 +190,7 @@ def _link(links: Mapping[str, Any], name: object, where: str) -> Link:
 
 
 def _check_sources(figures: dict[str, Any], where: str) -> None:
-    """Takes `sources` out of the figures; every number must have one."""
+    """Take `sources` out of the figures; every number must have one."""
     sources = figures.pop("sources", {})
     numbers = {key for key, value in figures.items() if isinstance(value, float | int)}
     if lacking := sorted(key for key in numbers if not sources.get(key)):

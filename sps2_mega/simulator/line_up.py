@@ -1,20 +1,21 @@
-"""Which systems are compared on a number of GPUs, and which settings of each are tried before the
-comparison.
+"""Systems that are compared on a number of GPUs, and the settings tried for each.
 
-    sarathi       tensor parallel, chunked prompts in hybrid batches (Sarathi-Serve, arXiv 2403.02310)
-    sarathi-large the same with the largest chunks: sooner first tokens, later others
-    sarathi-wide  the same as sarathi with one engine over all GPUs
-    whole-prompts tensor parallel, prompts whole and before decodes
-    vllm-dcp      sarathi with tensor parallelism beyond the KV heads, whose copies share the cache instead
-    ring          dense context parallelism, keys and values in a ring (arXiv 2411.01783)
-    ulysses       dense, heads by all-to-all (arXiv 2309.14509)
-    sps2          exact SP prefill by the planner's transport, queries move in decode
-    sps2-yield    the same, where a prefill gives way to decodes between layers so that they keep a target
-    sps2-csa      sps2 with sparse attention
-    sps2-split    sps2-csa with engines of their own for decode
+    sarathi        tensor parallel, chunked prompts in hybrid batches (Sarathi-Serve, arXiv
+                   2403.02310)
+    sarathi-large  sarathi with the largest chunks: sooner first tokens, later others
+    sarathi-wide   sarathi with one engine over all GPUs
+    whole-prompts  tensor parallel, prompts whole and before decodes
+    vllm-dcp       sarathi with tensor parallelism beyond the KV heads, whose copies share the cache
+    ring           dense context parallelism, keys and values in a ring (arXiv 2411.01783)
+    ulysses        dense, heads by all-to-all (arXiv 2309.14509)
+    sps2           exact SP prefill by the planner's transport, queries move in decode
+    sps2-yield     sps2 whose prefill gives way to decodes between layers, to keep a target
+    sps2-csa       sps2 with sparse attention
+    sps2-split     sps2-csa with engines of their own for decode
 
-Every family gets all its layouts, and those with chunks several sizes, so that none is compared at
-a bad setting; `tuned` takes the one with the least mean response time on a part of the workload.
+Every family gets all its layouts, and several sizes of chunks where it has chunks, so that none is
+compared at a bad setting; `tuned` takes the one with the least mean response time on a part of the
+workload.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ FAMILIES = (
     "sps2-csa",
     "sps2-split",
 )
-# What is taken away one by one -> from which family, at its tuned setting.
+# Part that is taken away -> the family that loses it, at its tuned setting.
 ABLATIONS = {
     "no-csa": "sps2-split",
     "no-pipeline": "sps2-split",
@@ -58,7 +59,7 @@ _WEIGHT_SHARE = 0.7  # of a GPU's memory that weights may take: a cache must be 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What all systems run: one model on `gpus` GPUs; `far_degree` is CSA's beyond the own rank."""
+    """One model on `gpus` GPUs; `far_degree` is CSA's degree beyond the own rank."""
 
     model: ModelConfig
     hardware: Hardware
@@ -85,13 +86,13 @@ class Place:
         return tp
 
     def csa(self, tp: int, sp: int) -> CSAConfig:
-        """Dense on the own rank, one key in `far_degree` on every other level."""
+        """CSA, dense on the own rank and with one key in `far_degree` on every other level."""
         levels = len(self.hardware.sp_machine(tp, sp).sp_levels)
         return CSAConfig(degrees=(1, *[self.far_degree] * levels))
 
 
 def candidates(family: str, place: Place) -> list[System]:
-    """All settings of a family that fit the GPUs; none where the family makes no sense there.
+    """All settings of a family that fit the GPUs; none where it makes no sense there.
 
     Raises:
         ConfigError: no such family.
@@ -129,8 +130,7 @@ def candidates(family: str, place: Place) -> list[System]:
 
 
 def tuned(systems: Sequence[System], place: Place, part: Sequence[Arrival]) -> System:
-    """The system that serves a part of the workload with the least mean response time, refusals
-    last.
+    """The system with the least mean response time on a part of the workload, refusals last.
 
     Raises:
         ConfigError: there is nothing to choose from.
@@ -173,7 +173,7 @@ def ablated(system: System, ablation: str, place: Place) -> System:
 
 
 def _together(family: str, place: Place, inside: Sequence[int]) -> list[System]:
-    """SP over all GPUs, or over an equal share of them in each of several engines."""
+    """Systems with SP over all GPUs, or over equal shares of them in several engines."""
     transports = {"ring": ("ring",), "ulysses": ("ulysses",)}
     found = []
     for tp in inside:
@@ -195,7 +195,7 @@ def _together(family: str, place: Place, inside: Sequence[int]) -> list[System]:
 
 
 def _split(place: Place, inside: Sequence[int]) -> list[System]:
-    """Half or three quarters of the GPUs prefill together, the others decode."""
+    """Systems in which half or three quarters of the GPUs prefill together, the others decode."""
     found = []
     for share in (2, 4):
         decode_gpus = place.gpus // share

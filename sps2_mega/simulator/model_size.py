@@ -1,7 +1,6 @@
-"""What a model weighs: parameters of one layer, bytes of weights and of cached tokens. Pure counts
-from ModelConfig.
+"""Sizes of a model: parameters of one layer, bytes of weights and of cached tokens. Pure counts.
 
-Norms and biases are left out: they are below a thousandth of a layer. Decides no time.
+Norms and biases are left out: they are below a thousandth of a layer.
 """
 
 from __future__ import annotations
@@ -16,8 +15,11 @@ _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """One layer's parameters, and bytes of a number: `itemsize` of activations, cache and attention
-    weights, `ffn_itemsize` of feed-forward weights (1 where they are kept in FP8)."""
+    """Parameters of one layer, and bytes of a number.
+
+    `itemsize` is that of activations, cache and attention weights, `ffn_itemsize` that of
+    feed-forward weights (1 where they are kept in FP8).
+    """
 
     num_layers: int
     hidden_size: int
@@ -54,18 +56,22 @@ class ModelSize:
 
     @property
     def weight_bytes(self) -> int:
-        """All layers, and the tables of input and output (which some models share; small either
-        way)."""
+        """Bytes of all layers and of the tables of input and output.
+
+        Some models share the two tables; they are small either way.
+        """
         return self.num_layers * self.layer_bytes + 2 * self.head_params * self.itemsize
 
     def kv_bytes(self, tp: int) -> int:
-        """One token's keys and values in one layer on one of `tp` ranks: at least one whole KV
-        head."""
+        """Bytes of one token's keys and values in one layer on one of `tp` ranks.
+
+        A KV head is never cut.
+        """
         return 2 * max(1, self.num_kv_heads // tp) * self.head_dim * self.itemsize
 
 
 def model_size(model: ModelConfig, *, ffn_itemsize: int | None = None) -> ModelSize:
-    """`ffn_itemsize` where feed-forward weights have another width than the model's dtype."""
+    """Count a model; `ffn_itemsize` where feed-forward weights have another width."""
     itemsize = _ITEMSIZE[model.dtype]
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     return ModelSize(

@@ -1,5 +1,4 @@
-"""Synthetic arrivals: a Poisson process at a given rate, with fixed lengths or with those of a
-trace, shuffled."""
+"""Synthetic arrivals: a Poisson process with fixed lengths, or with the lengths of a trace."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from sps2_mega.simulator.arrivals import Arrival
 def poisson(
     lengths: Sequence[tuple[int, int]], *, rate: float, count: int, seed: int
 ) -> list[Arrival]:
-    """`count` requests at `rate` per second; each takes (prompt, output) tokens at random from
-    `lengths`.
+    """Draw `count` requests at `rate` per second, with (prompt, output) tokens from `lengths`.
 
     Raises:
         ConfigError: no lengths, or a rate that is not positive.

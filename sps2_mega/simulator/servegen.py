@@ -1,8 +1,10 @@
-"""Drawing requests from ServeGen's statistics of one client: arrivals by window, lengths by longer
-windows.
+"""Requests drawn from ServeGen's statistics of one client, window by window.
 
-*-trace.csv     start, requests per second, CV, distribution of gaps (Gamma, Weibull or none), shape, scale
-*-dataset.json  {start: {"input_tokens": "{length: probability, ..}", "output_tokens": ..}}
+    *-trace.csv     start, requests per second, CV, distribution of gaps (Gamma, Weibull or none),
+                    shape, scale
+    *-dataset.json  {start: {"input_tokens": "{length: probability, ..}", "output_tokens": ..}}
+
+Lengths have longer windows than arrivals.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """From `start_s` to `end_s` gaps between requests follow one distribution; None: no requests
-    come."""
+    """Seconds [start_s, end_s) in which gaps between requests follow one distribution.
+
+    Without `gaps` no requests arrive.
+    """
 
     start_s: float
     end_s: float
@@ -43,8 +47,10 @@ class Window:
 
 
 def read_windows(lines: Iterable[str], dataset: str, where: str) -> list[Window]:
-    """Raises:
-    ConfigError: a row or the dataset is not in ServeGen's form.
+    """Parse one client's statistics.
+
+    Raises:
+        ConfigError: a row or the dataset is not in ServeGen's form.
     """
     try:
         rows = [line.split(",") for line in lines if line.strip()]
@@ -71,7 +77,7 @@ def read_windows(lines: Iterable[str], dataset: str, where: str) -> list[Window]
 
 
 def draw_arrivals(windows: Sequence[Window], *, seed: int) -> Iterator[Arrival]:
-    """Requests in order of time, from the first one at 0 on; the same seed draws the same ones."""
+    """Draw requests in order of time, the first at 0; a seed always draws the same ones."""
     source = random.Random(seed)
     begin: float | None = None
     for window in windows:

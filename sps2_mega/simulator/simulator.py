@@ -1,8 +1,8 @@
-"""Discrete events: arrivals, ends of steps, handovers; every engine runs its own scheduler.
+"""Discrete-event simulation: arrivals, ends of steps and handovers; every engine has a scheduler.
 
-Decides which engine a request goes to (the one with the fewest tokens to do), nothing else.
-Disaggregated systems hand a sequence over after its first token: keys and values travel layer by
-layer while prefill runs, so only what does not fit into that time, and the last layer, delays it.
+A request is routed to the engine with the fewest tokens to do. Disaggregated systems hand a
+sequence over after its first token: keys and values travel layer by layer while prefill runs, so
+only what does not fit into that time, and the last layer, delays it.
 
     arrival -> engine: plan, cost, commit, plan, ... -> first token -> (decode engine) -> last token
 """
@@ -29,9 +29,12 @@ _PARAMS = SamplingParams(temperature=0.0, ignore_eos=True)  # lengths are the tr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRun:
-    """What happened: `timings` of finished requests in order of arrival, `refused` ones counted,
-    `duration_s` to the last token, seconds of all steps by term, and per engine what the meter and
-    the cache saw."""
+    """Record of a simulation.
+
+    `timings` are those of finished requests in order of arrival, `refused` counts the others;
+    `duration_s` lasts to the last token, `terms` are seconds of all steps. `meters` are one per
+    engine.
+    """
 
     system: System
     timings: tuple[Timings, ...]
@@ -55,7 +58,7 @@ def simulate(
     ffn_itemsize: int | None = None,
     on_finished: Callable[[], None] | None = None,
 ) -> SimulatedRun:
-    """Serve all arrivals, which must be in order of time. The same arguments give the same result.
+    """Serve all arrivals, given in order of time; deterministic in its arguments.
 
     Raises:
         ConfigError: the model does not fit the GPUs, or degrees do not fit the nodes.

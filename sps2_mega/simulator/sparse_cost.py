@@ -1,13 +1,11 @@
-"""Seconds of CSA attention over SP ranks: rows and pairs of the real pattern, scaled to each
-prompt.
+"""Seconds of CSA over SP ranks: rows and pairs of the real pattern, scaled to each prompt.
 
 With spans from the topology a longer prompt has the same picture at a larger scale: far pairs grow
-with the square of its length and far rows with the length. So the level planner is asked once,
-about one long prompt; sinks, halo and the exact tail, which do not grow so, are added by count.
-Given spans do not scale: then it is asked about the one length that is to be priced. What a rank
-computes on its own keys comes first and hides what comes in then; exchanges are cut as
-`attention.leveled` cuts them, and each part pays its own latencies. Decides which transport each
-level takes: the fastest.
+with the square of its length and far rows with the length. So `planner.by_level` counts one long
+prompt, once; sinks, halo and the exact tail, which do not grow like that, are added by count. Given
+spans do not scale, and one prompt length alone can be priced. Attention to a rank's own keys hides
+what arrives meanwhile (`overlap.level_layer`); exchanges are cut as in `attention.levels`, and each
+part pays its own latencies. Each level takes the fastest transport.
 """
 
 from __future__ import annotations
@@ -17,37 +15,28 @@ from dataclasses import dataclass, replace
 
 from sps2_mega.attention.csa.pattern import CSAPattern, topology_spans
 from sps2_mega.attention.layout.token_layout import build_layout
-from sps2_mega.attention.pipeline.settings import (
-    CPU_PART,
-    CUDA_PART,
-    PipelineSettings,
-    num_micro_batches,
-)
-from sps2_mega.attention.planner.by_level import Pair, choose_levels, visible_between
-from sps2_mega.attention.planner.overlap import works_s
+from sps2_mega.attention.levels.kv_parts import kv_parts_of_counts
+from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, PipelineSettings
+from sps2_mega.attention.planner.by_level import level_costs, visible_between
+from sps2_mega.attention.planner.overlap import level_layer
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Machine
 from sps2_mega.parallel.topology import group_sizes_of
-from sps2_mega.simulator.compute import causal_pairs
 from sps2_mega.simulator.hardware import Hardware
+from sps2_mega.simulator.prompt import Prompt
 from sps2_mega.simulator.transport_cost import AttentionSeconds
 
-_SHARD = 4096  # tokens per rank of the prompt that is looked at
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """Tokens [start, end) of one sequence are new."""
-
-    start: int
-    end: int
+_SHARD = 4096  # tokens per rank of the prompt that is counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Combination:
-    """Transports by level; `link_s` and `copy_s` (merges too) per token of the prompt, `compute_s`
-    per squared token, `latency_s` as it is."""
+    """Cost of one choice of transports by level.
+
+    `link_s` and `copy_s` (copies and merges) are per token of the prompt, `compute_s` per squared
+    token, `latency_s` per part.
+    """
 
     transports: tuple[str, ...]
     link_s: float
@@ -58,8 +47,10 @@ class _Combination:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseCost:
-    """CSA on one machine; heads are those of one TP rank. `own_s` is what a rank computes on its
-    own keys, per squared token."""
+    """CSA on one machine; heads are those of one TP rank.
+
+    `own_s` are seconds per squared token of a rank's attention to its own keys.
+    """
 
     csa: CSAConfig
     size: int
@@ -76,58 +67,57 @@ class SparseCost:
     def seconds(
         self, prompts: list[Prompt], hardware: Hardware, *, pipelined: bool
     ) -> AttentionSeconds:
-        """The whole prompts of one step; of one with a cached prefix the far keys travel as for a
-        fresh one, since the new queries see cached keys of all ranks."""
+        """One layer of a step of `prompts`, by the fastest transports.
+
+        Behind a cached prefix the far keys travel as for a fresh prompt, since new queries see
+        cached keys of all ranks.
+        """
         tokens = sum(prompt.end for prompt in prompts)
         squared = sum(float(p.end) ** 2 - float(p.start) ** 2 for p in prompts)
         near_s = self._near_s(prompts, hardware)
-        parts = self._num_parts(prompts) if pipelined else 1
+        parts = self._num_parts(prompts) if pipelined else None
         factor = hardware.stream_factor if pipelined else hardware.exchange_factor
         found = []
         for way in self.combinations:
             compute_s = way.compute_s * squared + way.copy_s * tokens + near_s
             link_s = way.link_s * tokens * factor
             out_s, in_s = self._tail_s(len(prompts))
-            # The tail's queries leave the rank that the far keys come to.
+            # The tail's queries leave the rank at which the far keys arrive.
             travel_s = max(link_s, out_s) + in_s
-            latency_s = parts * way.latency_s + 2 * self.exchange_s
-            comm_s = travel_s + latency_s
-            total = compute_s + comm_s
-            if pipelined:
-                own_s = min(compute_s, self.own_s * squared + near_s)
-                far_s = [(compute_s - own_s) / parts] * parts
-                # As in `transport_cost`: between CPUs latencies are time of a core.
-                hidden_s, core_s = (travel_s, latency_s) if self.on_cpu else (comm_s, 0.0)
-                total = core_s + works_s(own_s, [hidden_s / parts] * parts, far_s)
-            found.append(
-                AttentionSeconds(
-                    transport=",".join(way.transports),
-                    compute_s=compute_s,
-                    comm_s=comm_s,
-                    exposed_s=total - compute_s,
-                )
+            own_s = min(compute_s, self.own_s * squared + near_s)
+            layer = level_layer(
+                own_s=own_s,
+                far_s=compute_s - own_s,
+                travel_s=travel_s,
+                latency_s=(parts or 1) * way.latency_s + 2 * self.exchange_s,
+                parts=parts,
+                on_cpu=self.on_cpu,
             )
+            found.append(AttentionSeconds.of(",".join(way.transports), layer))
         return min(found, key=lambda seconds: seconds.total_s)
 
     def visible_share(self, chunk: Prompt, hardware: Hardware) -> float:
-        """Arithmetic of a chunk's queries over that of exact attention. Chunks lie in stripes, so
-        that ranks have about the same to do: as much as where the work is dealt out best."""
+        """Ratio of a chunk's arithmetic to that of exact attention.
+
+        Chunks lie in stripes, so ranks have about the same to do: as much as under the transports
+        that balance best.
+        """
         least_s = min(way.compute_s for way in self.combinations)
         squared = float(chunk.end) ** 2 - float(chunk.start) ** 2
         seconds = least_s * squared + self._near_s([chunk], hardware)
         heads = self.num_heads / self.size
-        flops = 4.0 * self.head_dim * heads * causal_pairs(chunk.start, chunk.end)
+        flops = 4.0 * self.head_dim * heads * chunk.pairs
         return min(1.0, seconds * hardware.attention_flops_per_s / flops)
 
     def forced(self, transport: str) -> SparseCost:
-        """The same where one transport is forced on every level."""
+        """This cost with one transport forced on every level."""
         kept = tuple(way for way in self.combinations if set(way.transports) == {transport})
         if not kept:
             raise ConfigError(f"CSA has no transport {transport!r} that the simulator prices")
         return replace(self, combinations=kept)
 
     def _near_s(self, prompts: list[Prompt], hardware: Hardware) -> float:
-        """Sinks and halo, which every query sees, and the tail, which sees all keys."""
+        """Seconds of sinks and halo, which every query sees, and of the tail, which sees all."""
         seen = self.csa.sinks + self.csa.halo
         pairs = sum(
             seen * (p.end - p.start) + min(self.csa.tail, p.end - p.start) * float(p.end)
@@ -137,8 +127,7 @@ class SparseCost:
         return flops / hardware.attention_flops_per_s
 
     def _tail_s(self, num_prompts: int) -> tuple[float, float]:
-        """Queries of the tail go to all ranks; partials come back, and sinks and halo come once:
-        (out, in)."""
+        """Link seconds of the tail's queries out, and of partials, sinks and halo in."""
         row = self.head_dim * self.itemsize
         each_s = num_prompts / self.exchange_bytes_per_s
         queries = self.csa.tail * self.num_heads * row
@@ -147,19 +136,18 @@ class SparseCost:
         return queries * each_s, (partials + keys) * each_s
 
     def _num_parts(self, prompts: list[Prompt]) -> int:
-        """As `attention.leveled.num_kv_parts` counts; the formula is repeated here because that
-        module needs torch."""
-        row = self.head_dim * self.itemsize
-        shares = self.size * self.csa.level_degrees[-1]
-        keys = sum(p.end for p in prompts)
-        pairs = sum(causal_pairs(p.start, p.end) for p in prompts)
-        wanted = num_micro_batches(
+        return kv_parts_of_counts(
             PipelineSettings(),
-            num_bytes=2 * keys * self.num_kv_heads * row * (self.size - 1) // shares,
-            flops=int(4 * pairs * self.num_heads * self.head_dim / shares),
+            num_pairs=sum(prompt.pairs for prompt in prompts),
+            num_keys=sum(prompt.end for prompt in prompts),
+            sp_size=self.size,
+            degree=self.csa.level_degrees[-1],
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            row_bytes=self.head_dim * self.itemsize,
+            head_dim=self.head_dim,
             smallest=CPU_PART if self.on_cpu else CUDA_PART,
         )
-        return min(wanted, self.num_kv_heads)
 
 
 def sparse_cost(
@@ -172,7 +160,13 @@ def sparse_cost(
     itemsize: int,
     length: int | None = None,
 ) -> SparseCost:
-    """`length`: the only prompt length that will be priced, needed where spans are given.
+    """Cost of CSA on one machine.
+
+    Args:
+        machine: SP levels and links; its `merge_s` is set.
+        num_heads: query heads of one TP rank; `num_kv_heads` likewise.
+        itemsize: bytes of a number of q, k and v.
+        length: the only prompt length that will be priced, in tokens; needed where spans are given.
 
     Raises:
         ConfigError: spans without a length (only those from the topology scale), or degrees do not
@@ -195,42 +189,28 @@ def sparse_cost(
     )
     layout = build_layout([list(range(size))], [length], block_size=shard, sp_size=size)
     visible = visible_between(layout, [pattern], [length], range(num_kv_heads))
-
-    def seconds(
-        fake: Machine, seen: dict[tuple[int, int], Pair] = visible
-    ) -> dict[tuple[str, ...], float]:
-        chosen = choose_levels(seen, fake, itemsize=itemsize, parts=None, **heads)
-        return chosen.seconds
-
-    # One thing at a time: bytes, arithmetic, copies and merges, messages.
-    silent = tuple(replace(link, latency_s=0.0) for link in machine.links)
-    instant = tuple(replace(link, latency_s=0.0, bytes_per_s=math.inf) for link in machine.links)
-    late = tuple(replace(link, bytes_per_s=math.inf) for link in machine.links)
+    costs = level_costs(visible, machine, itemsize=itemsize, **heads)
+    # Pairs grow with the square of the length, copies and merges with the length.
     plain = replace(machine, copy_s=0.0, merge_s=0.0)
-    link_s = seconds(replace(plain, links=silent, flops_per_s=math.inf))
-    compute_s = seconds(replace(plain, links=instant))
-    copied_s = seconds(replace(machine, links=instant))
-    latency_s = seconds(replace(plain, links=late, flops_per_s=math.inf))
-    own = {ranks: pair for ranks, pair in visible.items() if ranks[0] == ranks[1]}
-    own_s = min(seconds(replace(plain, links=instant), own).values())
+    attending = level_costs(visible, plain, itemsize=itemsize, **heads)
     slowest = max(machine.links, key=lambda link: link.latency_s)
     return SparseCost(
         csa=csa,
         size=size,
         itemsize=itemsize,
-        own_s=own_s / float(length) ** 2,
+        own_s=min(cost.own_s for cost in attending.values()) / float(length) ** 2,
         exchange_s=slowest.latency_s,
         exchange_bytes_per_s=slowest.bytes_per_s,
         on_cpu=machine.on_cpu,
         combinations=tuple(
             _Combination(
                 transports=way,
-                link_s=link_s[way] / length,
-                compute_s=compute_s[way] / float(length) ** 2,
-                copy_s=(copied_s[way] - compute_s[way]) / length,
-                latency_s=latency_s[way],
+                link_s=cost.travel_s / length,
+                compute_s=attending[way].compute_s / float(length) ** 2,
+                copy_s=(cost.compute_s - attending[way].compute_s) / length,
+                latency_s=cost.latency_s,
             )
-            for way in link_s
+            for way, cost in costs.items()
         ),
         **heads,
     )

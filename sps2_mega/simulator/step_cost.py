@@ -1,14 +1,19 @@
 """Seconds of one step of one engine, as named terms: every layer costs the same, and terms add up.
 
-    linear          projections and feed-forward layers            attention     scores and values, or reading the cache
-    transport       attention's communication that is not hidden   merge         partials of other ranks
-    tp_all_reduce   two per layer, one of the embedding            decode_exchange   queries out, partials back
-    kv_write        new keys and values into the cache             overhead      gaps between small kernels
-    head            logits of the tokens that are sampled          host        planning, telling ranks, sampling
+    linear            projections and feed-forward layers
+    attention         scores and values, or reading the cache
+    transport         attention's communication that is not hidden
+    merge             partials of other ranks
+    tp_all_reduce     two per layer, one of the embedding
+    decode_exchange   queries out, partials back
+    kv_write          new keys and values into the cache
+    overhead          gaps between small kernels
+    head              logits of the tokens that are sampled
+    host              planning, telling ranks, sampling
 
-Decides how a step's tokens are dealt to the ranks of an engine: evenly, or, where that is faster
-and the system allows it, short prompts whole on one SP rank each. What is in a step is the
-scheduler's choice.
+A step's tokens are dealt evenly to the ranks of an engine or, where that is faster and the system
+allows it, by local prefill: short prompts whole on one SP rank each. The scheduler decides what is
+in a step.
 """
 
 from __future__ import annotations
@@ -20,12 +25,13 @@ from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.chunk_cost import chunk_seconds
 from sps2_mega.simulator.collectives import all_reduce_s
-from sps2_mega.simulator.compute import causal_pairs, gemm_s, kv_read_s, memory_s
+from sps2_mega.simulator.compute import gemm_s, kv_read_s, memory_s
 from sps2_mega.simulator.decode_cost import DecodeExchange
 from sps2_mega.simulator.hardware import Hardware
 from sps2_mega.simulator.local_prefill import dealt
 from sps2_mega.simulator.model_size import ModelSize, model_size
-from sps2_mega.simulator.sparse_cost import Prompt, SparseCost, sparse_cost
+from sps2_mega.simulator.prompt import Prompt
+from sps2_mega.simulator.sparse_cost import SparseCost, sparse_cost
 from sps2_mega.simulator.system import System
 from sps2_mega.simulator.transport_cost import (
     AttentionSeconds,
@@ -41,7 +47,7 @@ Terms = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """Prices steps of one engine of `tp` * `sp` GPUs."""
+    """Cost of the steps of one engine of `tp` * `sp` GPUs."""
 
     system: System
     tp: int
@@ -55,7 +61,7 @@ class StepCost:
     _decodes: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
 
     def of_plan(self, plan: StepPlan) -> Terms:
-        """A step as the scheduler planned it."""
+        """Terms of a step as the scheduler planned it."""
         return self.of_tokens(
             [Prompt(start=item.start, end=item.end) for item in plan.prefills],
             num_decodes=len(plan.decodes),
@@ -66,14 +72,15 @@ class StepCost:
     def of_tokens(
         self, prompts: Sequence[Prompt], *, num_decodes: int, context: int, num_sampled: int
     ) -> Terms:
-        """`prompts` are prefilled; `num_decodes` sequences, with `context` tokens together, get one
-        more token."""
+        """Terms of a step that prefills `prompts` and decodes one token of `num_decodes` sequences.
+
+        `context` are the tokens of those sequences together.
+        """
         terms = self._of_layers(prompts, num_decodes, context)
         return self._of_step(terms, num_sampled)
 
     def of_slice(self, prompts: Sequence[Prompt], *, num_layers: int, num_sampled: int) -> Terms:
-        """`prompts` go through some of the layers; with the last ones there are tokens to
-        sample."""
+        """Terms of `prompts` in `num_layers` of the layers; the last slice samples tokens."""
         share = num_layers / self.size.num_layers
         terms = {name: share * seconds for name, seconds in self._of_layers(prompts, 0, 0).items()}
         return self._of_step(terms, num_sampled)
@@ -81,8 +88,10 @@ class StepCost:
     def of_chunks(
         self, chunks: Sequence[tuple[int, int]], *, first: int, num_sampled: int
     ) -> Terms:
-        """Chunks (start, end) of one prompt, each through one layer; in every layer the one from
-        `first` on comes first and brings cached keys too."""
+        """Terms of chunks (start, end) of one prompt, each through one layer.
+
+        The chunk that begins at `first` is the first of its layer and brings cached keys too.
+        """
         terms: dict[str, float] = {}
         for start, end in chunks:
             found = chunk_seconds(
@@ -103,18 +112,20 @@ class StepCost:
     def _of_layers(
         self, prompts: Sequence[Prompt], num_decodes: int, context: int
     ) -> dict[str, float]:
-        """All layers, with the prompts spread or side by side."""
-        new = sum(p.end - p.start for p in prompts)
+        """Terms of all layers, with prompts spread over the ranks or prefilled locally."""
+        new = sum(p.num_new for p in prompts)
         terms = self._layers(list(prompts), new / self.sp, num_decodes, context)
         if self.system.elastic and self.sp > 1 and len(prompts) > 1 and not num_decodes:
-            apart = self._side_by_side(prompts)
-            if apart is not None and sum(apart.values()) < sum(terms.values()):
-                terms = apart
+            local = self._local_prefill(prompts)
+            if local is not None and sum(local.values()) < sum(terms.values()):
+                terms = local
         return terms
 
     def _of_step(self, terms: dict[str, float], num_sampled: int) -> Terms:
-        """`terms` of layers, and what comes once in a step; the host's share only where it was
-        measured."""
+        """Add what each step pays once to the terms of its layers.
+
+        The host's share counts only where it was measured.
+        """
         terms["head"] = gemm_s(
             num_sampled / self.sp,
             self.size.head_params / self.tp,
@@ -132,7 +143,7 @@ class StepCost:
     def _layers(
         self, prompts: list[Prompt], new: float, num_decodes: int, context: int
     ) -> dict[str, float]:
-        """All layers; `new` prompt tokens are on the busiest rank."""
+        """Terms of all layers, with `new` prompt tokens on the busiest rank."""
         if not prompts:
             return self._decode(num_decodes, context)
         # A sequence's linear layers run on one rank, so the busiest has at least one whole
@@ -144,8 +155,11 @@ class StepCost:
         return terms
 
     def _decode(self, num_decodes: int, context: int) -> dict[str, float]:
-        """A step without prompts. Most steps are such, and but for reading the cache they differ by
-        their number of sequences alone, so that is remembered."""
+        """Terms of a step without prompts, the most frequent kind.
+
+        But for reading the cache they depend on the number of sequences alone, so that part is
+        remembered.
+        """
         terms = self._decodes.get(num_decodes)
         if terms is None:
             terms = self._decodes[num_decodes] = self._per_token(-(-num_decodes // self.sp))
@@ -164,7 +178,7 @@ class StepCost:
         terms["decode_exchange"] = layers * self.exchange.seconds(num_decodes, context)
 
     def _per_token(self, rows: float) -> dict[str, float]:
-        """What depends on the tokens of the busiest rank alone."""
+        """Terms that depend on the tokens of the busiest rank alone."""
         size, layers, hardware = self.size, self.size.num_layers, self.hardware
         reduced = all_reduce_s(rows * size.hidden_size * size.itemsize, self.tp, hardware)
         return {
@@ -186,15 +200,15 @@ class StepCost:
             return self.sparse.seconds(prompts, self.hardware, pipelined=pipelined)
         return fastest(
             self.exact,
-            sum(causal_pairs(p.start, p.end) for p in prompts),
-            sum(p.end - p.start for p in prompts),
+            sum(p.pairs for p in prompts),
+            sum(p.num_new for p in prompts),
             sum(p.end for p in prompts),
             self.hardware,
             pipelined=pipelined,
         )
 
-    def _side_by_side(self, prompts: Sequence[Prompt]) -> dict[str, float] | None:
-        """Whole prompts, each on one rank; None where some are cached."""
+    def _local_prefill(self, prompts: Sequence[Prompt]) -> dict[str, float] | None:
+        """Terms of whole prompts on one rank each; None where some of them are cached."""
         if any(p.start for p in prompts):
             return None
         tokens, attending_s = dealt(
@@ -218,8 +232,10 @@ def step_cost(
     sp: int,
     ffn_itemsize: int | None = None,
 ) -> StepCost:
-    """Raises:
-    ConfigError: the degrees do not fit nodes or CSA levels, or the model has a sliding window.
+    """Cost of the steps of one engine of a system.
+
+    Raises:
+        ConfigError: the degrees do not fit nodes or CSA levels, or the model has a sliding window.
     """
     if model.sliding_window is not None:
         raise ConfigError(
@@ -256,7 +272,7 @@ def step_cost(
 
 
 def _attention_terms(found: AttentionSeconds) -> tuple[tuple[str, float], ...]:
-    """One layer's."""
+    """Terms of one layer."""
     return (
         ("attention", found.compute_s),
         ("transport", found.exposed_s),

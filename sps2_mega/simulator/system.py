@@ -1,6 +1,6 @@
-"""What is compared: one way to serve a model on a number of GPUs, as plain settings.
+"""Settings of one simulated serving system on a number of GPUs.
 
-Decides nothing about costs; which settings stand for which published system says `line_up`.
+`line_up` says which settings stand for which published system.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from sps2_mega.errors import ConfigError
 class System:
     """`replicas` engines of tp * sp GPUs each; requests go to the engine with the least work.
 
-    `decode_replicas` > 0: that many further engines, of `decode_tp` * `decode_sp` GPUs, decode what
-    the others have prefilled (disaggregated). `decode_move` is what travels in SP decode: queries,
-    or keys and values. `dcp` TP ranks that would hold the same KV head share its tokens instead
-    (decode context parallelism). `chunk_tokens`: with policy sarathi. `tbt_target_ms`: prefill
-    gives way to decodes between layers. `elastic`: short prompts may run whole on one SP rank each,
-    side by side.
+    With `decode_replicas` > 0, that many further engines of `decode_tp` * `decode_sp` GPUs decode
+    what the others have prefilled (disaggregated). `decode_move` names what travels in SP decode:
+    queries, or keys and values. `dcp` TP ranks that would hold the same KV head share its tokens
+    instead (decode context parallelism). `chunk_tokens` belongs to policy sarathi. Under
+    `tbt_target_ms` prefill gives way to decodes between layers. `elastic` allows local prefill:
+    short prompts whole on one SP rank each.
 
     Raises:
         ConfigError: a degree is below 1, or settings exclude each other.

@@ -1,14 +1,13 @@
-"""Reading published request traces: which format a file has, and one `Arrival` per row.
+"""Readers of published request traces: recognise the format, one `Arrival` per row.
 
-    Mooncake     JSON lines: timestamp (ms), input_length, output_length, hash_ids (blocks of 512 tokens)
-    Qwen-Bailian JSON lines: chat_id, timestamp (s), input_length, output_length, hash_ids (blocks
-    of 16 tokens)
-    Azure        CSV: TIMESTAMP, ContextTokens, GeneratedTokens
-    BurstGPT     CSV: Timestamp (s), Request tokens, Response tokens, ..
-    ServeGen     CSV without a header: statistics, from which `servegen` draws
+    Mooncake      JSON lines: timestamp (ms), input_length, output_length, hash_ids (of 512 tokens)
+    Qwen-Bailian  JSON lines: chat_id, timestamp (s), input_length, output_length, hash_ids (of 16)
+    Azure         CSV: TIMESTAMP, ContextTokens, GeneratedTokens
+    BurstGPT      CSV: Timestamp (s), Request tokens, Response tokens, ..
+    ServeGen      CSV without a header: statistics, from which `servegen` draws
 
-Files may be gzipped. Times begin at 0 and rows are put in their order. Decides nothing about rates
-and lengths (`arrivals.scaled`).
+Files may be gzipped. Times begin at 0 and rows are sorted by them. Rates and lengths stay as they
+are (`arrivals.scaled` changes them).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _Row = tuple[float, int, int, tuple[int, ...], int]
 
 
 def trace_path(name: str) -> Path:
-    """The file of a bundled trace, or of a path.
+    """The file of a bundled trace or at a path.
 
     Raises:
         ConfigError: neither a bundled name nor a file.
@@ -54,11 +53,10 @@ def trace_path(name: str) -> Path:
 
 
 def read_trace(name: str, *, limit: int | None = None, seed: int = 0) -> list[Arrival]:
-    """The first `limit` requests of a bundled trace or a file. `seed` matters where requests are
-    drawn (ServeGen).
+    """Read the first `limit` requests of a bundled trace or a file.
 
-    Rows without tokens in or out are left out: they were refused or failed where the trace was
-    taken.
+    `seed` matters where requests are drawn (ServeGen). Rows without tokens in or out are left out:
+    they were refused or failed where the trace was taken.
 
     Raises:
         ConfigError: no such file, no known format, or a row that cannot be read.
@@ -85,7 +83,7 @@ def read_trace(name: str, *, limit: int | None = None, seed: int = 0) -> list[Ar
 
 
 def text_of(path: Path) -> str:
-    """A file's text, unpacked where its name ends with .gz.
+    """Read a text file, unpacking names that end with .gz.
 
     Raises:
         ConfigError: it cannot be read.
@@ -140,8 +138,7 @@ def _azure(row: Mapping[str, str]) -> _Row:
 
 
 def _arrivals(rows: list[_Row]) -> list[Arrival]:
-    """In order of time from 0 on; names are numbered anew, since some traces have very large
-    ones."""
+    """Arrivals in order of time from 0 on; names are renumbered, as some traces have huge ones."""
     rows.sort(key=lambda row: row[0])
     start = rows[0][0] if rows else 0.0
     numbers: dict[int, int] = {}
@@ -159,8 +156,10 @@ def _arrivals(rows: list[_Row]) -> list[Arrival]:
 
 
 def _spread(arrivals: list[Arrival]) -> list[Arrival]:
-    """Requests of one tick of a coarse clock, evenly until the next tick: a burst every 3 s would
-    be an artefact."""
+    """Spread the requests of one tick of a coarse clock evenly until the next tick.
+
+    A burst every 3 s would be an artefact.
+    """
     spread: list[Arrival] = []
     ticks = [list(group) for _, group in itertools.groupby(arrivals, key=lambda a: a.time_s)]
     for number, group in enumerate(ticks):
@@ -175,7 +174,7 @@ def _spread(arrivals: list[Arrival]) -> list[Arrival]:
 
 
 def _dataset_text(path: Path) -> str:
-    """The lengths that belong to a ServeGen client's arrivals."""
+    """Text of the lengths that belong to a ServeGen client's arrivals."""
     stem = path.name.removesuffix("-trace.csv")
     for name in (f"{stem}-dataset.json", f"{stem}-dataset.json.gz"):
         if (path.parent / name).is_file():

@@ -1,53 +1,60 @@
-"""Seconds of exact attention over SP ranks by each transport: the planner's bytes, the pipeline's
-order.
+"""Seconds of exact attention over SP ranks by each transport, for steps with equal shares.
 
-Bytes of a step with equal shares are linear in its new and its cached tokens, so
-`attention.traffic` is asked twice, when a cost is made, and never again: a step then costs a few
-multiplications, on any number of ranks. Layers are cut and windows are as wide as in the transports
-themselves; every part of a cut layer pays its own latencies and calls. Calls, merges and copies
-cost what was measured of the hardware, nothing where nobody measured. Decides which transport a
-step of `auto` takes, as the engine does: the fastest.
+Bytes, calls, merges and copies are the planner's counts (`attention.planner.traffic`,
+`exact_counts`), and so is the overlap (`overlap.exact_layer`). With equal shares they are linear in
+a step's new and cached tokens, so they are counted twice, when a cost is made, and never again: a
+step then costs a few multiplications, on any number of ranks. Calls, merges and copies take what
+was measured of the hardware, nothing where nobody measured. Merges are a term of their own, which
+nothing hides. A step of `auto` takes the fastest transport, as in the engine.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from sps2_mega.attention.layout.heads import most_kv_heads, split_heads
-from sps2_mega.attention.pipeline.settings import (
-    CPU_PART,
-    CUDA_PART,
-    WINDOW,
-    Cut,
-    PipelineSettings,
-    cut_by_heads_and_queries,
-    num_micro_batches,
+from sps2_mega.attention.layout.heads import most_kv_heads
+from sps2_mega.attention.pipeline.settings import Cut
+from sps2_mega.attention.planner.exact import handling_s
+from sps2_mega.attention.planner.exact_counts import attention_steps, layer_cut
+from sps2_mega.attention.planner.link_time import by_cargo, link_seconds, message_seconds
+from sps2_mega.attention.planner.overlap import (
+    WHOLE,
+    LayerSeconds,
+    TravelSeconds,
+    exact_layer,
 )
-from sps2_mega.attention.planner.exact import estimate, link_seconds
-from sps2_mega.attention.planner.overlap import cut_s, ring_s
 from sps2_mega.attention.planner.step_shape import StepShape
-from sps2_mega.attention.planner.traffic import bytes_moved, num_messages
+from sps2_mega.attention.planner.traffic import bytes_moved
 from sps2_mega.parallel.machine import Link, Machine
 from sps2_mega.simulator.compute import attention_s, memory_s
 from sps2_mega.simulator.hardware import Hardware
 
-_UNIT = (
-    1024  # tokens per rank of the steps that are asked for; large enough that no integer is rounded
-)
+_UNIT = 1024  # tokens per rank of the counted steps; so many that no integer is rounded
+# In zigzag, queries lie in two runs on each rank, and meet one or two runs of every rank's keys.
+_CALLS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSeconds:
-    """One layer: what attention computes, what communication takes in all, and how much of that is
-    not hidden."""
+    """One layer: attention, communication in all and the part that is not hidden, and merges."""
 
     transport: str
     compute_s: float
     comm_s: float
     exposed_s: float
     merge_s: float = 0.0
+
+    @classmethod
+    def of(cls, transport: str, layer: LayerSeconds, *, merge_s: float = 0.0) -> AttentionSeconds:
+        return cls(
+            transport=transport,
+            compute_s=layer.compute_s,
+            comm_s=layer.comm_s,
+            exposed_s=layer.exposed_s,
+            merge_s=merge_s,
+        )
 
     @property
     def total_s(self) -> float:
@@ -56,9 +63,13 @@ class AttentionSeconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCost:
-    """One transport on one machine. `query_s[l]` and `key_s[l]` are link seconds per token of level
-    l, for one token per rank; `sent` is bytes per rank and `copy_s` seconds of copying likewise.
-    `most_kv_heads`: where heads are dealt."""
+    """One transport on one machine, per token of each rank.
+
+    `query_s[l]` and `key_s[l]` are link seconds of level l, `sent` bytes of a rank, `copy_s`
+    seconds of copying, `merged_rows` partials of a query that are merged. `busiest_share` is the
+    part of all (query, key, head) triples that the busiest rank computes, in `calls` calls;
+    `most_kv_heads` are the KV heads of the rank that has most where heads are dealt.
+    """
 
     transport: str
     size: int
@@ -66,8 +77,10 @@ class TransportCost:
     num_kv_heads: int
     head_dim: int
     itemsize: int
-    latency_s: float
+    messages: TravelSeconds
     busiest_share: float
+    calls: int
+    merged_rows: float
     most_kv_heads: int
     query_s: tuple[float, ...]
     key_s: tuple[float, ...]
@@ -80,95 +93,68 @@ class TransportCost:
     def seconds(
         self, pairs: float, new: float, keys: float, hardware: Hardware, *, pipelined: bool
     ) -> AttentionSeconds:
-        """A step of `new` tokens that looks at `keys` tokens (those included), `pairs` of them for
-        each head."""
+        """One layer of a step of `new` tokens with `keys` tokens in all, cached ones included.
+
+        `pairs` are the step's (query, key) pairs of one head.
+        """
         queries, held = new / self.size, keys / self.size
         kv_bytes = 2 * held * self.num_kv_heads * self.head_dim * self.itemsize
         own = pairs * self.num_heads * self.busiest_share
         compute_s = attention_s(own, self.head_dim, kv_bytes, hardware) + hardware.call_s
         if self.size == 1:
-            return AttentionSeconds(
-                transport=self.transport, compute_s=compute_s, comm_s=0.0, exposed_s=0.0
-            )
-        compute_s += queries * self.query_copy_s + held * self.key_copy_s
-        query_s = max(queries * s for s in self.query_s)
-        link_s = max(queries * q + held * k for q, k in zip(self.query_s, self.key_s, strict=True))
-        factor = 1.0
-        if self.transport in ("ulysses", "pass_q"):  # all-to-alls between all ranks
-            factor = hardware.stream_factor if pipelined else hardware.exchange_factor
-        cut = Cut(head_groups=1, query_parts=1)
-        if pipelined and self.transport != "ring":
-            cut = self._cut(pairs, queries, held)
+            alone = LayerSeconds(total_s=compute_s, compute_s=compute_s, comm_s=0.0)
+            return AttentionSeconds.of(self.transport, alone)
+        cut = self._cut(pairs, queries, held) if pipelined else WHOLE
         parts = cut.head_groups * cut.query_parts
-        calls = 2 * self.size if self.transport in ("ring", "pass_q") else 1
-        compute_s += (calls * parts - 1) * hardware.call_s
-        back_s = query_s / 2 if self.transport in ("ulysses", "pass_q") else 0.0
-        for_keys, for_queries, for_results = self._messages()
-        messages = cut.head_groups * for_keys + parts * (for_queries + for_results)
-        # Between CPUs the latency of a message is time of a core, which no pipeline hides
-        # (`attention.planner`).
-        latency_s, core_s = (
-            (0.0, messages * self.latency_s) if self.on_cpu else (self.latency_s, 0.0)
+        compute_s += queries * self.query_copy_s + held * self.key_copy_s
+        compute_s += (self.calls * parts - 1) * hardware.call_s
+        steps = self.size if self.transport == "ring" else 1
+        layer = exact_layer(
+            self.transport,
+            cut,
+            self._travel(queries, held, hardware, pipelined=pipelined),
+            self.messages,
+            [compute_s / steps] * steps,
+            on_cpu=self.on_cpu,
+            pipelined=pipelined,
         )
-        keys_s = (link_s - query_s) * factor + cut.head_groups * for_keys * latency_s
-        queries_s = (query_s - back_s) * factor + parts * for_queries * latency_s
-        back_s = back_s * factor + parts * for_results * latency_s
-        comm_s = keys_s + queries_s + back_s
-        if not pipelined:
-            total = compute_s + comm_s
-        elif self.transport == "ring":
-            total = ring_s(comm_s / (self.size - 1), [compute_s / self.size] * self.size)
-        else:
-            window = WINDOW if self.transport == "ulysses" else 1
-            total = cut_s(
-                cut,
-                window,
-                keys_s=keys_s,
-                queries_s=queries_s,
-                compute_s=compute_s,
-                back_s=back_s,
-            )
-        return AttentionSeconds(
-            transport=self.transport,
-            compute_s=compute_s,
-            comm_s=comm_s + core_s,
-            exposed_s=total + core_s - compute_s,
-            merge_s=self._merge_s(queries, hardware),
-        )
+        merge_s = self.merging_s(queries, self.merged_rows, hardware)
+        return AttentionSeconds.of(self.transport, layer, merge_s=merge_s)
 
-    def _messages(self) -> tuple[int, int, int]:
-        """Of `num_messages` those with keys, with queries, and with results."""
-        count = num_messages(self.transport, self.size)
-        if self.transport == "pass_q":
-            return 0, count - 1, 1
-        return (1, count - 2, 1) if self.transport == "ulysses" else (count, 0, 0)
+    def merging_s(self, queries: float, times: float, hardware: Hardware) -> float:
+        """Seconds of merging `times` partials of each query into a float32 sum."""
+        return times * queries * self.num_heads * self.head_dim * merge_s(self.itemsize, hardware)
+
+    def _travel(
+        self, queries: float, held: float, hardware: Hardware, *, pipelined: bool
+    ) -> TravelSeconds:
+        travel = by_cargo(
+            self.transport,
+            queries_s=max(queries * s for s in self.query_s),
+            total_s=max(
+                queries * q + held * k for q, k in zip(self.query_s, self.key_s, strict=True)
+            ),
+        )
+        if self.transport not in ("ulysses", "pass_q"):
+            return travel
+        # All-to-alls between all ranks take longer than the link's rate says.
+        factor = hardware.stream_factor if pipelined else hardware.exchange_factor
+        return TravelSeconds(
+            keys_s=travel.keys_s * factor,
+            queries_s=travel.queries_s * factor,
+            results_s=travel.results_s * factor,
+        )
 
     def _cut(self, pairs: float, queries: float, held: float) -> Cut:
-        """As `attention.ulysses` and `attention.pipeline.parts.kv_head_groups` cut, by means over
-        ranks."""
-        wanted = num_micro_batches(
-            PipelineSettings(),
+        return layer_cut(
+            self.transport,
             num_bytes=int(queries * self.query_sent + held * self.key_sent),
             flops=int(4 * self.head_dim * pairs * self.num_heads / self.size),
-            smallest=CPU_PART if self.on_cpu else CUDA_PART,
+            num_kv_heads=self.num_kv_heads,
+            most_kv_heads=self.most_kv_heads,
+            query_tokens=int(queries),
+            on_cpu=self.on_cpu,
         )
-        if self.transport != "ulysses":
-            return Cut(head_groups=min(wanted, self.num_kv_heads), query_parts=1)
-        return cut_by_heads_and_queries(
-            wanted, kv_heads=self.most_kv_heads, query_tokens=max(1, int(queries))
-        )
-
-    def _merge_s(self, queries: float, hardware: Hardware) -> float:
-        """Each query meets the keys of every rank; in zigzag two runs of half as many meet one or
-        two runs of keys."""
-        if self.transport not in ("ring", "pass_q"):
-            return 0.0
-        return self.merging_s(queries, self.size, hardware)
-
-    def merging_s(self, queries: float, times: int, hardware: Hardware) -> float:
-        """So many partials of each query are read and merged into a float32 sum, which is read and
-        written."""
-        return times * queries * self.num_heads * self.head_dim * merge_s(self.itemsize, hardware)
 
 
 def merge_s(itemsize: int, hardware: Hardware) -> float:
@@ -185,33 +171,33 @@ def transport_costs(
     head_dim: int,
     itemsize: int,
 ) -> tuple[TransportCost, ...]:
-    """One for each name of `attention.planner.TRANSPORTS`; heads are those of one TP rank."""
+    """Cost of each named transport (of `planner.exact.TRANSPORTS`); heads are of one TP rank."""
     size = math.prod(machine.sp_levels)
     heads = dict(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, itemsize=itemsize
     )
     costs = []
     for name in names:
-        share = 1.0 / size
-        if name == "ulysses" and size > 1:
-            shares = split_heads(num_heads, num_kv_heads, size)
-            share = max(len(own) for own, _ in shares) / num_heads
-        query_s, query_sent = _per_token(name, heads, machine, queries=_UNIT, keys=0)
-        key_s, key_sent = _per_token(name, heads, machine, queries=0, keys=_UNIT)
-        copy_s = [_copy_s(name, heads, machine, *counts) for counts in ((_UNIT, 0), (0, _UNIT))]
+        whole = _shape(heads, size, _UNIT, _UNIT)
+        steps = attention_steps(name, whole)
+        query_s, query_sent, query_copy_s = _per_token(name, heads, machine, _UNIT, 0)
+        key_s, key_sent, key_copy_s = _per_token(name, heads, machine, 0, _UNIT)
         costs.append(
             TransportCost(
                 transport=name,
                 size=size,
-                latency_s=max(link.latency_s for link in machine.links),
-                busiest_share=share,
+                messages=message_seconds(name, size, machine),
+                busiest_share=sum(step.pairs for step in steps)
+                / (sum(map(sum, whole.pairs)) * num_heads),
+                calls=sum(step.calls for step in steps),
+                merged_rows=sum(step.merged_rows for step in steps) / _UNIT,
                 most_kv_heads=most_kv_heads(num_heads, num_kv_heads, size),
                 query_s=query_s,
                 key_s=key_s,
                 query_sent=query_sent,
                 key_sent=key_sent,
-                query_copy_s=copy_s[0],
-                key_copy_s=copy_s[1],
+                query_copy_s=query_copy_s,
+                key_copy_s=key_copy_s,
                 on_cpu=machine.on_cpu,
                 **heads,
             )
@@ -228,17 +214,17 @@ def fastest(
     *,
     pipelined: bool,
 ) -> AttentionSeconds:
-    """What `--transport auto` takes."""
+    """One layer by the transport that `--transport auto` takes."""
     found = [cost.seconds(pairs, new, keys, hardware, pipelined=pipelined) for cost in costs]
     return min(found, key=lambda seconds: seconds.total_s)
 
 
 def _per_token(
-    name: str, heads: dict[str, int], machine: Machine, *, queries: int, keys: int
-) -> tuple[tuple[float, ...], float]:
-    """Link seconds of each level, and bytes sent by a rank, per token of each rank."""
-    size = math.prod(machine.sp_levels)
-    moved = bytes_moved(name, _shape(heads, size, queries, keys))
+    name: str, heads: dict[str, int], machine: Machine, queries: int, keys: int
+) -> tuple[tuple[float, ...], float, float]:
+    """(link seconds by level, bytes sent by a rank, seconds of copying) per token of each rank."""
+    shape = _shape(heads, math.prod(machine.sp_levels), queries, keys)
+    moved = bytes_moved(name, shape)
     seconds = []
     for level in range(len(machine.links)):
         # Only this level's link takes time.
@@ -248,22 +234,18 @@ def _per_token(
         )
         alone = Machine(sp_levels=machine.sp_levels, links=links, flops_per_s=1.0)
         seconds.append(link_seconds(moved, alone) / _UNIT)
-    return tuple(seconds), max(map(sum, moved)) / _UNIT
-
-
-def _copy_s(name: str, heads: dict[str, int], machine: Machine, queries: int, keys: int) -> float:
-    """Seconds of copying per token of each rank, as the planner counts it."""
-    alone = replace(machine, call_s=0.0, merge_s=0.0)
-    shape = _shape(heads, math.prod(machine.sp_levels), queries, keys)
-    return estimate(name, shape, alone, overlap=False).compute_s / _UNIT
+    copy_s = handling_s(name, shape, moved, machine) / _UNIT
+    return tuple(seconds), max(map(sum, moved)) / _UNIT, copy_s
 
 
 def _shape(heads: dict[str, int], size: int, queries: int, keys: int) -> StepShape:
-    """A step without work, of equal shares."""
+    """A step of equal shares."""
     return StepShape(
         queries=(queries,) * size,
         keys=(keys,) * size,
-        pairs=((0,) * size,) * size,
+        pairs=((_UNIT,) * size,) * size,
+        calls=((_CALLS,) * size,) * size,
+        partial_rows=((queries,) * size,) * size,
         num_heads=heads["num_heads"],
         num_kv_heads=heads["num_kv_heads"],
         head_dim=heads["head_dim"],

@@ -19,15 +19,10 @@ from torch import Tensor
 
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.levels.exchanges import Exchange, prefill_exchanges
+from sps2_mega.attention.levels.kv_parts import num_kv_parts
 from sps2_mega.attention.levels.plan import ExchangePlan, ExchangePlanner, RowPlan
 from sps2_mega.attention.pipeline.schedule import stage_order
-from sps2_mega.attention.pipeline.settings import (
-    CPU_PART,
-    CUDA_PART,
-    PipelineSettings,
-    SmallestPart,
-    num_micro_batches,
-)
+from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART
 from sps2_mega.attention.transports.partials import PartialSum
 from sps2_mega.comm.exchange import Pending, post_all_to_all
 from sps2_mega.kernels.csa.dispatch import attend_pieces
@@ -138,47 +133,6 @@ class HierarchicalTransport:
         if key not in self._plans:
             self._plans[key] = self._planner.plan(*key)
         return self._plans[key]
-
-
-def num_kv_parts(
-    layout: PrefillLayout,
-    patterns: Sequence[CSAPattern],
-    settings: PipelineSettings,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    row_bytes: int,
-    head_dim: int,
-    smallest: SmallestPart,
-) -> int:
-    """Return into how many parts, by KV heads, the exchanges of a step are cut.
-
-    It depends on all ranks together, so that all cut alike.
-
-    Args:
-        layout: Tokens of the step.
-        patterns: CSA pattern of each sequence.
-        settings: Pipeline of the job.
-        num_heads: Query heads of this TP rank.
-        num_kv_heads: KV heads of this TP rank.
-        row_bytes: Bytes of one head of one token.
-        head_dim: Elements of a head.
-        smallest: Bytes and FLOPs below which a part does not pay.
-    """
-    queries, keys = layout.queries, layout.keys
-    pairs = sum(
-        (last - first) * (last + first) // 2
-        for first, last in zip(queries.first, queries.last, strict=True)
-    )
-    size = len(keys.counts)
-    shares = size * min(pattern.degrees[-1] for pattern in patterns)
-    wanted = num_micro_batches(
-        settings,
-        num_bytes=2 * sum(keys.counts) * num_kv_heads * row_bytes * (size - 1) // shares,
-        flops=4 * pairs * num_heads * head_dim // shares,
-        smallest=smallest,
-    )
-    return min(wanted, num_kv_heads)
 
 
 class _HierarchicalLayer:

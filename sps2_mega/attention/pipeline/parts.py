@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sps2_mega.attention.layout.causal_pairs import causal_pairs
 from sps2_mega.attention.pipeline.settings import num_micro_batches
 
 if TYPE_CHECKING:
@@ -69,10 +70,8 @@ def cut_queries(
 
 def seen_keys(queries: TokenLayout, *, window: int | None = None) -> int:
     """Count the (query, key) pairs of causal attention over all sequences."""
-    pairs = 0
-    for first, last in zip(queries.first, queries.last, strict=True):
-        pairs += _pairs_before(last, window) - _pairs_before(first, window)
-    return pairs
+    bounds = zip(queries.first, queries.last, strict=True)
+    return sum(causal_pairs(range(first, last), window=window) for first, last in bounds)
 
 
 def kv_head_groups(
@@ -113,13 +112,6 @@ def kv_head_groups(
     return [
         range(num_kv_heads * g // groups, num_kv_heads * (g + 1) // groups) for g in range(groups)
     ]
-
-
-def _pairs_before(position: int, window: int | None) -> int:
-    """Count the keys seen by the queries [0, position)."""
-    if window is None or position <= window:
-        return position * (position + 1) // 2
-    return window * (window + 1) // 2 + (position - window) * window
 
 
 def _bounds(queries: TokenLayout, num_parts: int, window: int | None) -> list[list[int]]:

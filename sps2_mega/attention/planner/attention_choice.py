@@ -1,7 +1,7 @@
-"""How prefill attends in this job: transport and sparse pattern, from configuration, model and
-ranks.
+"""Transport and sparse pattern of a job's prefill, from configuration, model and ranks. Pure ints.
 
-`auto` on several SP ranks stays `auto`: `PrefillPlanner` then decides step by step.
+`auto` on several SP ranks stays `auto`: `step_planner.PrefillPlanner` then chooses step by step.
+`attention.build` makes attention of either.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from sps2_mega.parallel.topology import Topology
 
 
 def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig, *, sp: int = 1) -> str:
-    """`transport` checked, and `auto` resolved where nothing is left to decide per step.
+    """Check `transport`, and resolve `auto` where nothing is left to choose per step.
 
     Raises:
-        ConfigError: there is no such transport, or CSA or transports by level are asked for where
-            they cannot be had.
+        ConfigError: no such transport, or the model's sliding window excludes CSA or transports by
+            level.
     """
     names = transport.split(",")
     unknown = [name for name in names if name not in LEVEL_TRANSPORTS]
@@ -41,10 +41,13 @@ def choose_transport(transport: str, csa: CSAConfig, model: ModelConfig, *, sp: 
 
 
 def prompt_layout(transport: str, csa: CSAConfig) -> Layout:
-    """How a prompt is spread over SP ranks. Zigzag balances causal work where every rank has its
-    own queries; a sparse prompt's work is mostly its own cell, and its cells should not be torn
-    apart. `auto` cannot know yet: zigzag costs ulysses a reordering of rows, contiguous would cost
-    the others up to half of their speed."""
+    """Placement of a prompt's blocks on SP ranks.
+
+    Zigzag balances causal work where every rank computes its own queries. A sparse prompt's work is
+    mostly in each query's own cell, and cells should not be torn apart. Under `auto` the transport
+    is not known yet: zigzag costs `ulysses` a reordering of rows, contiguous blocks would cost the
+    others up to half of their speed.
+    """
     balanced = transport in ("gather", "ring", "pass_q", "auto")
     return "zigzag" if balanced and csa.exact else "contiguous"
 
@@ -52,7 +55,7 @@ def prompt_layout(transport: str, csa: CSAConfig) -> Layout:
 def sparse_prefill(
     config: EngineConfig, model: ModelConfig, topology: Topology, transport: str, *, tp_rank: int
 ) -> SparsePrefill | None:
-    """What sparse prefill needs, or None for exact attention with one transport.
+    """Pattern and transports of CSA or of transports by level; None for exact attention by one.
 
     Raises:
         ConfigError: degrees or transports, spans and SP levels do not fit.

@@ -1,8 +1,7 @@
-"""What a CSA pattern costs: visible pairs, attention FLOPs, and the keys that must travel. Exact
-integers.
+"""Visible pairs, attention FLOPs and keys to move of a CSA pattern, as exact integers.
 
-Everything is read off the pieces, so it holds for any length, span, degree and rank layout; the
-closed form for long prompts is `long_flops_ratio`. Bytes and seconds are the planner's affair.
+All counts are read off the pieces, so they hold for any length, span, degree and placement; the
+closed form for long prompts is `long_flops_ratio`. Bytes and seconds are counted in `by_level`.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from sps2_mega.attention.csa.key_blocks import key_ranges
 from sps2_mega.attention.csa.pattern import CSAPattern
 from sps2_mega.attention.csa.pieces import csa_pieces
+from sps2_mega.attention.layout.causal_pairs import causal_pairs
 
 
 @dataclass(frozen=True, slots=True)
 class KeySlice:
-    """Keys at positions `keys`, for the KV heads `kv_heads` (counted from the first one at
-    hand)."""
+    """Keys at positions `keys` of the KV heads `kv_heads`, numbered from the first one held."""
 
     keys: range
     kv_heads: range
@@ -40,8 +39,11 @@ def visible_pairs(
     layer: int,
     keys: range | None = None,
 ) -> int:
-    """(query, key, KV head) triples to compute. FLOPs are 4 * H times this, times the query heads
-    of one KV head (a multiply and an add, for the scores and again for the output)."""
+    """Count the (query, key, KV head) triples to compute.
+
+    FLOPs are 4 * H times this, times the query heads of one KV head (a multiply and an add, for the
+    scores and again for the output).
+    """
     pieces = csa_pieces(
         pattern, prompt_len=prompt_len, queries=queries, kv_heads=kv_heads, layer=layer, keys=keys
     )
@@ -57,14 +59,17 @@ def flops_ratio(pattern: CSAPattern, *, prompt_len: int, kv_heads: range, layer:
         kv_heads=kv_heads,
         layer=layer,
     )
-    return pairs / (prompt_len * (prompt_len + 1) // 2 * len(kv_heads))
+    return pairs / (causal_pairs(range(prompt_len)) * len(kv_heads))
 
 
 def long_flops_ratio(
     group_sizes: Sequence[int], degrees: Sequence[int], *, sample_queries: bool
 ) -> float:
-    """What `flops_ratio` tends to on many tokens when level l has groups of `group_sizes[l]` ranks,
-    of equal shards: the levels are disjoint, so level l counts the ranks that it adds."""
+    """Limit of `flops_ratio` for many tokens in equal shards.
+
+    Level l has groups of `group_sizes[l]` ranks. The levels are disjoint, so level l counts the
+    ranks that it adds.
+    """
     added = [
         outer - inner for inner, outer in itertools.pairwise([0, *group_sizes[: len(degrees)]])
     ]
@@ -81,13 +86,14 @@ def visible_keys(
     kv_heads: range,
     layer: int,
 ) -> list[KeySlice]:
-    """The keys of `keys` that at least one query of `queries` sees: what must travel from the rank
-    that holds the keys to the one that holds the queries. Each (key, KV head) is in exactly one
-    slice."""
+    """Keys that at least one query sees, each (key, KV head) in exactly one slice.
+
+    They must travel from the rank that holds `keys` to the one that holds `queries`.
+    """
     pieces = csa_pieces(
         pattern, prompt_len=prompt_len, queries=queries, kv_heads=kv_heads, layer=layer, keys=keys
     )
-    # Heads seen by the same pieces need the same keys, so the work is done once for each such set.
+    # Heads seen by the same pieces need the same keys, so each set of heads is treated once.
     seen_by: dict[tuple[range, ...], list[int]] = {}
     for head in range(len(kv_heads)):
         seen = tuple(

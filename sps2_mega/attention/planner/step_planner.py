@@ -1,8 +1,7 @@
-"""`--transport auto`: the transport of each prefill step, from its layout and the machine's
-numbers.
+"""`--transport auto`: transports of each prefill step, from its layout and the measured machine.
 
-Every rank decides for itself and alike: the layout follows from the plan, the numbers were agreed
-at the start.
+Every rank decides for itself and alike: the layout follows from the plan, and all ranks agreed on
+the machine's numbers at start-up.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import PrefillLayout
-from sps2_mega.attention.levels.transport import num_kv_parts
+from sps2_mega.attention.levels.kv_parts import num_kv_parts
 from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, PipelineSettings
 from sps2_mega.attention.planner.by_level import choose_levels, visible_between
 from sps2_mega.attention.planner.exact import choose
@@ -25,9 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class PrefillPlanner:
-    """Chooses among `candidates`; with `log_choices` (one rank) each kind of step is logged once.
+    """Choice of a step's transport among `candidates`.
 
-    Heads are those of one TP rank, `itemsize` is the bytes of a number of q, k and v.
+    Heads are those of one TP rank, `itemsize` is the bytes of a number of q, k and v. With
+    `log_choices` (one rank) each kind of step is logged once.
     """
 
     machine: Machine
@@ -42,7 +42,7 @@ class PrefillPlanner:
     _logged: set[tuple[str, int, int]] = field(default_factory=set)
 
     def transport(self, layout: PrefillLayout) -> str:
-        """The transport of a step laid out so."""
+        """The transport of a step with exact attention."""
         shape = step_shape(
             layout,
             num_heads=self.num_heads,
@@ -62,7 +62,7 @@ class PrefillPlanner:
         prompt_lens: Sequence[int],
         kv_heads: range,
     ) -> tuple[str, ...]:
-        """The transport of each SP level in a sparse step."""
+        """The transport of each SP level in a sparse step, innermost first."""
         parts = num_kv_parts(
             layout,
             patterns,
@@ -86,7 +86,7 @@ class PrefillPlanner:
         return chosen.transports
 
     def _log(self, layout: PrefillLayout, transport: str, reason: str) -> None:
-        """Once per choice, power of two of the new tokens and quarter of the cached share."""
+        """Log once per choice, power of two of new tokens and quarter of the cached share."""
         new, keys = sum(layout.queries.counts), sum(layout.keys.counts)
         kind = transport, new.bit_length(), (keys - new) * 4 // max(1, keys)
         if self.log_choices and kind not in self._logged:

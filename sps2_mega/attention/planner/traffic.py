@@ -1,7 +1,7 @@
-"""Bytes that each transport moves between sp ranks in one layer: a matrix, sender by receiver.
+"""Bytes and messages of each exact transport in one layer; bytes as a matrix, sender by receiver.
 
-    S keys, T queries, P ranks, N query and K KV heads, H their width, e bytes per number; sent per
-    rank:
+    S keys, T queries, P ranks, N query and K KV heads, H their width, e bytes per number;
+    sent per rank:
 
     gather, ring   2 * S * K * H * e * (P-1)/P
     ulysses        (T/P * 2N + S/P * 2max(K, P)) * H * e * (P-1)/P
@@ -9,11 +9,13 @@
 
 These are the sums for equal shares; the matrices follow the actual counts, padding included, and
 equal the bytes that the communication layer counts (`Group.traffic`). A gather counts as a ring,
-which is how both gloo and NCCL do it for large messages. For CSA the visible rows are counted by
-`volume`.
+which is how both gloo and NCCL do it for large messages. Rows that CSA moves are counted by
+`by_level`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from sps2_mega.attention.layout.heads import split_heads
 from sps2_mega.attention.planner.step_shape import StepShape
@@ -23,8 +25,17 @@ Matrix = list[list[int]]
 _LSE_BYTES = 4  # a float32 travels with each row of a partial
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Messages:
+    """Counts of the messages that carry keys with their values, queries, and results."""
+
+    keys: int
+    queries: int
+    results: int
+
+
 def bytes_moved(transport: str, shape: StepShape) -> Matrix:
-    """`matrix[r][p]`: bytes that sp rank r sends to p in one layer, by exact attention."""
+    """`matrix[r][p]`: bytes that SP rank r sends to p in one layer of exact attention."""
     if shape.size == 1:
         return [[0]]
     if transport == "gather":
@@ -37,21 +48,24 @@ def bytes_moved(transport: str, shape: StepShape) -> Matrix:
     return _pass_q(shape)
 
 
-def num_messages(transport: str, size: int) -> int:
-    """Messages that follow one another in one layer: what has to be paid in latencies."""
+def num_messages(transport: str, size: int) -> Messages:
+    """Messages that follow one another in one layer."""
     if size == 1:
-        return 0
-    rounds = {
-        "gather": size,  # K and V behind it, once round
-        "ring": size - 1,  # K and V together, once round
-        "ulysses": 3,  # keys and values, queries, and the outputs back: all peers at once
-        "pass_q": size,  # queries once round, and the partials back to all peers at once
-    }
-    return rounds[transport]
+        return Messages(keys=0, queries=0, results=0)
+    return {
+        # K and V behind it, once round.
+        "gather": Messages(keys=size, queries=0, results=0),
+        # K and V together, once round.
+        "ring": Messages(keys=size - 1, queries=0, results=0),
+        # All peers at once, each time.
+        "ulysses": Messages(keys=1, queries=1, results=1),
+        # Queries once round, and the partials back to all peers at once.
+        "pass_q": Messages(keys=0, queries=size - 1, results=1),
+    }[transport]
 
 
 def _kv_bytes(shape: StepShape) -> int:
-    """One token's key and value."""
+    """Key and value of one token."""
     return 2 * shape.num_kv_heads * shape.head_dim * shape.itemsize
 
 

@@ -17,6 +17,7 @@ from statistics import median
 
 import torch
 
+from sps2_mega.attention.layout.causal_pairs import causal_pairs
 from sps2_mega.comm.collectives import all_gather_rows, broadcast_bytes
 from sps2_mega.comm.probe import agree_most, measure_gather, measure_links
 from sps2_mega.engine.startup.transport_probe import LayerHeads, measure_layers
@@ -119,7 +120,7 @@ def attention_speed(
     rows = torch.arange(tokens, device=device).flip(0)
     copy_s = agree_most(_mean_s(lambda: out.index_select(0, rows), device), control)
     attend_s = agree_most(_mean_s(lambda: attend_rows(tokens), device), control)
-    flops = tokens * (tokens + 1) // 2 * heads * 4 * head_dim
+    flops = causal_pairs(range(tokens)) * heads * 4 * head_dim
     return {
         "flops_per_s": flops / max(attend_s - call_s, attend_s / 10),
         "call_s": call_s,

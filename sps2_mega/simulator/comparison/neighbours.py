@@ -1,7 +1,7 @@
 """Neighbouring settings of a system, for a search, and all settings of a place, to check it.
 
 A neighbour differs in one knob: chunk size, target between tokens, number of engines, GPUs that
-decode, degree of TP where sequences decode. Decides no order.
+decode, degree of TP where sequences decode.
 """
 
 from __future__ import annotations

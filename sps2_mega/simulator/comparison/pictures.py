@@ -72,7 +72,7 @@ def _ratios(panel: Any, outcomes: Sequence[Outcome], rate: float) -> None:
 
 
 def _requests(panel: Any, outcomes: Sequence[Outcome]) -> None:
-    """Mean seconds of a request, in the queue, in prefill, after the first token."""
+    """Mean seconds of a request in the queue, in prefill and after the first token."""
     names = [outcome.system.name for outcome in outcomes]
     left = [0.0] * len(names)
     for part in ("queue", "prefill", "decode"):

@@ -1,5 +1,4 @@
-"""benchmarks/evaluate.py: which stored comparisons run again, with which arguments, and what they
-become."""
+"""benchmarks/evaluate.py: choice of stored comparisons to run again, arguments and results."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Processes of long simulations: they give results, and leave nothing behind when their parent is
-killed."""
+"""Worker processes give results, and leave nothing behind when their parent is killed."""
 
 from __future__ import annotations
 

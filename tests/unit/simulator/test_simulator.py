@@ -1,5 +1,4 @@
-"""Whole simulations: hand-computed traces, conservation, replicas, disaggregation, prefixes,
-determinism."""
+"""Whole simulations: traces by hand, conservation, disaggregation, prefixes, determinism."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.arrivals import Arrival, scaled
 from sps2_mega.simulator.collectives import all_reduce_s
+from sps2_mega.simulator.prompt import Prompt
 from sps2_mega.simulator.simulator import simulate
-from sps2_mega.simulator.sparse_cost import Prompt
 from sps2_mega.simulator.step_cost import step_cost
 from sps2_mega.simulator.system import System
 from tests.unit.simulator.small_model import MODEL, ROUND
@@ -209,7 +208,7 @@ def test_cached_keys_come_with_the_first_chunk_of_a_layer():
     assert first["attention"] == pytest.approx(later["attention"], rel=0.3)
 
 
-def test_short_prompts_side_by_side_are_never_slower():
+def test_local_prefill_of_short_prompts_is_never_slower():
     prompts = [Prompt(start=0, end=n) for n in (1, 63, 700, 700, 1000, 1000, 30)]
     elastic = step_cost(System(name="x", sp=8), MODEL, ROUND, tp=1, sp=8)
     rigid = step_cost(System(name="x", sp=8, elastic=False), MODEL, ROUND, tp=1, sp=8)

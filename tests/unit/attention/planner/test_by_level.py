@@ -1,5 +1,4 @@
-"""The transports that sparse prefill gets: counts against the definition, choices where they are
-plain."""
+"""Transports of sparse prefill: counts against the definition, choices in plain cases."""
 
 import itertools
 
@@ -9,10 +8,15 @@ from rank_threads import RankThreads
 
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import build_layout
-from sps2_mega.attention.levels import transport as leveled
+from sps2_mega.attention.levels import transport as by_levels
 from sps2_mega.attention.pipeline.executor import plain_pipeline
-from sps2_mega.attention.planner.by_level import CANDIDATES, choose_levels, visible_between
-from sps2_mega.attention.planner.exact import link_seconds
+from sps2_mega.attention.planner.by_level import (
+    CANDIDATES,
+    choose_levels,
+    level_costs,
+    visible_between,
+)
+from sps2_mega.attention.planner.link_time import link_seconds
 from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.parallel.machine import Link, Machine
 
@@ -94,8 +98,7 @@ def test_a_free_link_buys_balance():
 
 
 def test_balance_buys_less_where_ranks_share_cores():
-    """The same prompt, on half as many cores as ranks: whoever has more to do has a whole core in
-    the end."""
+    """On half as many cores as ranks, the rank with most to do has a whole core in the end."""
     visible = whole_prompt(csa(degrees=(1, 2), spans=(1000,)))
     own, shared = (choose(visible, [1e15], ranks_per_core=ranks).seconds for ranks in (1.0, 2.0))
     assert shared["ulysses",] == pytest.approx(own["ulysses",], rel=0.05)
@@ -144,15 +147,25 @@ def test_each_part_of_a_level_costs_what_an_empty_one_took():
     assert seconds["pass_q", "gather"] == 2 * (2 * 9 + 1)  # two messages, as nothing was measured
 
 
-def test_parts_hide_the_shorter_of_the_two_and_pay_latencies():
+def test_own_keys_and_parts_hide_what_travels_and_parts_pay_latencies():
     visible = whole_prompt(csa(degrees=(1, 4), spans=(1000,)))
-    apart, whole, cut = (
-        choose(visible, [1e9], parts=parts).seconds["gather",] for parts in (None, 1, 4)
+    apart, whole, cut, torn = (
+        choose(visible, [3e7], parts=parts).seconds["gather",] for parts in (None, 1, 4, 10**4)
     )
-    assert apart == pytest.approx(whole)
+    machine = Machine(
+        sp_levels=(4,), links=(Link(latency_s=1e-6, bytes_per_s=3e7),), flops_per_s=1e11
+    )
+    cost = level_costs(visible, machine, num_heads=12, num_kv_heads=3, head_dim=64, itemsize=2)[
+        "gather",
+    ]
+    assert 0 < cost.own_s < cost.compute_s and cost.latency_s == 1e-6
+    far_s = cost.compute_s - cost.own_s
+    assert apart == pytest.approx(cost.travel_s + cost.compute_s + 1e-6)
+    assert whole == pytest.approx(max(cost.own_s, cost.travel_s) + far_s + 1e-6)
+    assert cost.own_s < cost.travel_s
     assert whole / 2 < cut < whole
-    # A millionth part of the shorter one, and a second of latencies.
-    assert choose(visible, [1e9], parts=10**6).seconds["gather",] == pytest.approx(1.0, rel=0.1)
+    # Nothing but latencies is added to the longer of the two.
+    assert torn == pytest.approx(0.01 + max(cost.compute_s, cost.travel_s), rel=0.01)
 
 
 class CountedThreads(RankThreads):
@@ -170,16 +183,15 @@ class CountedThreads(RankThreads):
 
 @pytest.mark.parametrize("names", list(itertools.product(CANDIDATES, repeat=2)), ids=",".join)
 def test_bytes_are_those_that_travel(names, monkeypatch):
-    """Two nodes of two ranks, a cell for each, 4 KV heads of 8 heads; without halo and sinks counts
-    are exact."""
+    """Two nodes of two ranks, a cell each, 4 KV heads of 8; exact without halo and sinks."""
     tokens, kv_heads, levels = 96, 4, (2, 2)
     pattern = csa(spans=(24,), sinks=0, halo=0, tail=0, degrees=(1, 2))
     layout = layout_of([[block // 6 for block in range(24)]], [tokens])
     threads = CountedThreads(4)
-    monkeypatch.setattr(leveled, "post_all_to_all", threads.post_all_to_all)
+    monkeypatch.setattr(by_levels, "post_all_to_all", threads.post_all_to_all)
 
     def on_rank(group):
-        transport = leveled.HierarchicalTransport(
+        transport = by_levels.HierarchicalTransport(
             layout,
             [pattern],
             [tokens],
