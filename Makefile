@@ -21,7 +21,7 @@ JOBS ?= 2
 ARGS ?=
 DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup generate serve test test-fast test-gpu lint format type bench train accuracy evaluate doctor clean help
+.PHONY: setup generate serve test test-fast test-gpu lint format type docs bench train accuracy evaluate doctor clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -69,6 +69,9 @@ format: setup ## let ruff rewrite the files
 
 type: setup ## mypy, strict on the parts without torch
 	$(BIN)/mypy
+
+docs: setup ## the documentation as a site in out/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs
 
 bench: setup ## compare with transformers generate
 	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/generate.py $(ARGS)
