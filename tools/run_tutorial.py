@@ -6,7 +6,8 @@ What counts on a page:
 
     ```bash                  is run; the first command that fails ends the run
     ```python                with a first line "# NAME.py" is saved as NAME.py
-    <!-- expect: TEXT -->    TEXT must occur in the output of the shell block above it
+    <!-- expect: TEXT -->    TEXT must occur in the output of the shell block above it; how much
+                             space is between words does not matter
     <!-- cleanup -->         the shell block below it is run at the end, whatever happened
 
 Other blocks are for the reader. NAME=VALUE arguments become environment variables.
@@ -91,12 +92,12 @@ def missing(blocks: list[Block], output: str) -> list[str]:
     said: dict[int, str] = {}
     for part in output.split(_MARK)[1:]:
         number, _, text = part.partition("\n")
-        said[int(number)] = text
+        said[int(number)] = " ".join(text.split())
     return [
         f"the block of line {block.line} should have said {words!r}"
         for number, block in enumerate(blocks)
         for words in block.expected
-        if words not in said.get(number, "")
+        if " ".join(words.split()) not in said.get(number, "")
     ]
 
 
@@ -125,7 +126,7 @@ def run(page: Path, variables: dict[str, str], timeout_s: float) -> tuple[int, s
 
 
 def _environment(programs: Path) -> dict[str, str]:
-    """`sps2`, `python` and `torchrun` of this interpreter and of this checkout, installed or not."""
+    """`sps2`, `python` and `torchrun` of this interpreter, with this checkout first on the path."""
     programs.mkdir()
     command = programs / "sps2"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m sps2_mega.cli "$@"\n')
