@@ -1,4 +1,4 @@
-"""Prints docs/structure.md: the layers, and one line per module taken from its docstring.
+"""Print docs/structure.md: the layers, and one line per module taken from its docstring.
 
 python tools/structure.py > docs/structure.md       (a test checks that the file is current)
 """
@@ -13,56 +13,72 @@ ROOT = Path(__file__).resolve().parents[1]
 
 HEAD = """# Structure
 
-Made by `python tools/structure.py > docs/structure.md` from the first sentence of each module; do not edit.
+Made by `python tools/structure.py > docs/structure.md` from the first sentence of each module; do
+not edit.
 
-Data goes one way through a step, and every arrow is a plain value:
+![Architecture](_static/architecture.svg)
+
+Data takes one way through a step, and every arrow is a plain value:
 
 ```
-file, Python      Request                                                     RequestOutput
-                     |                                                              ^
-rank 0            Scheduler.plan -> StepPlan -> broadcast         Scheduler.commit, OutputProcessor
-                                                    |                               ^
-every rank        batching: tokens, positions, attention of the step          StepOutput
-                     |                                                              ^
-                  GPTModel -> core_attention -> transport or decode -> kernels, comm -> sampler
+file, HTTP, Python   Request                                            RequestOutput
+                        |                                                     ^
+rank 0               RequestLedger.add                              text.OutputProcessor
+                        |                                                     ^
+                     Scheduler.plan -> StepPlan                      Scheduler.commit
+                                          | broadcast                         ^
+every rank           worker.batching: tokens, positions, attention       StepOutput
+                        |                                                     ^
+                     GPTModel -> attention.step -> transport or decode -> kernels, comm -> sampling
 ```
 
-A module imports from the layers above it only (`make lint` checks):
+A module imports from the layers below it only (`make lint` checks):
 
-| layer | what | may use |
+| layer, from the top | what is in it | may use |
 |---|---|---|
-| data | `errors` `types` `config` `metrics` `flags` | the standard library |
-| plans | `parallel.topology` `parallel.launcher` `attention.layout` `kv_cache` (but `pool`) `engine.scheduler` `engine.admission` `engine.seeds` | data; no torch |
-| tensors | `kernels` `kv_cache.pool` `engine.sampler` | torch; `kernels` import nothing of ours |
-| wires | `parallel.groups` `comm` | torch.distributed, sockets |
-| algorithms | `attention` | all above |
-| model | `mcore` `checkpoint` | megatron-core (in `mcore` only), safetensors |
-| engine | `engine` | all above |
-| edge | `serving` `cli` | the engine |
-| beside it | `simulator` | the scheduler and formulas of `attention`; no torch |
+| commands | `cli` | everything below |
+| edge | `serving` | the engine |
+| engine | `engine`, with `startup` and `disaggregated` | everything below |
+| work of a rank | `worker`: plans to tensors, sampling | model, attention |
+| text | `text`: tokenizer, chat templates, stop strings | data, tokenizers; no torch |
+| model | `mcore` | megatron-core, here only |
+| checkpoints | `checkpoint` | safetensors |
+| plans | `scheduler` | cache ledger, data; no torch |
+| attention | `attention`: `csa` `layout` `levels` `pipeline` `planner` `transports` | the floor |
+| floor | `comm`, `kernels`, `kv_cache` | sockets and torch.distributed; Triton; torch |
+| ranks | `parallel` | torch in `groups` only |
+| data | `config` `errors` `logprobs` `metrics` `outputs` `types` | the standard library |
+| beside them | `simulator` | the scheduler and attention's formulas; no torch |
 
-Beside the package: `launch/` starts jobs (`launch/README.md`), `model_configs/` names models, `tools/` converts and
-inspects checkpoints, looks at the machine (`doctor.py`) and measures (`bench/`), `docs/results/` keeps what was measured. `hardware/` and
-`traces/` are what the simulator reads.
-`tests/` mirrors the package: `unit` and `kernels` in one process, `dist` on ranks that stay alive for a whole
-session (`harness.py`), `e2e` through the launchers.
+Beside the package: `tools/` has what people call, thin over the same functions; `benchmarks/`
+measures, evaluates, simulates and trains; `launch/` starts jobs under launchers and services;
+`model_configs/` names models; `hardware/` and `traces/` are read by the simulator; `docs/` is this
+site, and `docs/results/` keeps what was measured. `tests/` mirrors the package: `unit` and
+`kernels` in one process, `dist` on ranks that stay alive for a whole session (`harness.py`), `e2e`
+through the launchers, `docs` for this site.
 """
 
 
 def first_sentence(path: Path) -> str:
+    """First paragraph of a module's docstring, on one line."""
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     return " ".join(docstring.split("\n\n")[0].split())
 
 
 def markdown() -> str:
-    """The whole file."""
+    """Text of the whole page."""
     lines = [HEAD]
     package = ROOT / "sps2_mega"
     folders = [package, *sorted(p for p in package.rglob("*") if p.is_dir())]
     for folder in folders:
         files = [path for path in sorted(folder.glob("*.py")) if path.read_text().strip()]
         if files:
-            lines += [f"## {folder.relative_to(ROOT)}", "", "| module | what it is |", "|---|---|"]
+            lines += [
+                f"## {folder.relative_to(ROOT)}",
+                "",
+                "| module | what it does |",
+                "|---|---|",
+            ]
             lines += [f"| `{path.name}` | {first_sentence(path)} |" for path in files]
             lines.append("")
     return "\n".join(lines)
