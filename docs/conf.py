@@ -16,7 +16,9 @@ author = "The sps2_mega authors"
 copyright = author
 html_title = "sps2_mega"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "config_fields"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_fields"]
+default_role = "literal"  # docstrings put code between single backquotes
+smartquotes = False
 source_suffix = {".md": "markdown"}
 root_doc = "index"
 exclude_patterns = ["results/*.json", "figures"]
