@@ -17,7 +17,7 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class ConfigFields(SphinxDirective):
-    """Table with a row per field: name, default, flag, meaning."""
+    """Table with a row per field: name and flag, default, meaning."""
 
     required_arguments = 1
     has_content = False
@@ -26,15 +26,15 @@ class ConfigFields(SphinxDirective):
         module, _, name = self.arguments[0].rpartition(".")
         rows = list(rows_of(getattr(importlib.import_module(module), name), ""))
         text = [
-            "| field | default | flag | meaning |",
-            "|---|---|---|---|",
+            "| field, flag | default | meaning |",
+            "|---|---|---|",
             *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
         ]
         return self.parse_text_to_nodes("\n".join(text))
 
 
-def rows_of(config: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """Field path, default, flag and meaning, in the order of the declarations."""
+def rows_of(config: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Field path with flag, default and meaning, in the order of the declarations."""
     for field in dataclasses.fields(config):
         path = f"{prefix}{field.name}"
         default = _default(field)
@@ -43,8 +43,10 @@ def rows_of(config: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
             continue
         declared = field.metadata.get("flag") or {}
         told = declared or field.metadata.get("override") or {}
-        flag = f"`--{declared.get('name') or field.name.replace('_', '-')}`" if declared else ""
-        yield f"`{path}`", f"`{default!r}`", flag, told.get("help", "")
+        name = f"`{path}`"
+        if declared:
+            name += f" `--{declared.get('name') or field.name.replace('_', '-')}`"
+        yield name, f"`{default!r}`", told.get("help", "")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
