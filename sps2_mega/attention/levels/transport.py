@@ -21,8 +21,8 @@ from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.levels.exchanges import Exchange, prefill_exchanges
 from sps2_mega.attention.levels.kv_parts import num_kv_parts
 from sps2_mega.attention.levels.plan import ExchangePlan, ExchangePlanner, RowPlan
+from sps2_mega.attention.pipeline.micro_batches import CPU_PART, CUDA_PART
 from sps2_mega.attention.pipeline.schedule import stage_order
-from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART
 from sps2_mega.attention.transports.partials import PartialSum
 from sps2_mega.comm.exchange import Pending, post_all_to_all
 from sps2_mega.kernels.csa.dispatch import attend_pieces
