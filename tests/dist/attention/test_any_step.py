@@ -1,5 +1,7 @@
-"""HierarchicalTransport prefill over any lengths, spans, degrees, heads, ranks, transports and cuts
-equals the definition."""
+"""Prefill by exchanges equals the definition of CSA.
+
+Over any lengths, spans, degrees, heads, ranks, transports and cuts.
+"""
 
 import pytest
 import torch
@@ -41,8 +43,7 @@ def patterns(draw):
 
 @st.composite
 def steps(draw):
-    """SP levels, transports, sequences (tokens, prompt tokens, cached tokens), their patterns and
-    placement."""
+    """SP levels, transports, sequences (tokens, prompt, cached), their patterns and placement."""
     levels = draw(st.sampled_from([(1,), (2,), (3,), (4,), (2, 2), (3, 2), (2, 1, 2)]))
     names = st.sampled_from(LEVEL_TRANSPORTS)
     transports = draw(st.one_of(st.tuples(names), st.tuples(*[names] * len(levels))))
