@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.calibration.timer import Timer
-from sps2_mega.attention.pipeline.settings import WINDOW
+from sps2_mega.attention.pipeline.micro_batches import WINDOW
 from sps2_mega.comm.exchange import post_all_to_all, post_shift
 from sps2_mega.comm.probe import agree_most, measure_links
 from sps2_mega.parallel.groups import Group

@@ -28,7 +28,8 @@ from sps2_mega.attention.layout.token_layout import PrefillLayout, build_layout
 from sps2_mega.attention.levels.kv_parts import num_kv_parts
 from sps2_mega.attention.levels.transport import HierarchicalTransport
 from sps2_mega.attention.pipeline.executor import Pipeline
-from sps2_mega.attention.pipeline.settings import CPU_PART, PipelineSettings
+from sps2_mega.attention.pipeline.micro_batches import CPU_PART
+from sps2_mega.attention.pipeline.settings import PipelineSettings
 from sps2_mega.attention.planner.by_level import CANDIDATES, choose_levels, visible_between
 from sps2_mega.attention.planner.exact import choose
 from sps2_mega.attention.planner.step_shape import step_shape

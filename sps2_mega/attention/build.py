@@ -60,7 +60,7 @@ def make_transport(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillSetup:
-    """How prefill attends in this job.
+    """Attention of prefill in this job.
 
     `transport` is the name for exact attention, `auto` where `planner` chooses step by step.
     `sparse` holds the pattern and transports of CSA, or of exact attention with a transport for

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class ChunkScores(Protocol):
-    """The keys that queries of a chunk see."""
+    """Keys that queries of a chunk see."""
 
     def add_partials(
         self,

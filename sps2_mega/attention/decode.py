@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class LocalKeys(Protocol):
-    """The tokens of this rank that each sequence of a decode step sees."""
+    """Tokens of this rank that each sequence of a decode step sees."""
 
     def partial(
         self, layer: int, q_BNH: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float
@@ -41,7 +41,7 @@ class LocalKeys(Protocol):
 
 
 class DenseKeys:
-    """All tokens that this rank holds; the rows already exclude those outside a sliding window."""
+    """All tokens that this rank holds; the rows already leave out what a sliding window hides."""
 
     def __init__(self, rows: DecodeRows) -> None:
         self._rows = rows
@@ -53,7 +53,7 @@ class DenseKeys:
 
 
 class SparseKeys:
-    """The tokens that CSA shows.
+    """Tokens that CSA shows.
 
     `layer_slots(layer)` lists the slots of each sequence and KV head. Layers `num_classes` apart
     see the same tokens, so their slots are prepared once.

@@ -8,13 +8,16 @@ that a rank sends are counted on its group (`Group.traffic`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sps2_mega.comm.exchange import all_gather_single, unpadded
-from sps2_mega.parallel.groups import Group
+
+if TYPE_CHECKING:
+    from sps2_mega.parallel.groups import Group
 
 
 def all_gather_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:

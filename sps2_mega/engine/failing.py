@@ -15,5 +15,5 @@ def failing(watchdog: Watchdog) -> Iterator[None]:
     """End the whole job, not only this rank, when the body raises."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001  a rank's edge: all ranks hear of it, none swallows it
+    except Exception as error:  # noqa: BLE001  a rank's edge: told to all ranks
         watchdog.fail(error)

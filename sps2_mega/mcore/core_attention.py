@@ -1,4 +1,4 @@
-"""The one module replaced in Megatron's layers: it hands Q, K and V to the step's attention.
+"""Replacement of one module in Megatron's layers: it hands Q, K and V to the step's attention.
 
 What that does (cache, transport, decode) is decided outside the model. This module knows only its
 layer and its softmax. Where Megatron was given no rotary angles, the step's attention gets them.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LayerAttention(Protocol):
-    """The call of `attention.step.StepAttention`, for whatever stands in its place."""
+    """Contract of `attention.step.StepAttention`, also for stand-ins."""
 
     def run_layer(
         self,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sps2_mega.attention.layout.heads import most_kv_heads
-from sps2_mega.attention.pipeline.settings import Cut
+from sps2_mega.attention.pipeline.micro_batches import Cut
 from sps2_mega.attention.planner.exact import handling_s
 from sps2_mega.attention.planner.exact_counts import attention_steps, layer_cut
 from sps2_mega.attention.planner.link_time import by_cargo, link_seconds, message_seconds

@@ -63,8 +63,8 @@ def prefill_input(
         tables: This rank's block tables.
         pool: KV cache of this rank.
         group: SP group.
-        setup: How prefill attends in this job.
-        device: Where tensors go.
+        setup: Attention of prefill in this job.
+        device: Device of the tensors.
         chunked: The prompt goes through each layer chunk by chunk.
     """
     layout = build_layout(
@@ -188,7 +188,7 @@ def decode_input(
         group: SP group.
         window: Sliding window in tokens, or None.
         dtype: Type of queries.
-        device: Where tensors go.
+        device: Device of the tensors.
         sparse_tables: Keys that CSA shows; without it new tokens see all keys.
         device_tables: `tables` as our own decode kernel reads them; without it torch decodes.
     """

@@ -79,7 +79,7 @@ class CSAPattern:
 
     @property
     def exact(self) -> bool:
-        """Whether every query sees every earlier key."""
+        """True where every query sees every earlier key."""
         return all(degree == 1 for degree in self.degrees)
 
     def level(self, i: int, j: int) -> int:

@@ -7,8 +7,8 @@ A run of queries is cut into segments in which all queries see the same cells:
 
 The keys before a segment form bands of one degree each (rectangles), and its own keys a triangle. A
 band of degree d is one piece per residue of KV heads. Sinks and halo are bands of degree 1, and
-neighbouring bands of one degree are joined, so a dense part of a pattern costs no more than
-exact attention. Ranges are positions; which tensors they mean is decided elsewhere.
+neighbouring bands of one degree are joined, so where a pattern is dense it costs what exact
+attention costs. Ranges are positions; the tensors behind them are chosen elsewhere.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sps2_mega.attention.csa.pattern import CSAPattern, topology_spans
-from sps2_mega.attention.levels.exchanges import prefill_exchanges
 from sps2_mega.config import CSAConfig
 from sps2_mega.parallel.topology import group_sizes_of
 
@@ -26,12 +25,6 @@ class SparsePrefill:
     kv_heads: range
     block_size: int
     transports: tuple[str, ...] = ("gather",)
-
-    def check(self) -> None:
-        """Raise ConfigError where degrees or transports, spans and SP levels do not fit."""
-        self.pattern(1)  # a pattern of any length shows whether the numbers fit
-        if self.transports != ("auto",):
-            prefill_exchanges(self.transports, self.sp_levels, num_heads=1, num_kv_heads=1)
 
     def pattern(self, prompt_len: int) -> CSAPattern:
         """Return the pattern of a prompt; topology spans are whole blocks, as equal as possible.

@@ -19,7 +19,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Tokens [start, end) of `sequence`, from `local_start` on among those of SP rank `rank`."""
+    """Tokens [start, end) of `sequence`, from `local_start` on among the tokens of `rank`."""
 
     sequence: int
     rank: int

@@ -72,7 +72,7 @@ class Exchange:
         return keys if self.queries_stay else (*keys, "q")
 
     def takes(self, at: int, a: int, b: int) -> bool:
-        """Whether rank `at` computes queries of rank a against keys of rank b."""
+        """Tell whether rank `at` computes queries of rank a against keys of rank b."""
         level = level_of(a, b, self.group_sizes)
         if level != self.level and (self.level is not None or level == 0):
             return False

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sps2_mega.attention.layout.causal_pairs import causal_pairs
-from sps2_mega.attention.pipeline.settings import num_micro_batches
+from sps2_mega.attention.pipeline.micro_batches import num_micro_batches
 
 if TYPE_CHECKING:
     from sps2_mega.attention.csa.pattern import CSAPattern
     from sps2_mega.attention.layout.token_layout import PrefillLayout
-    from sps2_mega.attention.pipeline.settings import PipelineSettings, SmallestPart
+    from sps2_mega.attention.pipeline.micro_batches import SmallestPart
+    from sps2_mega.attention.pipeline.settings import PipelineSettings
 
 
 def num_kv_parts(

@@ -3,7 +3,7 @@
     for each exchange   receive rows -> attend over a compact buffer -> return partials     (`plan`)
     then                partials of all exchanges merge by LSE in float32
 
-The exact tail goes by pass-Q. Exchanges are the micro-batches of the pipeline. The one that needs
+The exact tail uses pass-Q. Exchanges are the micro-batches of the pipeline. The one that needs
 nothing from others is computed first, while the rest is in flight; then the ones whose results
 travel, and last the ones that only take keys.
 """
@@ -21,8 +21,8 @@ from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.levels.exchanges import Exchange, prefill_exchanges
 from sps2_mega.attention.levels.kv_parts import num_kv_parts
 from sps2_mega.attention.levels.plan import ExchangePlan, ExchangePlanner, RowPlan
+from sps2_mega.attention.pipeline.micro_batches import CPU_PART, CUDA_PART
 from sps2_mega.attention.pipeline.schedule import stage_order
-from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART
 from sps2_mega.attention.transports.partials import PartialSum
 from sps2_mega.comm.exchange import Pending, post_all_to_all
 from sps2_mega.kernels.csa.dispatch import attend_pieces
@@ -61,7 +61,7 @@ class HierarchicalTransport:
             sp_levels: Ring size of each SP level, innermost first.
             kv_heads: KV heads of this TP rank, numbered over all ranks.
             group: SP group.
-            device: Where indices go.
+            device: Device of the indices.
             pipeline: Runs the layers and counts their communication.
         """
         self._group, self._layout, self._patterns = group, layout, patterns

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sps2_mega.attention.layout.causal_pairs import causal_pairs
-from sps2_mega.attention.pipeline.settings import num_micro_batches
+from sps2_mega.attention.pipeline.micro_batches import num_micro_batches
 
 if TYPE_CHECKING:
     from sps2_mega.attention.layout.token_layout import TokenLayout
-    from sps2_mega.attention.pipeline.settings import PipelineSettings, SmallestPart
+    from sps2_mega.attention.pipeline.micro_batches import SmallestPart
+    from sps2_mega.attention.pipeline.settings import PipelineSettings
 
 
 @dataclass(frozen=True, slots=True)

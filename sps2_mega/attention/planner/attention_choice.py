@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from sps2_mega.attention.csa.spans import SparsePrefill, local_kv_heads
-from sps2_mega.attention.levels.exchanges import LEVEL_TRANSPORTS
+from sps2_mega.attention.levels.exchanges import LEVEL_TRANSPORTS, prefill_exchanges
 from sps2_mega.config import CSAConfig, EngineConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.kv_cache.placement import Layout
@@ -70,5 +70,7 @@ def sparse_prefill(
         block_size=config.cache.block_size,
         transports=transports,
     )
-    sparse.check()
+    sparse.pattern(1)  # a pattern of any length shows whether the numbers fit
+    if transports != ("auto",):
+        prefill_exchanges(transports, topology.sp_levels, num_heads=1, num_kv_heads=1)
     return sparse

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sps2_mega.attention.layout.heads import most_kv_heads
-from sps2_mega.attention.pipeline.settings import Cut
+from sps2_mega.attention.pipeline.micro_batches import Cut
 from sps2_mega.attention.planner.exact_counts import (
     AttentionStep,
     attention_steps,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sps2_mega.attention.layout.heads import split_heads
-from sps2_mega.attention.pipeline.settings import (
+from sps2_mega.attention.pipeline.micro_batches import (
     CPU_PART,
     CUDA_PART,
     Cut,
-    PipelineSettings,
     cut_by_heads_and_queries,
     num_micro_batches,
 )
+from sps2_mega.attention.pipeline.settings import PipelineSettings
 from sps2_mega.attention.planner.overlap import WHOLE
 from sps2_mega.attention.planner.step_shape import StepShape, busiest
 

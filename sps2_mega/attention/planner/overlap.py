@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from sps2_mega.attention.pipeline.micro_batches import WINDOW, Cut
 from sps2_mega.attention.pipeline.schedule import Action, Phase, Stage, stage_order
-from sps2_mega.attention.pipeline.settings import WINDOW, Cut
 
 WHOLE = Cut(head_groups=1, query_parts=1)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import PrefillLayout
 from sps2_mega.attention.levels.kv_parts import num_kv_parts
-from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART, PipelineSettings
+from sps2_mega.attention.pipeline.micro_batches import CPU_PART, CUDA_PART
+from sps2_mega.attention.pipeline.settings import PipelineSettings
 from sps2_mega.attention.planner.by_level import choose_levels, visible_between
 from sps2_mega.attention.planner.exact import choose
 from sps2_mega.attention.planner.step_shape import step_shape

@@ -1,4 +1,4 @@
-"""The contract of transports: ways to bring queries and keys together in prefill.
+"""Contract of transports: ways to bring queries and keys together in prefill.
 
     Gather    keys and values go to every rank at once, queries stay
     Ring      keys and values go round, one rank further per step (pass-KV, arXiv 2310.01889)

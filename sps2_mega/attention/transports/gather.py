@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.layout.token_order import reorder, sequence_index
+from sps2_mega.attention.pipeline.micro_batches import CPU_PART, CUDA_PART
 from sps2_mega.attention.pipeline.parts import kv_head_groups
 from sps2_mega.attention.pipeline.schedule import stage_order
-from sps2_mega.attention.pipeline.settings import CPU_PART, CUDA_PART
 from sps2_mega.comm.exchange import Pending, post_all_gather, unpadded
 from sps2_mega.kernels.attention.sdpa import attend_run
 

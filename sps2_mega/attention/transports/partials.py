@@ -67,7 +67,7 @@ class PartialSum:
 def return_partials(out_BNH: Tensor, lse_BN: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """Return partials over this rank's keys to the owners of their queries, and merge ours.
 
-    Rows are those of all ranks' queries, rank by rank, `counts[r]` of rank r; the result has this
+    Rows are the queries of all ranks, rank by rank, `counts[r]` of rank r; the result has this
     rank's rows [counts[rank], N, H].
     """
     if group.size == 1:

@@ -16,24 +16,24 @@ from torch import Tensor
 
 from sps2_mega.attention.layout.heads import group_heads, head_groups, most_kv_heads
 from sps2_mega.attention.layout.token_order import reorder, sequence_index
-from sps2_mega.attention.pipeline.parts import cut_queries, seen_keys
-from sps2_mega.attention.pipeline.schedule import inputs_by_heads_and_queries, stage_order
-from sps2_mega.attention.pipeline.settings import (
+from sps2_mega.attention.pipeline.micro_batches import (
     CPU_PART,
     CUDA_PART,
     WINDOW,
     cut_by_heads_and_queries,
     num_micro_batches,
 )
+from sps2_mega.attention.pipeline.parts import cut_queries, seen_keys
+from sps2_mega.attention.pipeline.schedule import inputs_by_heads_and_queries, stage_order
 from sps2_mega.comm.exchange import Pending, post_all_to_all
 from sps2_mega.kernels.attention.sdpa import attend_run
 
 if TYPE_CHECKING:
     from sps2_mega.attention.layout.token_layout import PrefillLayout
     from sps2_mega.attention.pipeline.executor import Pipeline
+    from sps2_mega.attention.pipeline.micro_batches import Cut
     from sps2_mega.attention.pipeline.parts import QueryPart
     from sps2_mega.attention.pipeline.schedule import Stage
-    from sps2_mega.attention.pipeline.settings import Cut
     from sps2_mega.attention.transports.base import SoftmaxParams
     from sps2_mega.parallel.groups import Group
 

@@ -1,5 +1,7 @@
-"""HierarchicalTransport prefill over any lengths, spans, degrees, heads, ranks, transports and cuts
-equals the definition."""
+"""Prefill by exchanges equals the definition of CSA.
+
+Over any lengths, spans, degrees, heads, ranks, transports and cuts.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from rank_threads import RankThreads
 
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import build_layout
-from sps2_mega.attention.levels import transport as leveled
+from sps2_mega.attention.levels import transport as hierarchical
 from sps2_mega.attention.levels.exchanges import LEVEL_TRANSPORTS
 from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.pipeline.settings import PIPELINE_OFF, PipelineSettings
@@ -41,8 +43,7 @@ def patterns(draw):
 
 @st.composite
 def steps(draw):
-    """SP levels, transports, sequences (tokens, prompt tokens, cached tokens), their patterns and
-    placement."""
+    """SP levels, transports, sequences (tokens, prompt, cached), their patterns and placement."""
     levels = draw(st.sampled_from([(1,), (2,), (3,), (4,), (2, 2), (3, 2), (2, 1, 2)]))
     names = st.sampled_from(LEVEL_TRANSPORTS)
     transports = draw(st.one_of(st.tuples(names), st.tuples(*[names] * len(levels))))
@@ -99,7 +100,7 @@ def test_any_step_equals_the_definition(step, dtype, layer):
     threads = RankThreads(size)
 
     def on_rank(group):
-        transport = leveled.HierarchicalTransport(
+        transport = hierarchical.HierarchicalTransport(
             layout,
             all_patterns,
             prompt_lens,
@@ -114,7 +115,7 @@ def test_any_step_equals_the_definition(step, dtype, layer):
         return queries, transport.attend(layer, q[queries], k[keys], v[keys], SoftmaxParams(SCALE))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leveled, "post_all_to_all", threads.post_all_to_all)
+        patch.setattr(hierarchical, "post_all_to_all", threads.post_all_to_all)
         results = threads.run(on_rank)
     out = torch.full_like(q, float("nan"))
     for queries, part in results:

@@ -1,5 +1,7 @@
-"""Chunk by chunk a prompt's attention is that of the definition, wherever it is cut, and no key
-travels twice in a layer."""
+"""Attention chunk by chunk equals the definition, wherever a prompt is cut.
+
+No key travels twice in a layer.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,7 @@ def case(name: str, number: int, size: int):
 
 
 def on_one_rank(name: str, number: int, settings: PipelineSettings, group: Group):
-    """Positions and outputs [layers, T, N, H] of this rank's tokens, and the bytes that it sent in
-    each layer."""
+    """Positions and outputs [layers, T, N, H] of this rank's tokens, and bytes sent per layer."""
     layout, (q, k, v), scores, softmax = case(name, number, group.size)
     cuts = PROMPTS[number][3]
 
@@ -174,8 +175,10 @@ def by_definition(name: str, number: int) -> torch.Tensor:
 
 
 def keys_sent(number: int, size: int) -> int:
-    """By each rank in a layer, if every key crosses once, padded to the longest share of its
-    chunk."""
+    """Rows that each rank sends per layer if every key crosses once.
+
+    Keys are padded to the longest share of their chunk.
+    """
     layout, *_ = case("exact", number, size)
     tokens, _, _, cuts = PROMPTS[number]
     chunks = itertools.pairwise([0, *cuts, tokens])

@@ -1,5 +1,7 @@
-"""HierarchicalTransport prefill on several ranks equals the pair-by-pair definition of CSA, and
-sends only what is seen."""
+"""Prefill by exchanges on several ranks equals the pair-by-pair definition of CSA.
+
+It sends only what is seen.
+"""
 
 from __future__ import annotations
 
@@ -210,11 +212,10 @@ def test_outputs_are_those_of_the_definition(levels, transports):
 
 
 def expected_bytes(case_of: tuple, layer: int, kv_parts: int) -> list[int]:
-    """Counted pair by pair, per rank: a row goes to a rank once if what is computed there needs
-    it."""
+    """Bytes sent by each rank, pair by pair; a row goes to a rank once, if it is needed there."""
     sparse, layout, _ = case(*case_of)
     kv, item = range(len(sparse.kv_heads)), 4
-    works = prefill_exchanges(
+    exchanges = prefill_exchanges(
         sparse.transports,
         sparse.sp_levels,
         num_heads=HEADS,
@@ -230,21 +231,21 @@ def expected_bytes(case_of: tuple, layer: int, kv_parts: int) -> list[int]:
         for sequence in range(len(LENGTHS))
         for g in kv
     }
-    for work in works[1:]:
+    for exchange in exchanges[1:]:
         key_rows, query_rows = set(), set()  # (where computed, where from, row)
         for sequence, i, a in queries:
             pattern = sparse.pattern(LENGTHS[sequence][1])
             tail = not pattern.exact and i >= LENGTHS[sequence][1] - pattern.tail
-            if tail != (work.queries == "tail"):
+            if tail != (exchange.queries == "tail"):
                 continue
             for at in ranks:
-                for heads, kv_part in work.heads(at):
+                for heads, kv_part in exchange.heads(at):
                     for g in kv_part:
                         per_kv_head = len(heads) // len(kv_part)
                         first = heads.start + (g - kv_part.start) * per_kv_head
                         for j in visible[sequence, g][i].nonzero().flatten().tolist():
                             b = key_rank[sequence, j]
-                            if work.takes(at, a, b):
+                            if exchange.takes(at, a, b):
                                 key_rows.add((at, b, sequence, j, g))
                                 for head in range(first, first + per_kv_head):
                                     query_rows.add((at, a, sequence, i, head))

@@ -1,5 +1,7 @@
-"""Each transport in the pipeline gives the unpipelined result and that of one rank, with the same
-bytes, whatever the cut."""
+"""Pipelined transports give the unpipelined result and the one of one rank, whatever the cut.
+
+They also send the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def groups(sp):
 
 
 def tensors(layout, num_heads, num_kv_heads, dtype):
-    """q, k, v of all tokens in sequence order, the same on every rank."""
+    """Q, K, V of all tokens in sequence order, equal on every rank."""
     generator = torch.Generator().manual_seed(1)
     queries, keys = (sum(x.counts) for x in (layout.queries, layout.keys))
     return [

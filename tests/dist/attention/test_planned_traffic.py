@@ -1,5 +1,4 @@
-"""The bytes that the planner expects are those that the communication layer counts, rank by
-rank."""
+"""Bytes that the planner expects equal those that the communication layer counts, by rank."""
 
 import os
 

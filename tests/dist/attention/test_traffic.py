@@ -1,5 +1,4 @@
-"""Bytes counted where they are sent equal the formulas of the transports, exactly, on equal
-shards."""
+"""Bytes counted at the sender equal the formulas of the transports, exactly, on equal shards."""
 
 from __future__ import annotations
 

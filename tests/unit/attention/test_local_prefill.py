@@ -1,4 +1,4 @@
-"""Steps in which every prompt lies whole on one sp rank, and what of them is a rank's own."""
+"""Local prefill: steps in which every prompt lies whole on one SP rank, and a rank's part."""
 
 from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.local_prefill import local_part

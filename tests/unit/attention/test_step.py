@@ -1,5 +1,7 @@
-"""A step's attention writes each layer's keys once, whatever kind of step it is, and then attends;
-sums of partials take the merge that suits the device."""
+"""A step's attention writes each layer's keys once, then attends, whatever the kind of step.
+
+Sums of partials take the merge that suits the device.
+"""
 
 from __future__ import annotations
 

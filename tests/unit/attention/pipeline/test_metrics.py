@@ -1,4 +1,4 @@
-"""What hidden communication is, and events that Perfetto can read."""
+"""Hidden communication by its definition, and trace events that Perfetto can read."""
 
 from __future__ import annotations
 

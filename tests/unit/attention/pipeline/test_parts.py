@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from sps2_mega.attention.layout.heads import head_groups, split_heads
 from sps2_mega.attention.layout.token_layout import build_layout
-from sps2_mega.attention.pipeline.parts import cut_queries, seen_keys
-from sps2_mega.attention.pipeline.settings import (
+from sps2_mega.attention.pipeline.micro_batches import (
     MAX_AUTO,
-    PipelineSettings,
     SmallestPart,
     cut_by_heads_and_queries,
     num_micro_batches,
 )
+from sps2_mega.attention.pipeline.parts import cut_queries, seen_keys
+from sps2_mega.attention.pipeline.settings import PipelineSettings
 from sps2_mega.errors import ConfigError
 
 BLOCK = 4

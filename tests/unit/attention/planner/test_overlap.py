@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from sps2_mega.attention.pipeline.settings import Cut
+from sps2_mega.attention.pipeline.micro_batches import Cut
 from sps2_mega.attention.planner.overlap import (
     NO_TRAVEL,
     WHOLE,

@@ -1,4 +1,4 @@
-"""The stage order as a list, and what every such list must satisfy."""
+"""The stage order as a list, and the conditions that every list satisfies."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def posted(place, phase, m, part=""):
 
 
 def waited(place, phase, m, part=""):
-    """Where a part is waited for; after its post."""
+    """Index of the wait for a part; it follows the post."""
     at = next(
         i
         for s, i in place.items()
