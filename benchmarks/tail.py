@@ -69,7 +69,7 @@ def computed(args: argparse.Namespace) -> dict[str, Any]:
     from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
     from sps2_mega.attention.layout.causal_pairs import causal_pairs
     from sps2_mega.attention.layout.token_layout import build_layout
-    from sps2_mega.attention.planner.by_level import visible_between
+    from sps2_mega.attention.planner.visible_rows import visible_between
     from sps2_mega.checkpoint.model_file import named_model_file
 
     model = named_model_file(args.long_model).config

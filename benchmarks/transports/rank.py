@@ -30,9 +30,10 @@ from sps2_mega.attention.levels.transport import HierarchicalTransport
 from sps2_mega.attention.pipeline.executor import Pipeline
 from sps2_mega.attention.pipeline.micro_batches import CPU_PART
 from sps2_mega.attention.pipeline.settings import PipelineSettings
-from sps2_mega.attention.planner.by_level import CANDIDATES, choose_levels, visible_between
+from sps2_mega.attention.planner.by_level import CANDIDATES, choose_levels
 from sps2_mega.attention.planner.exact import choose
 from sps2_mega.attention.planner.step_shape import step_shape
+from sps2_mega.attention.planner.visible_rows import visible_between
 from sps2_mega.attention.transports.base import SoftmaxParams, Transport
 from sps2_mega.comm.collectives import minimum
 from sps2_mega.comm.comm_streams import make_comm_streams

@@ -18,8 +18,9 @@ from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.levels.kv_parts import kv_parts_of_counts
 from sps2_mega.attention.pipeline.micro_batches import CPU_PART, CUDA_PART
 from sps2_mega.attention.pipeline.settings import PipelineSettings
-from sps2_mega.attention.planner.by_level import level_costs, visible_between
+from sps2_mega.attention.planner.by_level import level_costs
 from sps2_mega.attention.planner.overlap import level_layer
+from sps2_mega.attention.planner.visible_rows import visible_between
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.parallel.machine import Machine

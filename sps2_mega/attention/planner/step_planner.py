@@ -15,9 +15,10 @@ from sps2_mega.attention.layout.token_layout import PrefillLayout
 from sps2_mega.attention.levels.kv_parts import num_kv_parts
 from sps2_mega.attention.pipeline.micro_batches import CPU_PART, CUDA_PART
 from sps2_mega.attention.pipeline.settings import PipelineSettings
-from sps2_mega.attention.planner.by_level import choose_levels, visible_between
+from sps2_mega.attention.planner.by_level import choose_levels
 from sps2_mega.attention.planner.exact import choose
 from sps2_mega.attention.planner.step_shape import step_shape
+from sps2_mega.attention.planner.visible_rows import visible_between
 from sps2_mega.parallel.machine import Machine
 
 log = logging.getLogger(__name__)

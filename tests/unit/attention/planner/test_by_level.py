@@ -10,13 +10,9 @@ from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.layout.token_layout import build_layout
 from sps2_mega.attention.levels import transport as by_levels
 from sps2_mega.attention.pipeline.executor import plain_pipeline
-from sps2_mega.attention.planner.by_level import (
-    CANDIDATES,
-    choose_levels,
-    level_costs,
-    visible_between,
-)
+from sps2_mega.attention.planner.by_level import CANDIDATES, choose_levels, level_costs
 from sps2_mega.attention.planner.link_time import link_seconds
+from sps2_mega.attention.planner.visible_rows import visible_between
 from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.parallel.machine import Link, Machine
 
