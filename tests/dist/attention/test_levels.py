@@ -177,7 +177,7 @@ def by_definition(name: str, layer: int) -> torch.Tensor:
 
 LAYOUTS = [
     ((1,), [("gather",)]),
-    ((2,), [("gather",), ("ring",), ("pass_q",), ("ulysses",)]),
+    ((2,), [("ring",), ("pass_q",)]),
     ((3,), [("gather",), ("ring",), ("pass_q",), ("ulysses",)]),
     ((4,), [("ring",), ("ulysses",)]),
     (
