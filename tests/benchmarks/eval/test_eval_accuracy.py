@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -47,8 +46,7 @@ def evaluate_on_rank(rank: int, port: int, flags: list[str]) -> int:
     from benchmarks import eval_accuracy
 
     os.environ["MASTER_PORT"] = str(port)
-    with patch.object(sys, "argv", [str(SCRIPT), *flags]):
-        return eval_accuracy.main()
+    return eval_accuracy.main(flags)
 
 
 def test_four_ranks_measure_what_one_rank_does(one_rank, tmp_path):
