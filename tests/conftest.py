@@ -95,6 +95,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One folder for all workers of a session: the machine is measured once per layout."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    harness.cache_home.append(shared / "cache")
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """A test that leaves a signal handler, a process or a thread fails."""

@@ -94,6 +94,9 @@ def default_group(timeout_s: float = 60) -> Any:
     return dist.group.WORLD
 
 
+# The last one is where ranks keep what they measured of the machine; `conftest` adds one of the
+# session, which goes with it.
+cache_home = [Path(tempfile.gettempdir()) / "sps2-tests"]
 _meetings: list[Any] = []  # in a rank: the store, then one part of it for each group
 _INSIDE_RANK = "SPS2_TEST_RANK"
 _MEETING_PORT = "SPS2_TEST_MEETING_PORT"
@@ -331,7 +334,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        "XDG_CACHE_HOME": str(Path(tempfile.gettempdir()) / f"sps2-tests-{os.getpid()}"),
+        "XDG_CACHE_HOME": str(cache_home[-1]),
     }
 
 

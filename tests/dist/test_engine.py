@@ -17,7 +17,6 @@ LAYOUTS = [
     (1, 4, "gather"),
     (1, 3, "ring"),
     (2, 2, "auto"),
-    (1, 3, "auto"),
     (1, 3, "pass_q"),
 ]
 LENGTHS = (5, 1, 40, 16, 77, 200, 33, 129, 64)
@@ -73,9 +72,9 @@ def test_same_tokens_alone_and_with_other_batch_limits(model, one_rank):
     assert_same(alone, one_rank[1:6:2])
 
 
-@pytest.mark.parametrize("stagger", [1, 3])
 @pytest.mark.parametrize(
-    ("tp", "sp", "transport"), [(1, 2, "ulysses"), (2, 2, "gather"), (1, 3, "ring")]
+    ("tp", "sp", "transport", "stagger"),
+    [(1, 2, "ulysses", 3), (2, 2, "gather", 1), (1, 3, "ring", 3)],
 )
 def test_requests_that_come_while_others_decode(model, one_rank, tp, sp, transport, stagger):
     options = model | dict(transport=transport)

@@ -11,11 +11,8 @@ from sps2_mega.config import CSAConfig
 LAYOUTS = [
     (1, 1, "ulysses"),
     (2, 1, "gather"),
-    (1, 2, "gather"),
     (1, 2, "ring"),
-    (1, 2, "ulysses"),
     (1, 4, "gather"),
-    (1, 4, "ring"),
     (1, 4, "ulysses"),
 ]
 NUM_FIRST = 7
