@@ -18,7 +18,7 @@ def run_engine(
     options: dict[str, Any], requests: list[Request], *, tp: int = 1, sp: int = 1, **extra: Any
 ) -> list[Any]:
     """Outputs of `requests` in order. `options` are EngineConfig's, with `cache`, `scheduler` as
-    dicts, and `sp_levels`; `extra` goes to `engine_on_rank`."""
+    dicts, and `sp_levels`; `extra` is `engine_on_rank`'s."""
     port = free_port()
     results = run_ranks(
         engine_on_rank, tp * sp, port, options, requests, tp, sp, timeout=300, **extra

@@ -1,5 +1,4 @@
-"""Runs checkpoints through the model on all ranks of a test and compares logits at every
-position."""
+"""Run checkpoints through the model on all ranks of a test and compare logits."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ def assert_logits(
     sp: int,
     tolerance: float,
 ) -> None:
-    """Logits [T, vocab] of every prompt through each folder's model equal `expected`, on each
-    transport."""
+    """Logits [T, vocab] of every prompt and folder equal `expected`, on each transport."""
     texts = {name: str(folder) for name, folder in folders.items()}
     results = run_ranks(logits_on_rank, tp * sp, texts, prompts, tp, sp, free_port(), timeout=300)
     for name, references in expected.items():

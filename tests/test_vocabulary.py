@@ -13,8 +13,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 
 def retired_names(page: str) -> list[str]:
-    """First column of the table in the section "Retired names": identifiers, and files of the
-    package."""
+    """Identifiers and files of the package in the first column of "Retired names"."""
     section = page.partition("\n## Retired names\n")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]

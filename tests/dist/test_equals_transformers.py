@@ -86,8 +86,7 @@ def greedy(folder, *, tp, sp, transport, num_prompts=None):
 
 
 def generate_on_rank(rank, folder: str, tp, sp, transport, port, num_prompts=None):
-    """Greedy tokens of the prompts (rank 0), through the engine, with a cache so small that it
-    preempts."""
+    """Greedy tokens of the prompts (rank 0), with a cache so small that it preempts."""
     from sps2_mega.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
     from sps2_mega.engine.start import driver_of, worker_of
     from sps2_mega.engine.startup.start_rank import start_rank

@@ -100,8 +100,7 @@ def both_ways(
 
 
 def history(engine: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """Requests that end by length, by an end token, by a stop string and by aborts, and some that
-    come late."""
+    """Requests that end by length, end token, stop string and abort; some arrive late."""
     from sps2_mega.types import SamplingParams
 
     def add(number: int, **params: Any) -> None:

@@ -1,5 +1,4 @@
-"""Prefills that give way to decodes, between layers and between chunks, give the tokens of whole
-ones."""
+"""Prefills that yield to decodes, between layers or chunks, give the tokens of whole ones."""
 
 from __future__ import annotations
 
@@ -86,8 +85,7 @@ def test_a_sliced_prompt_without_finite_logits_fails_alone(model, requests, expe
 
 
 def test_an_abort_between_slices_leaves_the_rest_of_its_group(model, requests, expected):
-    """Without others that decode, prompts that come together are one group, which goes on without
-    the one that left."""
+    """Without decodes, prompts that arrive together are one group, which then loses a member."""
     options = model | dict(scheduler=dict(tbt_target_ms=1.0, overtake=0.0))
     together = [1, 3, 4]
     for step in (1, 2):

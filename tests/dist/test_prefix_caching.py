@@ -21,8 +21,7 @@ NO_SHARING = dict(no_prefix_caching=True)
 
 @pytest.fixture(scope="module")
 def first_turns():
-    """Three prompts with 50 tokens in common, one with three samples, and others, which share
-    nothing."""
+    """Three prompts with 50 tokens in common, one with three samples, and unrelated ones."""
     common, *texts = families.prompts((50, 1, 20, 33, 75, 200, 16), seed=8)
     greedy = dict(max_tokens=21, temperature=0.0, logprobs=1, ignore_eos=True)
     return [

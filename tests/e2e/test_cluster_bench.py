@@ -1,5 +1,4 @@
-"""The emulated cluster bench at a tiny size: it measures, compares answers, and leaves nothing
-behind."""
+"""The emulated cluster bench at a tiny size: measures, compares answers, leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -92,8 +92,7 @@ def two_node_job(
 
 @pytest.mark.netns
 def test_a_dead_rank_ends_both_nodes_and_resume_completes_the_job(tmp_path, requests, one_rank):
-    """It dies under torchrun and goes on under deepspeed; `test_launchers` kills ranks on two nodes
-    under each of them."""
+    """Killed under torchrun, resumed under deepspeed; `test_launchers` kills under both."""
     answers = tmp_path / "out.jsonl"
     program = generate_command(requests, answers, sp=2)
     with two_node_job(tmp_path, "torchrun", program) as jobs:

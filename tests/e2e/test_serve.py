@@ -1,5 +1,4 @@
-"""launch/serve.py as a user starts it: real model, real ranks, the openai client, signals and lost
-ranks."""
+"""launch/serve.py as users start it: real model, real ranks, openai client, signals, lost ranks."""
 
 from __future__ import annotations
 
@@ -127,8 +126,7 @@ def leave_a_stream(url: str) -> None:
 
 
 def soak_a_little(url: str, lines: list[dict], offline: dict) -> None:
-    """Mixed shapes, clients that leave and invalid requests; benchmarks/soak.py does the same with
-    thousands."""
+    """Mixed shapes, clients that leave, invalid requests; benchmarks/soak.py sends thousands."""
     answers = [
         Answer(
             fields={name: value for name, value in line.items() if name != "id"},

@@ -1,5 +1,4 @@
-"""How a served job ends: after a rank that stands still, and at the second signal. Nothing
-stays."""
+"""The end of a served job: after a rank that hangs, and at the second signal. Nothing stays."""
 
 from __future__ import annotations
 
