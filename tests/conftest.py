@@ -42,8 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 ORDER = ("e2e", "dist", "serving", "benchmarks", "histories", "commands", "kernels")
 # Longest files of a folder, longest first.
 LONG_FILES = (
-    "test_cluster_bench", "test_dead_rank", "test_serve", "test_serve_ends", "test_generate_cli",
-    "test_levels", "test_equals_transformers", "test_prefix_caching", "test_launchers",
+    "test_dead_rank", "test_cluster_bench", "test_serve", "test_serve_ends", "test_generate_cli",
+    "test_equals_transformers", "test_levels", "test_prefix_caching", "test_launchers",
     "test_engine", "test_http_robust", "test_eval_accuracy",
 )  # fmt: skip
 
