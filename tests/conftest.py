@@ -16,6 +16,9 @@ for entry in (TESTS, TESTS.parent):
     if str(entry) not in sys.path:
         sys.path.insert(0, str(entry))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the cores among them
+# A job of one rank takes all cores. Threads that spin while they wait for each other would keep
+# other tests from them: the same answers took seven times the CPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 import harness  # noqa: E402  (needs the path set above)
