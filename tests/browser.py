@@ -19,8 +19,7 @@ CONTROL, ESCAPE, ENTER, TAB = "\ue009", "\ue00c", "\ue007", "\ue004"
 
 
 class Browser:
-    """One window. Elements are found by CSS selectors, and anew each time, so that none goes
-    stale."""
+    """One window. Elements are found by CSS selectors, anew each time: none gets stale."""
 
     def __init__(self, http: httpx.Client, session: str) -> None:
         self._http, self._path = http, f"/session/{session}"
@@ -32,7 +31,7 @@ class Browser:
         self._post("/window/rect", width=width, height=height)
 
     def run(self, script: str, *arguments: object) -> Any:
-        """What the JavaScript returns."""
+        """Result of the JavaScript."""
         return self._post("/execute/sync", script=script, args=list(arguments))
 
     def text(self, selector: str) -> str:

@@ -16,6 +16,9 @@ for entry in (TESTS, TESTS.parent):
     if str(entry) not in sys.path:
         sys.path.insert(0, str(entry))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the cores among them
+# A job of one rank takes all cores. Threads that spin while they wait for each other would keep
+# other tests from them: the same answers took seven times the CPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 import harness  # noqa: E402  (needs the path set above)
@@ -42,8 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 ORDER = ("e2e", "dist", "serving", "benchmarks", "histories", "commands", "kernels")
 # Longest files of a folder, longest first.
 LONG_FILES = (
-    "test_cluster_bench", "test_dead_rank", "test_serve", "test_serve_ends", "test_generate_cli",
-    "test_levels", "test_equals_transformers", "test_prefix_caching", "test_launchers",
+    "test_dead_rank", "test_cluster_bench", "test_serve", "test_serve_ends", "test_generate_cli",
+    "test_equals_transformers", "test_levels", "test_prefix_caching", "test_launchers",
     "test_engine", "test_http_robust", "test_eval_accuracy",
 )  # fmt: skip
 
@@ -93,6 +96,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     from sps2_mega.text.tokenizer import Tokenizer
 
     return Tokenizer.load(samples.save(samples.byte_level(), tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One folder for all workers of a session: the machine is measured once per layout."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    harness.cache_home.append(shared / "cache")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,4 @@
-"""Runs a job with separate decode ranks on the ranks of a test and brings back plain results; used
-by tests in `dist`."""
+"""Run a job with separate decode ranks on the ranks of a test and bring back plain results."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ Request = tuple[list[int], dict[str, Any]]  # prompt tokens, fields of SamplingP
 
 @dataclass
 class Ran:
-    """`outputs` by request (None: aborted, or a Refusal), `stats` at the end, text and tokens of
-    streamed deltas."""
+    """`outputs` by request (None: aborted, or a Refusal), final `stats`, streamed `deltas`."""
 
     outputs: list[Any]
     stats: Any
@@ -33,8 +31,7 @@ def run_disaggregated(
     decode_tp: int = 1,
     **extra: Any,
 ) -> Ran:
-    """`options` are EngineConfig's, with `cache` and `scheduler` as dicts; `extra` goes to
-    `job_on_rank`."""
+    """`options` are EngineConfig's, `cache`, `scheduler` as dicts; `extra` is `job_on_rank`'s."""
     parallel = dict(tp=tp, sp=sp, decode_ranks=decode_ranks, decode_tp=decode_tp)
     world_size = tp * sp + decode_ranks
     args = (free_port(), options, requests, parallel)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import families
 import pytest
 from harness import free_port, run_ranks
 
@@ -18,7 +19,7 @@ def run_engine(
     options: dict[str, Any], requests: list[Request], *, tp: int = 1, sp: int = 1, **extra: Any
 ) -> list[Any]:
     """Outputs of `requests` in order. `options` are EngineConfig's, with `cache`, `scheduler` as
-    dicts, and `sp_levels`; `extra` goes to `engine_on_rank`."""
+    dicts, and `sp_levels`; `extra` is `engine_on_rank`'s."""
     port = free_port()
     results = run_ranks(
         engine_on_rank, tp * sp, port, options, requests, tp, sp, timeout=300, **extra
@@ -53,6 +54,24 @@ def assert_same(outputs: Sequence[Any], expected: Sequence[Any]) -> None:
 
 def _near(values: Any) -> Any:
     return pytest.approx(values, abs=LOGPROB_TOLERANCE)
+
+
+def requests_beside_decodes(first: int, second: int) -> list[Request]:
+    """Two prompts of these lengths that, staggered, arrive while others decode; two other prompts
+    share a prefix, and one request has two samples."""
+    texts = families.prompts((33, 1, first, 16, 7, 129, second, 5), seed=6)
+    texts[7] = texts[5][:100] + texts[7]
+    params = [
+        dict(max_tokens=60, temperature=0.0, ignore_eos=True),
+        dict(max_tokens=50, seed=1, ignore_eos=True),
+        dict(max_tokens=20, seed=2, n=2, logprobs=2),
+        dict(max_tokens=24, temperature=0.0, presence_penalty=0.5),
+        dict(max_tokens=1, seed=4),
+        dict(max_tokens=9, seed=5, ignore_eos=True, repetition_penalty=1.2),
+        dict(max_tokens=12, seed=6),
+        dict(max_tokens=30, seed=7, ignore_eos=True),
+    ]
+    return list(zip(texts, params, strict=True))
 
 
 def engine_on_rank(

@@ -37,7 +37,7 @@ class Stats:
 
 
 class FakeEngine:
-    """Records what it was asked; `die_after` makes a step raise, `step_s` makes it slow."""
+    """Record all calls; `die_after` makes a step raise, `step_s` makes it slow."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""The HTTP server with an engine without a model behind it, in this process: real sockets, no
-ranks."""
+"""The HTTP server over an engine without a model, in this process: real sockets, no ranks."""
 
 from __future__ import annotations
 

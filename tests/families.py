@@ -1,5 +1,4 @@
-"""Small random models of every supported family, saved as transformers would, with oracle
-answers."""
+"""Small random models of every supported family, saved by transformers."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ def write_requests(path: Path, num_requests: int, max_tokens: int) -> list[str]:
 def generate_command(
     requests: Path, answers: Path, *, sp: int, extra: Sequence[str] = ()
 ) -> list[str]:
-    """The program's part of a command line. Few sequences at a time, so that answers come one by
-    one."""
+    """The program's part of a command line. Few sequences at a time: answers arrive one by one."""
     layout = ["--sp", str(sp), "--dtype", "float32", "--device", "cpu", "--max-num-seqs", "3"]
     files = ["--input", str(requests), "--output", str(answers)]
     return [

@@ -1,5 +1,4 @@
-"""Runs a test function on several real processes and brings back their results, tracebacks or
-stacks.
+"""Run a test function on several real processes; return their results, tracebacks or stacks.
 
 Importing torch and Megatron costs seconds per process, so ranks are forked from one process that
 has imported them (`rank_imports`), and kept in pools: one pool per world size, started at first
@@ -51,8 +50,7 @@ _SERVER_PORTS = range(12000, 32000)
 
 
 class RankError(AssertionError):
-    """A rank raised, hung or died. `rank` is the first one; the message has its traceback or
-    stacks."""
+    """A rank raised, hung or died. `rank` is the first one; the message has traceback or stacks."""
 
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(message)
@@ -94,6 +92,9 @@ def default_group(timeout_s: float = 60) -> Any:
     return dist.group.WORLD
 
 
+# The last one is where ranks keep what they measured of the machine; `conftest` adds one of the
+# session, which goes with it.
+cache_home = [Path(tempfile.gettempdir()) / "sps2-tests"]
 _meetings: list[Any] = []  # in a rank: the store, then one part of it for each group
 _INSIDE_RANK = "SPS2_TEST_RANK"
 _MEETING_PORT = "SPS2_TEST_MEETING_PORT"
@@ -130,8 +131,7 @@ atexit.register(close_pools)
 
 
 class RankPool:
-    """`world_size` live processes, or none: they start at the first `run` and after a failure at
-    the next."""
+    """`world_size` live processes, or none: started by the first `run` after a start or failure."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -168,8 +168,7 @@ class RankPool:
         self._ranks = []
 
     def _collect(self, header: bytes, payload: bytes, timeout: float) -> dict[int, tuple[str, Any]]:
-        """Answers by rank; incomplete if one failed and others did not follow within the grace
-        time."""
+        """Answers by rank; incomplete if one failed and others did not follow in time."""
         self._agreed_failure = False
         answers: dict[int, tuple[str, Any]] = {}
         self._failed_first = None
@@ -241,7 +240,7 @@ def _forking() -> ForkServerContext:
 
 
 def nvidia_driver() -> bool:
-    """Whether CUDA programs can start here, told without importing torch."""
+    """Whether CUDA programs can start here, found without importing torch."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -250,8 +249,7 @@ def nvidia_driver() -> bool:
 
 
 class _Rank:
-    """One process of a pool and the parent's end of its pipe; its output goes to an unnamed
-    file."""
+    """One process of a pool and the parent's end of its pipe; an unnamed file takes its output."""
 
     def __init__(self, rank: int, world_size: int, ports: tuple[int, int]) -> None:
         self.rank = rank
@@ -295,7 +293,7 @@ class _Rank:
             os.kill(self._process.pid, signal.SIGUSR1)
 
     def tail(self) -> str:
-        """What the process wrote since the last call began, shortened from the front."""
+        """Output of the process since the last call began, shortened from the front."""
         size = os.fstat(self._log.fileno()).st_size
         start = max(self._log_start, size - TAIL_CHARS)
         return os.pread(self._log.fileno(), size - start, start).decode(errors="replace")
@@ -314,7 +312,7 @@ class _Rank:
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What a launcher would set, on one node; everything else is inherited."""
+    """Variables of a launcher on one node, beside the inherited ones."""
     if os.environ.get(_INSIDE_RANK):
         # Ranks import the module of the function that they run: without a guard it would start
         # ranks, and so on.
@@ -331,7 +329,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        "XDG_CACHE_HOME": str(Path(tempfile.gettempdir()) / f"sps2-tests-{os.getpid()}"),
+        "XDG_CACHE_HOME": str(cache_home[-1]),
     }
 
 

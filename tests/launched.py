@@ -1,5 +1,4 @@
-"""Jobs under the real launchers, in tests: their command lines, their processes, and what they left
-behind.
+"""Jobs under the real launchers: their command lines, their processes, and leftovers.
 
 Every process of a job inherits a mark in its environment, so that orphans are found as well.
 """
@@ -37,7 +36,7 @@ def launch_command(launcher: str, num_ranks: int) -> list[str]:
 
 
 def node_command(launcher: str, node_rank: int, nodes: Sequence[Node], folder: Path) -> list[str]:
-    """The same for one rank on each of several nodes, started on each of them by hand."""
+    """`launch_command` for one rank on each of several nodes, each started by hand."""
     port, master = "29655", nodes[0].address  # namespaces have their own ports
     if launcher == "torchrun":
         place = [
@@ -112,7 +111,7 @@ class LaunchedJob:
 def launched(
     command: Sequence[str], log: Path, *, prefix: Sequence[str] = (), **environment: str
 ) -> Iterator[LaunchedJob]:
-    """Runs `prefix` + `command`; whatever is left of it at the end is killed."""
+    """Run `prefix` + `command`; kill all that is left of it at the end."""
     mark = uuid.uuid4().hex
     variables = {
         MARK: mark,

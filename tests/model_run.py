@@ -1,5 +1,4 @@
-"""Runs checkpoints through the model on all ranks of a test and compares logits at every
-position."""
+"""Run checkpoints through the model on all ranks of a test and compare logits."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ def assert_logits(
     sp: int,
     tolerance: float,
 ) -> None:
-    """Logits [T, vocab] of every prompt through each folder's model equal `expected`, on each
-    transport."""
+    """Logits [T, vocab] of every prompt and folder equal `expected`, on each transport."""
     texts = {name: str(folder) for name, folder in folders.items()}
     results = run_ranks(logits_on_rank, tp * sp, texts, prompts, tp, sp, free_port(), timeout=300)
     for name, references in expected.items():
@@ -50,12 +48,10 @@ def logits_on_rank(
     from sps2_mega.checkpoint.load import load_weights
     from sps2_mega.checkpoint.source import open_checkpoint
     from sps2_mega.config import ParallelConfig
-    from sps2_mega.kv_cache.placement import prompt_block_ranks
     from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
-    from sps2_mega.types import PrefillItem, SamplingParams
     from sps2_mega.worker.batching import prefill_input
     from sps2_mega.worker.local_tables import LocalTables
 
@@ -83,26 +79,7 @@ def logits_on_rank(
         for transport, layout_name in zip(
             TRANSPORTS, ("contiguous", "zigzag", "zigzag", "zigzag"), strict=True
         ):
-            free, items = [num_blocks] * sp, []
-            for sequence, prompt in enumerate(prompts):
-                ranks = prompt_block_ranks(-(-len(prompt) // block_size), free, layout_name)
-                ids = []
-                for block_rank in ranks:
-                    free[block_rank] -= 1
-                    ids.append(free[block_rank])
-                items.append(
-                    PrefillItem(
-                        sequence,
-                        prompt,
-                        len(prompt),
-                        ranks,
-                        ids,
-                        SamplingParams(),
-                        0,
-                        0,
-                        len(prompt),
-                    )
-                )
+            items = prefill_items(prompts, [num_blocks] * sp, block_size, layout_name)
             tables = LocalTables(rank=groups.sp.rank, block_size=block_size)
             step = prefill_input(
                 items, tables, pool, groups.sp, PrefillSetup(transport=transport), device=cpu
@@ -121,3 +98,24 @@ def logits_on_rank(
             ]
     finalize()
     return results
+
+
+def prefill_items(
+    prompts: list[list[int]], free: list[int], block_size: int, layout_name: str
+) -> list[Any]:
+    """A PrefillItem per prompt, whole; blocks of a rank are given from the last one down."""
+    from sps2_mega.kv_cache.placement import prompt_block_ranks
+    from sps2_mega.types import PrefillItem, SamplingParams
+
+    items = []
+    for sequence, prompt in enumerate(prompts):
+        ranks = prompt_block_ranks(-(-len(prompt) // block_size), free, layout_name)
+        ids = []
+        for rank in ranks:
+            free[rank] -= 1
+            ids.append(free[rank])
+        length = len(prompt)
+        items.append(
+            PrefillItem(sequence, prompt, length, ranks, ids, SamplingParams(), 0, 0, length)
+        )
+    return items

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Node:
-    """`prefix` goes before a command that shall run there; `environment` directs gloo to the
-    cable."""
+    """`prefix` precedes a command that runs there; `environment` directs gloo to the cable."""
 
     namespace: str
     interface: str

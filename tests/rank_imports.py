@@ -1,5 +1,5 @@
 """Imports of nearly every rank, for the process that ranks are forked from. No thread may start
-here, and no device be asked for."""
+here, and no device be touched."""
 
 import sps2_mega.engine.start
 import sps2_mega.mcore.gpt  # noqa: F401

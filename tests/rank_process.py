@@ -76,7 +76,7 @@ def call(rank: int, header: dict[str, Any], arguments: bytes) -> bytes:
 
 
 def leave_groups() -> None:
-    """What one test left behind, or left when it failed, is not the next one's."""
+    """Destroy the process groups that a test left behind."""
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
         parallel_state.destroy_model_parallel()
@@ -116,8 +116,7 @@ def same_file(module: ModuleType, file: str) -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """The same numbers in every call, whatever ran before; libraries that are not imported stay
-    so."""
+    """Seed every library that is imported, so that calls do not depend on earlier ones."""
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)

@@ -34,8 +34,7 @@ class _Pending:
 
 
 class RankThreads:
-    """`run(fn, size)` calls fn(group) for every rank at once; `post_all_to_all` is what its code
-    must call."""
+    """`run(fn, size)` calls fn(group) for all ranks at once; they post by `post_all_to_all`."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -97,8 +97,7 @@ class Ranks:
             assert self.slots[place_of(table, position)] == tuple(tokens[: position + 1])
 
     def fail(self, plan, seq_id) -> None:
-        """NaN: what the sequence wrote since its last finite logits is no longer good for
-        anybody."""
+        """NaN: nobody may use what the sequence wrote since its last finite logits."""
         first = dict(self.num_shared)
         first |= {item.seq_id: item.position for item in plan.decodes}
         for index in range(first[seq_id] // self.block_size, self.tables[seq_id].num_blocks):

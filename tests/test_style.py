@@ -1,5 +1,4 @@
-"""Habits that a machine can check: homes of heavy imports, file sizes, forbidden things, frozen
-flags.
+"""Habits that a machine can check: homes of imports, sizes, forbidden things, frozen flags.
 
 Layers between our own modules are import-linter's (pyproject.toml); formatting and lint are ruff's.
 """

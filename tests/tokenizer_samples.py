@@ -1,5 +1,4 @@
-"""Small tokenizers of the kinds in the field, built in memory: byte-level, GPT-2 style BPE,
-SentencePiece style."""
+"""Small tokenizers, built in memory: byte-level, GPT-2 style BPE, SentencePiece style."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""How far a kernel may be from its float32 reference, per type: absolute, for values of magnitude
-~1."""
+"""Tolerances of kernels against float32 references, absolute, for values of magnitude ~1."""
 
 import pytest
 import torch

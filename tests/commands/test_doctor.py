@@ -1,5 +1,4 @@
-"""The doctor: version bounds, the two packages called apex, exit status, both forms of the
-report."""
+"""The doctor: version bounds, two packages called apex, exit status, both forms of the report."""
 
 import importlib.metadata
 import json

@@ -13,7 +13,7 @@ import pytest
 from harness import free_port, run_ranks
 from triton_device import DEVICES
 
-LENGTHS = (40, 1, 64, 17, 333)
+LENGTHS = (40, 1, 64, 17, 101)
 BLOCK = 8
 NUM_BLOCKS = 96
 STEPS = 14  # sequences open new blocks, and leave one by one
@@ -46,7 +46,6 @@ def with_and_without(
     from sps2_mega.config import EngineConfig, ParallelConfig
     from sps2_mega.kernels.paged_kv import triton as paged_kv
     from sps2_mega.kernels.rotary_append import triton as rotary_append
-    from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
@@ -75,19 +74,7 @@ def with_and_without(
     found: dict[str, object] = {}
     for kind in ("plain", "rotated", "graphs"):
         gpt = models[kind != "plain"]
-        pool = KVPool(
-            num_layers=model.num_layers,
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=torch.float32,
-            device=device,
-        )
-        with torch.inference_mode():
-            for layer in range(model.num_layers):
-                for cache in pool.layer(layer):
-                    cache.fill_(UNTOUCHED)
+        pool = untouched_pool(model, device)
         graphs = None
         if kind == "graphs":
             assert make_decode_graphs(EngineConfig(), gpt, pool, groups, device) is None
@@ -116,6 +103,28 @@ def with_and_without(
                 assert (cache[used:] == UNTOUCHED).all()
     finalize()
     return found
+
+
+def untouched_pool(model, device):
+    """A cache whose every value is UNTOUCHED."""
+    import torch
+
+    from sps2_mega.kv_cache.pool import KVPool
+
+    pool = KVPool(
+        num_layers=model.num_layers,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=torch.float32,
+        device=device,
+    )
+    with torch.inference_mode():
+        for layer in range(model.num_layers):
+            for cache in pool.layer(layer):
+                cache.fill_(UNTOUCHED)
+    return pool
 
 
 def generated(executor, prompts: list[list[int]]) -> tuple[list[list[int | None]], int]:

@@ -160,8 +160,7 @@ def test_streams_go_on_while_a_prompt_is_prefilled_in_one_step(model):
 
 
 def test_sparse_prompts_keep_the_pattern_of_the_ranks_that_prefill_them(model):
-    """Spans follow the prefill pool's two SP ranks, as in a job of two ranks; generated tokens see
-    all keys."""
+    """Spans follow the prefill pool's two SP ranks; generated tokens see all keys."""
     sparse = model | dict(csa=CSAConfig(degrees=(1, 4), halo=8, tail=8), max_model_len=512)
     expected = run_engine(sparse, requests(), sp=2)
     ran = run_disaggregated(sparse, requests(), sp=2)
@@ -208,8 +207,7 @@ def test_keys_of_chunks_and_slices_arrive_as_well(model):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.03])
 def test_long_prompts_can_be_dropped_between_their_chunks(model, seconds):
-    """The job asserts that no block stays in use; what comes after gets the right keys into the
-    same blocks."""
+    """The job asserts that no block stays in use; later prompts find their own keys in them."""
     lines = long_and_short()
     again = [(prompt, LONG) for prompt in families.prompts((700, 3, 1100), seed=9)]
     ran = run_disaggregated(

@@ -1,5 +1,4 @@
-"""The harness itself: results in order, and every way in which a rank can fail is seen and
-named."""
+"""The harness itself: results in order, and every failure of a rank is seen and named."""
 
 from __future__ import annotations
 

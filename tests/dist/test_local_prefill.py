@@ -17,8 +17,7 @@ APART = dict(sp_threshold=150)
 
 @pytest.fixture(scope="module")
 def requests():
-    """The last two begin like the second, which is on one rank, and like the fourth, which is on
-    all."""
+    """The last two begin like the second, on one rank, and like the fourth, on all ranks."""
     texts = families.prompts((33, 100, 1, 300, 16, 7, 129, 149, 20, 30), seed=8)
     texts[8] = texts[1][:80] + texts[8]
     texts[9] = texts[3][:80] + texts[9]

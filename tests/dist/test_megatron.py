@@ -1,4 +1,4 @@
-"""What we rely on in Megatron-core, and that every shipped model configuration builds on it."""
+"""Facts about Megatron-core that we rely on; every shipped model configuration builds on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sps2_mega.errors import ConfigError
 
 
 def facts_on_rank(rank):
-    """What `mcore._compat` takes for granted, read off Megatron's own signatures."""
+    """Facts that `mcore._compat` takes for granted, read off Megatron's own signatures."""
     from sps2_mega.mcore._compat import eager_import, step_carrier_class
 
     with eager_import("cpu"):
@@ -92,8 +92,7 @@ def test_every_model_configuration_builds_with_its_shapes(tp):
 
 
 def test_built_parameter_counts_are_the_published_ones():
-    """The unpadded count of the pure formula equals what Megatron builds, less the vocabulary's
-    padding."""
+    """The unpadded count of the pure formula equals Megatron's, less the vocabulary's padding."""
     configs = shipped_configs()
     (shapes,) = run_ranks(meta_shapes_on_rank, 1, free_port(), configs, 1, timeout=200)
     for name, config in configs.items():

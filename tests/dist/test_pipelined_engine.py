@@ -1,5 +1,4 @@
-"""The engine with a pipelined prefill gives the tokens of one rank, and traces what its ranks
-did."""
+"""A pipelined prefill gives the tokens of one rank, and a trace of all ranks."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Prefills that give way to decodes, between layers and between chunks, give the tokens of whole
-ones."""
+"""Prefills that yield to decodes, between layers or chunks, give the tokens of whole ones."""
 
 from __future__ import annotations
 
 import families
 import pytest
-from engine_run import assert_same, run_engine
+from engine_run import assert_same, requests_beside_decodes, run_engine
 
 from sps2_mega.config import CSAConfig
 
@@ -22,20 +21,7 @@ ONE_LAYER = dict(tbt_target_ms=1.0)
 
 @pytest.fixture(scope="module")
 def requests():
-    """The long prompts come while others decode; two share a prefix, one has two samples."""
-    texts = families.prompts((33, 1, 320, 16, 7, 129, 650, 5), seed=6)
-    params = [
-        dict(max_tokens=60, temperature=0.0, ignore_eos=True),
-        dict(max_tokens=50, seed=1, ignore_eos=True),
-        dict(max_tokens=20, seed=2, n=2, logprobs=2),
-        dict(max_tokens=24, temperature=0.0, presence_penalty=0.5),
-        dict(max_tokens=1, seed=4),
-        dict(max_tokens=9, seed=5, ignore_eos=True, repetition_penalty=1.2),
-        dict(max_tokens=12, seed=6),
-        dict(max_tokens=30, seed=7, ignore_eos=True),
-    ]
-    texts[7] = texts[5][:100] + texts[7]
-    return list(zip(texts, params, strict=True))
+    return requests_beside_decodes(320, 650)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +72,7 @@ def test_a_sliced_prompt_without_finite_logits_fails_alone(model, requests, expe
 
 
 def test_an_abort_between_slices_leaves_the_rest_of_its_group(model, requests, expected):
-    """Without others that decode, prompts that come together are one group, which goes on without
-    the one that left."""
+    """Without decodes, prompts that arrive together are one group, which then loses a member."""
     options = model | dict(scheduler=dict(tbt_target_ms=1.0, overtake=0.0))
     together = [1, 3, 4]
     for step in (1, 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import families
 import pytest
-from engine_run import assert_same, run_engine
+from engine_run import assert_same, requests_beside_decodes, run_engine
 
 # 7 and 50 divide neither the prompts nor the blocks; with 7, most steps have one or two new tokens.
 LAYOUTS = [
@@ -20,20 +20,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def requests():
-    """The long prompts come while others decode; two share a prefix, one has two samples."""
-    texts = families.prompts((33, 1, 200, 16, 7, 129, 400, 5), seed=6)
-    params = [
-        dict(max_tokens=60, temperature=0.0, ignore_eos=True),
-        dict(max_tokens=50, seed=1, ignore_eos=True),
-        dict(max_tokens=20, seed=2, n=2, logprobs=2),
-        dict(max_tokens=24, temperature=0.0, presence_penalty=0.5),
-        dict(max_tokens=1, seed=4),
-        dict(max_tokens=9, seed=5, ignore_eos=True, repetition_penalty=1.2),
-        dict(max_tokens=12, seed=6),
-        dict(max_tokens=30, seed=7, ignore_eos=True),
-    ]
-    texts[7] = texts[5][:100] + texts[7]
-    return list(zip(texts, params, strict=True))
+    return requests_beside_decodes(200, 400)
 
 
 @pytest.fixture(scope="module")

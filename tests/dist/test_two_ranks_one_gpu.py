@@ -1,5 +1,4 @@
-"""Two SP ranks on one device, exchanging through gloo: streams, events and separate communicators
-at work.
+"""Two SP ranks on one device, exchanging through gloo, with streams, events and communicators.
 
 NCCL refuses two ranks on one GPU, so its own paths are not covered here. The same runs on the CPU,
 against which the test itself is checked.

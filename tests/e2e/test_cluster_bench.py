@@ -1,5 +1,4 @@
-"""The emulated cluster bench at a tiny size: it measures, compares answers, and leaves nothing
-behind."""
+"""The emulated cluster bench at a tiny size: measures, compares answers, leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -21,14 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [
     *(sys.executable, str(ROOT / "benchmarks" / "cluster.py")),
     *("--shapes", "sps2-tiny", "--tokens", "301", "--chunks", "100", "--repeats", "1"),
-    *(
-        "--decode",
-        "3",
-        "--rates",
-        "1gbit,2mbit",
-        "--systems",
-        "alone,tp-chunked-100,ulysses,ulysses-pipelined",
-    ),
+    *("--decode", "3", "--rates", "1gbit,2mbit"),
 ]
 
 
@@ -37,19 +29,21 @@ def namespaces_of(pid: int) -> list[str]:
     return [line for line in listed.stdout.splitlines() if line.startswith(f"sps2-bench-{pid}-")]
 
 
-def started() -> subprocess.Popen:
+def started(*systems: str) -> subprocess.Popen:
+    command = [*COMMAND, "--systems", ",".join(systems)]
     return subprocess.Popen(
-        COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
 
 
 def test_two_nodes_give_the_answers_of_one_rank_and_a_slow_link_costs_time():
-    bench = started()
+    systems = ("alone", "tp-chunked-100", "ulysses", "ulysses-pipelined")
+    bench = started(*systems)
     out, err = bench.communicate(timeout=300)
     assert bench.returncode == 0, err
     [run] = json.loads(out)["runs"]
     curves = run["curves"]
-    assert set(curves) == {"alone", "tp-chunked-100", "ulysses", "ulysses-pipelined"}
+    assert set(curves) == set(systems)
     for name in ("tp-chunked-100", "ulysses"):
         fast, slow = curves[name]["1gbit"]["ttft_s"], curves[name]["2mbit"]["ttft_s"]
         assert slow > 2 * fast, (name, fast, slow)
@@ -59,9 +53,9 @@ def test_two_nodes_give_the_answers_of_one_rank_and_a_slow_link_costs_time():
 
 
 def test_an_interrupted_run_removes_its_nodes_and_ranks():
-    bench = started()
+    bench = started("alone", "ulysses")
     try:
-        wait_until(lambda: len(ranks_of(bench.pid)) >= 5, bench)  # one alone and two pairs
+        wait_until(lambda: len(ranks_of(bench.pid)) >= 3, bench)  # one alone and a pair
         ranks = ranks_of(bench.pid)
         os.kill(bench.pid, signal.SIGINT)
         bench.communicate(timeout=60)

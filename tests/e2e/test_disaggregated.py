@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 from launched import ROOT, launched
+from served import url_when_ready
 from transformers import AutoModelForCausalLM
 
 LIMIT_S = 15.0
@@ -40,9 +41,7 @@ def test_clients_are_served_until_the_decode_rank_is_lost(tmp_path: Path) -> Non
     ]
     command = [sys.executable, str(ROOT / "launch" / "serve.py"), "--port", "0", *flags]
     with launched(command, tmp_path / "log") as job:
-        ready = re.compile(r"^sps2_mega is ready: sps2-tiny at (http://127\.0\.0\.1:\d+)/v1", re.M)
-        job.wait_until(lambda: ready.search(job.output()) is not None, 120)
-        url = ready.search(job.output())[1]
+        url = url_when_ready(job)
 
         with ThreadPoolExecutor(8) as pool:
             whole, streamed = (

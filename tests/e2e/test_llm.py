@@ -1,5 +1,4 @@
-"""The Python interface with the bundled model: one process, ranks of its own, and ranks of a
-launcher."""
+"""The Python interface with the bundled model: one process, own ranks, a launcher's ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A long prompt needs memory for its cache, the weights and one layer's activations: nothing
-quadratic."""
+"""A long prompt needs its cache, the weights and one layer's activations: nothing quadratic."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""launch/serve.py as a user starts it: real model, real ranks, the openai client, signals and lost
-ranks."""
+"""launch/serve.py as users start it: real model, real ranks, openai client, signals, lost ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ import httpx
 import openai
 import pytest
 from generation_job import generate_command, texts_of, write_requests
-from launched import ROOT, LaunchedJob, launch_command, launched
+from launched import launch_command, launched
+from served import serve_command, url_when_ready
 
 from benchmarks.soak import with_ids
 from benchmarks.soaking.cases import Answer, CaseMix
@@ -26,26 +26,6 @@ from benchmarks.soaking.state import state_faults
 
 NUM_CLIENTS = 32
 LIMIT_S = 15.0
-
-
-def serve_command(*extra: str) -> list[str]:
-    layout = [
-        "--sp",
-        "2",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--num-gpu-blocks-override",
-        "512",
-    ]
-    return [str(ROOT / "launch" / "serve.py"), "--port", "0", *layout, *extra]
-
-
-def url_when_ready(job: LaunchedJob) -> str:
-    ready = re.compile(r"^sps2_mega is ready: sps2-tiny at (http://127\.0\.0\.1:\d+)/v1", re.M)
-    job.wait_until(lambda: ready.search(job.output()) is not None, 120)
-    return ready.search(job.output())[1]
 
 
 def client(url: str, **options: object) -> openai.OpenAI:
@@ -78,7 +58,7 @@ def requests_and_offline_texts(folder: Path) -> tuple[list[dict], dict]:
 def test_clients_get_what_generate_writes_and_sigterm_drains(tmp_path):
     """Plain python, which starts its second rank itself."""
     lines, offline = requests_and_offline_texts(tmp_path)
-    with launched([sys.executable, *serve_command()], tmp_path / "log") as job:
+    with launched([sys.executable, *serve_command(num_blocks=512)], tmp_path / "log") as job:
         url = url_when_ready(job)
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
             texts = list(
@@ -127,8 +107,7 @@ def leave_a_stream(url: str) -> None:
 
 
 def soak_a_little(url: str, lines: list[dict], offline: dict) -> None:
-    """Mixed shapes, clients that leave and invalid requests; benchmarks/soak.py does the same with
-    thousands."""
+    """Mixed shapes, clients that leave, invalid requests; benchmarks/soak.py sends thousands."""
     answers = [
         Answer(
             fields={name: value for name, value in line.items() if name != "id"},
@@ -165,7 +144,7 @@ def metric(url: str, name: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "victim"), [("torchrun", 1), ("deepspeed", 0)])
 def test_a_killed_rank_ends_every_connection(tmp_path, launcher, victim):
-    command = [*launch_command(launcher, 2), *serve_command()]
+    command = [*launch_command(launcher, 2), *serve_command(num_blocks=512)]
     with launched(command, tmp_path / "log") as job:
         url = url_when_ready(job)
         stream = long_stream(url, 3000)

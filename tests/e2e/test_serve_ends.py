@@ -1,5 +1,4 @@
-"""How a served job ends: after a rank that stands still, and at the second signal. Nothing
-stays."""
+"""The end of a served job: after a rank that hangs, and at the second signal. Nothing stays."""
 
 from __future__ import annotations
 
@@ -11,31 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import pytest
-from launched import ROOT, LaunchedJob, launch_command, launched
+from launched import launch_command, launched
+from served import serve_command, url_when_ready
 
 STEP_TIMEOUT_S = 3
 LIMIT_S = 15.0 + STEP_TIMEOUT_S
 NUM_CLIENTS = 3
-
-
-def serve_command(*extra: str) -> list[str]:
-    layout = [
-        "--sp",
-        "2",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--num-gpu-blocks-override",
-        "2048",
-    ]
-    return [str(ROOT / "launch" / "serve.py"), "--port", "0", *layout, *extra]
-
-
-def url_when_ready(job: LaunchedJob) -> str:
-    ready = re.compile(r"^sps2_mega is ready: .* page at (http://127\.0\.0\.1:\d+)/", re.M)
-    job.wait_until(lambda: ready.search(job.output()) is not None, 120)
-    return ready.search(job.output())[1]
 
 
 def ask(url: str, prompt: list[int], *, stream: bool) -> tuple[int, str]:

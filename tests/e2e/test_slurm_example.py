@@ -1,5 +1,4 @@
-"""launch/slurm.sbatch with stand-ins for `srun` and `scontrol`: a real job on two "nodes" of the
-loopback."""
+"""launch/slurm.sbatch with stand-ins for `srun` and `scontrol`: two loopback "nodes"."""
 
 from __future__ import annotations
 
@@ -71,7 +70,7 @@ def slurm(tmp_path) -> dict[str, str]:
 
 @pytest.fixture
 def quick(slurm, tmp_path) -> dict[str, str]:
-    """The same without a launcher below it, which costs seconds and is not what is asked."""
+    """The script alone, without the launcher below it, which costs seconds."""
     (tmp_path / "launch").mkdir()
     script = tmp_path / "launch" / "torchrun.sh"
     script.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')

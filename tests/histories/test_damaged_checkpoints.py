@@ -1,4 +1,4 @@
-"""Checkpoints with random damage are refused as such, or can be read."""
+"""Checkpoints with random damage are refused as checkpoints, or can be read."""
 
 from __future__ import annotations
 

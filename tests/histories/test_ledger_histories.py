@@ -19,8 +19,7 @@ def any_spans(spans):
 
 
 class LedgerHistories(RuleBasedStateMachine):
-    """Sequences of few different tokens, so that many share a beginning. `contents` is what each
-    place holds."""
+    """Sequences of few different tokens: many share a beginning. `contents` is by place."""
 
     sequences = Bundle("sequences")
 

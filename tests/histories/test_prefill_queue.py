@@ -165,8 +165,7 @@ def test_overtake_0_is_first_come_first_served():
 
 @pytest.mark.parametrize("overtake", [0.5, 4.0])
 def test_a_long_prompt_is_not_starved_by_a_stream_of_short_ones(overtake):
-    """They come as fast as they can be served, so without a bound the long one would never go
-    on."""
+    """Short ones arrive as fast as they are served: without a bound the long one would starve."""
     machine = Machine(overtake=overtake)
     machine.warm_up()
     long = machine.add(6000)

@@ -1,5 +1,4 @@
-"""Every file of model_configs/ describes the published model: exact parameter counts, degrees that
-work."""
+"""Files of model_configs/ describe published models: exact parameter counts, working degrees."""
 
 from __future__ import annotations
 

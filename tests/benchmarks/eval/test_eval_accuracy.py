@@ -1,15 +1,16 @@
-"""The command: equal measures on one rank and on four under a launcher, and its files."""
+"""The command: equal measures on one rank and on four, and its files."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launched import launch_command
+from harness import free_port, run_ranks
 
 from benchmarks.eval.measure import TextScores, text_measures
 from benchmarks.eval.report import markdown, merged
@@ -27,27 +28,32 @@ SMALL = [
 ]
 
 
-def evaluate(command: list[str], output: Path, *flags: str) -> dict:
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
     result = subprocess.run(
-        [*command, str(SCRIPT), *SMALL, "--output", str(output), *flags],
+        [sys.executable, str(SCRIPT), *SMALL, "--output", str(folder)],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((output / "small.json").read_text())
+    return json.loads((folder / "small.json").read_text()), folder
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    return evaluate([sys.executable], folder), folder
+def evaluate_on_rank(rank: int, port: int, flags: list[str]) -> int:
+    from benchmarks import eval_accuracy
+
+    os.environ["MASTER_PORT"] = str(port)
+    return eval_accuracy.main(flags)
 
 
 def test_four_ranks_measure_what_one_rank_does(one_rank, tmp_path):
     expected, _ = one_rank
-    measured = evaluate(launch_command("torchrun", 4), tmp_path, "--sp", "2", "--tp", "2")
+    flags = [*SMALL, "--output", str(tmp_path), "--sp", "2", "--tp", "2"]
+    assert run_ranks(evaluate_on_rank, 4, free_port(), flags, timeout=200) == [0] * 4
+    measured = json.loads((tmp_path / "small.json").read_text())
     assert list(measured["settings"])[2:] == ["paper-d2.4", "keys-d4-b16-stridedecode"]
     for name, by_length in expected["settings"].items():
         theirs, ours = by_length["450"], measured["settings"][name]["450"]

@@ -1,5 +1,4 @@
-"""What calibration measures of links, on real ranks: every exchange that it times can be made, and
-all ranks agree."""
+"""Calibration of links on real ranks: all exchanges that it times work, and all ranks agree."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch
-from dist import checkpoint_writer as writer
+from dist.checkpoint import checkpoint_writer as writer
 from model_run import assert_logits
 
 from sps2_mega.checkpoint import torch_dist

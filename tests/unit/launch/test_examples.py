@@ -1,5 +1,4 @@
-"""The examples of launch/ as far as they can be tried without a cluster: read by those who will
-read them."""
+"""Examples of launch/ as far as they run without a cluster: read by their real readers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Chunks of a long prompt: they cover it in multiples of a block on each rank, and take equal
-time."""
+"""Chunks cover a long prompt in multiples of a block on each rank, and take equal time."""
 
 import pytest
 

@@ -228,7 +228,7 @@ class Histories(RuleBasedStateMachine):
             self.first_token(data.draw(st.sampled_from(sorted(self.reserved))))
 
     def first_token(self, seq_id):
-        """Of a sequence that ends with it, the decode pool is told that nobody wants it."""
+        """The decode pool learns that nobody wants a sequence that ends with this token."""
         del self.reserved[seq_id]
         one = self.alive[seq_id]
         if len(one.output_token_ids) + 1 >= one.max_tokens or one.num_tokens >= self.cache_tokens:

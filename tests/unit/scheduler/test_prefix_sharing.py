@@ -57,7 +57,7 @@ def step(scheduler, ranks=None, failing=()):
 
 
 def run(scheduler, *sequences, ranks=None):
-    """Runs sequences to their ends; returns their first prefill items by id."""
+    """Run sequences to their ends; return their first prefill items by id."""
     for sequence in sequences:
         assert scheduler.add(sequence) is None
     items = {}

@@ -74,8 +74,7 @@ def test_a_decode_step_is_expected_to_take_what_few_exceed():
 
 
 def test_chunks_are_remembered_by_their_place_in_the_prompt():
-    """Early ones run at one speed, late ones at another: after two layers of two prompts both are
-    known."""
+    """Two layers of two prompts fix both speeds: an early one and a late one."""
     step_times = StepTimeModel(WORK)
     assert step_times.chunk_s(0, 0, 64) is None
 

@@ -1,5 +1,4 @@
-"""Transfers bring every head of every token to its decode rank, whatever the shapes of the
-pools."""
+"""Transfers bring every head of every token to its decode rank, for any shapes of the pools."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Log-probabilities of prompt tokens from parts of the vocabulary and any placement of the
-tokens."""
+"""Log-probabilities of prompt tokens from parts of the vocabulary, at any placement."""
 
 from __future__ import annotations
 
