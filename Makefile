@@ -58,10 +58,11 @@ test-fast: setup ## tests without ranks
 test-gpu: setup ## tests that need CUDA devices
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu $(ARGS)
 
-lint: setup ## ruff and the import layers
+lint: setup ## ruff, the import layers and the figures of tools/house.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/house.py --check
 
 format: setup ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

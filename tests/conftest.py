@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 TESTS = Path(__file__).resolve().parent
@@ -33,6 +34,11 @@ MARKERS = {
     "netns": "builds network namespaces: needs root and iproute2 (ip, tc)",
     "slow": "takes more than about 20 s",
 }
+
+
+# The machine may be busy: a slow example is no failure.
+hypothesis.settings.register_profile("busy-machine", deadline=None)
+hypothesis.settings.load_profile("busy-machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
