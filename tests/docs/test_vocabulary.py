@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "vocabulary.md"
 FOLDERS = ("sps2_mega", "benchmarks", "tools", "launch", "tests")
 # (file, name): why it may stand there.
