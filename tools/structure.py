@@ -25,11 +25,14 @@ file, HTTP, Python   Request                                            RequestO
                         |                                                     ^
 rank 0               RequestLedger.add                              text.OutputProcessor
                         |                                                     ^
+                     SequenceStates.waiting                                   |
+                        |                                                     |
                      Scheduler.plan -> StepPlan                      Scheduler.commit
                                           | broadcast                         ^
 every rank           worker.batching: tokens, positions, attention       StepOutput
                         |                                                     ^
-                     GPTModel -> attention.step -> transport or decode -> kernels, comm -> sampling
+                     GPTModel -> attention.step: RoPE, write K and V -> transport or decode
+                                    -> kernels, comm -> worker.sampling: top-k, top-p, seeds
 ```
 
 A module imports from the layers below it only (`make lint` checks):

@@ -1,4 +1,6 @@
-"""Order and grouping of prefills: which prompts run next, and with which others.
+"""Groups of admitted prompts under prefill, and which of them runs next.
+
+Requests that wait for room are `SequenceStates.waiting`.
 
 The scheduler decides between prefill and decode, `prefill_slices` how far a slice reaches,
 `step_times` predicts seconds. Without predictions every group runs through the model in one step,
@@ -35,7 +37,7 @@ _PATIENCE = 2.0
 
 
 class PrefillQueue:
-    """Every prefilling sequence is in exactly one group, and so is every id that is held."""
+    """Admitted prompts in groups; every prefilling or held sequence is in exactly one group."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""State of each sequence, and the moves between states.
+"""State of each sequence, waiting or running, and the moves between states.
 
     add -> waiting --admit--> running, prefilling --chunks--> running --end--> (held while ranks
               ^                                                  |              still write)

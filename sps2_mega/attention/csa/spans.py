@@ -14,7 +14,7 @@ from sps2_mega.parallel.topology import group_sizes_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparsePrefill:
-    """Settings with which the ranks of a job lay out sparse prefill steps.
+    """Settings of prefill by SP levels: sparse, or exact with a transport for each level.
 
     `sp_levels` are ring sizes, innermost first. `kv_heads` of this TP rank are numbered over all TP
     ranks, so that a pattern does not change with TP.

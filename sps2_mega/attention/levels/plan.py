@@ -85,7 +85,7 @@ class ExchangePlan:
     blocks: list[Block]
 
 
-class ExchangePlanner:
+class ExchangePlans:
     """Makes the plans of one step on SP rank `rank`.
 
     `kv_heads` of this TP rank are numbered over all ranks; `num_heads` counts its query heads. From
@@ -115,7 +115,7 @@ class ExchangePlanner:
         return self._demand.needs(exchange)
 
     def plan(self, exchange: Exchange, layer: int) -> ExchangePlan:
-        """Plan all layers with the remainder of `layer` for each degree."""
+        """Plan an exchange in `layer`; layers equal to it modulo every degree share the plan."""
         demands = list(self._demand.of_rank(exchange, self._rank, layer))
         own_heads = exchange.heads(self._rank)
         heads = _hull(part for part, _ in own_heads)

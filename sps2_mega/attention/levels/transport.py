@@ -20,7 +20,7 @@ from torch import Tensor
 from sps2_mega.attention.csa.pattern import CSAPattern, tail_starts
 from sps2_mega.attention.levels.exchanges import Exchange, prefill_exchanges
 from sps2_mega.attention.levels.kv_parts import num_kv_parts
-from sps2_mega.attention.levels.plan import ExchangePlan, ExchangePlanner, RowPlan
+from sps2_mega.attention.levels.plan import ExchangePlan, ExchangePlans, RowPlan
 from sps2_mega.attention.pipeline.micro_batches import CPU_PART, CUDA_PART
 from sps2_mega.attention.pipeline.schedule import stage_order
 from sps2_mega.attention.transports.partials import PartialSum
@@ -71,14 +71,14 @@ class HierarchicalTransport:
         self._tail_starts = tail_starts(patterns, prompt_lens)
         self._period = math.lcm(*(d for pattern in patterns for d in pattern.degrees))
         self._plans: dict[tuple[Exchange, int], ExchangePlan] = {}
-        self._planner: ExchangePlanner | None = None
+        self._exchange_plans: ExchangePlans | None = None
         self._exchanges: list[Exchange] = []
 
     def attend(
         self, layer: int, q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, softmax: SoftmaxParams
     ) -> Tensor:
         assert softmax.window is None, "no sliding window here; start-up refuses it"
-        if self._planner is None:
+        if self._exchange_plans is None:
             self._prepare(q_TNH)
         tensors = _HierarchicalLayer(
             [self._plan(exchange, layer) for exchange in self._exchanges],
@@ -98,7 +98,7 @@ class HierarchicalTransport:
     def _prepare(self, q_TNH: Tensor) -> None:
         """Plan from the number and width of heads, which the first layer shows."""
         num_heads, width = q_TNH.shape[1:]
-        self._planner = ExchangePlanner(
+        self._exchange_plans = ExchangePlans(
             self._layout,
             self._patterns,
             self._tail_starts,
@@ -124,14 +124,14 @@ class HierarchicalTransport:
             num_kv_heads=len(self._kv_heads),
             kv_parts=parts,
         )
-        self._exchanges = [one for one in exchanges if self._planner.needs(one)]
+        self._exchanges = [one for one in exchanges if self._exchange_plans.needs(one)]
 
     def _plan(self, exchange: Exchange, layer: int) -> ExchangePlan:
         """Plan an exchange; layers with the same remainder for each degree share the plan."""
-        assert self._planner is not None
+        assert self._exchange_plans is not None
         key = exchange, 0 if exchange.queries == "tail" else layer % self._period
         if key not in self._plans:
-            self._plans[key] = self._planner.plan(*key)
+            self._plans[key] = self._exchange_plans.plan(*key)
         return self._plans[key]
 
 

@@ -6,8 +6,8 @@
 
 Between CPUs latencies are time of a core and never hidden, and bytes are also copied into the
 kernel and out of it. A pure function of the step and of what was measured of the machine, so all
-ranks choose alike without a word. It decides no placement: whatever lies where, each transport
-gives the same result.
+ranks choose alike without communicating. It decides no placement: each transport gives the same
+result whatever lies where.
 """
 
 from __future__ import annotations

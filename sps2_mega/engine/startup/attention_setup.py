@@ -53,7 +53,7 @@ def make_planner(
     compute: Compute,
     info: LaunchInfo,
 ) -> PrefillPlanner:
-    """Planner of exact transports; all ranks call it together, as the machine may be measured."""
+    """Planner of each step's transports; all ranks call it together, as it may measure links."""
     tp = groups.tp.size
     heads = LayerHeads(
         num_heads=model.num_heads // tp,

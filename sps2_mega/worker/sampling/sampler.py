@@ -189,8 +189,8 @@ def _filtered(
 ) -> tuple[Tensor, Tensor | None]:
     """Weights with zeros where top-k, top-p or min-p exclude a token; equal weights share one fate.
 
-    The boolean, None without a doubt: whether `nucleus` tokens reach every row's top-p; otherwise
-    the weights are wrong.
+    Second result: whether `nucleus` tokens reach every row's top-p, None where they surely do; if
+    they do not, the weights are wrong.
     """
     enough = None
     vocab_size = weights_SV.shape[-1]
