@@ -59,6 +59,7 @@ def _lead(
 
 
 def _run(job: BatchJob, config: EngineConfig, info: LaunchInfo, *, starts_ranks: bool) -> int:
+    from sps2_mega.comm.watchdog import active_watchdogs
     from sps2_mega.engine.start import start_driver
     from sps2_mega.serving.local_ranks import LocalRanks
 
@@ -66,15 +67,18 @@ def _run(job: BatchJob, config: EngineConfig, info: LaunchInfo, *, starts_ranks:
     if starts_ranks and info.launcher == "none" and config.parallel.world_size > 1:
         ranks = LocalRanks(config)
         info = ranks.info
-    told = False
     try:
         engine = start_driver(config, info, show_progress=sys.stderr.isatty())
         code = job.run(engine)
         engine.shutdown()
-        told = True
-    finally:
-        if ranks is not None:
-            ranks.close(told=told)
+    except BaseException:
+        # Once ranks have met, the guard tells all of them why the job ends. If they ended before,
+        # their end would be reported in place of this error.
+        if ranks is not None and not active_watchdogs():
+            ranks.close(told=False)
+        raise
+    if ranks is not None:
+        ranks.close()
     return code
 
 
