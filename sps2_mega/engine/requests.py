@@ -88,13 +88,13 @@ class RequestLedger:
             default_seed=self._default_seed,
             arrival_time=time.monotonic() if arrival_time is None else arrival_time,
         )
-        self._outputs.add(request_id, prompt_token_ids, params, samples, stream=stream)
         reason = refusal(samples[0], self._limits)
         if reason is None and self._is_full(num_waiting + params.n):
             reason = Refusal.QUEUE_FULL
         if reason is not None:
-            self._outputs.drop(request_id)
             return reason
+        # Only now: a tokenizer may fail on tokens outside its vocabulary.
+        self._outputs.add(request_id, prompt_token_ids, params, samples, stream=stream)
         self._next_seq_id += params.n
         self._samples[request_id] = samples
         self._sequences.update((sample.seq_id, sample) for sample in samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenizer_samples import byte_level
+from tokenizer_samples import byte_level, save, sentencepiece
 
 from sps2_mega.attention.pipeline.metrics import CommSeconds
 from sps2_mega.engine.requests import RequestLedger
@@ -69,6 +69,12 @@ def test_what_could_never_run_is_refused_and_leaves_nothing(prompt, params, reas
     assert ledger.open_requests == []
     (sample,) = add(ledger)
     assert sample.seq_id == 0
+
+
+@pytest.mark.parametrize("token", [-1, 1000, 2**40])
+def test_tokens_out_of_range_do_not_reach_the_tokenizer(token, tmp_path):
+    ledger = new_ledger(Tokenizer.load(save(sentencepiece(), tmp_path)))
+    assert add(ledger, prompt=[token], stream=True, stop=("x",)) is Refusal.TOKEN_OUT_OF_RANGE
 
 
 def test_an_id_is_taken_until_its_request_is_answered_or_dropped():
