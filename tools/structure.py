@@ -46,7 +46,7 @@ A module imports from the layers below it only (`make lint` checks):
 | text | `text`: tokenizer, chat templates, stop strings | data, tokenizers; no torch |
 | model | `mcore` | megatron-core, here only |
 | checkpoints | `checkpoint` | safetensors |
-| plans | `scheduler` | cache ledger, data; no torch |
+| plans | `scheduler` | cache ledger, the count of causal pairs, data; no torch |
 | attention | `attention`: `csa` `layout` `levels` `pipeline` `planner` `transports` | the floor |
 | floor | `comm`, `kernels`, `kv_cache` | sockets and torch.distributed; Triton; torch |
 | ranks | `parallel` | torch in `groups` only |
