@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.csa.spans import SparsePrefill, local_kv_heads
-from sps2_mega.attention.planner.attention_choice import choose_transport
+from sps2_mega.attention.planner.attention_choice import check_levels, choose_transport
 from sps2_mega.config import CSAConfig
 from sps2_mega.errors import RequestError
 from sps2_mega.kv_cache.ledger import BlockLedger
@@ -64,7 +64,7 @@ def executor_with(
         block_size=executor.pool.block_size,
         transports=tuple(chosen.split(",")),
     )
-    sparse.check()
+    check_levels(sparse)
     return executor.with_attention(chosen, sparse, sparse_decode=sparse_decode)
 
 

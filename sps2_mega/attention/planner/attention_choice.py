@@ -70,7 +70,16 @@ def sparse_prefill(
         block_size=config.cache.block_size,
         transports=transports,
     )
-    sparse.pattern(1)  # a pattern of any length shows whether the numbers fit
-    if transports != ("auto",):
-        prefill_exchanges(transports, topology.sp_levels, num_heads=1, num_kv_heads=1)
+    check_levels(sparse)
     return sparse
+
+
+def check_levels(sparse: SparsePrefill) -> None:
+    """Refuse settings that do not fit together.
+
+    Raises:
+        ConfigError: degrees or transports, spans and SP levels do not fit.
+    """
+    sparse.pattern(1)  # a pattern of any length shows whether the numbers fit
+    if sparse.transports != ("auto",):
+        prefill_exchanges(sparse.transports, sparse.sp_levels, num_heads=1, num_kv_heads=1)
