@@ -88,7 +88,7 @@ def script_of(blocks: list[Block]) -> str:
 
 
 def missing(blocks: list[Block], output: str) -> list[str]:
-    """What blocks should have said and did not, one message each."""
+    """Expected texts that blocks did not print, one message each."""
     said: dict[int, str] = {}
     for part in output.split(_MARK)[1:]:
         number, _, text = part.partition("\n")

@@ -69,7 +69,7 @@ class ExactChunks:
         layer: int,
         softmax: SoftmaxParams,
     ) -> None:
-        """Implement `ChunkScores.add_partials`."""
+        """See `ChunkScores.add_partials` for arguments, shapes and units."""
         if runs and softmax.window is None and keys.stop <= runs[0].start:
             # All queries see these keys, whatever their positions: one call for all runs.
             k, v = (x[keys.start : keys.stop] for x in kv_SKH)
@@ -108,7 +108,7 @@ class SparseChunks:
         layer: int,
         softmax: SoftmaxParams,
     ) -> None:
-        """Implement `ChunkScores.add_partials`."""
+        """See `ChunkScores.add_partials` for arguments, shapes and units."""
         found: list[CSAPiece] = []
         for run in runs:
             pieces = csa_pieces(

@@ -34,7 +34,7 @@ class ModelSize:
 
     @property
     def layer_flops(self) -> LayerFlops:
-        """What the scheduler counts with."""
+        """FLOPs of one layer, as the scheduler counts them."""
         return LayerFlops(
             num_layers=self.num_layers,
             token_flops=2 * self.layer_params,

@@ -54,7 +54,7 @@ class Launched:
 
 
 class Executor:
-    """Runs StepPlans on this rank; holds the rank's share of all running sequences.
+    """Executor of StepPlans on this rank, with the rank's share of all running sequences.
 
     Public attributes are the constructor's arguments, not to be changed, and `prefill_comm`: this
     rank's communication in the last step that had prefills.

@@ -86,10 +86,16 @@ class ExchangePlan:
 
 
 class ExchangePlans:
-    """Makes the plans of one step on SP rank `rank`.
+    """Plans of one step's exchanges on one SP rank, made when they are asked for.
 
-    `kv_heads` of this TP rank are numbered over all ranks; `num_heads` counts its query heads. From
-    position `tail_starts[s]` on, queries of sequence s see all keys.
+    Args:
+        layout: Placement of the step's queries and keys.
+        patterns: CSA pattern of each sequence.
+        tail_starts: Position of each sequence from which on queries see all keys.
+        kv_heads: KV heads of this TP rank, numbered over all ranks.
+        num_heads: Query heads of this TP rank.
+        rank: SP rank that plans.
+        device: Device of the indices.
     """
 
     def __init__(

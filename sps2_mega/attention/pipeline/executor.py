@@ -64,7 +64,7 @@ class ReturningLayer(PipelinedLayer, Protocol):
 
 
 class Pipeline:
-    """Runs layers and adds up their communication until `take_seconds`.
+    """Runner of pipelined layers; adds up their communication until `take_seconds`.
 
     `back` is the group for the way back. With None, transports use their one group for both ways,
     which is right but overlaps less.

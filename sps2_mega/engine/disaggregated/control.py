@@ -28,8 +28,10 @@ class Received:
 
 
 class Control:
-    """Sends control messages to any rank of the job; those to this rank enter `events`, with what
-    other threads put there."""
+    """Control messages between any two ranks of the job.
+
+    Messages to this rank enter `events`, beside what other threads put there.
+    """
 
     def __init__(self, rank: StartedRank) -> None:
         assert rank.bridge is not None, "a job without pools has no bridge"

@@ -28,8 +28,7 @@ class _Incoming:
 
 
 class KVReceiver:
-    """Calls `on_arrival(handoff)` once all of a handoff is in this rank's cache, or once no more of
-    it will be sent.
+    """Receiver of handoffs; calls `on_arrival(handoff)` when one is complete or was cut short.
 
     Any number of transfers of each sender may be in flight.
     """

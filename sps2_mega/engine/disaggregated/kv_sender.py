@@ -34,7 +34,7 @@ class _Load:
 
 
 class KVSender:
-    """Sends the transfers of each pass, layer by layer; several passes may be in flight."""
+    """Sender of each pass's transfers, layer by layer; several passes may be in flight."""
 
     def __init__(self, channel: Channel, pool: KVPool, *, num_layers: int) -> None:
         self._channel, self._pool, self._num_layers = channel, pool, num_layers

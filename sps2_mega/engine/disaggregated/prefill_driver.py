@@ -35,7 +35,7 @@ class FirstToken:
 
 
 class PrefillDriver:
-    """Runs one step at a time, and sends the decode pool one Drop for each dropped sequence."""
+    """Driver of prefill, one step at a time; sends the decode pool one Drop per dropped sequence."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class _Step:
 
 
 class StepThread:
-    """Runs one step at a time; puts a StepDone into `events` after each."""
+    """Thread of prefill steps, one at a time; puts a StepDone into `events` after each."""
 
     def __init__(
         self,
