@@ -35,7 +35,7 @@ class FirstToken:
 
 
 class PrefillDriver:
-    """Driver of prefill, one step at a time; sends the decode pool one Drop per dropped sequence."""
+    """Driver of prefill, a step at a time; sends the decode pool one Drop per dropped sequence."""
 
     def __init__(
         self,
