@@ -146,12 +146,14 @@ class LLM:
 def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> EngineConfig:
     """EngineConfig from flat options, each assigned to the part that has a field of that name.
 
+    A field with a flag of another name is also known by that, as `gpu_memory_utilization`.
+
     Raises:
-        ConfigError: no part has such a field; the known ones are listed.
+        ConfigError: no part has such a field (the known ones are listed), or one is given twice.
     """
-    left = dict(options)
     values: dict[str, Any] = {}
     nested = parts_of_engine_config()
+    left = _by_field(options, [*nested.values(), EngineConfig])
     for part, cls in nested.items():
         if part in left and part != "parallel":
             values[part] = left.pop(part)
@@ -167,6 +169,21 @@ def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> E
             f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known | parts))}"
         )
     return EngineConfig(model=model, **values, **left)
+
+
+def _by_field(options: dict[str, Any], parts: list[type]) -> dict[str, Any]:
+    """Options with the spellings of flags replaced by the names of their fields."""
+    spellings = {
+        field.metadata["flag"]["name"].replace("-", "_"): field.name
+        for part in parts
+        for field in dataclasses.fields(part)  # type: ignore[arg-type]
+        if "flag" in field.metadata and field.metadata["flag"]["name"]
+    }
+    spellings.pop("scheduler")  # the part of that name, not its policy
+    for spelling, name in spellings.items():
+        if spelling in options and name in options:
+            raise ConfigError(f"{spelling} and {name} are the same option: give one of them")
+    return {spellings.get(name, name): value for name, value in options.items()}
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -50,6 +50,16 @@ def test_options_go_to_the_part_that_knows_them() -> None:
     assert (config.cache.num_blocks, config.dtype) == (5, "float32")
 
 
+def test_options_may_bear_the_names_of_their_flags() -> None:
+    given = {"gpu_memory_utilization": 0.5, "csa_degrees": (1, 4), "num_gpu_blocks_override": 7}
+    config = engine_config("m", tp=1, sp=1, options=given)
+    assert (config.cache.memory_fraction, config.cache.num_blocks) == (0.5, 7)
+    assert config.csa.degrees == (1, 4)
+    twice = {"num_blocks": 7, "num_gpu_blocks_override": 7}
+    with pytest.raises(ConfigError, match="num_gpu_blocks_override and num_blocks are the same"):
+        engine_config("m", tp=1, sp=1, options=twice)
+
+
 def test_unknown_option_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown option max_len; known are .*max_model_len"):
         LLM("m", max_len=5)
