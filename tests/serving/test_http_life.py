@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -216,6 +218,27 @@ def test_requests_are_logged_with_their_id_and_unknown_fields_once(tokenizer, ca
     assert (
         len(re.findall(r"POST /v1/completions 200 in \d+\.\d+ s, request mine", caplog.text)) == 2
     )
+
+
+def test_answers_do_not_wait_for_the_clients_acknowledgements() -> None:
+    """Without TCP_NODELAY an answer's body waits for the delayed acknowledgement of its head."""
+
+    async def nodelay_of_a_connection() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            end = writer.get_extra_info("socket")
+            found.set_result(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(accepted, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            nodelay = await found
+            writer.close()
+        return nodelay
+
+    assert asyncio.run(nodelay_of_a_connection())
 
 
 def test_a_taken_port_is_told() -> None:

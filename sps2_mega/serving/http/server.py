@@ -31,10 +31,12 @@ def bind(host: str, port: int) -> socket.socket:
         ConfigError: the address is taken or not of this machine.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind)
+        # asyncio sets TCP_NODELAY only where the protocol is given. Without it every answer waits
+        # some 40 ms for the client's delayed acknowledgement of the headers.
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
