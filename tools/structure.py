@@ -58,7 +58,8 @@ measures, evaluates, simulates and trains; `launch/` starts jobs under launchers
 `model_configs/` names models; `hardware/` and `traces/` are read by the simulator; `docs/` is this
 site, and `docs/results/` keeps what was measured. `tests/` mirrors the package: `unit` and
 `kernels` in one process, `dist` on ranks that stay alive for a whole session (`harness.py`), `e2e`
-through the launchers, `docs` for this site.
+through the launchers, `histories` (long random ones), `serving`, `commands` and `benchmarks` in one
+process each, `docs` for this site.
 """
 
 

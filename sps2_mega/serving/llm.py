@@ -153,7 +153,7 @@ def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> E
     """
     values: dict[str, Any] = {}
     nested = parts_of_engine_config()
-    left = _by_field(options, [*nested.values(), EngineConfig])
+    left = _by_field(options, nested)
     for part, cls in nested.items():
         if part in left and part != "parallel":
             values[part] = left.pop(part)
@@ -171,15 +171,14 @@ def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> E
     return EngineConfig(model=model, **values, **left)
 
 
-def _by_field(options: dict[str, Any], parts: list[type]) -> dict[str, Any]:
-    """Options with the spellings of flags replaced by the names of their fields."""
+def _by_field(options: dict[str, Any], nested: dict[str, type]) -> dict[str, Any]:
+    """Options with the spellings of flags replaced by field names; names of parts stay parts."""
     spellings = {
         field.metadata["flag"]["name"].replace("-", "_"): field.name
-        for part in parts
-        for field in dataclasses.fields(part)  # type: ignore[arg-type]
-        if "flag" in field.metadata and field.metadata["flag"]["name"]
+        for part in (*nested.values(), EngineConfig)
+        for field in dataclasses.fields(part)
+        if field.metadata.get("flag", {}).get("name") not in (None, *nested)
     }
-    spellings.pop("scheduler")  # the part of that name, not its policy
     for spelling, name in spellings.items():
         if spelling in options and name in options:
             raise ConfigError(f"{spelling} and {name} are the same option: give one of them")
