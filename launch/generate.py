@@ -3,6 +3,8 @@
 import sys
 
 from sps2_mega.cli.generate import main
+from sps2_mega.garbage_collection import postpone
 
 if __name__ == "__main__":
+    postpone()
     sys.exit(main(prog="generate.py", starts_ranks=False))

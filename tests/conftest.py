@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the c
 # A job of one rank takes all cores. Threads that spin while they wait for each other would keep
 # other tests from them: the same answers took seven times the CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+gc.disable()  # while imports make objects that stay; see `pytest_collection_finish`
 
 
 import harness  # noqa: E402  (needs the path set above)
@@ -66,6 +68,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if reason:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def start_order(path: Path) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import sps2_mega
+from sps2_mega.garbage_collection import postpone
 
 # Command -> its module, and what it does.
 COMMANDS = {
@@ -23,6 +24,7 @@ COMMANDS = {
     "simulate": ("simulate", "replay a request trace on a simulated cluster"),
 }
 _HIDDEN = {"docs": "documentation"}  # prints docs/cli.md
+_STARTING_RANKS = ("serve", "generate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = "a command is needed" if name is None else f"unknown command {name!r}"
         print(f"{usage()}\n\nsps2: error: {problem}", file=sys.stderr)
         return 2
+    if argv is None and name in _STARTING_RANKS:
+        postpone()
     command = importlib.import_module(f"sps2_mega.cli.{modules[name]}")
     return int(command.main(arguments[1:], prog=f"sps2 {name}"))
 

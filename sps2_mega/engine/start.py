@@ -7,7 +7,6 @@ other ranks      Follower               PrefillRank; DecodeDriver and DecodeRank
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from sps2_mega.engine.engine import Engine
 from sps2_mega.engine.follower import Follower
 from sps2_mega.engine.startup.scheduler_setup import make_scheduler
 from sps2_mega.engine.startup.start_rank import StartedRank, start_rank
+from sps2_mega.garbage_collection import settle
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.text.tokenizer import Tokenizer
 
@@ -77,13 +77,3 @@ def worker_of(rank: StartedRank) -> Worker:
     if rank.pool.name == "prefill":
         return PrefillRank(rank)
     return DecodeDriver(rank) if rank.bridge.rank == rank.pool.first else DecodeRank(rank)
-
-
-def settle() -> None:
-    """Exempt all objects from garbage collection, in a process that only serves from here on.
-
-    There are some 300,000 objects, mostly of imported libraries, and looking through them stops a
-    step for 0.1 s.
-    """
-    gc.collect()
-    gc.freeze()

@@ -61,6 +61,7 @@ def _lead(
 def _run(job: BatchJob, config: EngineConfig, info: LaunchInfo, *, starts_ranks: bool) -> int:
     from sps2_mega.comm.watchdog import active_watchdogs
     from sps2_mega.engine.start import start_driver
+    from sps2_mega.garbage_collection import settle
     from sps2_mega.serving.local_ranks import LocalRanks
 
     ranks = None
@@ -69,6 +70,7 @@ def _run(job: BatchJob, config: EngineConfig, info: LaunchInfo, *, starts_ranks:
         info = ranks.info
     try:
         engine = start_driver(config, info, show_progress=sys.stderr.isatty())
+        settle()
         code = job.run(engine)
         engine.shutdown()
     except BaseException:

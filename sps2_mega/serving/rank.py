@@ -15,6 +15,7 @@ from sps2_mega.comm.guard import guard
 from sps2_mega.comm.watchdog import active_watchdogs
 from sps2_mega.config import EngineConfig
 from sps2_mega.config_mapping import engine_config_from_mapping
+from sps2_mega.garbage_collection import postpone
 from sps2_mega.parallel.launcher import from_environment
 
 
@@ -48,4 +49,5 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    postpone()
     sys.exit(main())

@@ -100,8 +100,9 @@ def _serve(
     *,
     began: float,
 ) -> None:
-    from sps2_mega.engine.start import driver_of, settle
+    from sps2_mega.engine.start import driver_of
     from sps2_mega.engine.startup.start_rank import start_rank
+    from sps2_mega.garbage_collection import settle
     from sps2_mega.serving.http.app import build_app
     from sps2_mega.serving.http.engine_loop import run_engine
     from sps2_mega.serving.http.server import HttpServer, url_of
