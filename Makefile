@@ -53,7 +53,7 @@ test: setup ## the whole CPU test suite, ranks on gloo, JOBS=2 test files at a t
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## tests without ranks
-	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_style.py tests/docs/test_vocabulary.py tests/unit tests/histories tests/kernels -m "not slow" $(ARGS)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_style.py tests/docs/test_vocabulary.py tests/unit tests/histories tests/simulator tests/kernels -m "not slow" $(ARGS)
 
 test-gpu: setup ## tests that need CUDA devices
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu $(ARGS)

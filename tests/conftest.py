@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Folders in the order in which their files start: what takes long first, so that no worker has a
 # long file left when the others are done.
-ORDER = ("e2e", "dist", "serving", "benchmarks", "histories", "commands", "kernels")
+ORDER = ("e2e", "dist", "serving", "benchmarks", "histories", "commands", "simulator", "kernels")
 # Longest files of a folder, longest first.
 LONG_FILES = (
     "test_dead_rank", "test_cluster_bench", "test_serve", "test_serve_ends", "test_generate_cli",

@@ -21,7 +21,7 @@ from sps2_mega.simulator.hardware import load_hardware
 from sps2_mega.simulator.model_size import model_size
 from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.system import System
-from tests.unit.simulator.small_model import MODEL
+from tests.simulator.small_model import MODEL
 
 FAST = MeasuredLink(latency_s=1e-5, bytes_per_s=1e10)
 SLOW = MeasuredLink(latency_s=1e-3, bytes_per_s=1e8, exchange_factor=1.5, reduce_factor=0.75)

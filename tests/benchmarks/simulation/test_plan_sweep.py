@@ -12,7 +12,7 @@ from benchmarks.simulation.combinations import COMBINATIONS, Combination
 from sps2_mega.simulator.comparison.neighbours import everything, neighbours
 from sps2_mega.simulator.hardware import load_hardware
 from sps2_mega.simulator.line_up import Place, candidates
-from tests.unit.simulator.small_model import MODEL
+from tests.simulator.small_model import MODEL
 
 PLACE = Place(model=MODEL, hardware=load_hardware("h100"), gpus=16)
 

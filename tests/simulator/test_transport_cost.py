@@ -16,7 +16,7 @@ from sps2_mega.kv_cache.placement import Spread, spread_block_ranks
 from sps2_mega.simulator.prompt import Prompt
 from sps2_mega.simulator.sparse_cost import sparse_cost
 from sps2_mega.simulator.transport_cost import fastest, transport_costs
-from tests.unit.simulator.small_model import ROUND
+from tests.simulator.small_model import ROUND
 
 HEADS = dict(num_heads=8, num_kv_heads=4, head_dim=128, itemsize=2)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = [path.stem for path in (ROOT / "sps2_mega" / "simulator").glob("[a-z]*.py")]
 
 

@@ -15,7 +15,7 @@ from sps2_mega.simulator.prompt import Prompt
 from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.step_cost import step_cost
 from sps2_mega.simulator.system import System
-from tests.unit.simulator.small_model import MODEL, ROUND
+from tests.simulator.small_model import MODEL, ROUND
 
 SYSTEMS = [
     System(name="one"),

@@ -8,7 +8,7 @@ from sps2_mega.simulator.collectives import all_reduce_s, all_to_all_s
 from sps2_mega.simulator.compute import attention_s, gemm_s, kv_read_s
 from sps2_mega.simulator.model_size import model_size
 from sps2_mega.simulator.prompt import Prompt
-from tests.unit.simulator.small_model import MODEL, ROUND
+from tests.simulator.small_model import MODEL, ROUND
 
 
 def test_a_product_takes_its_arithmetic_or_the_reading_of_its_weights():

@@ -20,7 +20,7 @@ from sps2_mega.cli.serve import serve_parser
 from sps2_mega.serving.http.settings import ServerConfig
 from sps2_mega.text.tokenizer import Tokenizer
 
-LAUNCH = Path(__file__).resolve().parents[3] / "launch"
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 DRAIN_S = ServerConfig().drain_timeout
 
 

@@ -14,7 +14,7 @@ from sps2_mega.simulator.line_up import ABLATIONS, FAMILIES, Place, ablated, can
 from sps2_mega.simulator.simulator import simulate
 from sps2_mega.simulator.step_cost import step_cost
 from sps2_mega.simulator.system import System
-from tests.unit.simulator.small_model import MODEL, ROUND
+from tests.simulator.small_model import MODEL, ROUND
 
 PLACE = Place(model=MODEL, hardware=ROUND, gpus=8)
 PART = [

@@ -6,7 +6,7 @@ import pytest
 
 from sps2_mega.errors import ConfigError
 from sps2_mega.simulator.hardware import hardware_names, load_hardware
-from tests.unit.simulator.small_model import ROUND
+from tests.simulator.small_model import ROUND
 
 
 @pytest.mark.parametrize("name", hardware_names())
