@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import os
@@ -61,6 +62,7 @@ def serve(connection: Connection, *, rank: int) -> None:
 
 
 def call(rank: int, header: dict[str, Any], arguments: bytes) -> bytes:
+    frozen = gc.get_freeze_count()
     try:
         function = find_function(header)
         args, kwargs = pickle.loads(arguments)  # after the import: arguments may use its classes
@@ -72,17 +74,25 @@ def call(rank: int, header: dict[str, Any], arguments: bytes) -> bytes:
     except BaseException as error:  # noqa: BLE001
         return pickle.dumps(("error", (type(error).__name__, traceback.format_exc())))
     finally:
-        leave_groups()
+        leave_groups(frozen)
 
 
-def leave_groups() -> None:
-    """Destroy the process groups that a test left behind."""
+def leave_groups(frozen: int) -> None:
+    """Destroy the process groups that a test left behind; `frozen` objects were exempted from
+    garbage collection before it."""
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
         parallel_state.destroy_model_parallel()
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_initialized():
         dist.destroy_process_group()
+    # Groups are parts of reference cycles, and their threads live, and wake up, as long as they do.
+    if gc.get_freeze_count() != frozen:
+        gc.unfreeze()  # a worker has exempted its objects from collection
+        gc.collect()
+        gc.freeze()
+    else:
+        gc.collect()
 
 
 def find_function(header: dict[str, Any]) -> Callable[..., Any]:

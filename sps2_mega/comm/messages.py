@@ -12,6 +12,7 @@ here. Messages between two ranks of a group match in the order in which they wer
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -72,22 +73,29 @@ def post_messages(sends: Addressed, receives: Addressed, group: Group) -> Messag
     return messages
 
 
-def _follower(group: Group) -> Callable[[Callable[[], None]], None]:
-    """Return the function that queues calls for the group's thread.
+def _follower(group: Group) -> Callable[[Callable[[], None] | None], None]:
+    """Return the function that queues calls for the group's thread; None ends it.
 
     gloo moves bytes by itself but reports completion only to a waiter.
     """
-    queue = _queues.get(id(group.handle))
+    key = id(group.handle)
+    queue = _queues.get(key)
     if queue is None:
-        # The thread of a destroyed group sleeps; a new group at the same address may take it over.
-        queue = _queues[id(group.handle)] = SimpleQueue()
+        queue = _queues[key] = SimpleQueue()
         threading.Thread(target=_run, args=(queue,), name="sps2-messages", daemon=True).start()
+        # The thread ends with the group.
+        weakref.finalize(group.handle, _forget, key).atexit = False
     return queue.put
 
 
-def _run(queue: SimpleQueue[Callable[[], None]]) -> None:
-    while True:
-        queue.get()()
+def _run(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := queue.get()) is not None:
+        call()
+        del call  # it refers to the group, through the messages that it follows
 
 
-_queues: dict[int, SimpleQueue[Callable[[], None]]] = {}
+def _forget(key: int) -> None:
+    _queues.pop(key).put(None)
+
+
+_queues: dict[int, SimpleQueue[Callable[[], None] | None]] = {}

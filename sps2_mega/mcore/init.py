@@ -7,6 +7,7 @@ still see the same facts through the store.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import socket
 from dataclasses import dataclass
@@ -172,6 +173,8 @@ def initialize(
                 list(topology.sp_levels) if len(topology.sp_levels) > 1 else None
             ),
             distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+            # Second communicators of optimizers. A gloo group is three threads that wake up often.
+            create_gloo_process_groups=False,
         )
     control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
     sp = parallel_state.get_context_parallel_group()
@@ -200,6 +203,8 @@ def finalize() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    # Groups are parts of reference cycles, and their threads live as long as they do.
+    gc.collect()
 
 
 def _way_back(sp: Group, topology: Topology, timeout: timedelta) -> Group:
