@@ -16,7 +16,7 @@ from triton_device import DEVICES
 LENGTHS = (40, 1, 64, 17, 101)
 BLOCK = 8
 NUM_BLOCKS = 96
-STEPS = 14  # sequences open new blocks, and leave one by one
+STEPS = 9  # sequences open new blocks, and leave one by one
 UNTOUCHED = 7.0
 
 
@@ -146,7 +146,7 @@ def generated(executor, prompts: list[list[int]]) -> tuple[list[list[int | None]
     steps, last = [output.token_ids], dict(enumerate(output.token_ids))
     for step in range(STEPS):
         released = []
-        if step % 3 == 2 and len(items) > 1:
+        if step % 2 == 1 and len(items) > 1:
             released = [items.pop(0).seq_id]
         decodes = []
         for item in items:

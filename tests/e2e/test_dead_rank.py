@@ -56,25 +56,6 @@ def die_in(job: LaunchedJob, victim: int, answers: Path) -> str:
     return message
 
 
-def test_a_job_that_dies_twice_is_resumed_under_either_launcher(tmp_path, requests, one_rank):
-    answers = tmp_path / "out.jsonl"
-    program = generate_command(requests, answers, sp=2)
-    for launcher, victim, more in (("torchrun", 1, []), ("deepspeed", 0, ["--resume"])):
-        command = [*launch_command(launcher, 2), *program, *more]
-        with launched(command, tmp_path / f"log-{launcher}") as job:
-            message = die_in(job, victim, answers)
-        assert f"rank {victim} (node " in message
-        assert re.search(r"died in step \d+ \((prefill|decode)\): ", message)
-
-    finished = whole_lines(answers)
-    resume = [*launch_command("torchrun", 2), *program, "--resume"]
-    with launched(resume, tmp_path / "log-resume") as job:
-        assert job.main.wait(120) == 0, job.output()
-        assert job.messages() == []
-    assert whole_lines(answers)[: len(finished)] == finished
-    assert texts_of(answers) == one_rank
-
-
 @contextlib.contextmanager
 def two_node_job(
     folder: Path, launcher: str, program: Sequence[str]
@@ -91,8 +72,9 @@ def two_node_job(
 
 
 @pytest.mark.netns
-def test_a_dead_rank_ends_both_nodes_and_resume_completes_the_job(tmp_path, requests, one_rank):
-    """Killed under torchrun, resumed under deepspeed; `test_launchers` kills under both."""
+def test_a_job_that_dies_on_two_nodes_and_on_one_is_resumed_by_two(tmp_path, requests, one_rank):
+    """Killed under torchrun, then under deepspeed; `test_launchers` kills on two nodes under
+    both."""
     answers = tmp_path / "out.jsonl"
     program = generate_command(requests, answers, sp=2)
     with two_node_job(tmp_path, "torchrun", program) as jobs:
@@ -106,6 +88,16 @@ def test_a_dead_rank_ends_both_nodes_and_resume_completes_the_job(tmp_path, requ
     assert whole_lines(answers)[: len(finished)] == finished
     assert len(whole_lines(answers)) < NUM_REQUESTS, "killed too late to prove anything"
 
+    command = [*launch_command("deepspeed", 2), *program, "--resume"]
+    with launched(command, tmp_path / "log-one-node") as job:
+        message = die_in(job, 0, answers)
+    assert re.search(r"rank 0 \(node .*\) died in step \d+ \((prefill|decode)\): ", message), (
+        message
+    )
+
+    finished = whole_lines(answers)
     with two_node_job(tmp_path, "deepspeed", [*program, "--resume"]) as jobs:
         assert [job.main.wait(120) for job in jobs] == [0, 0], [job.output() for job in jobs]
+        assert [job.messages() for job in jobs] == [[], []]
+    assert whole_lines(answers)[: len(finished)] == finished
     assert texts_of(answers) == one_rank

@@ -18,7 +18,7 @@ def test_random_damage_is_a_checkpoint_error_or_harmless(tmp_path: Path, name: s
     export_megatron(MemorySource(LLAMA), tmp_path / "m")
     path = tmp_path / "m" / "release" / name
     good, generator, refused = path.read_bytes(), random.Random(7), 0
-    for _ in range(300):
+    for _ in range(200):
         damaged = bytearray(good)
         for _ in range(generator.choice([1, 1, 4])):
             damaged[generator.randrange(len(good))] = generator.randrange(256)
@@ -27,4 +27,4 @@ def test_random_damage_is_a_checkpoint_error_or_harmless(tmp_path: Path, name: s
             open_checkpoint(tmp_path / "m").shapes()
         except (CheckpointError, ConfigError):
             refused += 1
-    assert refused > 100
+    assert refused > 65
