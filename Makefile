@@ -17,7 +17,7 @@ OUTPUT ?= out/answers.jsonl
 TP ?= 1
 SP ?= 2
 PORT ?= 8000
-JOBS ?= 2
+JOBS ?= 3
 ARGS ?=
 DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
@@ -49,7 +49,7 @@ serve: setup ## OpenAI-compatible server of the bundled model on SP=2 ranks, at 
 
 # Files go to JOBS processes, each with ranks of its own; JOBS=0 runs all in one, which is easier to
 # follow.
-test: setup ## the whole CPU test suite, ranks on gloo, JOBS=2 test files at a time
+test: setup ## the whole CPU test suite, ranks on gloo, JOBS=3 test files at a time
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## tests without ranks

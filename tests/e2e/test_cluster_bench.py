@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [
     *(sys.executable, str(ROOT / "benchmarks" / "cluster.py")),
-    *("--shapes", "sps2-tiny", "--tokens", "201", "--chunks", "100", "--repeats", "1"),
+    *("--shapes", "sps2-tiny", "--chunks", "100", "--repeats", "1"),
     *("--decode", "3", "--rates", "1gbit,3mbit"),
 ]
 
@@ -29,8 +29,8 @@ def namespaces_of(pid: int) -> list[str]:
     return [line for line in listed.stdout.splitlines() if line.startswith(f"sps2-bench-{pid}-")]
 
 
-def started(*systems: str) -> subprocess.Popen:
-    command = [*COMMAND, "--systems", ",".join(systems)]
+def started(*systems: str, tokens: int = 201) -> subprocess.Popen:
+    command = [*COMMAND, "--tokens", str(tokens), "--systems", ",".join(systems)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -53,7 +53,7 @@ def test_two_nodes_give_the_answers_of_one_rank_and_a_slow_link_costs_time():
 
 
 def test_an_interrupted_run_removes_its_nodes_and_ranks():
-    bench = started("alone", "ulysses")
+    bench = started("alone", "ulysses", tokens=3001)  # long enough to be interrupted
     try:
         wait_until(lambda: len(ranks_of(bench.pid)) >= 3, bench)  # one alone and a pair
         ranks = ranks_of(bench.pid)
