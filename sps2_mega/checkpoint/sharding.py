@@ -13,6 +13,8 @@ group g has KV head g * num_kv_heads // tp.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ __all__ = [
     "num_parameters",
     "num_query_groups",
     "padded_vocab_size",
+    "rank_part",
     "shard",
     "shard_dim",
 ]
@@ -87,18 +90,52 @@ def local_shapes(config: ModelConfig, tp: int) -> dict[str, Shape]:
 
 def shard(name: str, tensor: Tensor, config: ModelConfig, *, tp_rank: int, tp: int) -> Tensor:
     """Slice of canonical `tensor` that TP rank `tp_rank` holds; a view if possible."""
+    part = rank_part(name, config, tp_rank=tp_rank, tp=tp)
+    if part is None:
+        return tensor
+    cut = [tensor.narrow(part.dim, piece.start, len(piece)) for piece in part.ranges]
+    if part.padding:
+        cut.append(tensor.new_zeros(part.padding, *tensor.shape[1:]))
+    return cut[0] if len(cut) == 1 else torch.cat(cut, part.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """Ranges of a canonical tensor along `dim` that one TP rank holds, one after the other, and
+    rows of zeros after them."""
+
+    dim: int
+    ranges: tuple[range, ...]
+    padding: int = 0
+
+
+def rank_part(name: str, config: ModelConfig, *, tp_rank: int, tp: int) -> RankPart | None:
+    """Part of a canonical tensor on TP rank `tp_rank`; None if it is the whole tensor."""
     _, part = split_layer(name)
     if name in VOCAB_NAMES:
-        return _vocab_rows(tensor, config.vocab_size, tp_rank, tp)
-    if tp == 1:
-        return tensor
+        rows = padded_vocab_size(config.vocab_size, tp) // tp
+        mine = range(tp_rank * rows, (tp_rank + 1) * rows)
+        real = range(min(mine.start, config.vocab_size), min(mine.stop, config.vocab_size))
+        return RankPart(0, (real,), rows - len(real))
+    if tp == 1 or shard_dim(name) is None:
+        return None
     if part.startswith("self_attention.linear_qkv."):
-        return _query_groups(tensor, config, tp_rank, tp)
+        return RankPart(0, _query_group_rows(config, tp_rank, tp))
     if part.startswith("mlp.linear_fc1."):
-        halves = tensor.chunk(2, 0) if config.gated else (tensor,)
-        pieces = [half.chunk(tp, 0)[tp_rank] for half in halves]
-        return torch.cat(pieces) if config.gated else pieces[0]
-    return tensor if shard_dim(name) is None else tensor.chunk(tp, 1)[tp_rank]
+        halves = (0, config.ffn_hidden_size) if config.gated else (0,)
+        return RankPart(
+            0, tuple(_share(config.ffn_hidden_size, tp_rank, tp, first) for first in halves)
+        )
+    columns = (
+        config.num_heads * config.head_dim
+        if part == "self_attention.linear_proj.weight"
+        else config.ffn_hidden_size
+    )
+    return RankPart(1, (_share(columns, tp_rank, tp, 0),))
+
+
+def _share(size: int, rank: int, ranks: int, first: int) -> range:
+    return range(first + size * rank // ranks, first + size * (rank + 1) // ranks)
 
 
 def _local_shape(name: str, shape: Shape, config: ModelConfig, tp: int) -> Shape:
@@ -112,24 +149,14 @@ def _local_shape(name: str, shape: Shape, config: ModelConfig, tp: int) -> Shape
     return tuple(size // tp if i == dim else size for i, size in enumerate(shape))
 
 
-def _vocab_rows(tensor: Tensor, vocab_size: int, tp_rank: int, tp: int) -> Tensor:
-    rows = padded_vocab_size(vocab_size, tp) // tp
-    mine = tensor[tp_rank * rows : (tp_rank + 1) * rows]
-    if len(mine) == rows:
-        return mine
-    padding = tensor.new_zeros(rows - len(mine), *tensor.shape[1:])
-    return torch.cat((mine, padding))
-
-
-def _query_groups(tensor: Tensor, config: ModelConfig, tp_rank: int, tp: int) -> Tensor:
-    kv, rest = config.num_kv_heads, tensor.shape[1:]
-    per_group = config.num_heads // kv
-    groups = tensor.reshape(kv, (per_group + 2) * config.head_dim, *rest)
+def _query_group_rows(config: ModelConfig, tp_rank: int, tp: int) -> tuple[range, ...]:
+    kv = config.num_kv_heads
+    q_rows = config.num_heads // kv * config.head_dim
+    rows = q_rows + 2 * config.head_dim
     if kv >= tp:
-        return groups.chunk(tp, 0)[tp_rank].reshape(-1, *rest)
+        return (_share(kv * rows, tp_rank, tp, 0),)
     # Ranks that hold the same KV head, each with its own part of the query heads.
     sharers = tp // kv
-    group = groups[tp_rank // sharers]
-    q_rows = per_group * config.head_dim
-    q = group[:q_rows].chunk(sharers, 0)[tp_rank % sharers]
-    return torch.cat((q, group[q_rows:]))
+    first = tp_rank // sharers * rows
+    q = _share(q_rows, tp_rank % sharers, sharers, first)
+    return (q, range(first + q_rows, first + rows))
