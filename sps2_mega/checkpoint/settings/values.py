@@ -1,0 +1,43 @@
+"""Reading of values that two vocabularies name differently."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sps2_mega.checkpoint.settings.table import short
+from sps2_mega.errors import ConfigError
+
+
+def integer(args: Mapping[str, Any], name: str, where: str) -> int:
+    """A setting that a model cannot do without.
+
+    Raises:
+        ConfigError: it is absent, or no integer.
+    """
+    value = args.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{where}: {name} must be an integer, found {short(value)}")
+    return value
+
+
+def number(args: Mapping[str, Any], names: tuple[str, ...], where: str) -> float | None:
+    """The value under one of `names`, None if it is absent under all of them.
+
+    Raises:
+        ConfigError: it is no number, or two names have different values.
+    """
+    given = {name: args[name] for name in names if args.get(name) is not None}
+    for name, value in given.items():
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not known or not math.isfinite(value):
+            raise ConfigError(f"{where}: {name} must be a number, found {short(value)}")
+    if len({float(value) for value in given.values()}) > 1:
+        both = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ConfigError(f"{where}: {both} contradict each other")
+    return float(next(iter(given.values()))) if given else None
+
+
+def refuse(where: str, name: str, value: Any, why: str) -> ConfigError:
+    return ConfigError(f"{where}: {name}={short(value)} is not supported: {why}")
