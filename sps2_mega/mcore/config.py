@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 
-
 def _squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
