@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sps2_mega.checkpoint.settings.table import short
 from sps2_mega.checkpoint.settings.values import number, refuse
 from sps2_mega.errors import ConfigError
 
@@ -22,6 +23,8 @@ _KINDS = {
     "squared_relu": "squared_relu",
     "quick_gelu": "quick_gelu",
 }
+_PARTIAL_GELU = "partial gelu"  # the function itself, which Megatron does not fuse in this form
+_SWITCHES = ("swiglu", "squared_relu", "quick_geglu")
 _MODULES = (
     "torch.nn.functional",
     "torch._C._nn",
@@ -48,12 +51,15 @@ def activation_fields(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     offset = number(args, ("glu_linear_offset",), where) or 0.0
     if fused:
         if not (kind == "gelu" and (gated or bias)) and not (kind == "silu" and gated):
-            raise refuse(where, fusion, True, f"Megatron has no fused kernel of {kind}")
+            why = f"Megatron has no fused kernel for {_switch(args)}"
+            raise refuse(where, fusion, True, why)
         if clamp is not None or offset:
             name = "activation_func_clamp_value" if clamp is not None else "glu_linear_offset"
             raise refuse(where, name, args[name], f"{fusion} computes without it")
         if kind == "gelu":
             kind = "gelu_tanh"
+    if kind == _PARTIAL_GELU:
+        kind = "gelu"
     if args.get("openai_gelu") and kind != "gelu_tanh" and args.get("activation_func") is None:
         why = "it has no effect in megatron-core, and means tanh before"
         raise refuse(where, "openai_gelu", True, why)
@@ -79,7 +85,7 @@ def activation_to_args(activation: str, *, bias: bool) -> dict[str, Any]:
 
 
 def _of_arguments(args: Mapping[str, Any], where: str) -> tuple[str, bool, str]:
-    switches = [name for name in ("swiglu", "squared_relu", "quick_geglu") if args.get(name)]
+    switches = [name for name in _SWITCHES if args.get(name)]
     if len(switches) > 1:
         raise ConfigError(f"{where}: {' and '.join(switches)} exclude each other")
     match switches:
@@ -90,6 +96,14 @@ def _of_arguments(args: Mapping[str, Any], where: str) -> tuple[str, bool, str]:
         case ["quick_geglu"]:
             return "quick_gelu", True, "bias_gelu_fusion"
     return "gelu", False, "bias_gelu_fusion"
+
+
+def _switch(args: Mapping[str, Any]) -> str:
+    """The setting that chose the activation, for a message."""
+    if args.get("activation_func") is not None:
+        gated = bool(args.get("gated_linear_unit", False))
+        return f"activation_func={short(args['activation_func'])} with gated_linear_unit={gated}"
+    return next((name for name in _SWITCHES if args.get(name)), "add_bias_linear=False")
 
 
 def _of_core(args: Mapping[str, Any], where: str) -> tuple[str, bool, str]:
@@ -119,4 +133,4 @@ def _kind(function: Any) -> str | None:
     approximate = options.pop("approximate", None)
     if kind != "gelu" or not partial or options or positional:
         return None
-    return {"tanh": "gelu_tanh", "none": "gelu"}.get(approximate)
+    return {"tanh": "gelu_tanh", "none": _PARTIAL_GELU}.get(approximate)

@@ -18,7 +18,7 @@ from sps2_mega.checkpoint.architecture import model_config_from_mapping, model_c
 from sps2_mega.checkpoint.settings.activation import activation_fields, activation_to_args
 from sps2_mega.checkpoint.settings.rope import no_rope_layers, rope_fields, rope_to_args
 from sps2_mega.checkpoint.settings.table import check_settings, is_empty
-from sps2_mega.checkpoint.settings.values import integer, number, refuse
+from sps2_mega.checkpoint.settings.values import number, refuse, size
 from sps2_mega.config import ModelConfig
 
 OWN_CONFIG = "sps2_mega_model"
@@ -35,11 +35,9 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
     if isinstance(args.get(OWN_CONFIG), Mapping):
         return model_config_from_mapping(args[OWN_CONFIG], f"{where}: {OWN_CONFIG}")
     check_settings(args, where)
-    heads, hidden = integer(args, "num_attention_heads", where), integer(args, "hidden_size", where)
-    layers = integer(args, "num_layers", where)
-    if heads < 1:
-        raise refuse(where, "num_attention_heads", heads, "needs at least 1")
-    head_dim = args.get("kv_channels") or hidden // heads
+    heads, hidden = size(args, "num_attention_heads", where), size(args, "hidden_size", where)
+    layers = size(args, "num_layers", where)
+    head_dim = size(args, "kv_channels", where, hidden // heads)
     rope = rope_fields(args, head_dim, where)
     l2_norm = _l2_norm(args, where)
     eps = number(args, ("norm_epsilon", "layernorm_epsilon"), where)
@@ -47,14 +45,12 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
     fields: dict[str, Any] = {
         "num_layers": layers,
         "hidden_size": hidden,
-        "ffn_hidden_size": args.get("ffn_hidden_size") or 4 * hidden,
+        "ffn_hidden_size": size(args, "ffn_hidden_size", where, 4 * hidden),
         "num_heads": heads,
-        "num_kv_heads": args.get("num_query_groups")
-        if args.get("group_query_attention")
-        else heads,
+        "num_kv_heads": _query_groups(args, heads, where),
         "head_dim": head_dim,
-        "vocab_size": args.get("vocab_size") or integer(args, "padded_vocab_size", where),
-        "max_position_embeddings": integer(args, "max_position_embeddings", where),
+        "vocab_size": args.get("vocab_size") or size(args, "padded_vocab_size", where),
+        "max_position_embeddings": size(args, "max_position_embeddings", where),
         "norm": _norm(args, where),
         "norm_eps": 1e-5 if eps is None else eps,
         "linear_bias": bias,
@@ -66,7 +62,7 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
         "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
         "rope": rope,
         "no_rope_layers": no_rope_layers(args, layers, rope, where),
-        "softmax_scale": number(args, ("softmax_scale",), where),
+        "softmax_scale": _softmax_scale(args, where),
         "sliding_window": _window(args, layers, where),
         "dtype": _dtype(args),
         **activation_fields(args, where),
@@ -133,6 +129,23 @@ def _family(fields: Mapping[str, Any]) -> str:
     if fields["qkv_bias"]:
         return "qwen2"
     return "llama" if fields["sliding_window"] is None else "mistral"
+
+
+def _softmax_scale(args: Mapping[str, Any], where: str) -> float | None:
+    scale = number(args, ("softmax_scale",), where)
+    if scale is not None and scale <= 0:
+        raise refuse(where, "softmax_scale", scale, "needs a number above 0")
+    return scale
+
+
+def _query_groups(args: Mapping[str, Any], heads: int, where: str) -> int:
+    if not args.get("group_query_attention"):
+        return heads
+    groups = size(args, "num_query_groups", where)
+    if heads % groups:
+        why = f"num_attention_heads={heads} must be a multiple of it"
+        raise refuse(where, "num_query_groups", groups, why)
+    return groups
 
 
 def _l2_norm(args: Mapping[str, Any], where: str) -> bool:

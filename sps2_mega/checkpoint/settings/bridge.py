@@ -46,11 +46,14 @@ def bridge_args(content: Any, where: str) -> dict[str, Any]:
     if isinstance(inner, Mapping):
         _check_class(inner.get("_target_"), _INNER.__contains__, where)
         fields = {name: value for name, value in inner.items() if name != "_target_"} | fields
+    fields = {name: _number_of_text(value) for name, value in fields.items()}
     _check_spec(fields.pop("transformer_layer_spec", None), where)
     if fields.get("qk_l2_norm"):
         why = "Bridge does not hand it to the layers"
         raise refuse(where, "qk_l2_norm", True, why)
     tied = fields.get("share_embeddings_and_output_weights", True)
+    # Names that only Bridge has tell its parameters of yarn from Megatron-LM's.
+    fields.setdefault("yarn_rotary_scaling_factor", None)
     return fields | {
         "activation_func": fields.get("activation_func") or "gelu",
         "group_query_attention": fields.get("num_query_groups") is not None,
@@ -58,6 +61,12 @@ def bridge_args(content: Any, where: str) -> dict[str, Any]:
         "max_position_embeddings": fields.get("max_position_embeddings")
         or fields.get("seq_length"),
     }
+
+
+def _number_of_text(value: Any) -> Any:
+    """The number that `1e-05` means, which YAML 1.1 takes for a text."""
+    scientific = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if scientific else value
 
 
 def _check_class(target: Any, known: Any, where: str) -> None:

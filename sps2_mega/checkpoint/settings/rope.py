@@ -29,8 +29,8 @@ def rope_fields(args: Mapping[str, Any], head_dim: int, where: str) -> dict[str,
         ConfigError: the kind of positions, or a value, is not supported.
     """
     kind = args.get("position_embedding_type", "learned_absolute")
-    if kind == "learned_absolute" and args.get("use_rotary_position_embeddings"):
-        kind = "rope"
+    if args.get("use_rotary_position_embeddings"):
+        kind = "rope"  # the older switch, which sets the newer one
     if kind == "learned_absolute":
         return None
     if kind not in ("rope", "yarn"):
@@ -86,6 +86,8 @@ def _scaling(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = "rope_scaling" if args.get("rope_scaling") else "use_rope_scaling"
     old = {key: number(args, (key,), where) for key in _OLD_BRIDGE if args.get(key) is not None}
     linear = number(args, ("seq_len_interpolation_factor",), where)
+    if args.get(name) and old:
+        raise refuse(where, name, True, f"not together with {', '.join(old)}")
     if args.get(name) or old:
         if linear is not None and linear != 1.0:
             why = f"not together with {name}"

@@ -89,7 +89,7 @@ def treated_settings(args: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
         elif setting.kind == "refused":
             if not _is_one_of(value, setting.without_effect):
                 treated.append((name, value, f"refused: {setting.note}"))
-        elif name not in _UNREPORTED and not _is_default(name, value):
+        elif name not in _UNREPORTED and not _is_default(name, value, setting.kind):
             treated.append((name, value, f"{setting.kind}: {setting.note}"))
     return treated
 
@@ -101,15 +101,18 @@ def is_empty(value: Any) -> bool:
     )
 
 
-def short(value: Any, length: int = 60) -> str:
+def short(value: Any, length: int = 100) -> str:
     """A value for a message, on one line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _is_default(name: str, value: Any) -> bool:
+def _is_default(name: str, value: Any, kind: Kind) -> bool:
+    if value is None or (kind == "harmless" and is_empty(value)):
+        return True
     if name in DEFAULTS:
-        return value is None or bool(value == DEFAULTS[name])
+        # Enumerations of Megatron that were not loaded are texts.
+        return DEFAULTS[name] in (value, str(value))
     return is_empty(value)
 
 

@@ -10,15 +10,17 @@ from sps2_mega.checkpoint.settings.table import short
 from sps2_mega.errors import ConfigError
 
 
-def integer(args: Mapping[str, Any], name: str, where: str) -> int:
-    """A setting that a model cannot do without.
+def size(args: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    """A setting that counts something; None and 0 stand for `default`, where there is one.
 
     Raises:
-        ConfigError: it is absent, or no integer.
+        ConfigError: it is absent and has no default, or it is no positive integer.
     """
     value = args.get(name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{where}: {name} must be an integer, found {short(value)}")
+    if not value and value is not False and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{where}: {name} must be an integer of at least 1, found {short(value)}")
     return value
 
 

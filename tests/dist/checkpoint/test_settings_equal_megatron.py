@@ -1,0 +1,148 @@
+"""Random settings of training runs: equal to megatron-core's own model, or refused by name."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+from typing import Any
+
+import harness
+import pytest
+
+from sps2_mega.errors import ConfigError
+
+TOLERANCE = 1e-4
+TOKENS = 40
+_MEGATRONS_REFUSALS = (
+    AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def outcomes_on_rank(rank: int, port: int, seeds: list[int]) -> list[tuple[int, str, Any]]:
+    """(seed, outcome, details) of each configuration, see `outcome`."""
+    from dataclasses import MISSING, fields
+
+    import torch
+
+    from sps2_mega.config import ParallelConfig
+    from sps2_mega.mcore._compat import eager_import
+    from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
+    from sps2_mega.parallel.launcher import from_environment
+
+    os.environ["MASTER_PORT"] = str(port)
+    with eager_import("cpu"):
+        from megatron.core.transformer import TransformerConfig
+
+    from dist.checkpoint import random_settings
+
+    info = from_environment()
+    store = open_store(info)
+    topology = agree_topology(store, info, ParallelConfig())
+    groups = initialize(store, info, topology, device=torch.device("cpu"), timeout_s=60)
+    defaults = {f.name: f.default for f in fields(TransformerConfig) if f.default is not MISSING}
+    results = []
+    for seed in seeds:
+        drawn = random_settings.draw(seed, defaults=defaults)
+        results.append((seed, *outcome(drawn, groups, nested=defaults)))
+    finalize()
+    return results
+
+
+def outcome(drawn: Any, groups: Any, nested: Any) -> tuple[str, Any]:
+    """What becomes of a configuration.
+
+    equal: our logits are the oracle's. different: they are not. refused: by the name of a setting
+    that was changed. misnamed: by another one. no oracle: Megatron does not run it.
+    """
+    from dist.checkpoint import stock_megatron
+
+    from sps2_mega.checkpoint.settings.arguments import model_config_from_args
+    from sps2_mega.checkpoint.settings.bridge import bridge_args
+
+    try:
+        args = drawn.settings
+        if drawn.bridge:
+            args = bridge_args(drawn.run_config(nested), "run_config.yaml")
+        config = model_config_from_args(args, "arguments")
+    except ConfigError as error:
+        named = any(re.search(rf"\b{name}\b", str(error)) for name in drawn.changes)
+        return ("refused" if named else "misnamed"), str(error)
+    tokens = [(7 * i * i + 3 * i) % config.vocab_size for i in range(TOKENS)]
+    try:
+        expected, weights = stock_megatron.stock_logits(
+            drawn.settings, bridge=drawn.bridge, tokens=tokens
+        )
+    except _MEGATRONS_REFUSALS as error:
+        return "no oracle", f"{type(error).__name__}: {error}"
+    logits = our_logits(config, weights, tokens, groups)
+    difference = (logits - expected[:, : config.vocab_size]).abs().max().item()
+    return ("equal" if difference < TOLERANCE else "different"), difference
+
+
+def our_logits(config: Any, weights: dict[str, Any], tokens: list[int], groups: Any) -> Any:
+    """Logits of one rank, by the layers, the attention and the cache of the engine."""
+    import torch
+    from model_run import prefill_items
+
+    from sps2_mega.attention.build import PrefillSetup
+    from sps2_mega.checkpoint.sharding import local_shapes
+    from sps2_mega.kv_cache.pool import KVPool
+    from sps2_mega.mcore.gpt import GPT
+    from sps2_mega.worker.batching import prefill_input
+    from sps2_mega.worker.local_tables import LocalTables
+
+    cpu = torch.device("cpu")
+    model = GPT(config, groups, dtype=torch.float32, device=cpu)
+    ours = model.weights()
+    assert set(ours) == set(weights) == set(local_shapes(config, 1))
+    for name, weight in weights.items():
+        rows = ours[name][: len(weight)]
+        rows.copy_(weight[: len(ours[name])])
+    pool = KVPool(
+        num_layers=config.num_layers,
+        num_blocks=8,
+        block_size=16,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+        device=cpu,
+    )
+    items = prefill_items([tokens], [8], 16, "contiguous")
+    tables = LocalTables(rank=0, block_size=16)
+    setup = PrefillSetup(transport="gather")
+    step = prefill_input(items, tables, pool, groups.sp, setup, device=cpu)
+    return model(step.tokens_T, step.positions_T, torch.arange(len(tokens)), step.attention)
+
+
+def run_seeds(seeds: list[int], timeout: float) -> list[tuple[int, str, Any]]:
+    """Outcomes of the seeds, in a process of its own: the oracle changes Megatron's globals."""
+    pool = harness.RankPool(1)
+    try:
+        (results,) = pool.run(outcomes_on_rank, harness.free_port(), seeds, timeout=timeout)
+    finally:
+        pool.close()
+    return results
+
+
+def check(results: list[tuple[int, str, Any]]) -> collections.Counter[str]:
+    wrong = [result for result in results if result[1] in ("different", "misnamed")]
+    assert not wrong, wrong
+    return collections.Counter(kind for _, kind, _ in results)
+
+
+def test_some_random_settings_are_equal_or_refused():
+    counts = check(run_seeds(list(range(60)), timeout=120))
+    assert counts["equal"] >= 12
+    assert counts["refused"] >= 12
+
+
+@pytest.mark.slow
+def test_a_thousand_random_settings_are_equal_or_refused():
+    """Settings that Megatron itself refuses, or cannot run on a CPU, are drawn again."""
+    counts: collections.Counter[str] = collections.Counter()
+    seed = 0
+    while counts["equal"] + counts["refused"] < 1000:
+        counts += check(run_seeds(list(range(seed, seed + 250)), timeout=600))
+        seed += 250
+    print(f"\n{seed} drawn: {dict(counts)}")
