@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sps2_mega.checkpoint.settings.table import short
+from sps2_mega.checkpoint.settings.table import of_bridge, short
 from sps2_mega.checkpoint.settings.values import number, refuse
 from sps2_mega.errors import ConfigError
 
@@ -39,7 +39,7 @@ def activation_fields(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: the activation, or fusion with it, is not supported.
     """
-    if args.get("activation_func") is not None:
+    if of_bridge(args):
         kind, gated, fusion = _of_core(args, where)
     else:
         kind, gated, fusion = _of_arguments(args, where)
@@ -60,7 +60,7 @@ def activation_fields(args: Mapping[str, Any], where: str) -> dict[str, Any]:
             kind = "gelu_tanh"
     if kind == _PARTIAL_GELU:
         kind = "gelu"
-    if args.get("openai_gelu") and kind != "gelu_tanh" and args.get("activation_func") is None:
+    if args.get("openai_gelu") and kind != "gelu_tanh" and not of_bridge(args):
         why = "it has no effect in megatron-core, and means tanh before"
         raise refuse(where, "openai_gelu", True, why)
     if not gated:
@@ -100,7 +100,7 @@ def _of_arguments(args: Mapping[str, Any], where: str) -> tuple[str, bool, str]:
 
 def _switch(args: Mapping[str, Any]) -> str:
     """The setting that chose the activation, for a message."""
-    if args.get("activation_func") is not None:
+    if of_bridge(args):
         gated = bool(args.get("gated_linear_unit", False))
         return f"activation_func={short(args['activation_func'])} with gated_linear_unit={gated}"
     return next((name for name in _SWITCHES if args.get(name)), "add_bias_linear=False")

@@ -2,7 +2,7 @@
 
 Megatron describes an architecture by switches, in two vocabularies that hardly contradict each
 other: the arguments of Megatron-LM, and the fields of megatron-core and Megatron-Bridge (`bridge`
-brings them into one mapping). `table` refuses switches that the runtime cannot reproduce, with
+finds them). `table` refuses switches that the runtime cannot reproduce, with
 name and value; an absent switch (older Megatron) has the value that Megatron gave it then.
 Checkpoints written here carry the whole ModelConfig beside the switches, which cannot express all
 of it.
@@ -17,7 +17,7 @@ from typing import Any
 from sps2_mega.checkpoint.architecture import model_config_from_mapping, model_config_to_mapping
 from sps2_mega.checkpoint.settings.activation import activation_fields, activation_to_args
 from sps2_mega.checkpoint.settings.rope import no_rope_layers, rope_fields, rope_to_args
-from sps2_mega.checkpoint.settings.table import check_settings, is_empty
+from sps2_mega.checkpoint.settings.table import check_settings, is_empty, of_bridge
 from sps2_mega.checkpoint.settings.values import number, refuse, size
 from sps2_mega.config import ModelConfig
 
@@ -50,7 +50,7 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
         "num_kv_heads": _query_groups(args, heads, where),
         "head_dim": head_dim,
         "vocab_size": args.get("vocab_size") or size(args, "padded_vocab_size", where),
-        "max_position_embeddings": size(args, "max_position_embeddings", where),
+        "max_position_embeddings": _max_positions(args, where),
         "norm": _norm(args, where),
         "norm_eps": 1e-5 if eps is None else eps,
         "linear_bias": bias,
@@ -59,7 +59,7 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
         # Megatron takes the norm without weights where both are set.
         "qk_norm": bool(args.get("qk_layernorm", False)) and not l2_norm,
         "qk_l2_norm": l2_norm,
-        "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
+        "tie_embeddings": _tied(args),
         "rope": rope,
         "no_rope_layers": no_rope_layers(args, layers, rope, where),
         "softmax_scale": _softmax_scale(args, where),
@@ -139,13 +139,27 @@ def _softmax_scale(args: Mapping[str, Any], where: str) -> float | None:
 
 
 def _query_groups(args: Mapping[str, Any], heads: int, where: str) -> int:
-    if not args.get("group_query_attention"):
+    if of_bridge(args):
+        groups = size(args, "num_query_groups", where, heads)
+    elif args.get("group_query_attention"):
+        groups = size(args, "num_query_groups", where)
+    else:
         return heads
-    groups = size(args, "num_query_groups", where)
     if heads % groups:
         why = f"num_attention_heads={heads} must be a multiple of it"
         raise refuse(where, "num_query_groups", groups, why)
     return groups
+
+
+def _max_positions(args: Mapping[str, Any], where: str) -> int:
+    named = of_bridge(args) and not args.get("max_position_embeddings")
+    return size(args, "seq_length" if named else "max_position_embeddings", where)
+
+
+def _tied(args: Mapping[str, Any]) -> bool:
+    if of_bridge(args):
+        return bool(args.get("share_embeddings_and_output_weights", True))
+    return not args.get("untie_embeddings_and_output_weights", False)
 
 
 def _l2_norm(args: Mapping[str, Any], where: str) -> bool:

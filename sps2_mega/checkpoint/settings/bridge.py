@@ -1,4 +1,4 @@
-"""The `model` section of Megatron-Bridge's run_config.yaml, in terms of Megatron-LM's arguments.
+"""The `model` section of Megatron-Bridge's run_config.yaml, as one mapping of settings.
 
 Bridge stores the fields of a provider, which is a TransformerConfig with those of GPTModel beside
 them, or (since 0.6) of a GPTModelConfig that has a TransformerConfig inside.
@@ -31,7 +31,7 @@ _SPEC_MODULES = ("megatron.bridge.models.gpt", "megatron.training.models.gpt")
 
 
 def bridge_args(content: Any, where: str) -> dict[str, Any]:
-    """Arguments of `model_config_from_args` from a loaded run_config.yaml.
+    """Settings for `model_config_from_args` from a loaded run_config.yaml, under Bridge's names.
 
     Raises:
         ConfigError: there is no `model` section, or it builds something else than a plain GPT.
@@ -51,16 +51,8 @@ def bridge_args(content: Any, where: str) -> dict[str, Any]:
     if fields.get("qk_l2_norm"):
         why = "Bridge does not hand it to the layers"
         raise refuse(where, "qk_l2_norm", True, why)
-    tied = fields.get("share_embeddings_and_output_weights", True)
-    # Names that only Bridge has tell its parameters of yarn from Megatron-LM's.
-    fields.setdefault("yarn_rotary_scaling_factor", None)
-    return fields | {
-        "activation_func": fields.get("activation_func") or "gelu",
-        "group_query_attention": fields.get("num_query_groups") is not None,
-        "untie_embeddings_and_output_weights": not tied,
-        "max_position_embeddings": fields.get("max_position_embeddings")
-        or fields.get("seq_length"),
-    }
+    # Its presence tells the two vocabularies apart.
+    return fields | {"activation_func": fields.get("activation_func") or "gelu"}
 
 
 def _number_of_text(value: Any) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sps2_mega.checkpoint.settings.table import is_empty
+from sps2_mega.checkpoint.settings.table import is_empty, of_bridge
 from sps2_mega.checkpoint.settings.values import number, refuse
 from sps2_mega.config import RopeConfig
 from sps2_mega.errors import ConfigError
@@ -132,7 +132,7 @@ def _yarn(args: Mapping[str, Any], where: str) -> dict[str, Any]:
         return default if found is None else found
 
     # Bridge has every parameter under a name of its own, and hands None on as it is.
-    bridge = "yarn_rotary_scaling_factor" in args
+    bridge = of_bridge(args)
     factor = value("yarn_rotary_scaling_factor" if bridge else "rotary_scaling_factor", 1.0)
     beta_fast, beta_slow = value("yarn_beta_fast", 32.0), value("yarn_beta_slow", 1.0)
     original = value("yarn_original_max_position_embeddings", 4096)

@@ -68,3 +68,42 @@ RUN: dict[str, str] = {
     "pipeline_model_parallel_size": "layout of the writer, which inspect prints",
 }
 """What each becomes is a field of ModelConfig, unless its text says otherwise."""
+
+ONLY_ARGUMENTS = frozenset(
+    [
+        "bias_gelu_fusion",
+        "bias_swiglu_fusion",
+        "group_query_attention",
+        "mscale",
+        "mscale_all_dim",
+        "norm_epsilon",
+        "openai_gelu",
+        "padded_vocab_size",
+        "quick_geglu",
+        "squared_relu",
+        "swiglu",
+        "untie_embeddings_and_output_weights",
+        "use_rope_scaling",
+        "use_rotary_position_embeddings",
+    ]
+)
+"""Names that Megatron-LM has and Bridge has not."""
+
+ONLY_BRIDGE = frozenset(
+    [
+        "activation_func",
+        "bias_activation_fusion",
+        "gated_linear_unit",
+        "high_freq_factor",
+        "low_freq_factor",
+        "old_context_len",
+        "rope_scaling",
+        "scale_factor",
+        "seq_len_interpolation_factor",
+        "share_embeddings_and_output_weights",
+        "yarn_mscale",
+        "yarn_mscale_all_dim",
+        "yarn_rotary_scaling_factor",
+    ]
+)
+"""Names that Bridge has and Megatron-LM has not."""

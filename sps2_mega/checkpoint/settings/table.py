@@ -20,7 +20,7 @@ from sps2_mega.checkpoint.settings.defaults import DEFAULTS
 from sps2_mega.checkpoint.settings.harmless_model import MODEL, UNDER_REFUSED_SWITCHES
 from sps2_mega.checkpoint.settings.harmless_training import TRAINING
 from sps2_mega.checkpoint.settings.refused import REFUSED
-from sps2_mega.checkpoint.settings.run import RUN
+from sps2_mega.checkpoint.settings.run import ONLY_ARGUMENTS, ONLY_BRIDGE, RUN
 from sps2_mega.errors import ConfigError
 
 Kind = Literal["run", "harmless", "refused"]
@@ -58,8 +58,14 @@ def check_settings(args: Mapping[str, Any], where: str) -> None:
     Raises:
         ConfigError: names the setting, its value, and the values that are run.
     """
+    bridge = of_bridge(args)
     for name, value in args.items():
         setting = SETTINGS.get(name)
+        if name in (ONLY_ARGUMENTS if bridge else ONLY_BRIDGE) and not is_empty(value):
+            writer = "Megatron-Bridge" if bridge else "Megatron-LM"
+            raise ConfigError(
+                f"{where}: {name}={short(value)} is not supported: {writer} has no such setting"
+            )
         if setting is None:
             if not is_empty(value):
                 raise ConfigError(
@@ -92,6 +98,11 @@ def treated_settings(args: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
         elif name not in _UNREPORTED and not _is_default(name, value, setting.kind):
             treated.append((name, value, f"{setting.kind}: {setting.note}"))
     return treated
+
+
+def of_bridge(args: Mapping[str, Any]) -> bool:
+    """Whether the settings are those of Bridge, which name a function for the activation."""
+    return args.get("activation_func") is not None
 
 
 def is_empty(value: Any) -> bool:

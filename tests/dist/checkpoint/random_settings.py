@@ -179,8 +179,8 @@ _TOGETHER: dict[str, list[dict[str, Any]]] = {
 # Every name in the table that is not above; a value is guessed from the values without effect.
 _REFUSED = sorted(name for name, setting in SETTINGS.items() if setting.kind == "refused")
 _HARMLESS = sorted(name for name, setting in SETTINGS.items() if setting.kind == "harmless")
-_KINDS = ("run", "together", "harmless", "refused", "unknown")
-_WEIGHTS = (6, 2, 3, 1, 0.2)
+_KINDS = ("run", "together", "harmless", "refused", "foreign", "unknown")
+_WEIGHTS = (6, 2, 3, 1, 0.2, 0.2)
 _ANYTHING: list[Any] = [True, False, 1, 2, 0.5, "text", [1]]
 
 
@@ -235,6 +235,11 @@ def draw(seed: int, *, defaults: dict[str, Any]) -> Drawn:
                 name = chance.choice(_REFUSED)
                 if not (kind == "arguments" and name in ("_target_", "transformer_layer_spec")):
                     changes.setdefault(name, chance.choice(_ANYTHING))
+            case ["foreign"]:
+                other = _OF_ARGUMENTS if kind == "bridge" else _OF_BRIDGE
+                name = chance.choice(sorted(set(other) - set(run)))
+                if name != "activation_func":  # it tells the vocabularies apart
+                    changes[name] = chance.choice(other[name])
             case _:
                 changes["attention_of_tomorrow"] = chance.choice(_ANYTHING)
     return Drawn(base, changes)
