@@ -62,7 +62,8 @@ def _number_of_text(value: Any) -> Any:
 
 
 def _check_class(target: Any, known: Any, where: str) -> None:
-    if target is not None and not known(str(target).rpartition(".")[2]):
+    module, _, name = str(target).rpartition(".")
+    if target is not None and not (module.startswith("megatron.") and known(name)):
         raise refuse(where, "_target_", target, "what this class builds is not known")
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import collections
 import os
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
+import torch
+from model_run import assert_logits, logits_on_rank
+from unit.checkpoint.checkpoints import MemorySource
 
+from sps2_mega.checkpoint.export import export_megatron
+from sps2_mega.config import ModelConfig, RopeConfig
 from sps2_mega.errors import ConfigError
 
 TOLERANCE = 1e-4
@@ -135,6 +142,40 @@ def test_some_random_settings_are_equal_or_refused():
     counts = check(run_seeds(list(range(60)), timeout=120))
     assert counts["equal"] >= 12
     assert counts["refused"] >= 12
+
+
+EVERYTHING = ModelConfig(
+    family="llama",
+    num_layers=2,
+    hidden_size=48,
+    ffn_hidden_size=80,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=130,
+    max_position_embeddings=64,
+    activation="quick_gelu_gated",
+    activation_clamp=0.7,
+    glu_linear_offset=1.0,
+    qk_l2_norm=True,
+    softmax_scale=0.4,
+    rope=RopeConfig(rotary_dim=8, interleaved=True),
+    no_rope_layers=(0,),
+    dtype="float32",
+)
+
+
+@pytest.mark.parametrize("rope", [EVERYTHING.rope, RopeConfig(scaling="linear", factor=2.0)])
+def test_settings_are_the_same_on_four_ranks(tmp_path: Path, rope: RopeConfig):
+    config = replace(EVERYTHING, rope=rope)
+    export_megatron(MemorySource(config), tmp_path / "model")
+    folders = {"model": tmp_path / "model"}
+    tokens = [[(7 * i * i + 3 * i) % config.vocab_size for i in range(45)]]
+    one_rank = {"model": str(tmp_path / "model")}
+    (alone,) = harness.run_ranks(logits_on_rank, 1, one_rank, tokens, 1, 1, harness.free_port())
+    parts = sorted(alone["model", "gather"], key=lambda part: part[1])
+    expected = {"model": [torch.cat([logits for _, _, logits in parts])]}
+    assert_logits(expected, folders, tokens, tp=2, sp=2, tolerance=TOLERANCE)
 
 
 @pytest.mark.slow
