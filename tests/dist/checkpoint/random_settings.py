@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +160,12 @@ _TOGETHER: dict[str, list[dict[str, Any]]] = {
     ]
     + [dict(swiglu=False, squared_relu=True, bias_gelu_fusion=False)]
     + [dict(swiglu=False, quick_geglu=True, bias_gelu_fusion=False, glu_linear_offset=1.0)]
-    + [dict(bias_swiglu_fusion=False, activation_func_clamp_value=0.5)],
+    + [dict(bias_swiglu_fusion=False, activation_func_clamp_value=0.5)]
+    + [dict(position_embedding_type="yarn", rotary_scaling_factor=4.0, mscale_all_dim=0.5,
+            yarn_original_max_position_embeddings=16, yarn_beta_slow=0.3,
+            yarn_correction_range_round_to_int=False)]
+    + [dict(use_rope_scaling=True, position_embedding_type="rope", rope_scaling_factor=8.0)]
+    + [dict(window_size=(4, 0), window_attn_skip_freq=skip) for skip in (1, 2, 5, [1, 1], [0, 1])],
     "bridge": [
         dict(position_embedding_type="yarn", yarn_rotary_scaling_factor=factor, yarn_mscale=1.0,
              yarn_mscale_all_dim=all_dim, yarn_original_max_position_embeddings=16,
@@ -174,7 +179,9 @@ _TOGETHER: dict[str, list[dict[str, Any]]] = {
        for factor in (8.0, 32.0) for high in (2.0, 4.0)]
     + [dict(activation_func=activation, bias_activation_fusion=False) for activation in
        _ACTIVATIONS]
-    + [dict(bias_activation_fusion=False, activation_func_clamp_value=0.5, glu_linear_offset=1.0)],
+    + [dict(bias_activation_fusion=False, activation_func_clamp_value=0.5, glu_linear_offset=1.0)]
+    + [dict(position_embedding_type="learned_absolute", seq_length=length) for length in (48, 128)]
+    + [dict(window_size=[4, 0], window_attn_skip_freq=skip) for skip in (1, 2, 5, [1, 1], [0, 1])],
 }  # fmt: skip
 # Every name in the table that is not above; a value is guessed from the values without effect.
 _REFUSED = sorted(name for name, setting in SETTINGS.items() if setting.kind == "refused")
@@ -243,6 +250,16 @@ def draw(seed: int, *, defaults: dict[str, Any]) -> Drawn:
             case _:
                 changes["attention_of_tomorrow"] = chance.choice(_ANYTHING)
     return Drawn(base, changes)
+
+
+def every_change(base: str) -> Iterator[Drawn]:
+    """Each value of each setting that is run, alone or with what it needs."""
+    kind = base.split()[0]
+    for name, values in (_OF_BRIDGE if kind == "bridge" else _OF_ARGUMENTS).items():
+        for value in values:
+            yield Drawn(base, {name: value})
+    for changes in _TOGETHER[kind]:
+        yield Drawn(base, changes)
 
 
 def _other_value(chance: random.Random, default: Any) -> Any:

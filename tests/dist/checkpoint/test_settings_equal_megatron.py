@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,51 @@ from sps2_mega.errors import ConfigError
 TOLERANCE = 1e-4
 TOKENS = 40
 _MEGATRONS_REFUSALS = (
-    AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError,
+    ValueError,
 )  # fmt: skip
 
 
 def outcomes_on_rank(rank: int, port: int, seeds: list[int]) -> list[tuple[int, str, Any]]:
     """(seed, outcome, details) of each configuration, see `outcome`."""
-    from dataclasses import MISSING, fields
+    from dist.checkpoint import random_settings
 
-    import torch
+    with one_rank(port) as (groups, defaults):
+        drawn = [random_settings.draw(seed, defaults=defaults) for seed in seeds]
+        return [
+            (seed, *outcome(one, groups, nested=defaults))
+            for seed, one in zip(seeds, drawn, strict=True)
+        ]
 
+
+def sweep_on_rank(rank: int, port: int) -> list[tuple[Any, str, Any, float]]:
+    """(configuration, outcome, details, effect) of every change that can be drawn, alone.
+
+    The effect is how far the oracle's logits are from those of the base.
+    """
+    from dist.checkpoint import random_settings, stock_megatron
+
+    results = []
+    with one_rank(port) as (groups, defaults):
+        for base, settings in random_settings.BASES.items():
+            bridge = base.startswith("bridge")
+            tokens = [(7 * i * i + 3 * i) % 100 for i in range(TOKENS)]
+            usual, _ = stock_megatron.stock_logits(settings, bridge=bridge, tokens=tokens)
+            for drawn in random_settings.every_change(base):
+                kind, details = outcome(drawn, groups, nested=defaults)
+                effect = 0.0
+                if kind == "equal":
+                    logits, _ = stock_megatron.stock_logits(
+                        drawn.settings, bridge=bridge, tokens=tokens
+                    )
+                    effect = (logits[:, :100] - usual[:, :100]).abs().max().item()
+                results.append((drawn, kind, details, effect))
+    return results
+
+
+@contextlib.contextmanager
+def one_rank(port: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Groups of a job of one rank, and the defaults of the installed TransformerConfig."""
     from sps2_mega.config import ParallelConfig
     from sps2_mega.mcore._compat import eager_import
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
@@ -41,19 +78,12 @@ def outcomes_on_rank(rank: int, port: int, seeds: list[int]) -> list[tuple[int, 
     with eager_import("cpu"):
         from megatron.core.transformer import TransformerConfig
 
-    from dist.checkpoint import random_settings
-
     info = from_environment()
     store = open_store(info)
     topology = agree_topology(store, info, ParallelConfig())
     groups = initialize(store, info, topology, device=torch.device("cpu"), timeout_s=60)
-    defaults = {f.name: f.default for f in fields(TransformerConfig) if f.default is not MISSING}
-    results = []
-    for seed in seeds:
-        drawn = random_settings.draw(seed, defaults=defaults)
-        results.append((seed, *outcome(drawn, groups, nested=defaults)))
+    yield groups, {f.name: f.default for f in fields(TransformerConfig) if f.default is not MISSING}
     finalize()
-    return results
 
 
 def outcome(drawn: Any, groups: Any, nested: Any) -> tuple[str, Any]:
@@ -89,7 +119,6 @@ def outcome(drawn: Any, groups: Any, nested: Any) -> tuple[str, Any]:
 
 def our_logits(config: Any, weights: dict[str, Any], tokens: list[int], groups: Any) -> Any:
     """Logits of one rank, by the layers, the attention and the cache of the engine."""
-    import torch
     from model_run import prefill_items
 
     from sps2_mega.attention.build import PrefillSetup
@@ -123,13 +152,17 @@ def our_logits(config: Any, weights: dict[str, Any], tokens: list[int], groups: 
 
 
 def run_seeds(seeds: list[int], timeout: float) -> list[tuple[int, str, Any]]:
-    """Outcomes of the seeds, in a process of its own: the oracle changes Megatron's globals."""
+    return run_alone(outcomes_on_rank, seeds, timeout=timeout)
+
+
+def run_alone(fn: Any, *args: Any, timeout: float) -> Any:
+    """The result of one rank, in a process of its own: the oracle changes Megatron's globals."""
     pool = harness.RankPool(1)
     try:
-        (results,) = pool.run(outcomes_on_rank, harness.free_port(), seeds, timeout=timeout)
+        (result,) = pool.run(fn, harness.free_port(), *args, timeout=timeout)
     finally:
         pool.close()
-    return results
+    return result
 
 
 def check(results: list[tuple[int, str, Any]]) -> collections.Counter[str]:
@@ -187,3 +220,20 @@ def test_a_thousand_random_settings_are_equal_or_refused():
         counts += check(run_seeds(list(range(seed, seed + 250)), timeout=600))
         seed += 250
     print(f"\n{seed} drawn: {dict(counts)}")
+
+
+@pytest.mark.slow
+def test_every_setting_that_is_run_has_its_effect():
+    results = run_alone(sweep_on_rank, timeout=600)
+    assert not [result for result in results if result[1] in ("different", "misnamed")]
+    effects: dict[str, float] = {}
+    for drawn, kind, _, effect in results:
+        for name in drawn.changes if kind == "equal" else ():
+            effects[name] = max(effects.get(name, 0.0), effect)
+    print(f"\n{collections.Counter(kind for _, kind, _, _ in results)}")
+    without = {name for name, effect in effects.items() if effect < 10 * TOLERANCE}
+    assert without == {
+        "bf16", "fp16", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+        "openai_gelu", "transformer_impl", "transformer_layer_spec",
+        "rotary_seq_len_interpolation_factor",
+    }  # fmt: skip
