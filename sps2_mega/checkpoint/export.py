@@ -56,8 +56,9 @@ def export_huggingface(
             architecture.
         CheckpointError: the source does not hold exactly the model.
     """
-    config, recipes = source.config, hf_layout.recipes(source.config)
+    config = source.config
     hf = _expressible(config)
+    recipes = hf_layout.recipes(config)
     progress = _start(source, target, on_bytes)
     prefix = hf_layout.prefix(config)
 

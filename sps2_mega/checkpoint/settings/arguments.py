@@ -40,7 +40,7 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
     head_dim = size(args, "kv_channels", where, hidden // heads)
     rope = rope_fields(args, head_dim, where)
     l2_norm = _l2_norm(args, where)
-    eps = number(args, ("norm_epsilon", "layernorm_epsilon"), where)
+    eps = number(args, ("norm_epsilon", "layernorm_epsilon"), where, above=0)
     bias = bool(args.get("add_bias_linear", True))
     fields: dict[str, Any] = {
         "num_layers": layers,
@@ -62,7 +62,7 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
         "tie_embeddings": _tied(args),
         "rope": rope,
         "no_rope_layers": no_rope_layers(args, layers, rope, where),
-        "softmax_scale": _softmax_scale(args, where),
+        "softmax_scale": number(args, ("softmax_scale",), where, above=0),
         "sliding_window": _window(args, layers, where),
         "dtype": _dtype(args),
         **activation_fields(args, where),
@@ -129,13 +129,6 @@ def _family(fields: Mapping[str, Any]) -> str:
     if fields["qkv_bias"]:
         return "qwen2"
     return "llama" if fields["sliding_window"] is None else "mistral"
-
-
-def _softmax_scale(args: Mapping[str, Any], where: str) -> float | None:
-    scale = number(args, ("softmax_scale",), where)
-    if scale is not None and scale <= 0:
-        raise refuse(where, "softmax_scale", scale, "needs a number above 0")
-    return scale
 
 
 def _query_groups(args: Mapping[str, Any], heads: int, where: str) -> int:

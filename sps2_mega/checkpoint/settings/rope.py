@@ -36,8 +36,11 @@ def rope_fields(args: Mapping[str, Any], head_dim: int, where: str) -> dict[str,
     if kind not in ("rope", "yarn"):
         why = "known are learned_absolute, rope, yarn"
         raise refuse(where, "position_embedding_type", kind, why)
-    fields: dict[str, Any] = {"theta": number(args, ("rotary_base",), where) or 10000.0}
+    # yarn divides by the logarithm of the base.
+    theta = number(args, ("rotary_base",), where, above=1 if kind == "yarn" else 0)
+    fields: dict[str, Any] = {"theta": 10000.0 if theta is None else theta}
     if kind == "yarn":
+        _check_pairs(head_dim, where)
         # megatron-core's rule rotates the whole head, whatever rotary_percent says.
         if args.get("rotary_interleaved"):
             raise refuse(where, "rotary_interleaved", True, "not with yarn, as in Megatron")
@@ -74,6 +77,7 @@ def rope_to_args(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
 def _rotary_dim(args: Mapping[str, Any], head_dim: int, where: str) -> dict[str, Any]:
     percent = number(args, ("rotary_percent",), where)
     if percent is None or percent >= 1.0:
+        _check_pairs(head_dim, where)
         return {}
     rotary_dim = int(head_dim * percent)
     if rotary_dim < 2 or rotary_dim % 2:
@@ -82,10 +86,16 @@ def _rotary_dim(args: Mapping[str, Any], head_dim: int, where: str) -> dict[str,
     return {"rotary_dim": rotary_dim}
 
 
+def _check_pairs(head_dim: int, where: str) -> None:
+    if head_dim % 2:
+        raise refuse(where, "kv_channels", head_dim, "its elements rotate in pairs")
+
+
 def _scaling(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = "rope_scaling" if args.get("rope_scaling") else "use_rope_scaling"
-    old = {key: number(args, (key,), where) for key in _OLD_BRIDGE if args.get(key) is not None}
-    linear = number(args, ("seq_len_interpolation_factor",), where)
+    given = {key: number(args, (key,), where, above=0) for key in _OLD_BRIDGE}
+    old = {key: value for key, value in given.items() if value is not None}
+    linear = number(args, ("seq_len_interpolation_factor",), where, above=0)
     if args.get(name) and old:
         raise refuse(where, name, True, f"not together with {', '.join(old)}")
     if args.get(name) or old:
@@ -95,15 +105,13 @@ def _scaling(args: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {"scaling": "llama3"} | (_old_llama3(old, where) if old else _llama3(args, where))
     if linear is None or linear == 1.0:
         return {}
-    if linear <= 0:
-        raise refuse(where, "seq_len_interpolation_factor", linear, "needs a number above 0")
     return {"scaling": "linear", "factor": linear}
 
 
 def _llama3(args: Mapping[str, Any], where: str) -> dict[str, Any]:
-    factor = number(args, ("rope_scaling_factor",), where)
+    factor = number(args, ("rope_scaling_factor",), where, above=0)
     if args.get("rope_scaling"):
-        if factor is None or factor <= 0:
+        if factor is None:
             why = "rope_scaling needs a factor above 0"
             raise refuse(where, "rope_scaling_factor", factor, why)
         return {"factor": factor, **LLAMA3}
@@ -113,20 +121,23 @@ def _llama3(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"factor": LLAMA3_FACTOR, **LLAMA3}
 
 
-def _old_llama3(old: Mapping[str, float | None], where: str) -> dict[str, Any]:
-    if absent := [name for name in _OLD_BRIDGE if not old.get(name)]:
+def _old_llama3(old: Mapping[str, float], where: str) -> dict[str, Any]:
+    if absent := [name for name in _OLD_BRIDGE if name not in old]:
         raise ConfigError(f"{where}: {', '.join(old)} need {', '.join(absent)}, a number above 0")
+    if old["high_freq_factor"] <= old["low_freq_factor"]:
+        why = f"needs more than low_freq_factor={old['low_freq_factor']:g}"
+        raise refuse(where, "high_freq_factor", old["high_freq_factor"], why)
     return {
         "factor": old["scale_factor"],
         "low_freq_factor": old["low_freq_factor"],
         "high_freq_factor": old["high_freq_factor"],
-        "original_max_position_embeddings": int(old["old_context_len"] or 0),
+        "original_max_position_embeddings": int(old["old_context_len"]),
     }
 
 
 def _yarn(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     def value(name: str, default: float) -> float:
-        found = number(args, (name,), where)
+        found = number(args, (name,), where, above=0)
         if found is None and bridge and name.startswith("yarn_"):
             raise refuse(where, name, None, "position_embedding_type=yarn needs a number")
         return default if found is None else found
@@ -136,11 +147,6 @@ def _yarn(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     factor = value("yarn_rotary_scaling_factor" if bridge else "rotary_scaling_factor", 1.0)
     beta_fast, beta_slow = value("yarn_beta_fast", 32.0), value("yarn_beta_slow", 1.0)
     original = value("yarn_original_max_position_embeddings", 4096)
-    for name, number_ in {"yarn_beta_fast": beta_fast, "yarn_beta_slow": beta_slow}.items():
-        if number_ <= 0:
-            raise refuse(where, name, number_, "needs a number above 0")
-    if factor <= 0 or original <= 0:
-        raise ConfigError(f"{where}: yarn needs a factor and an original context above 0")
     rounds = args.get("yarn_correction_range_round_to_int")
     return {
         "scaling": "yarn",

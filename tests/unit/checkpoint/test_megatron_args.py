@@ -140,12 +140,13 @@ def test_the_norm_without_weights_replaces_the_one_with() -> None:
         ({"qk_l2_norm": True, "transformer_impl": "local"}, "qk_l2_norm=True"),
         ({"no_rope_freq": 3}, "no_rope_freq=3"),
         ({"rope_type": "yarn"}, "rope_type='yarn'"),
-        ({"softmax_scale": -1.0}, "softmax_scale=-1.0"),
+        ({"softmax_scale": -1.0}, "softmax_scale must be a number above 0"),
         ({"apply_layernorm_1p": True}, "apply_layernorm_1p=True"),
         ({"normalization": "Other"}, "normalization='Other'"),
         ({"position_embedding_type": "mrope"}, "position_embedding_type='mrope'"),
         ({"window_size": (15, 3)}, "window_size=(15, 3)"),
         ({"num_layers": None}, "num_layers"),
+        ({"rope_scaling": True}, "rope_scaling=True"),
     ],
 )
 def test_what_cannot_be_run_is_refused(changes: dict[str, Any], named: str) -> None:

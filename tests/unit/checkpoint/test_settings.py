@@ -154,6 +154,13 @@ SECTION: dict[str, Any] = {
     "attention_backend": {"_args_": [5], "_call_": True, "_name_": "auto", "_target_": "x.Attn"},
     "init_method": {"_target_": "torch.nn.init.normal_", "_partial_": True, "std": 0.02},
 }
+OLD_LLAMA3: dict[str, Any] = {  # of providers before 0.3.1
+    "_target_": "megatron.bridge.models.llama.llama_provider.Llama32ModelProvider1B",
+    "scale_factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "old_context_len": 8192,
+}
 LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 
@@ -173,6 +180,7 @@ def read_bridge(**changes: Any):
             "rope",
             RopeConfig(theta=5e5, scaling="llama3", factor=32.0, **LLAMA3),
         ),
+        (OLD_LLAMA3, "rope", RopeConfig(theta=5e5, scaling="llama3", factor=32.0, **LLAMA3)),
         (
             {"seq_len_interpolation_factor": 4.0},
             "rope",
@@ -257,11 +265,19 @@ def test_an_activation_is_known_by_its_exact_kind(function: Any, fused: bool, ac
         {"num_query_groups": 3},
         {"num_query_groups": "2"},
         {"rotary_base": "10000"},
+        {"rotary_base": 10**400},
+        {"rotary_base": 0},
+        {"kv_channels": 15},
+        {"layernorm_epsilon": -1.0},
         {"rotary_percent": 0.2},
         {"softmax_scale": float("nan")},
         {"no_rope_freq": 3},
         {"position_embedding_type": "none"},
         {"position_embedding_type": "yarn"},
+        {"swiglu": True},
+        {"scale_factor": 8.0},
+        OLD_LLAMA3 | {"high_freq_factor": 1.0},
+        OLD_LLAMA3 | {"rope_scaling": True, "rope_scaling_factor": 8.0},
         {"layernorm_epsilon": 1e-5, "norm_epsilon": 1e-6},
     ],
     ids=lambda changes: " ".join(changes),
