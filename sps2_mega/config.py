@@ -1,4 +1,4 @@
-"""Every default, once: frozen dataclasses for model, parallel layout, cache, scheduler and engine.
+"""Every default, once: frozen dataclasses for parallel layout, cache, scheduler and engine.
 
 A field declared with `flag` is a command-line flag; one declared with `unflagged` is set by
 `--override`. `sps2_mega.cli` builds its parsers from these declarations.
@@ -13,77 +13,20 @@ from typing import Any, Literal
 
 from sps2_mega.config_fields import flag, unflagged
 from sps2_mega.errors import ConfigError
+from sps2_mega.model_config import ModelConfig, RopeConfig
+
+__all__ = [
+    "DTYPES",
+    "CSAConfig",
+    "CacheConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "RopeConfig",
+    "SchedulerConfig",
+]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    `scaling` selects how inverse frequencies follow from `theta`: `none`, `linear` (positions /
-    factor), `llama3` (Llama 3.1's smoothed bands) or `yarn` (arXiv 2309.00071).
-    """
-
-    theta: float = 10000.0
-    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """Architecture of a decoder-only model, independent of file format and ranks.
-
-    `vocab_size` is the true vocabulary (logits are cut to it); padding for TP is decided where
-    weights are sharded. `rope=None` means learned absolute positions. `sliding_window=w`: a query
-    sees itself and the w-1 tokens before it.
-    """
-
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-5
-    activation: Literal["silu_gated", "gelu", "gelu_tanh"] = "silu_gated"
-    qkv_bias: bool = False
-    linear_bias: bool = False
-    qk_norm: bool = False
-    tie_embeddings: bool = False
-    rope: RopeConfig | None = field(default_factory=RopeConfig)
-    sliding_window: int | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads")
-        for name in (*sizes, "head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-                f"({self.num_kv_heads})"
-            )
-
-    @property
-    def gated(self) -> bool:
-        return self.activation == "silu_gated"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

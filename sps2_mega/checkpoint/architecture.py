@@ -34,8 +34,9 @@ def model_config_from_mapping(fields: Mapping[str, Any], where: str) -> ModelCon
 def model_config_to_mapping(config: ModelConfig) -> dict[str, Any]:
     """Convert to plain values, so that any format can hold them and no reader needs our classes."""
     fields = dataclasses.asdict(config)
-    fields["eos_token_ids"] = list(config.eos_token_ids)
-    return fields
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
+    }
 
 
 def check_keys(given: Mapping[str, Any], known: typing.Collection[str], where: str) -> None:

@@ -20,7 +20,7 @@ from sps2_mega.checkpoint import hf_layout, hf_writer, torch_dist_writer
 from sps2_mega.checkpoint.canonical import VOCAB_NAMES, canonical_shapes
 from sps2_mega.checkpoint.hf_config import model_config_from_hf, model_config_to_hf
 from sps2_mega.checkpoint.inventory import check_complete
-from sps2_mega.checkpoint.megatron_args import model_config_to_args
+from sps2_mega.checkpoint.settings.arguments import model_config_to_args
 from sps2_mega.checkpoint.sharding import padded_vocab_size, shard
 from sps2_mega.checkpoint.source import TRACKER, WeightSource, read_canonical
 from sps2_mega.config import ModelConfig
@@ -56,8 +56,9 @@ def export_huggingface(
             architecture.
         CheckpointError: the source does not hold exactly the model.
     """
-    config, recipes = source.config, hf_layout.recipes(source.config)
+    config = source.config
     hf = _expressible(config)
+    recipes = hf_layout.recipes(config)
     progress = _start(source, target, on_bytes)
     prefix = hf_layout.prefix(config)
 

@@ -2,7 +2,7 @@
 
 Megatron-LM keeps its arguments in common.pt; Megatron Bridge writes
 run_config.yaml, whose `model` section uses megatron-core's names. Both become the
-same mapping of arguments, which `megatron_args` reads.
+same mapping of arguments, which `settings.arguments` reads.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from sps2_mega.checkpoint.megatron_args import model_config_from_args, saved_layout
 from sps2_mega.checkpoint.safe_pickle import load_torch_file
+from sps2_mega.checkpoint.settings.arguments import model_config_from_args, saved_layout
+from sps2_mega.checkpoint.settings.bridge import bridge_args
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 
@@ -63,33 +64,6 @@ def args_of(state: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} must hold a dict, found {type(state).__name__}")
     args = state.get("args")
     return dict(vars(args)) if hasattr(args, "__dict__") else {}
-
-
-def bridge_args(content: Any, where: str) -> dict[str, Any]:
-    """The `model` section of a run_config.yaml, in terms of Megatron-LM's arguments.
-
-    Raises:
-        ConfigError: there is no `model` section, or its activation is not known.
-    """
-    model = content.get("model") if isinstance(content, Mapping) else None
-    if not isinstance(model, Mapping):
-        raise ConfigError(f"{where}: no `model` section")
-    tied = model.get("share_embeddings_and_output_weights", True)
-    activation = str(model.get("activation_func") or "gelu").lower()
-    gated = bool(model.get("gated_linear_unit", False))
-    if gated != ("silu" in activation) or not any(x in activation for x in ("silu", "gelu")):
-        raise ConfigError(
-            f"{where}: activation_func={model.get('activation_func')!r} with "
-            f"gated_linear_unit={gated} is "
-            "not supported (gated SiLU or plain GELU)"
-        )
-    return dict(model) | {
-        "group_query_attention": model.get("num_query_groups") is not None,
-        "swiglu": gated,
-        "bias_gelu_fusion": model.get("bias_activation_fusion", False),
-        "untie_embeddings_and_output_weights": not tied,
-        "max_position_embeddings": model.get("max_position_embeddings") or model.get("seq_length"),
-    }
 
 
 def _stored_args(folder: Path) -> tuple[dict[str, Any], str, Any]:

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sps2_mega.config import ModelConfig
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
-_ACTIVATIONS = {
-    "silu_gated": F.silu,
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+    "squared_relu": _squared_relu,
 }
 
 
@@ -40,10 +54,19 @@ def transformer_config(
         normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=model.gated,
-        activation_func=_ACTIVATIONS[model.activation],
+        activation_func=_ACTIVATIONS[model.activation.removesuffix("_gated")],
+        activation_func_clamp_value=model.activation_clamp,
+        glu_linear_offset=model.glu_linear_offset,
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
+        qk_l2_norm=model.qk_l2_norm,
+        rotary_interleaved=model.rope is not None and model.rope.interleaved,
+        no_rope_freq=(
+            [int(layer in model.no_rope_layers) for layer in range(model.num_layers)]
+            if model.no_rope_layers
+            else None
+        ),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,

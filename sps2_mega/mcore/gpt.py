@@ -28,7 +28,13 @@ from sps2_mega.mcore._compat import (
 )
 from sps2_mega.mcore.config import transformer_config
 from sps2_mega.mcore.core_attention import LayerAttention, SPCoreAttention
-from sps2_mega.mcore.rope import angles, attention_factor, inverse_frequencies, rotation
+from sps2_mega.mcore.rope import (
+    angles,
+    attention_factor,
+    inverse_frequencies,
+    rotates_whole_heads,
+    rotation,
+)
 from sps2_mega.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
@@ -47,13 +53,15 @@ def build_gpt_model(
     with without_warnings():
         config = transformer_config(model, tp=tp, sp=sp, dtype=dtype)
         spec = get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_norm, normalization=config.normalization
+            qk_layernorm=model.qk_norm,
+            qk_l2_norm=model.qk_l2_norm,
+            normalization=config.normalization,
         )
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=SPCoreAttention,
         params={
             "softmax": SoftmaxParams(
-                scale=attention_factor(model.rope) ** 2 * model.head_dim**-0.5,
+                scale=attention_factor(model.rope) ** 2 * _softmax_scale(model),
                 window=model.sliding_window,
             ),
         },
@@ -72,6 +80,10 @@ def build_gpt_model(
     # Norms are created in float32 whatever params_dtype says. Frozen weights take Megatron's plain
     # linear path, without its preparations (and warnings) for gradients.
     return gpt.to(dtype).requires_grad_(False).eval()
+
+
+def _softmax_scale(model: ModelConfig) -> float:
+    return model.head_dim**-0.5 if model.softmax_scale is None else model.softmax_scale
 
 
 @dataclass(slots=True)
@@ -100,13 +112,14 @@ class GPT(nn.Module):
 
         With `fused_rotary` the step's attention rotates q and k as it writes the
         cache; otherwise Megatron's layers do, in some twenty launches each.
-        None: fused wherever our own kernels run.
+        None: fused wherever our own kernels run. They rotate whole heads, as halves, in all
+        layers; Megatron's layers rotate where a model does not.
         """
         super().__init__()
         self._config, self._tp, self._dtype = model, groups.tp, dtype
         if fused_rotary is None:
             fused_rotary = choose(device, None) is Backend.TRITON
-        self._fused_rotary = fused_rotary
+        self._fused_rotary = fused_rotary and rotates_whole_heads(model)
         self.gpt = build_gpt_model(
             model, tp=groups.tp.size, sp=groups.sp.size, dtype=dtype, device_type=device.type
         ).to_empty(device=device)
@@ -165,7 +178,8 @@ class GPT(nn.Module):
         if self._inv_freq is not None and self._fused_rotary:
             carrier.rotation = rotation(positions_T, self._inv_freq, self._dtype)
         elif self._inv_freq is not None:
-            rope = angles(positions_T, self._inv_freq)
+            assert self._config.rope is not None
+            rope = angles(positions_T, self._inv_freq, interleaved=self._config.rope.interleaved)
         hidden = self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
         return ForwardPass(hidden, rope, carrier)
 

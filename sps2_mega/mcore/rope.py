@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from sps2_mega.attention.step import Rotation
-from sps2_mega.config import RopeConfig
+from sps2_mega.config import ModelConfig, RopeConfig
 from sps2_mega.errors import ConfigError
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> Tensor:
-    """Inverse frequencies [head_dim / 2], float32 on CPU."""
+    """Inverse frequencies [rotary_dim / 2], float32 on CPU; by default all of a head rotates."""
+    head_dim = rope.rotary_dim or head_dim
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     base = 1.0 / rope.theta**exponents
     if rope.scaling == "none":
@@ -36,10 +37,22 @@ def attention_factor(rope: RopeConfig | None) -> float:
     return _mscale(rope.factor, 1.0)
 
 
-def angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotation angles [T, 1, 1, head_dim] for Megatron's half-split rotary layout, float32."""
-    half = positions_T.float()[:, None] * inv_freq
-    return torch.cat((half, half), -1)[:, None, None, :]
+def rotates_whole_heads(model: ModelConfig) -> bool:
+    """Whether all elements of a head rotate, paired as halves, in every layer."""
+    if model.rope is None or model.rope.interleaved or model.no_rope_layers:
+        return False
+    return model.rope.rotary_dim in (None, model.head_dim)
+
+
+def angles(positions_T: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotation angles [T, 1, 1, rotary_dim] for Megatron's layers, float32.
+
+    Each is there twice, for both elements of a pair: halves, or neighbours if `interleaved`.
+    """
+    angles_TR = positions_T.float()[:, None] * inv_freq
+    if interleaved:
+        return angles_TR.repeat_interleave(2, -1)[:, None, None, :]
+    return torch.cat((angles_TR, angles_TR), -1)[:, None, None, :]
 
 
 def rotation(positions_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> Rotation:
@@ -77,8 +90,10 @@ def _yarn(rope: RopeConfig, base: Tensor, head_dim: int, max_positions: int) -> 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    low, high = max(low, 0.0), min(high, head_dim - 1.0)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)
     keep = 1 - ramp.clamp(0.0, 1.0)
     return base / rope.factor * (1 - keep) + base * keep
 

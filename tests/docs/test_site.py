@@ -85,6 +85,13 @@ def test_modules_that_pages_name_are_there():
     assert not lost
 
 
+def test_the_page_of_megatrons_settings_is_that_of_the_table():
+    tool = load("tools/megatron_settings.py")
+    page = tool.PAGE.read_text()
+    assert page == tool.current(page), "run: python tools/megatron_settings.py"
+    assert page.count("\n| `") > 100
+
+
 def test_names_are_retired_once_and_have_a_successor():
     page = (DOCS / "vocabulary.md").read_text()
     part = page[page.index("## Retired names") :].split("\n## ")[0]

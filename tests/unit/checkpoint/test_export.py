@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from sps2_mega.checkpoint.export import export_huggingface, export_megatron
 from sps2_mega.checkpoint.hf_writer import plan_files
 from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.checkpoint.torch_dist import TorchDistSource
+from sps2_mega.config import RopeConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 
 
@@ -94,10 +97,33 @@ def test_an_incomplete_source_makes_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "target").exists()
 
 
-def test_what_hugging_face_cannot_express_is_refused(tmp_path: Path) -> None:
-    source = MemorySource(replace(LLAMA, linear_bias=True))
-    with pytest.raises(ConfigError, match="linear_bias=True"):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"linear_bias": True},
+        {"norm": "layernorm"},
+        {"activation": "quick_gelu_gated"},
+        {"activation": "squared_relu"},
+        {"activation_clamp": 7.0},
+        {"glu_linear_offset": 1.0},
+        {"qk_l2_norm": True},
+        {"no_rope_layers": (1,)},
+        {"softmax_scale": 0.1},
+        {"rope": RopeConfig(rotary_dim=2)},
+        {"rope": RopeConfig(interleaved=True)},
+    ],
+    ids=str,
+)
+def test_what_hugging_face_cannot_express_is_refused(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    source = MemorySource(replace(LLAMA, **changes))
+    ((name, value),) = changes.items()
+    with pytest.raises(ConfigError, match=re.escape(f"{name}={value!r}")):
         export_huggingface(source, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    export_megatron(source, tmp_path / "megatron")
+    assert open_checkpoint(tmp_path / "megatron").config == source.config
 
 
 def test_layers_of_different_dtypes_cannot_be_stacked(tmp_path: Path) -> None:

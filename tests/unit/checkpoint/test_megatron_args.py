@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from unit.checkpoint.checkpoints import CONFIGS
 
-from sps2_mega.checkpoint.megatron_args import (
+from sps2_mega.checkpoint.settings.arguments import (
     OWN_CONFIG,
     model_config_from_args,
     model_config_to_args,
@@ -57,7 +57,17 @@ def test_the_true_vocabulary_is_preferred_to_the_padded_one() -> None:
         ({"swiglu": False}, "gelu"),
         ({"swiglu": False, "add_bias_linear": True}, "gelu_tanh"),  # the fused kernel
         ({"swiglu": False, "add_bias_linear": True, "bias_gelu_fusion": False}, "gelu"),
-        ({"swiglu": False, "openai_gelu": True}, "gelu_tanh"),
+        (
+            {
+                "swiglu": False,
+                "add_bias_linear": True,
+                "bias_gelu_fusion": True,
+                "openai_gelu": True,
+            },
+            "gelu_tanh",
+        ),
+        ({"swiglu": False, "squared_relu": True}, "squared_relu"),
+        ({"swiglu": False, "quick_geglu": True}, "quick_gelu_gated"),
     ],
 )
 def test_the_activation_is_the_one_that_was_computed(
@@ -92,9 +102,29 @@ def test_rotary_scaling_is_read() -> None:
         high_freq_factor=4.0,
         original_max_position_embeddings=8192,
     )
-    assert read(rotary_seq_len_interpolation_factor=2).rope == RopeConfig(
-        scaling="linear", factor=2.0
+    assert read(rotary_percent=0.5).rope == RopeConfig(rotary_dim=4)
+    assert read(rotary_interleaved=True).rope == RopeConfig(interleaved=True)
+    yarn = read(position_embedding_type="yarn", rotary_scaling_factor=4.0, mscale_all_dim=1.0)
+    assert yarn.rope == RopeConfig(
+        scaling="yarn", factor=4.0, original_max_position_embeddings=4096, attention_factor=1.0
     )
+
+
+def test_the_older_switch_of_rotary_positions_counts() -> None:
+    args = {k: v for k, v in ARGS.items() if k != "position_embedding_type"}
+    config = model_config_from_args(args | {"use_rotary_position_embeddings": True}, "args")
+    assert config.rope == RopeConfig()
+
+
+def test_layers_without_rotation_are_counted_as_megatron_does() -> None:
+    assert read(no_rope_freq=2).no_rope_layers == (1, 3)
+    assert read(no_rope_freq=[0, 0, 0, 1]).no_rope_layers == (3,)
+    assert read(no_rope_freq=0).no_rope_layers == ()
+
+
+def test_the_norm_without_weights_replaces_the_one_with() -> None:
+    config = read(qk_l2_norm=True, qk_layernorm=True)
+    assert (config.qk_l2_norm, config.qk_norm) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +132,21 @@ def test_rotary_scaling_is_read() -> None:
     [
         ({"num_experts": 8}, "num_experts=8"),
         ({"multi_latent_attention": True}, "multi_latent_attention=True"),
-        ({"rotary_percent": 0.5}, "rotary_percent=0.5"),
-        ({"squared_relu": True}, "squared_relu=True"),
+        ({"rotary_percent": 0.4}, "rotary_percent=0.4"),
+        ({"squared_relu": True}, "swiglu and squared_relu"),
+        ({"swiglu": False, "openai_gelu": True}, "openai_gelu=True"),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor=32.0"),
+        ({"rotary_seq_len_interpolation_factor": 2}, "rotary_seq_len_interpolation_factor=2"),
+        ({"qk_l2_norm": True, "transformer_impl": "local"}, "qk_l2_norm=True"),
+        ({"no_rope_freq": 3}, "no_rope_freq=3"),
+        ({"rope_type": "yarn"}, "rope_type='yarn'"),
+        ({"softmax_scale": -1.0}, "softmax_scale must be a number above 0"),
         ({"apply_layernorm_1p": True}, "apply_layernorm_1p=True"),
         ({"normalization": "Other"}, "normalization='Other'"),
         ({"position_embedding_type": "mrope"}, "position_embedding_type='mrope'"),
         ({"window_size": (15, 3)}, "window_size=(15, 3)"),
         ({"num_layers": None}, "num_layers"),
+        ({"rope_scaling": True}, "rope_scaling=True"),
     ],
 )
 def test_what_cannot_be_run_is_refused(changes: dict[str, Any], named: str) -> None:

@@ -176,9 +176,9 @@ def test_the_architecture_comes_from_a_bridge_run_configuration(root: Path) -> N
     (root / "release" / "run_config.yaml").write_text(json.dumps({"model": model}))
     source = open_checkpoint(root)
     assert (source.config, source.saved_layout) == (LLAMA, (2, 1))
-    model["activation_func"] = "torch.nn.functional.relu"
+    model["activation_func"] = "torch.nn.functional.sigmoid"
     (root / "release" / "run_config.yaml").write_text(json.dumps({"model": model}))
-    with pytest.raises(ConfigError, match=r"activation_func='torch\.nn\.functional\.relu'"):
+    with pytest.raises(ConfigError, match=r"activation_func='torch\.nn\.functional\.sigmoid'"):
         open_checkpoint(root)
     (root / "release" / "run_config.yaml").write_text("model: !!python/object/apply:os.getpid []")
     with pytest.raises(ConfigError, match=r"run_config\.yaml"):
