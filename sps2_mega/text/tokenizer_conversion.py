@@ -1,0 +1,154 @@
+"""Tokenizers that only transformers can read or build: the one place that imports it for them.
+
+SentencePiece and tiktoken files and vocab.json become a tokenizer of the `tokenizers` library, as
+transformers converts them. Importing transformers takes seconds, so only folders without a
+tokenizer.json come here, and the commands that compare (`auto_tokenizer_difference`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from sps2_mega.errors import ConfigError
+
+# File -> the modules that transformers reads it with, and the packages that bring them.
+_SENTENCEPIECE = (("sentencepiece", "google.protobuf"), "sentencepiece protobuf")
+_TIKTOKEN = (("tiktoken",), "tiktoken")
+# Texts on which two tokenizers of one folder are compared: blanks, digits, scripts, line ends.
+PROBES = (
+    "Hello world",
+    " leading and  double blanks, trailing ",
+    "x = 12345 * 6.7e-8;\n\n\tif (a!=b) {return 'c';}\r\n",
+    "Größe naïve Ａｂｃ ﬁne e\u0301 \u00a0 你好，世界 😀👩‍💻 नमस्ते مرحبا",
+    "don't I'LL we've\n\n\n   end",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertedTokenizer:
+    """What transformers made of a folder."""
+
+    backend: tokenizers.Tokenizer
+    named: dict[str, str]
+    templates: dict[str, str]
+    cleans_spaces: bool
+
+
+def convert_tokenizer(folder: Path) -> ConvertedTokenizer:
+    """Let transformers convert a folder without tokenizer.json.
+
+    Raises:
+        ConfigError: a package is absent, or transformers cannot read the folder either.
+    """
+    _check_packages(folder)
+    made = _auto_tokenizer(folder)
+    backend = getattr(made, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise ConfigError(
+            f"{folder} has no tokenizer.json, and transformers runs its {type(made).__name__} "
+            "without the tokenizers library: a tokenizer.json is needed"
+        )
+    template = made.chat_template
+    return ConvertedTokenizer(
+        backend=backend,
+        named=dict(made.special_tokens_map),
+        templates={"default": template} if isinstance(template, str) else dict(template or {}),
+        cleans_spaces=bool(made.clean_up_tokenization_spaces),
+    )
+
+
+def auto_tokenizer_difference(folder: Path, ours: tokenizers.Tokenizer) -> str | None:
+    """How transformers' AutoTokenizer differs from a folder's tokenizer.json; None where it agrees.
+
+    AutoTokenizer rebuilds the rules of some classes from their names, and then tokenizer.json's
+    normalizer, splitting and added tokens do not count. A folder that it cannot open differs too.
+    """
+    try:
+        made = _auto_tokenizer(folder)
+    except ConfigError as error:
+        return f"AutoTokenizer cannot open it: {error}"
+    name = type(made).__name__
+    for text in PROBES:
+        theirs = made.encode(text, add_special_tokens=False)
+        own = ours.encode(text, add_special_tokens=False).ids
+        if list(theirs) != own:
+            return (
+                f"AutoTokenizer ({name}) makes {len(theirs)} ids of {text[:24]!r}, tokenizer.json "
+                f"{len(own)}: it rebuilds the rules of this class; tokenizer.json counts here"
+            )
+        if list(made.encode(text)) != ours.encode(text).ids:
+            return f"AutoTokenizer ({name}) puts other special tokens around a text"
+    if made.get_vocab() != ours.get_vocab(with_added_tokens=True):
+        return f"AutoTokenizer ({name}) has another vocabulary: {len(made)} tokens"
+    return None
+
+
+def _auto_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder: of the class that it names, or the generic one."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"{folder} needs transformers to be converted: {error}") from None
+    named = (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file()
+    kind = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
+    try:
+        with _quiet():
+            return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 (whatever its many readers raise)
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{folder}: transformers cannot read its tokenizer: {type(error).__name__}: {text}"
+        ) from None
+
+
+def _check_packages(folder: Path) -> None:
+    """Refuse what transformers would need an absent package for."""
+    if (folder / "tekken.json").is_file():
+        return
+    if (folder / "tokenizer.model").is_file():
+        path = folder / "tokenizer.model"
+        modules, packages = _TIKTOKEN if _is_tiktoken(path) else _SENTENCEPIECE
+    elif (folder / "tiktoken.model").is_file():
+        path = folder / "tiktoken.model"
+        modules, packages = _TIKTOKEN
+    else:
+        return
+    if any(not _is_installed(module) for module in modules):
+        raise ConfigError(
+            f"{path} is converted by transformers, which needs packages that are not installed: "
+            f"pip install {packages}, or pass a folder with tokenizer.json by --tokenizer"
+        )
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Whether a .model file is tiktoken's: lines of a token in base64 and its rank."""
+    with path.open("rb") as file:
+        return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\s*", file.readline(400)) is not None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around a dotted name
+        return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own warnings: what matters is in the error."""
+    log = logging.getLogger("transformers")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
