@@ -87,6 +87,12 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=not self.has_chat_template)
 
     @property
+    def base_vocab_size(self) -> int:
+        """One more than the last id of the model proper, before any token was added to it."""
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=False)
+        return max(vocabulary.values(), default=-1) + 1
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self.chat_templates)
 
@@ -99,6 +105,11 @@ class Tokenizer:
         """End-of-text id that the tokenizer names; a model's configuration may add others."""
         token_id = self._special_id("eos_token")
         return () if token_id is None else (token_id,)
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the token that is written so; None if there is none."""
+        found: int | None = self._backend.token_to_id(text)
+        return found
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that one token stands for by itself; empty for ids outside the vocabulary."""
@@ -142,7 +153,7 @@ class Tokenizer:
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
-        return None if token is None else self._backend.token_to_id(token)
+        return None if token is None else self.token_id(token)
 
 
 def _decodes_bytes(backend: tokenizers.Tokenizer) -> bool:

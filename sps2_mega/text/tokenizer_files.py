@@ -34,6 +34,11 @@ TOKENIZER_FILE = "tokenizer.json"
 CONVERTIBLE_FILES = ("tekken.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer in any form; its files are not opened."""
+    return any((folder / name).is_file() for name in (TOKENIZER_FILE, *CONVERTIBLE_FILES))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerParts:
     """A tokenizer with all tokens of its folder, the named ones, and its chat templates by name."""
@@ -50,9 +55,9 @@ def load_tokenizer_parts(folder: Path) -> TokenizerParts:
         ConfigError: there is none, it cannot be read, or it asks for what is not done; says what
             to do.
     """
+    if not has_tokenizer(folder):
+        raise ConfigError(_missing_text(folder))
     if not (folder / TOKENIZER_FILE).is_file():
-        if not any((folder / name).is_file() for name in CONVERTIBLE_FILES):
-            raise ConfigError(_missing_text(folder))
         from sps2_mega.text.tokenizer_conversion import convert_tokenizer
 
         converted = convert_tokenizer(folder)
@@ -107,7 +112,11 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: TokenSettings, folder: 
 
     A token that is in the vocabulary keeps its id and gets the flags; a new one gets the next id.
     """
-    known = set(backend.get_vocab(with_added_tokens=True))
+    known = {
+        token.content
+        for token in settings.by_id.values()
+        if backend.token_to_id(token.content) is not None
+    }
     # Tokens of tokenizer.json too: flags of the other files count, and named ones are special.
     new: list[str | tokenizers.AddedToken] = [
         _library_token(token) for _, token in sorted(settings.by_id.items())
