@@ -42,9 +42,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     """
     from sps2_mega.checkpoint.architecture import model_config_to_mapping
     from sps2_mega.checkpoint.inventory import check_complete
-    from sps2_mega.checkpoint.source import tokenizer_folder
     from sps2_mega.checkpoint.sharding import num_parameters
-    from sps2_mega.checkpoint.source import open_checkpoint
+    from sps2_mega.checkpoint.source import open_checkpoint, tokenizer_folder
     from sps2_mega.errors import CheckpointError
 
     source = open_checkpoint(folder)

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, normalizers
 
 from sps2_mega.errors import ConfigError
 
 # File -> the modules that transformers reads it with, and the packages that bring them.
 _SENTENCEPIECE = (("sentencepiece", "google.protobuf"), "sentencepiece protobuf")
 _TIKTOKEN = (("tiktoken",), "tiktoken")
+# Files that name a tokenizer's class, or the family that implies one.
+_CLASS_FILES = ("tokenizer_config.json", "config.json")
 # Texts on which two tokenizers of one folder are compared: blanks, digits, scripts, line ends.
 PROBES = (
     "Hello world",
@@ -50,7 +53,11 @@ def convert_tokenizer(folder: Path) -> ConvertedTokenizer:
         ConfigError: a package is absent, or transformers cannot read the folder either.
     """
     _check_packages(folder)
-    made = _auto_tokenizer(folder)
+    bare = not any((folder / name).is_file() for name in _CLASS_FILES)
+    if bare and (folder / "tokenizer.model").is_file() and not _is_tiktoken(folder):
+        made = _as_sentencepiece_does(folder)
+    else:
+        made = _auto_tokenizer(folder)
     backend = getattr(made, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise ConfigError(
@@ -94,15 +101,48 @@ def auto_tokenizer_difference(folder: Path, ours: tokenizers.Tokenizer) -> str |
 
 def _auto_tokenizer(folder: Path) -> Any:
     """transformers' tokenizer of a folder: of the class that it names, or the generic one."""
+    named = any((folder / name).is_file() for name in _CLASS_FILES)
+    return _opened_as("AutoTokenizer" if named else "PreTrainedTokenizerFast", folder)
+
+
+def _as_sentencepiece_does(folder: Path) -> Any:
+    """The conversion of a lone SentencePiece model, which must make the ids that the model makes.
+
+    No file names a class, and transformers' generic one puts no blank before a text, as most
+    models are trained with.
+    """
+    import sentencepiece
+
+    path = folder / "tokenizer.model"
+    made = _opened_as("PreTrainedTokenizerFast", folder)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for change in (None, _put_blank_before_text):
+        if change is not None:
+            change(made.backend_tokenizer)
+        if all(made.encode(text, add_special_tokens=False) == own.encode(text) for text in PROBES):
+            return made
+    raise ConfigError(
+        f"{path}: converted by transformers it makes other ids than SentencePiece itself: name the "
+        "tokenizer_class in a tokenizer_config.json beside it, or save a tokenizer.json once"
+    )
+
+
+def _put_blank_before_text(backend: tokenizers.Tokenizer) -> None:
+    steps = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Prepend("\u2581")])
+    backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(" ", 1, 0)])
+
+
+def _opened_as(kind: str, folder: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
         raise ConfigError(f"{folder} needs transformers to be converted: {error}") from None
-    named = (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file()
-    kind = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
     try:
         with _quiet():
-            return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            return getattr(transformers, kind).from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # noqa: BLE001 (whatever its many readers raise)
         text = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -116,12 +156,17 @@ def _check_packages(folder: Path) -> None:
         return
     if (folder / "tokenizer.model").is_file():
         path = folder / "tokenizer.model"
-        modules, packages = _TIKTOKEN if _is_tiktoken(path) else _SENTENCEPIECE
+        modules, packages = _TIKTOKEN if _is_tiktoken(folder) else _SENTENCEPIECE
     elif (folder / "tiktoken.model").is_file():
         path = folder / "tiktoken.model"
         modules, packages = _TIKTOKEN
-    else:
+    elif any((folder / name).is_file() for name in _CLASS_FILES):
         return
+    else:
+        raise ConfigError(
+            f"{folder} has vocab.json but no tokenizer.json, and the rules around a vocabulary are "
+            "those of a class: name the tokenizer_class in a tokenizer_config.json beside it"
+        )
     if any(not _is_installed(module) for module in modules):
         raise ConfigError(
             f"{path} is converted by transformers, which needs packages that are not installed: "
@@ -129,9 +174,9 @@ def _check_packages(folder: Path) -> None:
         )
 
 
-def _is_tiktoken(path: Path) -> bool:
-    """Whether a .model file is tiktoken's: lines of a token in base64 and its rank."""
-    with path.open("rb") as file:
+def _is_tiktoken(folder: Path) -> bool:
+    """Whether tokenizer.model is tiktoken's: lines of a token in base64 and its rank."""
+    with (folder / "tokenizer.model").open("rb") as file:
         return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\s*", file.readline(400)) is not None
 
 
