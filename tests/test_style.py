@@ -25,7 +25,12 @@ HOMES = {
     "megatron": ["sps2_mega/mcore/*", "tests/*", "tools/*", "benchmarks/*"],
     "triton": ["sps2_mega/kernels/*/triton.py", "tests/*", "tools/*", "benchmarks/*"],
     "deepspeed": ["sps2_mega/mcore/init.py", "launch/*", "tests/*"],
-    "transformers": ["sps2_mega/text/tokenizer_conversion.py", "tests/*", "tools/*", "benchmarks/*"],
+    "transformers": [
+        "sps2_mega/text/tokenizer_conversion.py",
+        "tests/*",
+        "tools/*",
+        "benchmarks/*",
+    ],
     "safetensors": ["sps2_mega/checkpoint/*", "tests/*", "tools/*", "benchmarks/*"],
     "tokenizers": ["sps2_mega/text/*", "tests/*", "tools/*", "benchmarks/*"],
     "pydantic": ["sps2_mega/serving/*", "sps2_mega/text/*", "tests/*"],

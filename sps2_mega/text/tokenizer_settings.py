@@ -83,7 +83,13 @@ class TokenizerConfig(BaseModel):
 
 _CONFIG = TypeAdapter(TokenizerConfig)
 _SPECIAL_MAP = TypeAdapter(
-    dict[str, str | Token | list[TokenOrText] | dict[str, TokenOrText] | None],
+    dict[
+        str,
+        Annotated[
+            str | Token | list[TokenOrText] | dict[str, TokenOrText] | None,
+            Field(union_mode="left_to_right"),
+        ],
+    ],
     config=ConfigDict(strict=True),
 )
 _ADDED = TypeAdapter(dict[str, TokenId], config=ConfigDict(strict=True))
@@ -150,9 +156,10 @@ def checked(adapter: TypeAdapter[_T], value: Any, path: Path) -> _T:
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if not _is_type_name(part))
-        shown = repr(first["input"])
+        # Of a field that may have several types, the error that is deepest in the value.
+        errors = error.errors(include_url=False)
+        first = max(errors, key=lambda entry: len(_place(entry["loc"])))
+        where, shown = ".".join(_place(first["loc"])), repr(first["input"])
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         raise ConfigError(f"{path}: {where or 'content'}={shown}: {first['msg']}") from None
 
@@ -174,9 +181,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_type_name(part: str | int) -> bool:
+def _place(parts: tuple[str | int, ...]) -> list[str]:
     # pydantic puts the members of a union into a location: `eos_token.Token.content`.
-    return isinstance(part, str) and (part in ("str", "Token") or "[" in part)
+    return [str(part) for part in parts if part not in ("str", "Token") and "[" not in str(part)]
 
 
 def _refuse_what_is_not_done(config: TokenizerConfig, path: Path) -> None:
