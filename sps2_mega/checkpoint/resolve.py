@@ -14,7 +14,7 @@ from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS
 from sps2_mega.checkpoint.hf_config import read_hf_config
 from sps2_mega.checkpoint.model_file import model_files, named_model_file, read_model_file
 from sps2_mega.checkpoint.source import open_checkpoint, tokenizer_folder
-from sps2_mega.checkpoint.vocabulary import check_rows, with_end_tokens
+from sps2_mega.checkpoint.vocabulary import check_rows, stated_end_tokens, with_end_tokens
 from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.text.tokenizer import Tokenizer
@@ -76,6 +76,8 @@ def suggested_csa(name_or_path: str | Path) -> CSAConfig | None:
 def _stated(folder: Path, tokens: Path | None, needs_weights: bool) -> ModelConfig:
     """Architecture of a folder, with its end tokens; its tokenizer is checked against its rows."""
     is_huggingface = (folder / "config.json").is_file()
+    if is_huggingface:
+        stated_end_tokens(folder)  # before a value of another type gets further
     if is_huggingface and not needs_weights:
         config = read_hf_config(folder)
         rows = config.vocab_size
