@@ -106,6 +106,11 @@ class Tokenizer:
         token_id = self._special_id("eos_token")
         return () if token_id is None else (token_id,)
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, to compare with others; not to be changed."""
+        return self._backend
+
     def token_id(self, text: str) -> int | None:
         """Id of the token that is written so; None if there is none."""
         found: int | None = self._backend.token_to_id(text)

@@ -34,6 +34,7 @@ PROBES = (
     "Größe naïve Ａｂｃ ﬁne e\u0301 \u00a0 你好，世界 😀👩‍💻 नमस्ते مرحبا",
     "don't I'LL we've\n\n\n   end",
 )
+_MOST_ADDED = 64  # added tokens that are compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,25 +78,30 @@ def auto_tokenizer_difference(folder: Path, ours: tokenizers.Tokenizer) -> str |
     """How transformers' AutoTokenizer differs from a folder's tokenizer.json; None where it agrees.
 
     AutoTokenizer rebuilds the rules of some classes from their names, and then tokenizer.json's
-    normalizer, splitting and added tokens do not count. A folder that it cannot open differs too.
+    normalizer and splitting do not count; for family qwen2 it does so whatever class is named. A
+    folder that it cannot open differs too.
     """
     try:
         made = _auto_tokenizer(folder)
     except ConfigError as error:
         return f"AutoTokenizer cannot open it: {error}"
-    name = type(made).__name__
-    for text in PROBES:
-        theirs = made.encode(text, add_special_tokens=False)
+    name = f"AutoTokenizer ({type(made).__name__})"
+    added = [token.content for token in ours.get_added_tokens_decoder().values()]
+    for text in (*PROBES, "".join(f"a{token} b" for token in added[:_MOST_ADDED])):
         own = ours.encode(text, add_special_tokens=False).ids
-        if list(theirs) != own:
+        try:
+            theirs = list(made.encode(text, add_special_tokens=False))
+        except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
+            return f"{name} cannot encode {text[:24]!r}: {error}"
+        if theirs != own:
             return (
-                f"AutoTokenizer ({name}) makes {len(theirs)} ids of {text[:24]!r}, tokenizer.json "
-                f"{len(own)}: it rebuilds the rules of this class; tokenizer.json counts here"
+                f"{name} makes other ids of {text[:24]!r} ({len(theirs)} instead of {len(own)}): "
+                "it rebuilds the rules of this class, but tokenizer.json counts here"
             )
         if list(made.encode(text)) != ours.encode(text).ids:
-            return f"AutoTokenizer ({name}) puts other special tokens around a text"
+            return f"{name} puts other special tokens around a text than tokenizer.json"
     if made.get_vocab() != ours.get_vocab(with_added_tokens=True):
-        return f"AutoTokenizer ({name}) has another vocabulary: {len(made)} tokens"
+        return f"{name} has another vocabulary ({len(made)} tokens) than tokenizer.json"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -312,6 +313,38 @@ def test_a_lone_sentencepiece_model_makes_its_own_ids(tmp_path: Path, kind: str)
         assert ours.encode(text) == own.encode(text)
         assert ours.decode(own.encode(text)) == own.decode(own.encode(text))
     assert ours.vocab_size == own.get_piece_size() and ours.eos_token_ids == (own.eos_id(),)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "family", "expected"),
+    [
+        (samples.byte_bpe, "PreTrainedTokenizerFast", None, None),
+        (samples.byte_bpe, "LlamaTokenizer", "llama", None),  # byte-level ones it leaves alone
+        (samples.sentencepiece, "PreTrainedTokenizerFast", "llama", None),
+        (samples.sentencepiece, "LlamaTokenizer", "llama", r"\(LlamaTokenizer\) makes other ids"),
+        (samples.sentencepiece, "GPT2Tokenizer", None, r"of 'Hello world' \(8 instead of 11\)"),
+        (samples.byte_bpe, "PreTrainedTokenizerFast", "qwen2", r"\(Qwen2Tokenizer\) makes other"),
+        (samples.byte_level, "GemmaTokenizer", None, r"\(GemmaTokenizer\) (cannot|makes other)"),
+    ],
+)
+def test_where_auto_tokenizer_rebuilds_the_rules(
+    tmp_path: Path,
+    base: Callable[[], tokenizers.Tokenizer],
+    name: str,
+    family: str | None,
+    expected: str | None,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from sps2_mega.text.tokenizer_conversion import auto_tokenizer_difference
+
+    samples.save(base(), tmp_path, tokenizer_class=name)
+    if family is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
+    found = auto_tokenizer_difference(tmp_path, ours.backend)
+    assert (found is None) if expected is None else re.search(expected, str(found))
 
 
 def test_reading_a_tokenizer_json_does_not_import_transformers(tmp_path: Path) -> None:
