@@ -20,12 +20,8 @@ import tokenizers
 
 from sps2_mega.errors import ConfigError
 from sps2_mega.text.chat_template import find_templates
-from sps2_mega.text.tokenizer_settings import (
-    Token,
-    TokenSettings,
-    content,
-    read_token_settings,
-)
+from sps2_mega.text.tokenizer_schema import Token, content
+from sps2_mega.text.tokenizer_settings import TokenSettings, read_token_settings
 
 logger = logging.getLogger(__name__)
 

@@ -4,21 +4,31 @@
     special_tokens_map.json   named and extra tokens; counts only without added_tokens_decoder
     added_tokens.json         ids of added tokens; likewise
 
-Files are checked by type here and joined in the order in which transformers' generic class
-(`PreTrainedTokenizerFast`) takes them. `tokenizer_files` applies the result to the tokenizer.
+Files are joined in the order in which transformers' generic class (`PreTrainedTokenizerFast`) takes
+them; `tokenizer_schema` checks their fields, `tokenizer_files` applies the result.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from typing import Any
 
 from sps2_mega.errors import ConfigError
+from sps2_mega.text.tokenizer_schema import (
+    ADDED_TOKENS,
+    SPECIAL_TOKENS_MAP,
+    TOKEN,
+    TOKENIZER_CONFIG,
+    NamedTemplate,
+    Token,
+    TokenizerConfig,
+    TokenOrText,
+    checked,
+    content,
+    read_json_object,
+)
 
 NAMED_TOKENS = (
     "bos_token",
@@ -30,69 +40,6 @@ NAMED_TOKENS = (
     "mask_token",
 )
 _OLD_LIST, _LIST = "additional_special_tokens", "extra_special_tokens"
-_T = TypeVar("_T")
-
-
-class Token(BaseModel):
-    """An added token with its flags; `normalized` None means: unless it is special."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-    content: Annotated[str, Field(min_length=1)]
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool | None = None
-    special: bool = False
-
-
-class NamedTemplate(BaseModel):
-    """One entry of a list of chat templates."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    name: str
-    template: str
-
-
-TokenOrText = str | Token
-TokenId = Annotated[int, Field(ge=0)]
-
-
-class TokenizerConfig(BaseModel):
-    """The fields of tokenizer_config.json that change tokens or texts; others stay unread."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    bos_token: TokenOrText | None = None
-    eos_token: TokenOrText | None = None
-    unk_token: TokenOrText | None = None
-    sep_token: TokenOrText | None = None
-    pad_token: TokenOrText | None = None
-    cls_token: TokenOrText | None = None
-    mask_token: TokenOrText | None = None
-    additional_special_tokens: list[TokenOrText] | None = None
-    extra_special_tokens: list[TokenOrText] | dict[str, TokenOrText] | None = None
-    added_tokens_decoder: dict[str, Token] | None = None
-    chat_template: str | list[NamedTemplate] | dict[str, str] | None = None
-    clean_up_tokenization_spaces: bool | None = None
-    split_special_tokens: bool | None = None
-    fix_mistral_regex: bool | None = None
-    fast_tokenizer_files: list[str] | None = None
-
-
-_CONFIG = TypeAdapter(TokenizerConfig)
-_SPECIAL_MAP = TypeAdapter(
-    dict[
-        str,
-        Annotated[
-            str | Token | list[TokenOrText] | dict[str, TokenOrText] | None,
-            Field(union_mode="left_to_right"),
-        ],
-    ],
-    config=ConfigDict(strict=True),
-)
-_ADDED = TypeAdapter(dict[str, TokenId], config=ConfigDict(strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +61,7 @@ def read_token_settings(folder: Path, own: Mapping[int, Token]) -> TokenSettings
         ConfigError: a file is not JSON, has a field of another type, or asks for what is not done.
     """
     path = folder / "tokenizer_config.json"
-    config = checked(_CONFIG, read_json_object(path), path)
+    config = checked(TOKENIZER_CONFIG, read_json_object(path), path)
     _refuse_what_is_not_done(config, path)
     tokens = _Tokens(
         named={name: value for name in NAMED_TOKENS if (value := getattr(config, name)) is not None}
@@ -143,49 +90,6 @@ def read_token_settings(folder: Path, own: Mapping[int, Token]) -> TokenSettings
     )
 
 
-def content(token: TokenOrText) -> str:
-    return token if isinstance(token, str) else token.content
-
-
-def checked(adapter: TypeAdapter[_T], value: Any, path: Path) -> _T:
-    """`value` in the adapter's type.
-
-    Raises:
-        ConfigError: it is not; one line with the file, the field, its value and what is needed.
-    """
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        # Of a field that may have several types, the error that is deepest in the value.
-        errors = error.errors(include_url=False)
-        first = max(errors, key=lambda entry: len(_place(entry["loc"])))
-        where, shown = ".".join(_place(first["loc"])), repr(first["input"])
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        raise ConfigError(f"{path}: {where or 'content'}={shown}: {first['msg']}") from None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty where there is no file.
-
-    Raises:
-        ConfigError: it is not a JSON object in UTF-8.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {type(error).__name__}: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _place(parts: tuple[str | int, ...]) -> list[str]:
-    # pydantic puts the members of a union into a location: `eos_token.Token.content`.
-    return [str(part) for part in parts if part not in ("str", "Token") and "[" not in str(part)]
-
-
 def _refuse_what_is_not_done(config: TokenizerConfig, path: Path) -> None:
     if config.fix_mistral_regex:
         raise ConfigError(
@@ -197,9 +101,6 @@ def _refuse_what_is_not_done(config: TokenizerConfig, path: Path) -> None:
         raise ConfigError(
             f"{path}: fast_tokenizer_files names {', '.join(versions)}: only tokenizer.json is read"
         )
-
-
-_TOKEN = TypeAdapter(Token)
 
 
 class _MapToken(Token):
@@ -223,7 +124,7 @@ class _Tokens:
             if isinstance(value, str):
                 self.own_names[name] = value
             elif isinstance(value, dict) and value.get("__type") == "AddedToken":
-                self.named[name] = checked(_TOKEN, value, path)
+                self.named[name] = checked(TOKEN, value, path)
 
     def take_lists(self, stated: Mapping[str, Any]) -> None:
         """The two fields of extra tokens: the newer one counts unless it is empty."""
@@ -236,7 +137,7 @@ class _Tokens:
 
     def take_special_map(self, path: Path) -> None:
         """Values of special_tokens_map.json, which take precedence."""
-        for name, value in checked(_SPECIAL_MAP, read_json_object(path), path).items():
+        for name, value in checked(SPECIAL_TOKENS_MAP, read_json_object(path), path).items():
             if isinstance(value, list):
                 known = (self.lists.get(_LIST) or []) if name == _LIST else []
                 self.lists[name] = known + [
@@ -284,7 +185,7 @@ def _of_map(token: TokenOrText) -> TokenOrText:
 def _legacy_added(path: Path, special: set[str]) -> dict[int, Token]:
     return {
         token_id: Token(content=text, normalized=text not in special, special=text in special)
-        for text, token_id in checked(_ADDED, read_json_object(path), path).items()
+        for text, token_id in checked(ADDED_TOKENS, read_json_object(path), path).items()
     }
 
 
