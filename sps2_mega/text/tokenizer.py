@@ -49,8 +49,13 @@ class Tokenizer:
         # tokens.
         self.is_byte_level = _decodes_bytes(backend)
         self._bytes: dict[int, bytes] = {}
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        # Tokens that decoding leaves out; not all that are called special, where a normalizer
+        # changes how they are written.
+        self.special_ids = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special and not backend.decode([token_id], skip_special_tokens=True)
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:

@@ -110,8 +110,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"{path} is not JSON in UTF-8: {type(error).__name__}: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
