@@ -120,12 +120,19 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: TokenSettings, folder: 
     seen = {token.content for token in _added(backend).values()}
     seen |= {token.content for token in settings.by_id.values()}
     for token in (*settings.named.values(), *settings.extra):
-        added = token if isinstance(token, str) else _library_token(token)
+        wanted = token if isinstance(token, str) else _library_token(token)
         # The same token with other flags may come twice: the last one counts.
-        if content(token) not in seen and added not in new:
-            new.append(added)
+        if content(token) not in seen and wanted not in new:
+            new.append(wanted)
     names = {content(token) for token in settings.named.values()}
     backend.add_tokens([_special_if(token, names) for token in new])
+    for token_id, added in _added(backend).items():
+        other = backend.model.id_to_token(token_id)
+        if other not in (None, added.content):
+            raise ConfigError(
+                f"{folder}: added token {added.content!r} gets id {token_id}, which {other!r} has: "
+                "the vocabulary of tokenizer.json lacks ids"
+            )
     for token_id, token in settings.by_id.items():
         given = backend.token_to_id(token.content)
         if given == token_id:

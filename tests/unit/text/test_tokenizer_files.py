@@ -231,6 +231,18 @@ def test_ids_that_contradict_the_vocabulary(
         Tokenizer.load(folder)
 
 
+def test_a_vocabulary_with_holes(tmp_path: Path) -> None:
+    """Its size is one more than the last id; an added token must not fall on an id in use."""
+    words = tokenizers.models.WordLevel({"a": 0, "<unk>": 1, "b": 3}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(words)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.vocab_size, ours.decode([2]), ours.token_bytes(2)) == (4, "", b"")
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<e>"}')
+    with pytest.raises(ConfigError, match="'<e>' gets id 3, which 'b' has"):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_texts_that_would_be_cleaned_up_are_refused(tmp_path: Path, base: str) -> None:
     samples.save(BASES[base](), tmp_path, clean_up_tokenization_spaces=True)
