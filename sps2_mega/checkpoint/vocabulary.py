@@ -79,7 +79,7 @@ def vocabulary_of_run(args: Mapping[str, Any], tokens: Path | None, where: str) 
     raise ConfigError(
         f"{where}: vocab_size is not stated, only padded_vocab_size="
         f"{args.get('padded_vocab_size')!r}, whose last rows may be padding: pass the tokenizer's "
-        "folder with --tokenizer DIR"
+        "folder with --tokenizer DIR, or the architecture with --config"
     )
 
 
