@@ -93,7 +93,7 @@ def _with_tokens(
 ) -> ModelConfig:
     tokenizer = None if tokens is None else Tokenizer.load(tokens)
     if tokens is not None and tokenizer is not None:
-        check_rows(tokens, tokenizer, rows, is_huggingface=is_huggingface)
+        check_rows(tokens, tokenizer, config.vocab_size, rows, is_huggingface=is_huggingface)
     return with_end_tokens(config, tokens, tokenizer)
 
 

@@ -83,29 +83,37 @@ def vocabulary_of_run(args: Mapping[str, Any], tokens: Path | None, where: str) 
     )
 
 
-def check_rows(tokens: Path, tokenizer: Tokenizer, rows: int, *, is_huggingface: bool) -> None:
-    """Refuse a tokenizer that has more tokens than the model has rows.
+def check_rows(
+    tokens: Path, tokenizer: Tokenizer, size: int, rows: int, *, is_huggingface: bool
+) -> None:
+    """Refuse a tokenizer that has more tokens than a model of `size` tokens in `rows` rows.
 
-    Folders of Hugging Face may name added tokens (a padding token, say) that nobody gave a row:
+    A model may lack rows for added tokens (a padding token, say), as folders of Hugging Face do:
     there as in transformers only prompts that use them are refused.
 
     Raises:
         ConfigError: the tokenizer cannot be the model's.
     """
-    if tokenizer.vocab_size <= rows:
+    if not is_huggingface and tokenizer.vocab_size > rows:
+        raise ConfigError(_too_large(tokens, tokenizer.vocab_size, rows))
+    limit = min(size, rows)
+    if tokenizer.vocab_size <= limit:
         return
-    size = tokenizer.base_vocab_size if is_huggingface else tokenizer.vocab_size
-    if size > rows:
-        raise ConfigError(
-            f"{tokens}: the tokenizer has {size} tokens, but the model has rows for {rows}: it is "
-            "another model's tokenizer"
-        )
+    if tokenizer.base_vocab_size > limit:
+        raise ConfigError(_too_large(tokens, tokenizer.base_vocab_size, limit))
     log.warning(
-        "%s: added tokens up to id %d have no row in a model of %d rows: prompts with them are "
+        "%s: added tokens up to id %d have no row in a model of %d tokens: prompts with them are "
         "refused",
         tokens,
         tokenizer.vocab_size - 1,
-        rows,
+        limit,
+    )
+
+
+def _too_large(tokens: Path, size: int, limit: int) -> str:
+    return (
+        f"{tokens}: the tokenizer has {size} tokens, but the model has rows for {limit}: it is "
+        "another model's tokenizer"
     )
 
 

@@ -138,6 +138,10 @@ def test_a_tokenizer_beyond_the_rows_is_refused(tmp_path: Path, tokens: Path) ->
     folder = write_megatron(tmp_path / "m", small, rows=256, args={"vocab_size": None})
     with pytest.raises(ConfigError, match=r"tokenizer has 259 tokens, but the model has rows for"):
         resolve_model(folder, tokenizer=tokens)
+    null = {"tokenizer_type": "NullTokenizer", "vocab_size": 199}
+    folder = write_megatron(tmp_path / "n", bytes_model(200), rows=384, args=null)
+    with pytest.raises(ConfigError, match=r"tokenizer has 256 tokens, .* rows for 200"):
+        resolve_model(folder, tokenizer=tokens)
     tiny = bytes_model(200)
     export_huggingface(MemorySource(tiny), tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"tokenizer has 256 tokens, .* rows for 200"):
@@ -150,7 +154,7 @@ def test_added_tokens_without_a_row_are_a_warning_in_hugging_face_folders(
     """transformers opens such folders too: a padding token that nobody gave a row, say."""
     export_huggingface(MemorySource(bytes_model(257)), tmp_path)
     model = resolve_model(tmp_path, tokenizer=tokens)
-    assert "added tokens up to id 258 have no row in a model of 257 rows" in caplog.text
+    assert "added tokens up to id 258 have no row in a model of 257 tokens" in caplog.text
     assert (model.config.vocab_size, model.config.eos_token_ids) == (257, ())
 
 
