@@ -1,4 +1,4 @@
-"""Small tokenizers, built in memory: byte-level, GPT-2 style BPE, SentencePiece style."""
+"""Small tokenizers, built in memory: byte-level, GPT-2 style BPE, SentencePiece style, words."""
 
 from __future__ import annotations
 
@@ -77,6 +77,28 @@ def sentencepiece() -> tokenizers.Tokenizer:
     ]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
     tokenizer.post_processor = _bos(tokenizer)
+    return tokenizer
+
+
+def unigram() -> tokenizers.Tokenizer:
+    """A unigram model with word marks, as T5 and XGLM have."""
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def word_level() -> tokenizers.Tokenizer:
+    """Whole words in lower case; all others are unknown."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.normalizer = normalizers.Lowercase()
+    trainer = trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
 

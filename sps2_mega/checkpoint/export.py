@@ -22,19 +22,28 @@ from sps2_mega.checkpoint.hf_config import model_config_from_hf, model_config_to
 from sps2_mega.checkpoint.inventory import check_complete
 from sps2_mega.checkpoint.settings.arguments import model_config_to_args
 from sps2_mega.checkpoint.sharding import padded_vocab_size, shard
-from sps2_mega.checkpoint.source import TRACKER, WeightSource, read_canonical
+from sps2_mega.checkpoint.source import (
+    TRACKER,
+    WeightSource,
+    read_canonical,
+    tokenizer_folder,
+)
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
+from sps2_mega.text.chat_template import NAMED_FOLDER
 
 _SIDE_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 OnBytes = Callable[[int, int], None]
@@ -149,7 +158,10 @@ def _start(
 def _copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer and generation settings, which Megatron roots have beside their iterations."""
     root = source.parent if (source.parent / TRACKER).is_file() else source
-    for folder in (root, source):
+    tokens = tokenizer_folder(source)
+    for folder in (root, source) if tokens is None else (root, source, tokens):
         for name in _SIDE_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
+        if (folder / NAMED_FOLDER).is_dir():
+            shutil.copytree(folder / NAMED_FOLDER, target / NAMED_FOLDER, dirs_exist_ok=True)

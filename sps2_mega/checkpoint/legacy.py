@@ -19,8 +19,9 @@ from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape,
 from sps2_mega.checkpoint.megatron_names import canonical_name
 from sps2_mega.checkpoint.megatron_run import args_of, iteration_of
 from sps2_mega.checkpoint.safe_pickle import load_torch_file
-from sps2_mega.checkpoint.settings.arguments import model_config_from_args, saved_layout
+from sps2_mega.checkpoint.settings.arguments import saved_layout
 from sps2_mega.checkpoint.sharding import shard_dim
+from sps2_mega.checkpoint.vocabulary import config_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 
@@ -34,13 +35,15 @@ class LegacySource:
 
     format = "megatron legacy"
 
-    def __init__(self, folder: Path, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: ModelConfig | None = None, *, tokens: Path | None = None
+    ) -> None:
         self.path = folder
         grid = _rank_files(folder)
         states = [[load_torch_file(path, mmap=True) for path in stage] for stage in grid]
         args = args_of(states[0][0], grid[0][0])
         _check_version(states[0][0], grid[0][0])
-        self.config = config or model_config_from_args(args, f"{grid[0][0]} (args)")
+        self.config = config or config_of_run(args, tokens, f"{grid[0][0]} (args)")
         self.iteration = iteration_of(folder, states[0][0].get("iteration"))
         self.saved_layout: tuple[int, int] | None = (len(grid[0]), len(grid))
         if saved_layout(args) not in (None, self.saved_layout):

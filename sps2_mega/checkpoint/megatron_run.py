@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from sps2_mega.checkpoint.safe_pickle import load_torch_file
-from sps2_mega.checkpoint.settings.arguments import model_config_from_args, saved_layout
+from sps2_mega.checkpoint.settings.arguments import saved_layout
 from sps2_mega.checkpoint.settings.bridge import bridge_args
+from sps2_mega.checkpoint.vocabulary import config_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 
@@ -29,8 +30,10 @@ class Run:
     saved_layout: tuple[int, int] | None
 
 
-def read_run(folder: Path, config: ModelConfig | None) -> Run:
+def read_run(folder: Path, config: ModelConfig | None, tokens: Path | None) -> Run:
     """Read the run of a torch_dist folder; `config` replaces the architecture in its files.
+
+    `tokens` is the tokenizer's folder, which says how many tokens there are.
 
     Raises:
         CheckpointError: common.pt would run code or is damaged.
@@ -44,7 +47,7 @@ def read_run(folder: Path, config: ModelConfig | None) -> Run:
                 "architecture is unknown: "
                 "pass it (a name in model_configs/)"
             )
-        config = model_config_from_args(args, where)
+        config = config_of_run(args, tokens, where)
     return Run(config, iteration_of(folder, iteration), saved_layout(args))
 
 

@@ -1,22 +1,24 @@
 """Resolution of a model's name or folder to its configuration, weights and tokenizer.
 
 A name is a folder (Hugging Face or Megatron) or, if no such folder exists, a file of
-model_configs/. Nothing is downloaded. `source` decides the format of a folder.
+model_configs/. Nothing is downloaded. `source` decides the format of a folder, `vocabulary` which
+ids are tokens and which end a text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from sps2_mega.checkpoint.end_tokens import end_token_ids
+from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS
 from sps2_mega.checkpoint.hf_config import read_hf_config
 from sps2_mega.checkpoint.model_file import model_files, named_model_file, read_model_file
-from sps2_mega.checkpoint.source import iteration_folder, open_checkpoint
+from sps2_mega.checkpoint.source import open_checkpoint, tokenizer_folder
+from sps2_mega.checkpoint.vocabulary import check_rows, stated_end_tokens, with_end_tokens
 from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+from sps2_mega.text.tokenizer import Tokenizer
+from sps2_mega.text.tokenizer_files import CONVERTIBLE_FILES, TOKENIZER_FILE, has_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +53,12 @@ def resolve_model(
     """
     given = Path(tokenizer) if tokenizer is not None else None
     if given is not None and not has_tokenizer(given):
-        raise ConfigError(f"tokenizer {given}: no {' or '.join(TOKENIZER_FILES)} there")
+        files = ", ".join((TOKENIZER_FILE, *CONVERTIBLE_FILES))
+        raise ConfigError(f"tokenizer {given}: none of {files} is there")
     path = Path(name_or_path)
     if path.is_dir():
-        config, tokens = _stated(path, needs_weights), given or tokenizer_folder(path)
-        if tokens is not None and not config.eos_token_ids:
-            config = replace(config, eos_token_ids=end_token_ids(tokens))
+        tokens = given or tokenizer_folder(path)
+        config = _stated(path, tokens, needs_weights)
         return ResolvedModel(name=path.resolve().name, config=config, path=path, tokenizer=tokens)
     return _named_model(str(name_or_path), given, needs_weights)
 
@@ -71,19 +73,28 @@ def suggested_csa(name_or_path: str | Path) -> CSAConfig | None:
     return None if file is None else read_model_file(file).csa
 
 
-def tokenizer_folder(folder: Path) -> Path | None:
-    """Folder of a checkpoint's tokenizer: the folder itself or the iteration that it points to."""
-    return next((f for f in (folder, iteration_folder(folder)) if has_tokenizer(f)), None)
+def _stated(folder: Path, tokens: Path | None, needs_weights: bool) -> ModelConfig:
+    """Architecture of a folder, with its end tokens; its tokenizer is checked against its rows."""
+    is_huggingface = (folder / "config.json").is_file()
+    if is_huggingface:
+        stated_end_tokens(folder)  # before a value of another type gets further
+    if is_huggingface and not needs_weights:
+        config = read_hf_config(folder)
+        rows = config.vocab_size
+    else:
+        source = open_checkpoint(folder, tokens=tokens)
+        config = source.config
+        rows = source.shapes().get(WORD_EMBEDDINGS, (config.vocab_size,))[0]
+    return _with_tokens(config, tokens, rows, is_huggingface=is_huggingface)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _stated(folder: Path, needs_weights: bool) -> ModelConfig:
-    if not needs_weights and (folder / "config.json").is_file():
-        return read_hf_config(folder)
-    return open_checkpoint(folder).config
+def _with_tokens(
+    config: ModelConfig, tokens: Path | None, rows: int, *, is_huggingface: bool
+) -> ModelConfig:
+    tokenizer = None if tokens is None else Tokenizer.load(tokens)
+    if tokens is not None and tokenizer is not None:
+        check_rows(tokens, tokenizer, config.vocab_size, rows, is_huggingface=is_huggingface)
+    return with_end_tokens(config, tokens, tokenizer)
 
 
 def _named_model(name: str, tokenizer: Path | None, needs_weights: bool) -> ResolvedModel:
@@ -98,11 +109,13 @@ def _named_model(name: str, tokenizer: Path | None, needs_weights: bool) -> Reso
             "and pass the "
             "folder as the model (a Hugging Face folder or a Megatron checkpoint)"
         )
+    tokens = tokenizer or file.tokenizer
+    rows = file.config.vocab_size
     return ResolvedModel(
         name=name,
-        config=file.config,
+        config=_with_tokens(file.config, tokens, rows, is_huggingface=True),
         path=file.weights or Path(name),
-        tokenizer=tokenizer or file.tokenizer,
+        tokenizer=tokens,
         suggested_tp=file.tp,
         suggested_sp=file.sp,
         csa=file.csa,

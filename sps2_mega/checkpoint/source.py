@@ -22,8 +22,11 @@ from sps2_mega.checkpoint.legacy import LegacySource
 from sps2_mega.checkpoint.torch_dist import TorchDistSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
+from sps2_mega.text.tokenizer_files import has_tokenizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# Files by which the root of a Megatron checkpoint is known, Bridge's own included.
+_ROOT_FILES = (TRACKER, "latest_train_state.pt")
 
 
 class WeightSource(Protocol):
@@ -49,8 +52,13 @@ class WeightSource(Protocol):
     def origin(self, name: str) -> str: ...
 
 
-def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> WeightSource:
+def open_checkpoint(
+    path: str | Path, config: ModelConfig | None = None, *, tokens: Path | None = None
+) -> WeightSource:
     """Open a folder in any known format; `config` replaces the architecture that it states.
+
+    `tokens` is the folder of the tokenizer, which says how many rows of a Megatron checkpoint are
+    tokens; by default the one that lies with the checkpoint.
 
     Raises:
         CheckpointError: no known format, an unreadable file, or one that would run code.
@@ -62,10 +70,11 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Weig
     if (folder / "config.json").is_file():
         return HuggingFaceSource(folder, config)
     iteration = iteration_folder(folder)
+    tokens = tokens or tokenizer_folder(folder)
     if (iteration / ".metadata").is_file():
-        return TorchDistSource(iteration, config)
+        return TorchDistSource(iteration, config, tokens=tokens)
     if any(iteration.glob("mp_rank_*")):
-        return LegacySource(iteration, config)
+        return LegacySource(iteration, config, tokens=tokens)
     raise CheckpointError(f"{iteration}: not a known checkpoint: {_found(iteration)}")
 
 
@@ -87,6 +96,22 @@ def iteration_folder(folder: Path) -> Path:
     if not target.is_dir():
         raise CheckpointError(f"{tracker} points to {target.name}, which is not in {folder}")
     return target
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Folder of a checkpoint's tokenizer; None if none lies with it.
+
+    With the weights first: of a Megatron checkpoint the iteration's `tokenizer/` (Bridge) and the
+    iteration itself, then its root and the root's `tokenizer/`.
+    """
+    places = [folder, folder / "tokenizer"]
+    if not (folder / "config.json").is_file():
+        iteration = iteration_folder(folder)
+        root = folder if iteration != folder else folder.parent
+        places = [iteration / "tokenizer", iteration]
+        if iteration != folder or any((root / name).is_file() for name in _ROOT_FILES):
+            places += [root, root / "tokenizer"]
+    return next((place for place in places if has_tokenizer(place)), None)
 
 
 def _found(folder: Path) -> str:

@@ -62,10 +62,12 @@ class TorchDistSource:
 
     format = "megatron torch_dist"
 
-    def __init__(self, folder: Path, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: ModelConfig | None = None, *, tokens: Path | None = None
+    ) -> None:
         self.path = folder
         _check_backend(folder)
-        run = read_run(folder, config)
+        run = read_run(folder, config, tokens)
         self.config, self.iteration, self.saved_layout = run.config, run.iteration, run.saved_layout
         self._places: dict[str, _Place] = {}
         for stored in read_index(folder):

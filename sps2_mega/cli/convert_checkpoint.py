@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 convert") -> in
 
     try:
         config = _named_config(args.config) if args.config else None
-        source = open_checkpoint(args.source, config)
+        source = open_checkpoint(args.source, config, tokens=args.tokenizer)
         expected = "huggingface" if args.direction == "hf-to-megatron" else "megatron"
         if not source.format.startswith(expected):
             raise ConfigError(
@@ -67,6 +67,12 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> argparse.Namespace:
         "--config",
         metavar="NAME",
         help="architecture from model_configs/ instead of the one that SRC states",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="tokenizer that says which rows of a Megatron SRC are tokens (default: SRC's own)",
     )
     return parser.parse_args(argv)
 

@@ -1,6 +1,6 @@
 """`sps2 doctor`: what this machine has, what will be used of it, and what is missing.
 
-    sps2 doctor [--json]
+    sps2 doctor [--json] [--tokenizer DIR]
 
 Runs without any dependency installed. Looks at packages through their metadata and files and
 imports none but torch, so that a broken or mistaken package cannot run here. Exit code 1 when
@@ -49,8 +49,16 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 doctor") -> int
         prog=prog, description="What this machine has and what will be used."
     )
     parser.add_argument("--json", action="store_true", help="machine-readable report")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="also read this folder's tokenizer and compare it with transformers' AutoTokenizer",
+    )
     args = parser.parse_args(argv)
     findings = examine()
+    if args.tokenizer is not None:
+        findings += tokenizer(args.tokenizer)
     plan = what_will_be_used(findings)
     missing = [f.name for f in findings if f.required and f.status != "ok"]
     if args.json:
@@ -225,6 +233,22 @@ def transformer_engine() -> Finding:
     return Finding(
         "transformer-engine", "ok", installed_version("transformer_engine") or "unknown version"
     )
+
+
+def tokenizer(folder: Path) -> list[Finding]:
+    """Whether a folder's tokenizer can be read, and whether AutoTokenizer would agree with it."""
+    from sps2_mega.cli.tokenizer_report import tokenizer_facts, tokenizer_line
+    from sps2_mega.errors import ConfigError
+
+    try:
+        facts = tokenizer_facts(folder)
+    except ConfigError as error:
+        return [Finding("tokenizer", "wrong", str(error), required=True)]
+    differs = facts["differs"]
+    return [
+        Finding("tokenizer", "ok", tokenizer_line(facts), required=True),
+        Finding("AutoTokenizer", "wrong" if differs else "ok", differs or "makes the same ids"),
+    ]
 
 
 def program(name: str, purpose: str) -> Finding:

@@ -1,15 +1,15 @@
 """Chat messages as the text a model was trained on, by the model's own Jinja template.
 
 Templates are part of a checkpoint, so they run in Jinja's immutable sandbox. Decides where a
-checkpoint keeps its template (tokenizer_config.json, chat_template.jinja, chat_template.json), not
-how text becomes tokens.
+checkpoint keeps its templates (files of their own, tokenizer_config.json) and which one a request
+gets, not how text becomes tokens.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sps2_mega.errors import ConfigError, RequestError
 
+DEFAULT_FILE = "chat_template.jinja"
+NAMED_FOLDER = "additional_chat_templates"
 # Used for models without a template of their own: one `role: content` line per message.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -80,32 +82,56 @@ def compile_template(text: str, special_tokens: Mapping[str, str]) -> ChatTempla
         raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
 
 
-def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """Template text of a model folder, or None where it has none.
+def find_templates(folder: Path, configured: Mapping[str, str]) -> dict[str, str]:
+    """Chat templates of a model folder by name; one without a name is called `default`.
 
-    `chat_template.jinja` takes precedence over tokenizer_config.json, which takes precedence over
-    chat_template.json; of several named templates the one called `default` is taken.
+    `chat_template.jinja` and `additional_chat_templates/NAME.jinja` together replace what
+    tokenizer_config.json has (`configured`), which takes precedence over chat_template.json.
 
     Raises:
-        ConfigError: there are several templates and none is called `default`.
+        ConfigError: a file of templates cannot be read.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+    files = {"default": folder / DEFAULT_FILE}
+    files |= {
+        path.name.removesuffix(".jinja"): path for path in (folder / NAMED_FOLDER).glob("*.jinja")
+    }
+    found = {name: _read(path) for name, path in sorted(files.items()) if path.is_file()}
+    if found or configured:
+        return found or dict(configured)
+    legacy = folder / "chat_template.json"
+    if not legacy.is_file():
+        return {}
+    try:
+        value = json.loads(_read(legacy))
+    except ValueError as error:
+        raise ConfigError(f"{legacy} is not JSON: {error}") from None
+    text = value.get("chat_template") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ConfigError(f"{legacy}: chat_template must be a text, found {type(text).__name__}")
+    return {"default": text}
+
+
+def choose_template(names: Collection[str], *, with_tools: bool) -> str:
+    """Name of the template for a request: `tool_use` where it has tools, else `default`.
+
+    Raises:
+        RequestError: there are several templates, and none has the name that is needed.
+    """
+    if with_tools and "tool_use" in names:
+        return "tool_use"
+    if "default" in names:
+        return "default"
+    raise RequestError(
+        f"messages: the model's chat templates are named {', '.join(sorted(names))}, and none is "
+        "called default"
+    )
+
+
+def _read(path: Path) -> str:
+    try:
         return path.read_text(encoding="utf-8")
-    value = tokenizer_config.get("chat_template")
-    if value is None and (folder / "chat_template.json").is_file():
-        value = json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))
-        value = value.get("chat_template") if isinstance(value, dict) else value
-    if isinstance(value, list):
-        value = {entry["name"]: entry["template"] for entry in value}
-    if isinstance(value, dict):
-        if "default" not in value:
-            raise ConfigError(
-                f"{folder}: chat templates are named {', '.join(sorted(value))}; one must be "
-                "called default"
-            )
-        value = value["default"]
-    return value
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
 class _GenerationBlock(jinja2.ext.Extension):

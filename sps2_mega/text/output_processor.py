@@ -71,9 +71,14 @@ class OutputProcessor:
                 )
 
     def check_stop(self, sequence: Sequence) -> bool:
-        """Whether the token just committed completes a stop string. Call once per token."""
+        """Whether the token just committed completes a stop string. Call once per token.
+
+        A token that already ended the sequence has no text to search.
+        """
         search = self._searches.get(sequence.seq_id)
         if search is None or not sequence.output_token_ids:
+            return False
+        if sequence.finish_reason is FinishReason.STOP:
             return False
         return search.push(sequence.output_token_ids[-1], len(sequence.output_token_ids))
 
@@ -156,10 +161,11 @@ class OutputProcessor:
     def _text(self, sequence: Sequence) -> str:
         if self._tokenizer is None:
             return ""
-        ids, params = sequence.output_token_ids, sequence.params
-        if sequence.finish_reason is FinishReason.STOP and not params.include_stop_str_in_output:
-            hidden = params.stop_token_ids + self._tokenizer.eos_token_ids
-            ids = ids[:-1] if ids and ids[-1] in hidden else ids
+        ids = sequence.output_token_ids
+        # No stop string was found: an end token ended the text, whoever named it.
+        ended_by_token = sequence.finish_reason is FinishReason.STOP
+        if ended_by_token and not sequence.params.include_stop_str_in_output:
+            ids = ids[:-1]
         return output_text(self._tokenizer, sequence.prompt_token_ids, ids)
 
 

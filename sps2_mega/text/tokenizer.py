@@ -1,34 +1,29 @@
-"""Text to tokens and back, from a model folder's tokenizer.json, as its own library does it.
+"""Text to tokens and back, by the rules of a model folder's tokenizer.json.
 
 Uses the `tokenizers` library directly: importing transformers would cost seconds in every rank.
-Decides which ids are special and which bytes a token stands for; `detokenizer` makes text
-incrementally, `chat_template` renders messages.
+Decides which ids are special and which bytes a token stands for; `tokenizer_files` reads folders,
+`detokenizer` makes text incrementally, `chat_template` renders messages.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from sps2_mega.errors import ConfigError
-from sps2_mega.text.chat_template import PLAIN_TEMPLATE, compile_template, find_template
+from sps2_mega.text.chat_template import (
+    PLAIN_TEMPLATE,
+    ChatTemplate,
+    choose_template,
+    compile_template,
+)
+from sps2_mega.text.tokenizer_files import load_tokenizer_parts
 
 logger = logging.getLogger(__name__)
-
-_SPECIAL_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 class Tokenizer:
@@ -38,15 +33,15 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         *,
-        special_tokens: dict[str, str] | None = None,
-        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.special_tokens = dict(special_tokens or {})
-        self.has_chat_template = chat_template is not None
-        self._chat_template_text = PLAIN_TEMPLATE if chat_template is None else chat_template
+        self.chat_templates = dict(chat_templates or {})
+        self._compiled: dict[str, ChatTemplate] = {}
         self.vocab_size: int = (
             max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         )
@@ -54,27 +49,24 @@ class Tokenizer:
         # tokens.
         self.is_byte_level = _decodes_bytes(backend)
         self._bytes: dict[int, bytes] = {}
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        # Tokens that decoding leaves out; not all that are called special, where a normalizer
+        # changes how they are written.
+        self.special_ids = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special and not backend.decode([token_id], skip_special_tokens=True)
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read tokenizer.json and its companions from `folder`.
+        """Read a folder's tokenizer: tokenizer.json and the files beside it, or what can be
+        converted.
 
         Raises:
-            ConfigError: there is no tokenizer.json, or it cannot be read; says what to do.
+            ConfigError: there is none, or it cannot be read; says what to do.
         """
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError(_missing_text(folder))
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise ConfigError(f"{path} is not a tokenizer file: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        special = {**_special(_read_json(folder / "special_tokens_map.json")), **_special(config)}
-        return cls(backend, special_tokens=special, chat_template=find_template(folder, config))
+        parts = load_tokenizer_parts(Path(folder))
+        return cls(parts.backend, special_tokens=parts.named, chat_templates=parts.templates)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens of plain text (e.g. BOS)."""
@@ -84,17 +76,30 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Prompt ids that request the next assistant message.
 
         A model without a template gets `role: content` lines after its usual special tokens.
 
         Raises:
-            RequestError: the template refuses the messages.
+            RequestError: the template refuses the messages, or none is meant for them.
         """
-        text = self._chat_template.render(messages)
+        template = self._template(with_tools=tools is not None)
+        text = template.render(messages, tools=tools)
         # A model's own template writes BOS itself where the model wants one.
         return self.encode(text, add_special_tokens=not self.has_chat_template)
+
+    @property
+    def base_vocab_size(self) -> int:
+        """One more than the last id of the model proper, before any token was added to it."""
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=False)
+        return max(vocabulary.values(), default=-1) + 1
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_templates)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -105,6 +110,16 @@ class Tokenizer:
         """End-of-text id that the tokenizer names; a model's configuration may add others."""
         token_id = self._special_id("eos_token")
         return () if token_id is None else (token_id,)
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, to compare with others; not to be changed."""
+        return self._backend
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the token that is written so; None if there is none."""
+        found: int | None = self._backend.token_to_id(text)
+        return found
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that one token stands for by itself; empty for ids outside the vocabulary."""
@@ -134,18 +149,21 @@ class Tokenizer:
             else self.decode([token_id]).encode()
         )
 
-    @functools.cached_property
-    def _chat_template(self) -> Any:
-        if not self.has_chat_template:
-            logger.info(
-                "the model has no chat template: messages are written as plain 'role: content' "
-                "lines"
-            )
-        return compile_template(self._chat_template_text, self.special_tokens)
+    def _template(self, *, with_tools: bool) -> ChatTemplate:
+        templates = self.chat_templates or {"default": PLAIN_TEMPLATE}
+        name = choose_template(templates, with_tools=with_tools)
+        if name not in self._compiled:
+            if not self.has_chat_template:
+                logger.info(
+                    "the model has no chat template: messages are written as plain "
+                    "'role: content' lines"
+                )
+            self._compiled[name] = compile_template(templates[name], self.special_tokens)
+        return self._compiled[name]
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
-        return None if token is None else self._backend.token_to_id(token)
+        return None if token is None else self.token_id(token)
 
 
 def _decodes_bytes(backend: tokenizers.Tokenizer) -> bool:
@@ -165,46 +183,3 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_alphabet()
-
-
-def _special(config: dict[str, Any]) -> dict[str, str]:
-    found = {}
-    for name in _SPECIAL_NAMES:
-        value = config.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            found[name] = content
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _missing_text(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"tokenizer folder {folder} does not exist"
-    sources = [
-        name
-        for name in ("tokenizer.model", "spiece.model", "vocab.json")
-        if (folder / name).is_file()
-    ]
-    if not sources:
-        return (
-            f"{folder} has no tokenizer.json; pass a folder that has one with --tokenizer "
-            "(a Megatron checkpoint does not hold its tokenizer)"
-        )
-    return (
-        f"{folder} has {', '.join(sources)} but no tokenizer.json; convert it once with "
-        "transformers: "
-        f'python -c "from transformers import AutoTokenizer; '
-        f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
-    )

@@ -8,15 +8,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tokenizer_samples as samples
 import torch
 from safetensors.torch import load_file, save_file
+from unit.checkpoint.checkpoints import LLAMA, write_megatron
 
 from sps2_mega.checkpoint.export import export_megatron
 from sps2_mega.checkpoint.source import open_checkpoint
+from sps2_mega.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "model_configs" / "sps2-tiny"
@@ -70,6 +74,13 @@ def test_inspect_as_json(tmp_path: Path, capsys: pytest.CaptureFixture, inspect)
     facts = json.loads(capsys.readouterr().out)
     assert facts.pop("architecture")["num_kv_heads"] == 4
     assert facts.pop("path").endswith("release")
+    assert facts.pop("tokenizer") == {
+        "folder": str(tmp_path / "m"),
+        "tokens": 260,
+        "end": [257],
+        "chat_templates": [],
+        "differs": None,
+    }
     assert facts == {
         "format": "megatron torch_dist",
         "iteration": None,
@@ -77,7 +88,6 @@ def test_inspect_as_json(tmp_path: Path, capsys: pytest.CaptureFixture, inspect)
         "parameters": 2_428_160,
         "tensors": 26,
         "saved_layout": {"tp": 1, "pp": 1},
-        "tokenizer": True,
         "complete": True,
         "problem": None,
     }
@@ -103,6 +113,41 @@ def test_inspect_as_a_user_runs_it(tmp_path: Path) -> None:
     rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert rows["format"] == "huggingface"
     assert (rows["parameters"], rows["complete"]) == ("2,428,160", "yes")
+
+
+def test_inspect_and_doctor_say_where_auto_tokenizer_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture, inspect
+) -> None:
+    tokens = samples.save(
+        samples.sentencepiece(), tmp_path / "tokens", tokenizer_class="LlamaTokenizer"
+    )
+    assert inspect(TINY, "--tokenizer", tokens) == 0
+    lines = capsys.readouterr().out.splitlines()
+    note = next(line for line in lines if line.startswith("note"))
+    assert "AutoTokenizer (LlamaTokenizer) makes other ids of" in note
+    (found, difference) = doctor.tokenizer(tokens)
+    assert (found.status, difference.status) == ("ok", "wrong")
+    assert "end 1, chat template none" in found.detail and "makes other ids" in difference.detail
+    (tokens / "tokenizer.json").write_text("{}")
+    (broken,) = doctor.tokenizer(tokens)
+    assert (broken.status, broken.required) == ("wrong", True)
+
+
+def test_a_padded_vocabulary_needs_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture, inspect, convert
+) -> None:
+    root = write_megatron(
+        tmp_path / "m", replace(LLAMA, vocab_size=259), rows=384, args={"vocab_size": None}
+    )
+    for command in ((inspect, root), (convert, "megatron-to-hf", root, tmp_path / "x")):
+        assert command[0](*command[1:]) != 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "only padded_vocab_size=384" in line and "--tokenizer DIR" in line
+    tokens = samples.save(samples.byte_level(), tmp_path / "tokens")
+    assert inspect(root, "--json", "--tokenizer", tokens) == 0
+    assert json.loads(capsys.readouterr().out)["architecture"]["vocab_size"] == 259
+    assert convert("megatron-to-hf", root, tmp_path / "hf", "--tokenizer", tokens) == 0
+    assert open_checkpoint(tmp_path / "hf").config.vocab_size == 259
 
 
 def test_inspect_refuses_other_folders(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from sps2_mega.checkpoint.canonical import canonical_shapes
+from sps2_mega.checkpoint.canonical import VOCAB_NAMES, canonical_shapes
 from sps2_mega.checkpoint.hf_config import model_config_to_hf
+from sps2_mega.checkpoint.settings.arguments import OWN_CONFIG, model_config_to_args
+from sps2_mega.checkpoint.source import TRACKER
+from sps2_mega.checkpoint.torch_dist_writer import TorchDistWriter
 from sps2_mega.config import ModelConfig, RopeConfig
 
 LLAMA = ModelConfig(
@@ -94,3 +99,22 @@ def write_hf(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tensor]
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model_config_to_hf(config)))
     return folder
+
+
+def write_megatron(
+    root: Path, config: ModelConfig, *, rows: int, args: Mapping[str, object]
+) -> Path:
+    """Write a torch_dist checkpoint as a training run does: with `args` besides the architecture,
+    no configuration of ours, and `rows` of vocabulary, those beyond the tokens like the last."""
+    source = MemorySource(config)
+    writer = TorchDistWriter(root / "release", config.num_layers)
+    for name, tensor in source.weights.items():
+        if name in VOCAB_NAMES:
+            tensor = torch.cat((tensor, tensor[-1:].expand(rows - len(tensor), -1)))
+        writer.add(name, tensor)
+    stored = vars(model_config_to_args(config, padded_vocab=rows)) | dict(args)
+    del stored[OWN_CONFIG]
+    writer.finish(Namespace(**stored))
+    writer.close()
+    (root / TRACKER).write_text("release")
+    return root

@@ -111,3 +111,27 @@ def test_cost_per_token_does_not_grow(tokenizer: Tokenizer) -> None:
     for token_id in ids:
         growing.push(token_id)
     assert (time.perf_counter() - start) / len(ids) < 100e-6
+
+
+@pytest.mark.parametrize("kind", [*KINDS.values(), samples.unigram, samples.word_level])
+def test_added_tokens_show_in_a_stream_as_in_the_whole_text(tmp_path: Path, kind) -> None:
+    """Special ones, ordinary ones, and ones that a normalizer or the byte alphabet rewrites."""
+    backend = kind()
+    texts = ["<|im_end|>", " é", "Ġx", "né", "<tool>", "\u2581w", "x y ", "😀"]
+    new = [text for text in texts if backend.token_to_id(text) is None]
+    added = {
+        str(backend.get_vocab_size() + i): {
+            "content": text,
+            "special": i % 3 == 0,
+            "normalized": i % 2 == 0,
+        }
+        for i, text in enumerate(new)
+    }
+    tokenizer = Tokenizer.load(samples.save(backend, tmp_path, added_tokens_decoder=added))
+    rng = random.Random(3)
+    for _ in range(60):
+        prompt = tokenizer.encode(rng.choice(samples.CORPUS), add_special_tokens=False)
+        answer = "".join(rng.choice([*texts, "a ", " b", "é", "你"]) for _ in range(12))
+        ids = tokenizer.encode(answer, add_special_tokens=False)
+        streamed = "".join(pieces(tokenizer, prompt, ids))
+        assert streamed == output_text(tokenizer, prompt, ids)

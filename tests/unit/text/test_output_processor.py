@@ -212,3 +212,31 @@ def test_stop_search_on_long_text_is_linear(tokenizer) -> None:
     start = time.perf_counter()
     assert len(run(tokenizer, "0123456789" * 3000, params).completions[0].text) == 30000
     assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", [samples.byte_level, samples.sentencepiece])
+def test_an_end_token_leaves_no_text_whoever_named_it(tmp_path, kind, special) -> None:
+    """`<|im_end|>` may be an ordinary added token that only generation_config.json names."""
+    backend = kind()
+    end = backend.get_vocab_size()
+    state = {str(end): {"content": "<|im_end|>", "special": special}}
+    tokenizer = Tokenizer.load(samples.save(backend, tmp_path, added_tokens_decoder=state))
+    assert end not in tokenizer.eos_token_ids
+    prompt, answer = tokenizer.encode("p"), tokenizer.encode(" hello", add_special_tokens=False)
+    # The end's text completes this stop string; a text that ended does not contain it.
+    for stop in ((), ("o<|im",)):
+        processor = OutputProcessor(tokenizer)
+        one = sequence(1, prompt, SamplingParams(stop=stop), scheduled_time=11.0)
+        processor.add("r", prompt, one.params, [one], stream=True)
+        for token_id in [*answer, end]:
+            one.output_token_ids.append(token_id)
+            one.token_times.append(12.0)
+            one.finish_reason = FinishReason.STOP if token_id == end else None
+            assert not processor.check_stop(one)
+            if one.finish_reason is None:
+                processor.stream(one)
+        output = processor.finished(one)
+        text = output.completions[0].text
+        assert text.strip() == "hello" and output.completions[0].token_ids == [*answer, end]
+        assert "".join(delta.text for delta in processor.take_deltas()) == text

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,8 @@ KINDS = {
     "byte_level": samples.byte_level,
     "byte_bpe": samples.byte_bpe,
     "sentencepiece": samples.sentencepiece,
+    "unigram": samples.unigram,
+    "word_level": samples.word_level,
 }
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}\n"
@@ -71,6 +72,8 @@ def test_chat_template_equals_transformers(folder: Path, reference) -> None:
 
 
 def test_bytes_of_tokens_add_up_to_the_text(folder: Path) -> None:
+    if folder.name.startswith(("unigram", "word_level")):
+        pytest.skip("these have an unknown token for what they lack")
     tokenizer = Tokenizer.load(folder)
     for text in TEXTS[1:4]:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -120,43 +123,39 @@ def test_model_without_template_writes_plain_lines(
     assert "no chat template" in caplog.text
 
 
-def prompt_text(folder: Path) -> str:
-    tokenizer = Tokenizer.load(folder)
-    return tokenizer.decode(tokenizer.apply_chat_template(CHAT))
-
-
-def test_where_templates_are_found(tmp_path: Path) -> None:
+def test_where_templates_are_found(tmp_path: Path, reference) -> None:
+    """Files of their own, then tokenizer_config.json: each time the one that transformers takes."""
+    backend = samples.byte_level()
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    folder = samples.save(samples.byte_level(), tmp_path, chat_template=named)
-    assert prompt_text(folder) == "D"
+    tools = [{"type": "function"}]
+
+    def equal(folder: Path, plain: str | None, with_tools: str | None) -> None:
+        ours, theirs = Tokenizer.load(folder), reference(folder)
+        for expected, given in ((plain, None), (with_tools, tools)):
+            if expected is None:
+                with pytest.raises(RequestError, match="none is called default"):
+                    ours.apply_chat_template(CHAT, tools=given)
+                with pytest.raises(ValueError, match="no default"):
+                    theirs.apply_chat_template(CHAT, tools=given, tokenize=False)
+            else:
+                assert theirs.apply_chat_template(CHAT, tools=given, tokenize=False) == expected
+                assert ours.decode(ours.apply_chat_template(CHAT, tools=given)) == expected
+
+    equal(samples.save(backend, tmp_path / "list", chat_template=named), "D", "T")
+    equal(samples.save(backend, tmp_path / "no_default", chat_template=named[:1]), None, "T")
+    folder = samples.save(backend, tmp_path / "both", chat_template={"default": "D", "rag": "R"})
+    equal(folder, "D", "D")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("A")
+    equal(folder, None, "A")
     (folder / "chat_template.jinja").write_text("J")
-    assert prompt_text(folder) == "J"
-    samples.save(samples.byte_level(), tmp_path / "b", chat_template=named[:1])
-    with pytest.raises(ConfigError, match="tool_use"):
-        Tokenizer.load(tmp_path / "b")
-    samples.save(samples.byte_level(), tmp_path / "c", chat_template="{% if %}")
+    equal(folder, "J", "A")
+    samples.save(backend, tmp_path / "c", chat_template="{% if %}")
     with pytest.raises(ConfigError, match="line 1"):
         Tokenizer.load(tmp_path / "c").apply_chat_template(CHAT)
-
-
-def test_special_tokens_map_is_a_fallback(tmp_path: Path) -> None:
-    folder = samples.save(samples.byte_level(), tmp_path, eos_token=None)
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"eos_token": "</s>", "bos_token": "no"})
-    )
-    tokenizer = Tokenizer.load(folder)
-    assert tokenizer.eos_token_ids == (257,)
-    assert tokenizer.bos_token_id == 256
-
-
-def test_folders_without_tokenizer_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist"):
-        Tokenizer.load(tmp_path / "none")
-    with pytest.raises(ConfigError, match="--tokenizer"):
-        Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(ConfigError, match="save_pretrained"):
-        Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="not a tokenizer file"):
-        Tokenizer.load(tmp_path)
+    legacy = samples.save(backend, tmp_path / "legacy")
+    (legacy / "chat_template.json").write_text('{"chat_template": "L"}')
+    assert Tokenizer.load(legacy).chat_templates == {"default": "L"}
+    (legacy / "chat_template.json").write_text('{"chat_template": 3}')
+    with pytest.raises(ConfigError, match=r"chat_template\.json: chat_template must be a text"):
+        Tokenizer.load(legacy)
