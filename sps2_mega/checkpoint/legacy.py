@@ -22,7 +22,7 @@ from sps2_mega.checkpoint.megatron_run import args_of, iteration_of
 from sps2_mega.checkpoint.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.sharding import shard_dim
 from sps2_mega.config import ModelConfig
-from sps2_mega.errors import CheckpointError
+from sps2_mega.errors import CheckpointError, ConfigError
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
@@ -40,6 +40,12 @@ class LegacySource:
         states = [[load_torch_file(path, mmap=True) for path in stage] for stage in grid]
         args = args_of(states[0][0], grid[0][0])
         _check_version(states[0][0], grid[0][0])
+        _check_kind(states[0][0], grid[0][0])
+        if not args and config is None:
+            raise ConfigError(
+                f"{grid[0][0]}: a Megatron legacy file without `args`, "
+                "so the architecture is unknown"
+            )
         self.config = config or model_config_from_args(args, f"{grid[0][0]} (args)")
         self.iteration = iteration_of(folder, states[0][0].get("iteration"))
         self.saved_layout: tuple[int, int] | None = (len(grid[0]), len(grid))
@@ -146,4 +152,13 @@ def _check_version(state: Mapping[str, Any], path: Path) -> None:
     if version < _OLDEST:
         raise CheckpointError(
             f"{path}: checkpoint_version {version} is too old (needs >= {_OLDEST})"
+        )
+
+
+def _check_kind(state: Mapping[str, Any], path: Path) -> None:
+    model = state.get("model", state.get("model0"))
+    if isinstance(model, Mapping) and "language_model" in model:
+        raise CheckpointError(
+            f"{path}: a `language_model` of Megatron-LM before megatron-core, which is not "
+            "supported (needs a GPTModel of megatron-core)"
         )
