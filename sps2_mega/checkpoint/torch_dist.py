@@ -10,8 +10,8 @@ wanted layer. Optimizer state, random states and `_extra_state` are never touche
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,11 @@ def read_index(folder: Path) -> list[StoredTensor]:
             for index, info in metadata.storage_data.items()
             if getattr(index, "offset", None) is not None
         }
-        return [
+        return _join_gate_and_up(
             _stored_tensor(name, record, storage, folder)
             for name, record in metadata.state_dict_metadata.items()
             if hasattr(record, "chunks") and canonical_name(name) is not None
-        ]
+        )
     except (AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: not the metadata of a checkpoint: {error}") from None
 
@@ -214,6 +214,36 @@ def _stored_tensor(
             Piece(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length)
         )
     return StoredTensor(name, tuple(record.size), record.properties.state[0], tuple(pieces))
+
+
+def _join_gate_and_up(stored: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """Give `linear_fc1.weight_w` and `_v` the one name `linear_fc1.weight`; also the biases.
+
+    Megatron's `singleton_local_shards` keeps gate and up as two tensors; the joint one has the
+    rows of the gate first.
+    """
+    tensors = {tensor.name: tensor for tensor in stored}
+    for kind, dims in (("weight", 2), ("bias", 1)):
+        for name in [name for name in tensors if name.endswith(f"mlp.linear_fc1.{kind}_w")]:
+            joint = name.removesuffix("_w")
+            gate, up = tensors[name], tensors.get(f"{joint}_v")
+            same = up is not None and (gate.size, gate.dtype) == (up.size, up.dtype)
+            if up is None or not same or len(gate.size) < dims or joint in tensors:
+                raise CheckpointError(
+                    f"{name}: needs a {joint}_v of its shape and dtype and no {joint} beside it"
+                )
+            axis = len(gate.size) - dims
+            rows = gate.size[axis]
+            size = (*gate.size[:axis], 2 * rows, *gate.size[axis + 1 :])
+            below = tuple(replace(piece, offsets=_moved(piece, axis, rows)) for piece in up.pieces)
+            del tensors[name], tensors[f"{joint}_v"]
+            tensors[joint] = StoredTensor(joint, size, gate.dtype, gate.pieces + below)
+    return list(tensors.values())
+
+
+def _moved(piece: Piece, axis: int, rows: int) -> Shape:
+    offsets = piece.offsets
+    return (*offsets[:axis], offsets[axis] + rows, *offsets[axis + 1 :])
 
 
 def _file_inside(folder: Path, name: str, relative: str) -> Path:

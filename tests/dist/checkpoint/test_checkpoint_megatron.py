@@ -27,6 +27,7 @@ CASES = {
     "torch_dist llama": (writer.write_torch_dist, writer.LLAMA, 2, 2),
     "torch_dist gpt2": (writer.write_torch_dist, writer.GPT2, 4, 1),
     "torch_dist numbered": (writer.write_numbered, writer.LLAMA, 2, 2),
+    "torch_dist singleton": (writer.write_singleton, writer.LLAMA, 2, 2),
     "legacy qwen2": (writer.write_legacy, writer.QWEN2, 2, 2),
     "legacy gpt2": (writer.write_legacy, writer.GPT2, 2, 1),
 }

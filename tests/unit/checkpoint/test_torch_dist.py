@@ -254,3 +254,17 @@ def test_damaged_common_state_is_refused(root: Path, state: Any, cut: int, messa
     common_state(root, state, cut)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(root)
+
+
+def test_a_gate_without_its_up_rows_is_refused(root: Path) -> None:
+    """Megatron's `singleton_local_shards` keeps both, as `weight_w` and `weight_v`."""
+
+    def edit(metadata: Any) -> None:
+        states, storage = metadata.state_dict_metadata, metadata.storage_data
+        states[f"{FC1}_w"] = states.pop(FC1)
+        for index in [index for index in storage if index.fqn == FC1]:
+            storage[MetadataIndex(f"{FC1}_w", index.offset)] = storage.pop(index)
+
+    edit_metadata(root, edit)
+    with pytest.raises(CheckpointError, match=r"linear_fc1\.weight_w: needs a .*weight_v of its"):
+        open_checkpoint(root)
