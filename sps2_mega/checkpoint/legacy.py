@@ -23,7 +23,7 @@ from sps2_mega.checkpoint.settings.arguments import saved_layout
 from sps2_mega.checkpoint.sharding import shard_dim
 from sps2_mega.checkpoint.vocabulary import config_of_run
 from sps2_mega.config import ModelConfig
-from sps2_mega.errors import CheckpointError
+from sps2_mega.errors import CheckpointError, ConfigError
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
@@ -43,6 +43,12 @@ class LegacySource:
         states = [[load_torch_file(path, mmap=True) for path in stage] for stage in grid]
         args = args_of(states[0][0], grid[0][0])
         _check_version(states[0][0], grid[0][0])
+        _check_kind(states[0][0], grid[0][0])
+        if not args and config is None:
+            raise ConfigError(
+                f"{grid[0][0]}: a Megatron legacy file without `args`, "
+                "so the architecture is unknown"
+            )
         self.config = config or config_of_run(args, tokens, f"{grid[0][0]} (args)")
         self.iteration = iteration_of(folder, states[0][0].get("iteration"))
         self.saved_layout: tuple[int, int] | None = (len(grid[0]), len(grid))
@@ -149,4 +155,13 @@ def _check_version(state: Mapping[str, Any], path: Path) -> None:
     if version < _OLDEST:
         raise CheckpointError(
             f"{path}: checkpoint_version {version} is too old (needs >= {_OLDEST})"
+        )
+
+
+def _check_kind(state: Mapping[str, Any], path: Path) -> None:
+    model = state.get("model", state.get("model0"))
+    if isinstance(model, Mapping) and "language_model" in model:
+        raise CheckpointError(
+            f"{path}: a `language_model` of Megatron-LM before megatron-core, which is not "
+            "supported (needs a GPTModel of megatron-core)"
         )

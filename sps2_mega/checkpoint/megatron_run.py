@@ -1,8 +1,8 @@
 """Facts about the run that wrote a Megatron checkpoint: architecture, iteration, parallel layout.
 
-Megatron-LM keeps its arguments in common.pt; Megatron Bridge writes
-run_config.yaml, whose `model` section uses megatron-core's names. Both become the
-same mapping of arguments, which `settings.arguments` reads.
+Megatron-LM keeps its arguments in common.pt, with core 0.19 in the sharded object `common_state`;
+Megatron Bridge writes run_config.yaml, whose `model` section uses megatron-core's names. Both
+become the same mapping of arguments, which `settings.arguments` reads.
 """
 
 from __future__ import annotations
@@ -30,22 +30,27 @@ class Run:
     saved_layout: tuple[int, int] | None
 
 
-def read_run(folder: Path, config: ModelConfig | None, tokens: Path | None) -> Run:
+def read_run(
+    folder: Path,
+    config: ModelConfig | None,
+    tokens: Path | None,
+    common_state: Mapping[str, Any],
+) -> Run:
     """Read the run of a torch_dist folder; `config` replaces the architecture in its files.
 
-    `tokens` is the tokenizer's folder, which says how many tokens there are.
+    `tokens` is the tokenizer's folder, which says how many tokens there are; `common_state` is the
+    sharded object of that name, which counts where there is no common.pt.
 
     Raises:
         CheckpointError: common.pt would run code or is damaged.
         ConfigError: the architecture is neither stated nor given, or cannot be run.
     """
-    args, where, iteration = _stored_args(folder)
+    args, where, iteration = _stored_args(folder, common_state)
     if config is None:
         if not args:
             raise ConfigError(
-                f"{folder}: no arguments in common.pt and no run_config.yaml, so the "
-                "architecture is unknown: "
-                "pass it (a name in model_configs/)"
+                f"{folder}: no arguments in common.pt or common_state and no run_config.yaml, so "
+                "the architecture is unknown: pass it with --config NAME|FILE"
             )
         config = config_of_run(args, tokens, where)
     return Run(config, iteration_of(folder, iteration), saved_layout(args))
@@ -69,9 +74,10 @@ def args_of(state: Any, path: Path) -> dict[str, Any]:
     return dict(vars(args)) if hasattr(args, "__dict__") else {}
 
 
-def _stored_args(folder: Path) -> tuple[dict[str, Any], str, Any]:
+def _stored_args(folder: Path, common_state: Mapping[str, Any]) -> tuple[dict[str, Any], str, Any]:
     common, run_config = folder / "common.pt", folder / "run_config.yaml"
-    state = load_torch_file(common) if common.is_file() else {}
+    where = f"{common if common.is_file() else f'{folder}: common_state'} (args)"
+    state = load_torch_file(common) if common.is_file() else common_state
     args = args_of(state, common)
     if not args and run_config.is_file():
         try:
@@ -79,4 +85,4 @@ def _stored_args(folder: Path) -> tuple[dict[str, Any], str, Any]:
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read {run_config}: {error}") from None
         return bridge_args(content, str(run_config)), str(run_config), state.get("iteration")
-    return args, f"{common} (args)", state.get("iteration")
+    return args, where, state.get("iteration")

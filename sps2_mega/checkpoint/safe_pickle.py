@@ -5,6 +5,7 @@ refused name. Classes we do not need become an inert `Record` that only keeps wh
 
     .metadata               a bare pickle: `read_records`, our own unpickler
     common.pt, mp_rank *.pt torch's zip format: `load_torch_file`, torch's weights-only unpickler
+    objects in *.distcp     the same format: `load_torch_bytes`, the same unpickler
 """
 
 from __future__ import annotations
@@ -84,6 +85,17 @@ _DAMAGE = (
 _WHY_BLOCKED = (
     "a checkpoint must hold data only, and this name could run code when the file is read"
 )
+# Enums are pickled by value; arguments are compared by the member's name. Values are those of
+# megatron-core 0.16 to 0.19.
+_ENUM_MEMBERS = {
+    "megatron.core.transformer.enums.AttnBackend": {
+        1: "flash",
+        2: "fused",
+        3: "unfused",
+        4: "local",
+        5: "auto",
+    },
+}
 _INERT_PACKAGES = ("megatron.", "numpy.", "transformer_engine.")
 _INERT_NAMES = (
     "types.SimpleNamespace",
@@ -118,18 +130,34 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
         CheckpointError: the file needs a name that is not allowed (nothing of it has run), or is
             damaged.
     """
+    return _load_data(str(path), str(path), mmap)
+
+
+def load_torch_bytes(data: bytes, where: str) -> Any:
+    """Load any object from the bytes that torch.save made of it, by the rules of `load_torch_file`.
+
+    Raises:
+        CheckpointError: the bytes need a name that is not allowed (nothing of them has run), or
+            are damaged.
+    """
+    return _load_data(io.BytesIO(data), where, mmap=False)
+
+
+def _load_data(file: str | io.BytesIO, where: str, mmap: bool) -> Any:
     try:
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
         blocked = [name for name in asked if not _is_inert(name)]
         if blocked:
-            raise CheckpointError(f"{path}: blocked {', '.join(sorted(blocked))}: {_WHY_BLOCKED}")
+            raise CheckpointError(f"{where}: blocked {', '.join(sorted(blocked))}: {_WHY_BLOCKED}")
         stand_ins: list[Any] = [(_stand_in(name), name) for name in asked]
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except CheckpointError:
         raise
     except _DAMAGE as error:
-        raise CheckpointError(f"{path}: not a readable torch file: {error!r}") from None
+        raise CheckpointError(f"{where}: not a readable torch file: {error!r}") from None
 
 
 def load_tensor(data: bytes, where: str) -> torch.Tensor:
@@ -165,5 +193,18 @@ def _is_inert(name: str) -> bool:
 def _stand_in(name: str) -> type:
     if name == "argparse.Namespace":
         return argparse.Namespace
+    if name in _ENUM_MEMBERS:
+        return _enum_stand_in(name)
     # torch keeps allowed classes by name, so each name needs a class of its own.
     return type(name.rpartition(".")[2], (Record,), {})
+
+
+def _enum_stand_in(name: str) -> type:
+    members = _ENUM_MEMBERS[name]
+
+    def member(_: type, value: Any) -> str:
+        if value not in members:
+            raise ValueError(f"{name} has no member of value {value!r}")
+        return members[value]
+
+    return type(name.rpartition(".")[2], (), {"__new__": member})

@@ -10,8 +10,8 @@ wanted layer. Optimizer state, random states and `_extra_state` are never touche
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS, Shape
 from sps2_mega.checkpoint.hf_config import read_json
 from sps2_mega.checkpoint.megatron_names import canonical_name
 from sps2_mega.checkpoint.megatron_run import read_run
-from sps2_mega.checkpoint.safe_pickle import Record, load_tensor, read_records
+from sps2_mega.checkpoint.safe_pickle import Record, load_tensor, load_torch_bytes, read_records
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 
 _BACKEND = "torch_dist"
 _STACKED = "decoder.layers."
+_COMMON_STATE = "common_state/"  # as saved: common_state/shard_0_1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class TorchDistSource:
     ) -> None:
         self.path = folder
         _check_backend(folder)
-        run = read_run(folder, config, tokens)
+        run = read_run(folder, config, tokens, read_common_state(folder))
         self.config, self.iteration, self.saved_layout = run.config, run.iteration, run.saved_layout
         self._places: dict[str, _Place] = {}
         for stored in read_index(folder):
@@ -111,13 +112,47 @@ def read_index(folder: Path) -> list[StoredTensor]:
             for index, info in metadata.storage_data.items()
             if getattr(index, "offset", None) is not None
         }
-        return [
+        return _join_gate_and_up(
             _stored_tensor(name, record, storage, folder)
             for name, record in metadata.state_dict_metadata.items()
             if hasattr(record, "chunks") and canonical_name(name) is not None
-        ]
+        )
     except (AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: not the metadata of a checkpoint: {error}") from None
+
+
+def read_common_state(folder: Path) -> dict[str, Any]:
+    """Arguments and iteration, which core 0.19 keeps as a sharded object and not in common.pt.
+
+    Empty if the folder has common.pt or no such object.
+
+    Raises:
+        CheckpointError: the object would run code, is damaged, or is outside the folder.
+    """
+    if (folder / "common.pt").is_file():
+        return {}
+    path = folder / ".metadata"
+    storage = getattr(read_records(path), "storage_data", None)
+    if not isinstance(storage, dict):
+        raise CheckpointError(f"{path}: not the metadata of a checkpoint: no storage_data")
+    for index, info in storage.items():
+        name = getattr(index, "fqn", None)
+        if not isinstance(name, str) or not name.startswith(_COMMON_STATE):
+            continue
+        try:
+            inside = _file_inside(folder, name, info.relative_path)
+            data = _read_bytes(inside, info.offset, info.length, name)
+        except (AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path}: {name}: {error}") from None
+        state = load_torch_bytes(data, f"{inside}: {name}")
+        if isinstance(state, list) and len(state) == 1:  # one entry for each stored shard
+            (state,) = state
+        if not isinstance(state, dict):
+            raise CheckpointError(
+                f"{inside}: {name} must hold a dict, found {type(state).__name__}"
+            )
+        return state
+    return {}
 
 
 def read_layer(stored: StoredTensor, layer: int | None) -> Tensor:
@@ -176,27 +211,65 @@ def _stored_tensor(
             raise CheckpointError(f"{folder}: {name} has no stored piece at {tuple(chunk.offsets)}")
         if getattr(info, "transform_descriptors", None):
             raise CheckpointError(f"{folder}: {name} is stored compressed, which is not supported")
-        file = folder / info.relative_path
-        if file.resolve().parent != folder.resolve():
-            raise CheckpointError(
-                f"{folder}: {name} is in {info.relative_path}, outside the folder"
-            )
+        file = _file_inside(folder, name, info.relative_path)
         pieces.append(
             Piece(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length)
         )
     return StoredTensor(name, tuple(record.size), record.properties.state[0], tuple(pieces))
 
 
-def _read_piece(stored: StoredTensor, piece: Piece) -> Tensor:
-    where = f"{stored.name} at {list(piece.offsets)} in {piece.file}"
+def _join_gate_and_up(stored: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """Give `linear_fc1.weight_w` and `_v` the one name `linear_fc1.weight`; also the biases.
+
+    Megatron's `singleton_local_shards` keeps gate and up as two tensors; the joint one has the
+    rows of the gate first.
+    """
+    tensors = {tensor.name: tensor for tensor in stored}
+    for kind, dims in (("weight", 2), ("bias", 1)):
+        for name in [name for name in tensors if name.endswith(f"mlp.linear_fc1.{kind}_w")]:
+            joint = name.removesuffix("_w")
+            gate, up = tensors[name], tensors.get(f"{joint}_v")
+            same = up is not None and (gate.size, gate.dtype) == (up.size, up.dtype)
+            if up is None or not same or len(gate.size) < dims or joint in tensors:
+                raise CheckpointError(
+                    f"{name}: needs a {joint}_v of its shape and dtype and no {joint} beside it"
+                )
+            axis = len(gate.size) - dims
+            rows = gate.size[axis]
+            size = (*gate.size[:axis], 2 * rows, *gate.size[axis + 1 :])
+            below = tuple(replace(piece, offsets=_moved(piece, axis, rows)) for piece in up.pieces)
+            del tensors[name], tensors[f"{joint}_v"]
+            tensors[joint] = StoredTensor(joint, size, gate.dtype, gate.pieces + below)
+    return list(tensors.values())
+
+
+def _moved(piece: Piece, axis: int, rows: int) -> Shape:
+    offsets = piece.offsets
+    return (*offsets[:axis], offsets[axis] + rows, *offsets[axis + 1 :])
+
+
+def _file_inside(folder: Path, name: str, relative: str) -> Path:
+    file = folder / relative
+    if file.resolve().parent != folder.resolve():
+        raise CheckpointError(f"{folder}: {name} is in {relative}, outside the folder")
+    return file
+
+
+def _read_bytes(path: Path, start: int, length: int, where: str) -> bytes:
     try:
-        with piece.file.open("rb") as file:
-            file.seek(piece.start)
-            data = file.read(piece.length)
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    if len(data) != piece.length:
-        raise CheckpointError(f"{where}: the file ends {piece.length - len(data)} bytes too early")
+    if len(data) != length:
+        raise CheckpointError(f"{where}: the file ends {length - len(data)} bytes too early")
+    return data
+
+
+def _read_piece(stored: StoredTensor, piece: Piece) -> Tensor:
+    where = f"{stored.name} at {list(piece.offsets)} in {piece.file}"
+    data = _read_bytes(piece.file, piece.start, piece.length, where)
     values = load_tensor(data, where)
     if values.numel() != math.prod(piece.sizes):
         raise CheckpointError(

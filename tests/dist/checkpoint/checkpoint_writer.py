@@ -85,6 +85,11 @@ def write_numbered(rank: int, root: Path, config: ModelConfig, tp: int, pp: int)
     write_torch_dist(rank, root, config, tp, pp, non_homogeneous_layers=True)
 
 
+def write_singleton(rank: int, root: Path, config: ModelConfig, tp: int, pp: int) -> None:
+    """Write as `write_torch_dist`, with the gate and up rows of an MLP as two tensors."""
+    write_torch_dist(rank, root, config, tp, pp, singleton_local_shards=True)
+
+
 def write_torch_dist(
     rank: int, root: Path, config: ModelConfig, tp: int, pp: int, **metadata: bool
 ) -> None:

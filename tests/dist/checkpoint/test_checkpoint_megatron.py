@@ -21,11 +21,13 @@ from sps2_mega.checkpoint.sharding import local_shapes, shard
 from sps2_mega.checkpoint.source import open_checkpoint, read_canonical
 from sps2_mega.errors import CheckpointError
 
+CORE_0_19 = Path(__file__).parents[2] / "data" / "core_0_19_pp2"
 CASES = {
     # name: (writer, architecture, tp, pp)
     "torch_dist llama": (writer.write_torch_dist, writer.LLAMA, 2, 2),
     "torch_dist gpt2": (writer.write_torch_dist, writer.GPT2, 4, 1),
     "torch_dist numbered": (writer.write_numbered, writer.LLAMA, 2, 2),
+    "torch_dist singleton": (writer.write_singleton, writer.LLAMA, 2, 2),
     "legacy qwen2": (writer.write_legacy, writer.QWEN2, 2, 2),
     "legacy gpt2": (writer.write_legacy, writer.GPT2, 2, 1),
 }
@@ -46,6 +48,18 @@ def roots(pool: harness.RankPool, tmp_path_factory: pytest.TempPathFactory) -> d
     for name, (write, config, tp, pp) in CASES.items():
         pool.run(write, roots[name], config, tp, pp)
     return roots
+
+
+def test_folder_of_core_0_19_has_its_arguments_in_common_state() -> None:
+    """Written by megatron-core 0.19.2 at PP 2 with the same weights; it has no common.pt."""
+    source = open_checkpoint(CORE_0_19)
+    assert source.config == writer.LLAMA
+    assert (source.iteration, source.saved_layout, source.dtype) == (25, (1, 2), "float32")
+    assert set(source.shapes()) == set(canonical_shapes(writer.LLAMA))
+    for name, expected in writer.canonical_weights(writer.LLAMA).items():
+        assert torch.equal(read_canonical(source, name, writer.LLAMA), expected), name
+    args = torch_dist.read_common_state(CORE_0_19 / "iter_0000025")["args"]
+    assert args.attention_backend == "auto"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -212,3 +212,59 @@ def test_the_architecture_comes_from_a_bridge_run_configuration(root: Path) -> N
 )
 def test_names(stored: str, canonical: str | None) -> None:
     assert canonical_name(stored) == canonical
+
+
+def common_state(root: Path, state: Any, cut: int = 0) -> None:
+    """Keep `state` as core 0.19 does: a sharded object in a .distcp file, and no common.pt."""
+    folder = root / "release"
+    (folder / "common.pt").unlink()
+    torch.save([state], folder / "__9_0.distcp")
+    length = (folder / "__9_0.distcp").stat().st_size
+
+    def edit(metadata: Any) -> None:
+        info = type(next(iter(metadata.storage_data.values())))
+        index = MetadataIndex("common_state/shard_0_1")
+        metadata.storage_data[index] = info("__9_0.distcp", 0, length + cut)
+
+    edit_metadata(root, edit)
+
+
+def test_common_state_gives_what_common_pt_gives(root: Path) -> None:
+    state = torch.load(root / "release" / "common.pt", weights_only=False)
+    expected = open_checkpoint(root)
+    common_state(root, state)
+    source = open_checkpoint(root)
+    assert (source.config, source.saved_layout) == (expected.config, expected.saved_layout)
+
+
+class Attack:
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit('it ran')",)
+
+
+@pytest.mark.parametrize(
+    ("state", "cut", "message"),
+    [
+        ({"args": Attack()}, 0, "blocked builtins.exec"),
+        ("text", 0, "must hold a dict, found str"),
+        ({}, 5, "the file ends 5 bytes too early"),
+    ],
+)
+def test_damaged_common_state_is_refused(root: Path, state: Any, cut: int, message: str) -> None:
+    common_state(root, state, cut)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(root)
+
+
+def test_a_gate_without_its_up_rows_is_refused(root: Path) -> None:
+    """Megatron's `singleton_local_shards` keeps both, as `weight_w` and `weight_v`."""
+
+    def edit(metadata: Any) -> None:
+        states, storage = metadata.state_dict_metadata, metadata.storage_data
+        states[f"{FC1}_w"] = states.pop(FC1)
+        for index in [index for index in storage if index.fqn == FC1]:
+            storage[MetadataIndex(f"{FC1}_w", index.offset)] = storage.pop(index)
+
+    edit_metadata(root, edit)
+    with pytest.raises(CheckpointError, match=r"linear_fc1\.weight_w: needs a .*weight_v of its"):
+        open_checkpoint(root)
