@@ -48,8 +48,11 @@ def read_model_file(path: Path) -> ModelFile:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"cannot read {path}: it is nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        # PyYAML spreads its messages over several lines.
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     content = _mapping(content, str(path))
     check_keys(content, _KEYS, str(path))
     if absent := [key for key in ("architecture", "source") if key not in content]:
