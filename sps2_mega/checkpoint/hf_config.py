@@ -7,6 +7,7 @@ are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. `hf_rope` has
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     """
     hf = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    if generation.is_file():
+    if os.path.lexists(generation):
         from sps2_mega.checkpoint.huggingface.fields import check_generation
 
         stated = read_json(generation)
@@ -184,6 +185,9 @@ def _sliding_window(family: str, hf: Mapping[str, Any]) -> int | None:
         return None
     if family == "mistral":
         window = hf.get("sliding_window", _MISTRAL_WINDOW)
+        # AutoModel takes a Mistral with layer types for a Ministral, whose layers follow them.
+        if (kinds := hf.get("layer_types")) and kinds[0] == "full_attention":
+            return None
         return int(window) if window else None
     if not hf.get("use_sliding_window", False) or not hf.get("sliding_window"):
         return None
@@ -205,8 +209,12 @@ def _refuse_mixed_layers(hf: Mapping[str, Any]) -> None:
     if len(kinds) > 1 or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise ConfigError(
             f"layer_types has {' and '.join(kinds)}: full_attention or sliding_attention for all "
-            "layers "
-            "is needed"
+            "layers is needed"
+        )
+    layers = _need(hf, "num_hidden_layers")
+    if kinds and len(hf["layer_types"]) != layers:
+        raise ConfigError(
+            f"layer_types has {len(hf['layer_types'])} entries for num_hidden_layers={layers}"
         )
 
 
