@@ -1,4 +1,4 @@
-"""Check that a source holds exactly the model, with all problems in one error.
+"""Check that a source holds exactly the model, with all problems in one line.
 
 Missing, left-over and wrongly shaped names are problems. Vocabulary rows are the one tolerance: a
 file may have more (Megatron pads them), never fewer.

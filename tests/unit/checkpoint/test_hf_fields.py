@@ -70,7 +70,8 @@ def test_both_rotary_fields_are_weighed_as_transformers_does(
 
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
 def test_layer_types_decide_the_window_of_mistral(kind: str, tmp_path: Path) -> None:
-    fields = TINY | {"model_type": "mistral", "sliding_window": 4, "rope_theta": 1e4}
+    fields = TINY | {"model_type": "mistral", "sliding_window": 4, "head_dim": 8}
+    fields |= {"initializer_range": 0.3}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"layer_types": [kind] * 2}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
