@@ -122,6 +122,8 @@ def _rotary_family(family: str, hf: Mapping[str, Any]) -> ModelConfig:
             f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} (needs "
             "head_dim)"
         )
+    if (hf.get("head_dim") or 0) % 2:
+        raise ConfigError(f"head_dim={hf['head_dim']} must be even for rotary embeddings")
     return ModelConfig(
         family=family,  # type: ignore[arg-type]
         num_layers=_need(hf, "num_hidden_layers"),

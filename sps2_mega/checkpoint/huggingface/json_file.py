@@ -19,12 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: it is absent, no regular file, too large, not JSON, or no object.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path} is not a regular file")
-        if status.st_size > _LARGEST:
-            raise ConfigError(f"{path} has {status.st_size} bytes (at most {_LARGEST} are read)")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except RecursionError:
         raise ConfigError(f"cannot read {path}: it is nested too deeply") from None
     except ConfigError:
@@ -34,6 +29,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object, found {type(content).__name__}")
     return content
+
+
+def read_text(path: Path) -> str:
+    """Text of a regular file of at most 256 MiB; a pipe or a device is not waited for.
+
+    Raises:
+        ConfigError: it is no regular file, or too large.
+        OSError, ValueError: it cannot be read, or is not UTF-8.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path} is not a regular file")
+    if status.st_size > _LARGEST:
+        raise ConfigError(f"{path} has {status.st_size} bytes (at most {_LARGEST} are read)")
+    return path.read_text(encoding="utf-8")
 
 
 def shown(value: object) -> str:

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from unit.checkpoint.checkpoints import LLAMA, MemorySource, write_hf
 
 from sps2_mega.checkpoint import hf_layout
+from sps2_mega.checkpoint.architecture import model_config_to_mapping
 from sps2_mega.checkpoint.load import load_weights
+from sps2_mega.checkpoint.model_file import read_model_file
 from sps2_mega.checkpoint.resolve import resolve_model
 from sps2_mega.checkpoint.sharding import local_shapes
 from sps2_mega.checkpoint.source import open_checkpoint
@@ -39,6 +42,7 @@ WRONG_SIZES: tuple[Any, ...] = ("x", "2", 0, -5, 4096.5, True, [2], 2**70)
 YARN = {"rope_type": "yarn", "factor": 4.0}
 FIELDS: list[tuple[str, Any]] = [
     *((name, value) for name in SIZES for value in WRONG_SIZES),
+    ("head_dim", 5),
     ("num_hidden_layers", 10**6),
     ("hidden_size", 10**9),
     ("vocab_size", 10**12),
@@ -237,6 +241,42 @@ def test_a_tensor_that_does_not_fit_is_named(folder: Path, damage: str) -> None:
         tensors[name] = tensor[None].clone()
     save_file(tensors, path)
     assert "mlp." in refusal(folder)
+
+
+WRONG_ARCHITECTURE: list[tuple[str, Any]] = [
+    ("num_layers", 10**6),
+    ("hidden_size", 2**70),
+    ("vocab_size", 0),
+    ("vocab_size", 10**12),
+    ("max_position_embeddings", -5),
+    ("max_position_embeddings", 4096.5),
+    ("norm_eps", NAN),
+    ("norm_eps", -1.0),
+    ("eos_token_ids", ["x"]),
+    ("head_dim", "x"),
+    ("rope", {"theta": 0.0}),
+    ("rope", {"theta": INF}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_ARCHITECTURE, ids=repr)
+def test_a_wrong_field_of_a_model_file_is_named(tmp_path: Path, field: str, value: Any) -> None:
+    path = tmp_path / "model.yaml"
+    architecture = model_config_to_mapping(LLAMA) | {field: value}
+    path.write_text(yaml.safe_dump({"architecture": architecture, "source": "here"}))
+    with pytest.raises(ConfigError) as caught:
+        read_model_file(path)
+    assert f"{path}: architecture" in str(caught.value)
+    assert field in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_a_damaged_model_file_is_named(tmp_path: Path, kind: str) -> None:
+    CONTENTS[kind](tmp_path / "model.yaml")
+    with pytest.raises(ConfigError, match=r"model\.yaml") as caught:
+        read_model_file(tmp_path / "model.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_only_the_files_of_the_model_are_read(folder: Path) -> None:

@@ -12,7 +12,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.generation import GenerationConfig
 
-from sps2_mega.checkpoint.hf_config import ARCHITECTURES, model_config_from_hf
+from sps2_mega.checkpoint.hf_config import (
+    ARCHITECTURES,
+    model_config_from_hf,
+    model_config_to_hf,
+)
 from sps2_mega.checkpoint.huggingface.fields import HARMLESS, known_fields
 from sps2_mega.errors import ConfigError
 
@@ -88,8 +92,23 @@ def test_layer_types_decide_the_window_of_mistral(kind: str, tmp_path: Path) -> 
     assert (config.sliding_window is None) == reaches
 
 
+def test_fields_of_published_folders_are_accepted() -> None:
+    # As in DeepSeek-R1-Distill-Qwen, SmolLM2 and distilgpt2.
+    stray = {"use_mrope": False, "rope_interleaved": False, "is_llama_config": True}
+    plain = model_config_from_hf(TINY)
+    assert model_config_from_hf(TINY | stray | {"_num_labels": 1, "pretraining_tp": 1}) == plain
+
+
 @pytest.mark.parametrize("name", ["sliding_window", "use_sliding_window", "odd_field"])
 def test_a_field_that_the_family_does_not_know_is_refused(name: str) -> None:
     assert model_config_from_hf(TINY | {name: None})
     with pytest.raises(ConfigError, match=name):
         model_config_from_hf(TINY | {name: 4})
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_written_rotary_fields_mean_the_same_to_transformers(theta: float, tmp_path: Path) -> None:
+    config = model_config_from_hf(TINY | {"rope_theta": theta, "rope_scaling": YARN})
+    (tmp_path / "config.json").write_text(json.dumps(model_config_to_hf(config)))
+    read = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert (read["rope_theta"], read["rope_type"], read["factor"]) == (theta, "yarn", 4.0)
