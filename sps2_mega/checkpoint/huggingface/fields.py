@@ -119,7 +119,8 @@ _FAMILIES: dict[str, type[_Shared]] = {
 _METADATA = """
     model_type _name_or_path name_or_path _commit_hash auto_map transformers_version
     tokenizer_class prefix id2label label2id num_labels problem_type task_specific_params
-    finetuning_task is_llama_config _num_labels unsloth_version unsloth_fixed model_max_length max_sequence_length
+    finetuning_task is_llama_config _num_labels
+    unsloth_version unsloth_fixed model_max_length max_sequence_length
     tokenizer_model_max_length transformers.js_config quantization_config
     pad_token_id sep_token_id decoder_start_token_id
 """
@@ -129,7 +130,8 @@ _TRAINING_AND_RUNTIME = """
     gradient_checkpointing pretraining_tp use_cache return_dict output_attentions
     output_hidden_states torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward
     is_decoder cross_attention_hidden_size tie_encoder_decoder _attn_implementation
-    _attn_implementation_autoset attn_implementation _flash_attn_2_enabled reorder_and_upcast_attn n_ctx
+    _attn_implementation_autoset attn_implementation _flash_attn_2_enabled
+    reorder_and_upcast_attn n_ctx
     summary_type summary_use_proj summary_activation summary_proj_to_labels
     summary_first_dropout
 """

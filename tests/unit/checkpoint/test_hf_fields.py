@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,23 @@ def test_written_rotary_fields_mean_the_same_to_transformers(theta: float, tmp_p
     (tmp_path / "config.json").write_text(json.dumps(model_config_to_hf(config)))
     read = AutoConfig.from_pretrained(tmp_path).rope_parameters
     assert (read["rope_theta"], read["rope_type"], read["factor"]) == (theta, "yarn", 4.0)
+
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 3, 2**31, 10**40, 0.0, 0.5, -2.5, float("nan"), float("inf")),
+    *("", "x", "gelu", "\n", [], [1], ["x"], [None], {}, {"a": 1}, {"rope_type": "yarn"}),
+    *({"factor": "x"}, {"rope_type": [], "factor": 1.0}, {"rope_type": "llama3", "factor": None}),
+)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_random_fields_make_a_model_or_one_line(family: str) -> None:
+    rng = random.Random(family)
+    sound = CONFIG_MAPPING[family](num_hidden_layers=2).to_dict() | {"rope_scaling": None}
+    names = sorted(known_fields(family) - {"model_type"} | {"odd"})
+    for _ in range(600):
+        changes = {name: rng.choice(VALUES) for name in rng.sample(names, rng.choice((1, 1, 2)))}
+        try:
+            model_config_from_hf(sound | changes)
+        except ConfigError as error:
+            assert "\n" not in str(error)
