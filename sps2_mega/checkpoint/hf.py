@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sps2_mega.checkpoint import hf_layout
 from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape
-from sps2_mega.checkpoint.hf_config import read_hf_config, read_json
+from sps2_mega.checkpoint.hf_config import read_hf_config
+from sps2_mega.checkpoint.huggingface.files import refuse_adapter, weight_files
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 
-_INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LM_HEAD = "lm_head.weight"
 
@@ -33,14 +33,19 @@ class HuggingFaceSource:
     saved_layout: tuple[int, int] | None = None
 
     def __init__(self, folder: Path, config: ModelConfig | None = None) -> None:
+        refuse_adapter(folder)
         self.path = folder
         self.config = config or read_hf_config(folder)
         self._files: dict[str, Any] = {}  # name of a file's tensor without prefix -> open file
         self._names: dict[str, str] = {}  # the same key -> name in the file
         prefix = hf_layout.prefix(self.config)
-        for path in weight_files(folder):
+        paths, index = weight_files(folder)
+        for path in paths:
             handle = _open(path)
-            for name in handle.keys():  # noqa: SIM118 (the handle is not a mapping)
+            names = list(handle.keys())
+            if index is not None:
+                names = _indexed(names, path, index)
+            for name in names:
                 if not name.endswith(hf_layout.IGNORED_SUFFIXES):
                     bare = name.removeprefix(prefix)
                     if bare in self._names:
@@ -104,39 +109,29 @@ class HuggingFaceSource:
     def _stored_dtype(self) -> str:
         if not self._names:
             raise CheckpointError(f"{self.path}: the safetensors files hold no tensors")
+        stored = {
+            bare: self._files[bare].get_slice(name).get_dtype()
+            for bare, name in self._names.items()
+        }
+        for bare, dtype in stored.items():
+            if dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{self.path}: {self._names[bare]} is stored as {dtype} (known: "
+                    f"{', '.join(_DTYPES)})"
+                )
         embeddings = self._recipes[WORD_EMBEDDINGS].parts[0]
-        bare = embeddings if embeddings in self._names else next(iter(self._names))
-        stored = self._files[bare].get_slice(self._names[bare]).get_dtype()
-        if stored not in _DTYPES:
-            raise CheckpointError(
-                f"{self.path}: {self._names[bare]} is stored as {stored} (known: "
-                f"{', '.join(_DTYPES)})"
-            )
-        return _DTYPES[stored]
+        return _DTYPES[stored.get(embeddings) or next(iter(stored.values()))]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Safetensors files of a folder, as listed in its index if there is one.
-
-    Raises:
-        CheckpointError: none, or the index names files that are absent or outside the folder.
-    """
-    index = folder / _INDEX
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(f"{index} names files outside the folder: {', '.join(outside)}")
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise CheckpointError(f"{index} names files that are absent: {', '.join(absent)}")
-        return [folder / name for name in names]
-    if files := sorted(folder.glob("*.safetensors")):
-        return files
-    if pickled := sorted(path.name for path in folder.glob("*.bin")):
-        raise CheckpointError(
-            f"{folder} has {', '.join(pickled[:3])} only: pickled weights are not read, "
-            "save the model as safetensors"
-        )
-    raise CheckpointError(f"{folder} has no .safetensors files")
+def _indexed(names: list[str], path: Path, index: dict[str, str]) -> list[str]:
+    """Names of one shard that the index places there; all that it places there must be there."""
+    found = set(names)
+    placed = {name for name, file in index.items() if file == path.name}
+    if absent := sorted(placed - found):
+        raise CheckpointError(f"{path} lacks {absent[0]}, which the index places there")
+    if unlisted := sorted(found - index.keys()):
+        raise CheckpointError(f"{path} holds {unlisted[0]}, which the index does not list")
+    return [name for name in names if name in placed]
 
 
 def _open(path: Path) -> Any:

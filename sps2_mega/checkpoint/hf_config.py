@@ -7,14 +7,23 @@ are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. `hf_rope` has
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sps2_mega.checkpoint.hf_rope import rope_from_hf, rope_to_hf
+from sps2_mega.checkpoint.huggingface.json_file import read_json, shown
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
+
+__all__ = [
+    "ARCHITECTURES",
+    "model_config_from_hf",
+    "model_config_to_hf",
+    "read_hf_config",
+    "read_json",
+]
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -47,8 +56,12 @@ def read_hf_config(folder: Path) -> ModelConfig:
     """
     hf = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    if generation.is_file():
-        ends = read_json(generation).get("eos_token_id")
+    if os.path.lexists(generation):
+        from sps2_mega.checkpoint.huggingface.fields import check_generation
+
+        stated = read_json(generation)
+        check_generation(stated, str(generation))
+        ends = stated.get("eos_token_id")
         hf = hf if ends is None else {**hf, "eos_token_id": ends}
     try:
         return model_config_from_hf(hf)
@@ -63,12 +76,16 @@ def model_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         ConfigError: a field is absent, or has a value that cannot be run; the message names both.
     """
     family = hf.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ConfigError(
-            f"model_type={family!r} is not supported (known: {', '.join(ARCHITECTURES)})"
+            f"model_type={shown(family)} is not supported (known: {', '.join(ARCHITECTURES)})"
         )
     if hf.get("quantization_config"):
         raise ConfigError("quantization_config is set: quantized weights are not supported")
+    # pydantic takes a while to import, and the simulator does without.
+    from sps2_mega.checkpoint.huggingface.fields import check_config
+
+    check_config(family, hf)
     return _gpt2(hf) if family == "gpt2" else _rotary_family(family, hf)
 
 
@@ -91,16 +108,6 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return hf | (_gpt2_fields(config) if config.family == "gpt2" else _rotary_fields(config))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
-
-
 def _rotary_family(family: str, hf: Mapping[str, Any]) -> ModelConfig:
     _refuse(hf, "hidden_act", allowed=("silu",), default="silu")
     _refuse(hf, "mlp_bias", allowed=(False,), default=False)
@@ -109,14 +116,21 @@ def _rotary_family(family: str, hf: Mapping[str, Any]) -> ModelConfig:
     _refuse_mixed_layers(hf)
     defaults = _DEFAULTS[family]
     heads, hidden = _need(hf, "num_attention_heads"), _need(hf, "hidden_size")
-    max_positions = hf.get("max_position_embeddings") or defaults["max_position_embeddings"]
+    max_positions = hf.get("max_position_embeddings", defaults["max_position_embeddings"])
+    if hf.get("head_dim") is None and family != "qwen3" and hidden % heads:
+        raise ConfigError(
+            f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} (needs "
+            "head_dim)"
+        )
+    if (hf.get("head_dim") or 0) % 2:
+        raise ConfigError(f"head_dim={hf['head_dim']} must be even for rotary embeddings")
     return ModelConfig(
         family=family,  # type: ignore[arg-type]
         num_layers=_need(hf, "num_hidden_layers"),
         hidden_size=hidden,
         ffn_hidden_size=_need(hf, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or defaults["num_key_value_heads"] or heads,
+        num_kv_heads=hf.get("num_key_value_heads", defaults["num_key_value_heads"]) or heads,
         head_dim=hf.get("head_dim") or (_QWEN3_HEAD_DIM if family == "qwen3" else hidden // heads),
         vocab_size=_need(hf, "vocab_size"),
         max_position_embeddings=max_positions,
@@ -173,6 +187,9 @@ def _sliding_window(family: str, hf: Mapping[str, Any]) -> int | None:
         return None
     if family == "mistral":
         window = hf.get("sliding_window", _MISTRAL_WINDOW)
+        # AutoModel takes a Mistral with layer types for a Ministral, whose layers follow them.
+        if (kinds := hf.get("layer_types")) and kinds[0] == "full_attention":
+            return None
         return int(window) if window else None
     if not hf.get("use_sliding_window", False) or not hf.get("sliding_window"):
         return None
@@ -194,8 +211,12 @@ def _refuse_mixed_layers(hf: Mapping[str, Any]) -> None:
     if len(kinds) > 1 or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise ConfigError(
             f"layer_types has {' and '.join(kinds)}: full_attention or sliding_attention for all "
-            "layers "
-            "is needed"
+            "layers is needed"
+        )
+    layers = _need(hf, "num_hidden_layers")
+    if kinds and len(hf["layer_types"]) != layers:
+        raise ConfigError(
+            f"layer_types has {len(hf['layer_types'])} entries for num_hidden_layers={layers}"
         )
 
 

@@ -44,7 +44,12 @@ def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeCon
     Raises:
         ConfigError: the type is not supported, or a field is absent or unknown.
     """
-    given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    # As transformers 5 does: a `rope_scaling` replaces all of `rope_parameters`, theta included.
+    where = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    given = dict(hf.get(where) or {})
+    from sps2_mega.checkpoint.huggingface.fields import check_rope
+
+    check_rope(given, where)
     theta = float(given.pop("rope_theta", None) or hf.get("rope_theta") or _DEFAULT_THETA)
     rotated = given.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
     if rotated != 1.0:
@@ -60,6 +65,14 @@ def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeCon
         raise ConfigError(f"rope_type={rope_type!r} needs {', '.join(absent)}")
     if rope_type == "default":
         return RopeConfig(theta=theta)  # stray fields beside the default type have no effect
+    for name in ("beta_fast", "beta_slow"):
+        if not fields.get(name):  # transformers takes its default in place of zero
+            fields.pop(name, None)
+    if rope_type == "llama3" and fields["high_freq_factor"] <= fields["low_freq_factor"]:
+        raise ConfigError(
+            f"{where}: high_freq_factor={fields['high_freq_factor']} must be above "
+            f"low_freq_factor={fields['low_freq_factor']}"
+        )
     if unknown := [name for name in fields if name not in required + optional]:
         shown = ", ".join(f"{name}={fields[name]!r}" for name in unknown)
         raise ConfigError(f"rope_type={rope_type!r} has fields that are not understood: {shown}")

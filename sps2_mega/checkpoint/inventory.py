@@ -1,4 +1,4 @@
-"""Check that a source holds exactly the model, with all problems in one error.
+"""Check that a source holds exactly the model, with all problems in one line.
 
 Missing, left-over and wrongly shaped names are problems. Vocabulary rows are the one tolerance: a
 file may have more (Megatron pads them), never fewer.
@@ -11,7 +11,7 @@ from sps2_mega.checkpoint.source import WeightSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 
-_SHOWN = 30
+_SHOWN = 8
 
 
 def check_complete(source: WeightSource, config: ModelConfig) -> None:
@@ -37,7 +37,7 @@ def raise_if_any(problems: dict[str, list[str]], where: str) -> None:
     """Raise one CheckpointError with every kind of problem that has entries."""
     parts = [_section(title, entries) for title, entries in problems.items() if entries]
     if parts:
-        raise CheckpointError(f"{where} does not fit the model\n" + "\n".join(parts))
+        raise CheckpointError(f"{where} does not fit the model: " + "; ".join(parts))
 
 
 def _fits(name: str, expected: Shape, found: Shape) -> bool:
@@ -47,7 +47,5 @@ def _fits(name: str, expected: Shape, found: Shape) -> bool:
 
 
 def _section(title: str, entries: list[str]) -> str:
-    lines = [f"  {title} ({len(entries)}):", *(f"    {entry}" for entry in entries[:_SHOWN])]
-    if len(entries) > _SHOWN:
-        lines.append(f"    and {len(entries) - _SHOWN} more")
-    return "\n".join(lines)
+    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+    return f"{title} ({len(entries)}): {', '.join(entries[:_SHOWN])}{more}"

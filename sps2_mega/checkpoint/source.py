@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import VOCAB_NAMES, Shape
 from sps2_mega.checkpoint.hf import HuggingFaceSource
+from sps2_mega.checkpoint.huggingface.files import refuse_adapter
 from sps2_mega.checkpoint.legacy import LegacySource
 from sps2_mega.checkpoint.torch_dist import TorchDistSource
 from sps2_mega.config import ModelConfig
@@ -67,6 +68,7 @@ def open_checkpoint(
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
+    refuse_adapter(folder)
     if (folder / "config.json").is_file():
         return HuggingFaceSource(folder, config)
     iteration = iteration_folder(folder)

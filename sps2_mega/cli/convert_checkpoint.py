@@ -18,7 +18,7 @@ from sps2_mega.config import ModelConfig
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 convert") -> int:
-    """Convert one checkpoint; exit code 1 where it cannot be converted."""
+    """Convert one checkpoint; exit code 2 where it cannot be converted."""
     args = parse(argv, prog=prog)
     # torch takes seconds to import: not before the arguments are known to be right.
     from tqdm import tqdm
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 convert") -> in
             export(source, args.target, on_bytes=progress)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(
         f"{args.target}: {num_parameters(source.config):,} parameters of {source.path} "
         f"({source.format}, {source.dtype})"

@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 inspect") -> in
         facts = inspect(args.folder, args.tokenizer)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(json.dumps(facts, indent=2) if args.json else _table(facts))
-    return 0 if facts["complete"] else 1
+    return 0 if facts["complete"] else 2
 
 
 def inspect(folder: Path, tokenizer: Path | None = None) -> dict[str, Any]:

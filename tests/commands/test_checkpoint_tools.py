@@ -59,11 +59,11 @@ def test_convert_refuses_in_one_line(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").write_text("x")
-    assert convert("hf-to-megatron", TINY, tmp_path / "full") == 1
+    assert convert("hf-to-megatron", TINY, tmp_path / "full") == 2
     assert "nothing is overwritten" in capsys.readouterr().err
-    assert convert("megatron-to-hf", TINY, tmp_path / "x") == 1
+    assert convert("megatron-to-hf", TINY, tmp_path / "x") == 2
     assert "huggingface checkpoint, not a megatron one" in capsys.readouterr().err
-    assert convert("hf-to-megatron", TINY, tmp_path / "x", "--config", "llama-2-7b") == 1
+    assert convert("hf-to-megatron", TINY, tmp_path / "x", "--config", "llama-2-7b") == 2
     assert "does not fit the model" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -100,7 +100,7 @@ def test_inspect_says_what_is_missing(
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(TINY / "config.json", tmp_path)
-    assert inspect(tmp_path) == 1
+    assert inspect(tmp_path) == 2
     assert (
         "decoder.final_layernorm.weight (from model.norm.weight [256])" in capsys.readouterr().out
     )
@@ -153,5 +153,5 @@ def test_a_padded_vocabulary_needs_a_tokenizer(
 def test_inspect_refuses_other_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture, inspect
 ) -> None:
-    assert inspect(tmp_path) == 1
+    assert inspect(tmp_path) == 2
     assert capsys.readouterr().err.startswith("error: ")
