@@ -1,7 +1,7 @@
 # Every target first makes sure that .venv is there and up to date; nothing outside this folder
 # changes.
 #
-#   make PYTHON=python3.12          another interpreter for .venv (>= 3.11)
+#   make PYTHON=python3.12          another interpreter for .venv (3.11 to 3.13)
 #   make generate SP=1 MODEL=DIR INPUT=FILE ARGS="..."   other degrees, model, prompts or flags
 #   make serve PORT=8001 TP=2 MODEL=DIR ARGS="..."       the same for the server
 
@@ -31,7 +31,7 @@ setup: $(STAMP) ## .venv with the versions of constraints.txt
 
 # torch first and alone: what comes later must accept the build that is there (CPU or CUDA).
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and "Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv failed: is the package python3-venv installed?" >&2; exit 1; }
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'

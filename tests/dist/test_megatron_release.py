@@ -103,8 +103,8 @@ def test_its_own_checkpoint_loads_and_gives_transformers_logits(tmp_path: Path) 
     prompts = [[5], [1, 2, 3, 4, 5, 6, 70], list(range(33))]
     with torch.inference_mode():
         expected = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
-    # Weights of size one make logits of about a hundred.
-    tolerance = 1e-5 * max(logits.abs().max().item() for logits in expected)
+    # Weights of size one make large logits, of sums that nearly cancel.
+    tolerance = 5e-5 * max(logits.abs().max().item() for logits in expected)
     for tp, sp in ((1, 1), (1, 2), (2, 1)):
         assert_logits(
             {"llama": expected},
