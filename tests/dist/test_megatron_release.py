@@ -11,6 +11,7 @@ import os
 import warnings
 from pathlib import Path
 
+import families
 import harness
 import pytest
 import torch
@@ -18,8 +19,7 @@ from dist.checkpoint import checkpoint_writer as writer
 from harness import free_port, run_ranks
 from model_run import assert_logits
 
-from sps2_mega.checkpoint.export import export_huggingface
-from sps2_mega.checkpoint.source import open_checkpoint
+from sps2_mega.checkpoint.source import open_checkpoint, read_canonical
 
 WANTED = os.environ.get("SPS2_TEST_MEGATRON")
 
@@ -89,28 +89,24 @@ def test_building_a_model_says_nothing():
     assert after == ["heard"]
 
 
-def test_its_own_checkpoint_loads_and_gives_transformers_logits(tmp_path: Path) -> None:
-    """One family, written by this release at TP 2, on one rank, on two SP and two TP ranks."""
-    import transformers
-
-    pool = harness.RankPool(2)
-    try:
-        pool.run(writer.write_torch_dist, tmp_path / "llama", writer.LLAMA, 2, 1)
-    finally:
-        pool.close()
-    export_huggingface(open_checkpoint(tmp_path / "llama"), tmp_path / "hf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    prompts = [[5], [1, 2, 3, 4, 5, 6, 70], list(range(33))]
+def test_a_model_gives_transformers_logits_on_one_and_two_ranks(tmp_path: Path) -> None:
+    model = families.save_family("llama3-rope", tmp_path)
+    prompts = families.prompts((1, 17, 129))
     with torch.inference_mode():
         expected = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
-    # Weights of size one make large logits, of sums that nearly cancel.
-    tolerance = 5e-5 * max(logits.abs().max().item() for logits in expected)
     for tp, sp in ((1, 1), (1, 2), (2, 1)):
         assert_logits(
-            {"llama": expected},
-            {"llama": tmp_path / "llama"},
-            prompts,
-            tp=tp,
-            sp=sp,
-            tolerance=tolerance,
+            {"llama": expected}, {"llama": tmp_path}, prompts, tp=tp, sp=sp, tolerance=1e-4
         )
+
+
+def test_a_checkpoint_that_it_writes_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    pool = harness.RankPool(2)
+    try:
+        pool.run(writer.write_torch_dist, tmp_path, writer.LLAMA, 2, 1)
+    finally:
+        pool.close()
+    source = open_checkpoint(tmp_path)
+    assert source.config == writer.LLAMA
+    for name, expected in writer.canonical_weights(writer.LLAMA).items():
+        assert torch.equal(read_canonical(source, name, writer.LLAMA), expected), name
