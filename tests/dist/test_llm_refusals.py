@@ -40,7 +40,8 @@ def attempts_on_rank(rank, ports, attempts, world_size):
         except ValueError as error:
             errors.append((type(error).__name__, str(error)))
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("sps2-")]
-    assert left == [] and not torch.distributed.is_initialized()
+    assert left == []
+    assert not torch.distributed.is_initialized()
     os.environ["MASTER_PORT"] = str(ports[-1])
     try:
         with LLM("sps2-tiny", sp=world_size, dtype="float32", num_blocks=300) as llm:
