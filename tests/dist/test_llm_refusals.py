@@ -39,8 +39,10 @@ def attempts_on_rank(rank, ports, attempts, world_size):
             LLM(model, sp=world_size, dtype="float32", **options)
         except ValueError as error:
             errors.append((type(error).__name__, str(error)))
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("sps2-")]
-    assert left == []
+    for thread in threading.enumerate():
+        if thread.name.startswith("sps2-"):
+            thread.join(10.0)  # one that has been told to end may need a moment on a busy machine
+            assert not thread.is_alive(), thread.name
     assert not torch.distributed.is_initialized()
     os.environ["MASTER_PORT"] = str(ports[-1])
     try:
