@@ -27,7 +27,7 @@ WANTED = os.environ.get("SPS2_TEST_MEGATRON")
 def version_on_rank(rank):
     import megatron.core
 
-    return megatron.core.__version__.split("+")[0]  # the wheel adds its commit
+    return megatron.core.__version__.split("+")[0]  # 0.19 adds the commit of the folder it runs in
 
 
 def test_ranks_run_the_release_that_was_asked_for():
