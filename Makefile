@@ -1,7 +1,7 @@
 # Every target first makes sure that .venv is there and up to date; nothing outside this folder
 # changes.
 #
-#   make PYTHON=python3.12          another interpreter for .venv (>= 3.11)
+#   make PYTHON=python3.12          another interpreter for .venv (3.11 to 3.13)
 #   make generate SP=1 MODEL=DIR INPUT=FILE ARGS="..."   other degrees, model, prompts or flags
 #   make serve PORT=8001 TP=2 MODEL=DIR ARGS="..."       the same for the server
 
@@ -21,7 +21,7 @@ JOBS ?= 3
 ARGS ?=
 DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup generate serve test test-fast test-gpu lint format type docs bench train accuracy evaluate doctor clean help
+.PHONY: setup generate serve test test-fast test-megatron test-gpu lint format type docs bench train accuracy evaluate doctor clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,7 +31,7 @@ setup: $(STAMP) ## .venv with the versions of constraints.txt
 
 # torch first and alone: what comes later must accept the build that is there (CPU or CUDA).
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and "Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv failed: is the package python3-venv installed?" >&2; exit 1; }
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -54,6 +54,21 @@ test: setup ## the whole CPU test suite, ranks on gloo, JOBS=3 test files at a t
 
 test-fast: setup ## tests without ranks
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_style.py tests/docs/test_vocabulary.py tests/unit tests/histories tests/simulator tests/kernels -m "not slow" $(ARGS)
+
+# Another release of megatron-core, in front of .venv's own, with that release's own dependencies
+# unasked: those of .venv serve all of them. Releases from 0.17 on declare Python 3.12, and run on
+# 3.11 as well, so the interpreter is .venv's.
+VERSION ?= 0.19.2
+MEGATRON := $(CURDIR)/.megatron/$(VERSION)
+RELEASE_TESTS := tests/dist/test_megatron_release.py $(if $(SHORT),,tests/dist/test_megatron.py tests/dist/test_equals_transformers.py tests/dist/checkpoint)
+
+$(MEGATRON)/.installed: $(STAMP)
+	$(PIP) install --quiet --no-deps --ignore-requires-python --upgrade --target $(MEGATRON) megatron-core==$(VERSION)
+	@touch $@
+
+test-megatron: $(MEGATRON)/.installed ## equality tests with megatron-core VERSION=0.19.2 (SHORT=1: one model)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 SPS2_TEST_MEGATRON=$(VERSION) PYTHONPATH=$(MEGATRON) \
+		$(BIN)/python -m pytest --durations=5 $(RELEASE_TESTS) $(ARGS)
 
 test-gpu: setup ## tests that need CUDA devices
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu $(ARGS)
@@ -98,4 +113,4 @@ doctor: setup ## what this machine has and what will be used
 	$(BIN)/sps2 doctor
 
 clean: ## remove .venv, caches and outputs
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .megatron out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -21,6 +21,14 @@ class RankFailure(RuntimeError):
     """A rank that died or stopped answering; the message names rank, step and cause."""
 
 
+class Refused(Exception):
+    """A refusal during the start that all ranks know of; `error` is what each caller gets."""
+
+    def __init__(self, error: ConfigError | CheckpointError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Refusal(enum.Enum):
     """Reason why a well-formed request was not admitted: an expected outcome, so a value."""
 

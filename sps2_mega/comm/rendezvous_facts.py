@@ -1,4 +1,4 @@
-"""Small facts of every rank, gathered on rank 0 through the job's key-value store.
+"""Small facts of every rank, exchanged through the job's key-value store.
 
 No collective is involved, so ranks of different groups can take part, each when it is ready.
 """
@@ -21,5 +21,15 @@ def tell_rank_zero(
     store.set(keys[rank], text)
     if rank > 0:
         return []
+    store.wait(keys, _PATIENCE)
+    return [store.get(key).decode() for key in keys]
+
+
+def tell_everyone(
+    store: dist.Store, name: str, text: str, *, rank: int, world_size: int
+) -> list[str]:
+    """Every rank's `text`, on every rank; all wait for the last one."""
+    keys = [f"sps2/{name}/{number}" for number in range(world_size)]
+    store.set(keys[rank], text)
     store.wait(keys, _PATIENCE)
     return [store.get(key).decode() for key in keys]

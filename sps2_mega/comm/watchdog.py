@@ -143,6 +143,11 @@ class Watchdog:
         self._thread.start()
         _active.add(self)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether this rank is the only one of the job."""
+        return self._info.world_size == 1
+
     def at(self, step: int | None, what: str) -> None:
         """Record this rank's activity, for messages: a step's number, or None outside steps."""
         self._step_ended = None

@@ -6,14 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from sps2_mega.errors import Refused
+
 if TYPE_CHECKING:
     from sps2_mega.comm.watchdog import Watchdog
 
 
 @contextmanager
 def failing(watchdog: Watchdog) -> Iterator[None]:
-    """End the whole job, not only this rank, when the body raises."""
+    """End the whole job, not only this rank, when the body raises.
+
+    A job of one rank concerns nobody else: the caller gets the exception.
+    """
     try:
         yield
-    except Exception as error:  # noqa: BLE001  a rank's edge: told to all ranks
+    except Refused:
+        raise
+    except Exception as error:
+        if watchdog.is_alone:
+            raise
         watchdog.fail(error)

@@ -21,7 +21,6 @@ from sps2_mega.engine.startup.scheduler_setup import make_scheduler
 from sps2_mega.engine.startup.start_rank import StartedRank, start_rank
 from sps2_mega.garbage_collection import settle
 from sps2_mega.parallel.launcher import LaunchInfo
-from sps2_mega.text.tokenizer import Tokenizer
 
 Driver = Engine | DisaggregatedEngine
 
@@ -52,11 +51,9 @@ def start_driver(
 
 def driver_of(rank: StartedRank) -> Driver:
     """Engine of a started rank 0."""
-    folder = rank.resolved.tokenizer
-    tokenizer = None if folder is None else Tokenizer.load(folder)
     if rank.bridge is None:
-        return Engine(rank, make_scheduler(rank), tokenizer)
-    return DisaggregatedEngine(rank, tokenizer)
+        return Engine(rank, make_scheduler(rank), rank.tokenizer)
+    return DisaggregatedEngine(rank, rank.tokenizer)
 
 
 def run_worker(config: EngineConfig, info: LaunchInfo) -> None:

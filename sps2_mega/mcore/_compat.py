@@ -1,30 +1,46 @@
-"""All uses of Megatron-core beyond its documented API, in one place with one test.
+"""All uses of Megatron-core beyond its documented API, and what differs between its releases.
 
-`tests/unit/mcore/test_compat.py` fails when a Megatron release changes what is used here.
+    release         imports triton    local layer spec          GPTModel
+    0.16.1, 0.17.1  no                0.17: passes arguments on
+    0.18.2          yes, undeclared   passes arguments on
+    0.19.2          yes, undeclared   passes arguments on       logs that it is deprecated
+
+`tests/dist/test_megatron.py` fails when a release changes what is used here. It runs with the
+release that is installed; `make test-megatron VERSION=...` runs it with another one.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sps2_mega.errors import ConfigError
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
     """Silence warnings of Megatron and torch on import and construction, on which users cannot act.
 
-    They concern missing optional packages (`sps2 doctor` reports those)
-    and names that newer torch deprecates.
+    They concern missing optional packages (`sps2 doctor` reports those), names that newer torch
+    deprecates, and since 0.19 GPTModel itself. Both ways are silenced: warnings and log records.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger = logging.getLogger("megatron")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -33,6 +49,9 @@ def eager_import(device_type: str) -> Iterator[None]:
 
     `megatron.core.jit` binds `torch.compile` when it is imported; on CPU its small fused
     functions stay eager for good, which suits CPU inference.
+
+    Raises:
+        ConfigError: a package is missing that Megatron imports without declaring it.
     """
     original = torch.compile
     if device_type == "cpu":
@@ -44,6 +63,14 @@ def eager_import(device_type: str) -> Iterator[None]:
             import megatron.core  # noqa: F401
 
             yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing != "triton":
+            raise
+        raise ConfigError(
+            f"megatron-core {version('megatron-core')} imports the package {missing} and does not "
+            f"install it: pip install {missing}"
+        ) from error
     finally:
         torch.compile = original
 

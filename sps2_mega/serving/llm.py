@@ -1,7 +1,7 @@
 """Offline generation from Python: prompts in, finished outputs back, in order.
 
 LLM(model)                      one rank, in this process
-LLM(model, tp=2, sp=2)          plain python: three children are started, this process is rank 0
+LLM(model, tp=2, sp=2)          plain python: all four ranks are children, and end with this process
 LLM(model, sp=2) in each rank   under deepspeed or torchrun: the constructor returns on rank 0 only;
                                 on other ranks it follows rank 0, then raises SystemExit(0)
 """
@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sps2_mega.config import EngineConfig
 from sps2_mega.config_mapping import parts_of_engine_config
-from sps2_mega.errors import ConfigError, RequestError
+from sps2_mega.errors import ConfigError, RankFailure, RequestError
 from sps2_mega.outputs import RequestOutput
 from sps2_mega.parallel.launcher import from_environment
-from sps2_mega.serving.drive import Submission, drive
-from sps2_mega.serving.protocol import parse_request
 from sps2_mega.types import SamplingParams
+
+if TYPE_CHECKING:
+    from sps2_mega.serving.generation import Generation
+    from sps2_mega.serving.remote import RemoteGeneration
 
 Prompt = str | list[int]
 Message = dict[str, Any]
@@ -38,28 +40,26 @@ class LLM:
         csa=CSAConfig(...). `decode_ranks` adds as many ranks.
 
         Raises:
-            ConfigError, CheckpointError: it cannot work; the message says why.
+            ConfigError, CheckpointError: it cannot work; the message says why. The same on every
+                rank, and nothing is left behind: the program can go on, with another LLM too.
+            RankFailure: a rank was lost. Under a launcher the process ends instead.
             SystemExit: on ranks of a launcher other than rank 0, after rank 0 has closed.
         """
-        from sps2_mega.engine.start import run_worker, start_driver
-
         self.config = engine_config(model, tp=tp, sp=sp, options=options)
-        self._ranks = None
+        self._driver: Generation | RemoteGeneration
         info = from_environment()
         if info.launcher == "none" and self.config.parallel.world_size > 1:
-            from sps2_mega.serving.local_ranks import LocalRanks
+            from sps2_mega.serving.remote import RemoteGeneration
 
-            self._ranks = LocalRanks(self.config)
-            info = self._ranks.info
+            self._driver = RemoteGeneration(self.config)
+            return
+        from sps2_mega.engine.start import run_worker, start_driver
+        from sps2_mega.serving.generation import Generation
+
         if info.rank > 0:
             run_worker(self.config, info)
             sys.exit(0)
-        try:
-            self._engine = start_driver(self.config, info)
-        except BaseException:
-            if self._ranks is not None:
-                self._ranks.close(told=False)
-            raise
+        self._driver = Generation(start_driver(self.config, info), self.config)
 
     def generate(
         self,
@@ -72,9 +72,10 @@ class LLM:
 
         Raises:
             RequestError: prompts and params do not match, or text was given without a tokenizer.
+            RankFailure: a rank was lost; this LLM is closed, and another one can be made.
         """
         listed = as_prompts(prompts)
-        return self._run([self._tokens(prompt) for prompt in listed], params)
+        return self._call(self._driver.generate, listed, params)
 
     def chat(
         self,
@@ -88,21 +89,11 @@ class LLM:
         """
         single = bool(conversations) and isinstance(conversations[0], dict)
         listed = [conversations] if single else conversations
-        tokenizer = self._tokenizer()
-        tokens = [
-            tokenizer.apply_chat_template(
-                parse_request({"messages": list(messages)}, kind="chat").messages
-            )
-            for messages in listed
-        ]
-        return self._run(tokens, params)
+        return self._call(self._driver.chat, [list(each) for each in listed], params)
 
     def close(self) -> None:
         """End all ranks; safe to call twice."""
-        self._engine.shutdown()
-        ranks, self._ranks = self._ranks, None
-        if ranks is not None:
-            ranks.close()
+        self._driver.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -115,32 +106,21 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _run(
-        self, prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams] | None
+    def _call(
+        self,
+        answer: Callable[[Any, Sequence[SamplingParams]], list[RequestOutput]],
+        prompts: list[Any],
+        params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[RequestOutput]:
         each = params_for(len(prompts), params)
-
-        def source() -> Iterator[Submission | RequestOutput]:
-            for index, (tokens, one) in enumerate(zip(prompts, each, strict=True)):
-                yield Submission(request_id=str(index), prompt_token_ids=tokens, params=one)
-
-        finished = {
-            int(output.request_id): output
-            for output in drive(
-                self._engine, source(), max_in_flight=4 * self.config.scheduler.max_running
-            )
-        }
-        return [finished[index] for index in range(len(prompts))]
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        return self._tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
-
-    def _tokenizer(self) -> Any:
-        if self._engine.tokenizer is None:
-            raise RequestError(
-                f"{self.config.model} has no tokenizer: give token ids, or a folder as tokenizer="
-            )
-        return self._engine.tokenizer
+        try:
+            return answer(prompts, each)
+        except (RequestError, RankFailure):
+            raise
+        except Exception as error:
+            # A step that has failed leaves sequences half done: this rank is of no more use.
+            self.close()
+            raise RankFailure(f"rank 0 failed: {type(error).__name__}: {error}") from error
 
 
 def engine_config(model: str, *, tp: int, sp: int, options: dict[str, Any]) -> EngineConfig:

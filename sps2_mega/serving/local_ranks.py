@@ -1,7 +1,9 @@
-"""Other ranks of a job on this machine, as children of a Python program without a launcher.
+"""Ranks of a job on this machine, as children of a Python program without a launcher.
 
-This process is rank 0. The children read their configuration from a pipe and end when it closes, so
-that none outlives the parent, however the parent ends. They are terminated by process id only.
+This process is rank 0 of a command, where its end is the job's end. For `LLM` all ranks are
+children, so that a failure reaches the program as an exception only. The children read their
+configuration from a pipe and end when it closes, so that none outlives the parent, however the
+parent ends. They are terminated by process id only.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 from typing import IO
 
 from sps2_mega.comm.watchdog import active_watchdogs
@@ -33,15 +36,25 @@ _LEAVE_SECONDS = 10.0
 # native code, which no exception reaches.
 _GRACE_SECONDS = 5.0
 DEATH_EXIT_CODE = 1
+# Of a child whose error all ranks raise, so that rank 0 alone reports it.
+REFUSED_EXIT_CODE = 2
 
 
 class LocalRanks:
-    """Ranks 1 to world_size - 1 as children; until `close`, the end of one of them is a failure."""
+    """Ranks as children; until `close`, the end of one of them is a failure."""
 
-    def __init__(self, config: EngineConfig, *, grace_s: float = 0.0) -> None:
-        """Start the children.
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        grace_s: float = 0.0,
+        driver: Connection | None = None,
+    ) -> None:
+        """Start the children: ranks 1 to world_size - 1, or all, where rank 0 is driven through
+        `driver`, its end of a pipe.
 
-        After a signal a child waits `grace_s` seconds for this process to end the job.
+        After a signal a child waits `grace_s` seconds for this process to end the job. When one is
+        lost, this process ends; with `driver`, the other children end, and `lost` tells.
 
         Raises:
             ConfigError: the degrees contradict each other.
@@ -51,9 +64,16 @@ class LocalRanks:
         log.info("no launcher: starting all %d ranks on this machine", world_size)
         self.info = _launch_info(0, world_size, _free_port())
         self._closing = threading.Event()
+        self._inside = driver is None
+        self.lost: str | None = None
         self._children = [
-            _Child(_launch_info(rank, world_size, self.info.master_port), config, grace_s)
-            for rank in range(1, world_size)
+            _Child(
+                _launch_info(rank, world_size, self.info.master_port),
+                config,
+                grace_s,
+                driver if rank == 0 else None,
+            )
+            for rank in range(1 if self._inside else 0, world_size)
         ]
         self._watcher = threading.Thread(target=self._watch, name="sps2-local-ranks", daemon=True)
         self._watcher.start()
@@ -61,6 +81,11 @@ class LocalRanks:
     @property
     def pids(self) -> list[int]:
         return [child.process.pid for child in self._children]
+
+    def await_loss(self) -> str | None:
+        """How the first child that was lost ended, once the others have ended too."""
+        self._watcher.join(2 * _GRACE_SECONDS)
+        return self.lost
 
     def close(self, *, told: bool = True) -> None:
         """End the ranks; with `told`, they know of the shutdown and get time to leave."""
@@ -75,6 +100,12 @@ class LocalRanks:
             dead = next((c for c in self._children if c.process.poll() is not None), None)
             if dead is None:
                 continue
+            if not self._inside:
+                self._end_others(dead)
+                return
+            # All ranks refuse alike: this one is about to say so.
+            if dead.process.returncode == REFUSED_EXIT_CODE and self._closing.wait(_GRACE_SECONDS):
+                return
             # The watchdog, once there is one, reports the reason and ends this process first.
             if not active_watchdogs():
                 sys.stderr.write(dead.report())
@@ -85,11 +116,25 @@ class LocalRanks:
                 os._exit(DEATH_EXIT_CODE)
             return
 
+    def _end_others(self, dead: _Child) -> None:
+        """Remember how `dead` ended, and let the others tell their reason before they are ended."""
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while not self._closing.wait(0.05) and time.monotonic() < deadline:
+            if all(child.process.poll() is not None for child in self._children):
+                break
+        if self._closing.is_set():
+            return
+        self.lost = dead.report().rstrip().removeprefix("sps2_mega: ")
+        for child in self._children:
+            child.process.kill()
+
 
 class _Child:
     """One rank: its process, the pipe that keeps it alive, and the last lines of its stderr."""
 
-    def __init__(self, info: LaunchInfo, config: EngineConfig, grace_s: float) -> None:
+    def __init__(
+        self, info: LaunchInfo, config: EngineConfig, grace_s: float, driver: Connection | None
+    ) -> None:
         self.info = info
         variables = {
             "RANK": info.rank,
@@ -110,7 +155,9 @@ class _Child:
                 "-m",
                 "sps2_mega.serving.rank",
                 f"{grace_s:g}",
+                *([] if driver is None else [str(driver.fileno())]),
             ],
+            pass_fds=() if driver is None else (driver.fileno(),),
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -136,17 +183,20 @@ class _Child:
 
     def end(self, deadline: float) -> None:
         """Wait until `deadline` (of time.monotonic()), then terminate, then kill."""
-        for stop in (lambda: None, self.process.terminate, self.process.kill):
+        for stop in (lambda: None, self.process.terminate):
             stop()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(max(0.5, deadline - time.monotonic()))
                 break
-            except subprocess.TimeoutExpired:
-                continue
-        assert self.process.stdin is not None
+        else:
+            self.process.kill()
+            self.process.wait()  # the kernel takes its time to free the memory of a large process
+        assert self.process.stdin is not None and self.process.stderr is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self._reader.join(1.0)
+        if not self._reader.is_alive():
+            self.process.stderr.close()
 
     def _forward(self, stderr: IO[bytes]) -> None:
         for line in stderr:

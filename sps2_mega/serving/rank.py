@@ -1,7 +1,7 @@
 """A rank started by a Python program (`local_ranks`): configuration from stdin, then driven steps.
 
-`python -m sps2_mega.serving.rank [SECONDS]`; not for people. After a signal the job has
-SECONDS to end in good order, as its driver decides.
+`python -m sps2_mega.serving.rank [SECONDS [FD]]`; not for people. After a signal the job has
+SECONDS to end in good order, as its driver decides. Rank 0 takes calls from the pipe FD.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import json
 import os
 import sys
 import threading
+from multiprocessing.connection import Connection
 
 from sps2_mega.comm.guard import guard
 from sps2_mega.comm.watchdog import active_watchdogs
 from sps2_mega.config import EngineConfig
 from sps2_mega.config_mapping import engine_config_from_mapping
+from sps2_mega.errors import CheckpointError, ConfigError
 from sps2_mega.garbage_collection import postpone
-from sps2_mega.parallel.launcher import from_environment
+from sps2_mega.parallel.launcher import LaunchInfo, from_environment
+from sps2_mega.serving.generation import Generation
+from sps2_mega.serving.local_ranks import REFUSED_EXIT_CODE
+from sps2_mega.serving.remote import serve_calls
 
 
 def main() -> int:
@@ -25,10 +30,26 @@ def main() -> int:
     with guard(info, on_stop=lambda _: patience(grace_s)):
         config = config_from_json(sys.stdin.buffer.readline())
         threading.Thread(target=_end_with_parent, name="sps2-parent", daemon=True).start()
+        if info.rank == 0:
+            return 0 if _drive(config, info, Connection(int(sys.argv[2]))) else REFUSED_EXIT_CODE
         from sps2_mega.engine.start import run_worker
 
-        run_worker(config, info)
+        try:
+            run_worker(config, info)
+        except (ConfigError, CheckpointError):
+            if active_watchdogs():
+                raise
+            return REFUSED_EXIT_CODE  # rank 0 raises the same, and reports it
     return 0
+
+
+def _drive(config: EngineConfig, info: LaunchInfo, pipe: Connection) -> bool:
+    def start() -> Generation:
+        from sps2_mega.engine.start import start_driver
+
+        return Generation(start_driver(config, info), config)
+
+    return serve_calls(pipe, start)
 
 
 def patience(grace_s: float) -> float:

@@ -19,7 +19,6 @@ def facts_on_rank(rank):
 
     with eager_import("cpu"):
         from megatron.core.packed_seq_params import PackedSeqParams
-        from megatron.core.transformer.attention import Attention
         from megatron.core.transformer.transformer_block import TransformerBlock
     import torch
 
@@ -29,8 +28,6 @@ def facts_on_rank(rank):
         "format": carrier.qkv_format,
         "attention": carrier.attention,
         "block": list(inspect.signature(TransformerBlock.forward).parameters),
-        "layer_call": inspect.getsource(Attention.forward),
-        "layer_loop": inspect.getsource(TransformerBlock.forward),
         "compile_is_back": torch.compile.__module__.startswith("torch"),
     }
 
@@ -41,10 +38,8 @@ def test_megatron_still_carries_our_step_to_the_core_attention():
     assert facts["format"] != "thd"
     assert facts["attention"] == "mine"
     assert {"packed_seq_params", "rotary_pos_emb", "hidden_states"} <= set(facts["block"])
-    assert "packed_seq_params=packed_seq_params" in facts["layer_call"]
-    # What `run_layers` and `run_final_norm` do in its place.
-    assert "hidden_states, context = layer(" in facts["layer_loop"]
-    assert "self.final_layernorm(hidden_states)" in facts["layer_loop"]
+    # That layers carry it on, and what `run_layers` and `run_final_norm` do in the block's place,
+    # is a matter of behaviour: `test_slices_of_layers_do_what_megatrons_loop_does`.
     assert facts["compile_is_back"]
 
 

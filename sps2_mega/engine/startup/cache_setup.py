@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sps2_mega.checkpoint.sharding import num_query_groups
-from sps2_mega.comm.collectives import minimum
 from sps2_mega.config import CacheConfig, EngineConfig, ModelConfig
 from sps2_mega.engine.startup.memory_table import RankMemory
 from sps2_mega.errors import ConfigError
@@ -38,7 +37,17 @@ class CacheShare:
     free_bytes: int
 
 
-def allocate_cache(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSize:
+    """Blocks that this rank could hold; bytes of one, of the largest step, and free before both."""
+
+    num_blocks: int
+    bytes_per_block: int
+    activation_bytes: int
+    free_bytes: int
+
+
+def size_cache(
     config: EngineConfig,
     model: ModelConfig,
     groups: ParallelGroups,
@@ -48,8 +57,8 @@ def allocate_cache(
     transport: str,
     *,
     prefills: bool = True,
-) -> CacheShare:
-    """Allocate the pool; all ranks agree on the number of blocks by the minimum.
+) -> CacheSize:
+    """Size of this rank's share by what is free here; nothing is allocated, no rank is waited for.
 
     Args:
         config: of this rank's pool.
@@ -88,12 +97,28 @@ def allocate_cache(
         # Sequences are spread over ranks evenly in whole blocks: at most one more on a rank.
         useful_blocks=config.scheduler.max_running * (-(-blocks_per_sequence // sp) + 1),
     )
-    num_blocks = minimum(num_blocks, groups.control)
+    return CacheSize(
+        num_blocks=num_blocks,
+        bytes_per_block=bytes_per_block,
+        activation_bytes=largest_step,
+        free_bytes=free_bytes,
+    )
+
+
+def allocate_cache(
+    size: CacheSize,
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    compute: Compute,
+    num_blocks: int,
+) -> CacheShare:
+    """Allocate the pool of `num_blocks` blocks, which is the smallest size of all ranks."""
     pool = KVPool(
         num_layers=model.num_layers,
         num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=num_kv_heads,
+        block_size=config.cache.block_size,
+        num_kv_heads=num_query_groups(model, groups.tp.size) // groups.tp.size,
         head_dim=model.head_dim,
         dtype=compute.dtype,
         device=compute.device,
@@ -101,9 +126,9 @@ def allocate_cache(
     return CacheShare(
         pool=pool,
         num_blocks=num_blocks,
-        pool_bytes=num_blocks * bytes_per_block,
-        activation_bytes=largest_step,
-        free_bytes=free_bytes,
+        pool_bytes=num_blocks * size.bytes_per_block,
+        activation_bytes=size.activation_bytes,
+        free_bytes=size.free_bytes,
     )
 
 

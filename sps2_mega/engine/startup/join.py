@@ -15,7 +15,7 @@ from sps2_mega.comm.watchdog import Watchdog
 from sps2_mega.config import ParallelConfig
 from sps2_mega.engine.failing import failing
 from sps2_mega.engine.startup.load_progress import LoadProgress
-from sps2_mega.mcore.init import Compute, agree_topology, initialize, open_store
+from sps2_mega.mcore.init import Compute, agree_topology, finalize, initialize, open_store
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.parallel.rank_pools import RankPool
@@ -73,14 +73,19 @@ def join(
         lookup=lambda: store.get("sps2/watchdog").decode(),
         step_timeout=step_timeout,
     )
-    with failing(watchdog):
-        groups = initialize(
-            store,
-            info,
-            meeting.topology,
-            device=compute.device,
-            timeout_s=step_timeout,
-            pool=pool,
-        )
-        bridge = Bridge.open(store, info.rank, info.world_size) if len(pools) > 1 else None
-        return Joined(groups, watchdog, bridge)
+    try:
+        with failing(watchdog):
+            groups = initialize(
+                store,
+                info,
+                meeting.topology,
+                device=compute.device,
+                timeout_s=step_timeout,
+                pool=pool,
+            )
+            bridge = Bridge.open(store, info.rank, info.world_size) if len(pools) > 1 else None
+            return Joined(groups, watchdog, bridge)
+    except BaseException:
+        watchdog.close()
+        finalize()
+        raise

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from sps2_mega.attention.planner.attention_choice import choose_transport
 from sps2_mega.checkpoint.resolve import ResolvedModel, resolve_model
@@ -16,19 +17,22 @@ from sps2_mega.engine.startup.attention_setup import check_pipeline
 from sps2_mega.errors import ConfigError
 from sps2_mega.mcore.init import Compute, choose_compute
 from sps2_mega.parallel.launcher import LaunchInfo
+from sps2_mega.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRank:
-    """Resolved settings of this rank; `config` has what the model's file suggests filled in."""
+    """Resolved settings of this rank; `config` has what the model's file suggests filled in;
+    `tokenizer` is read on rank 0 of the job."""
 
     config: EngineConfig
     resolved: ResolvedModel
     compute: Compute
     transport: str
     max_model_len: int
+    tokenizer: Tokenizer | None
 
 
 def check_rank(config: EngineConfig, info: LaunchInfo) -> CheckedRank:
@@ -37,6 +41,11 @@ def check_rank(config: EngineConfig, info: LaunchInfo) -> CheckedRank:
     Raises:
         ConfigError, CheckpointError: a setting cannot work on this rank.
     """
+    if dist.is_initialized():
+        raise ConfigError(
+            "this process has a torch.distributed process group already, and can have one only: "
+            "close the other LLM, or destroy the group, before this one is made"
+        )
     resolved = resolve_model(
         config.model, tokenizer=config.tokenizer, needs_weights=config.load_format != "dummy"
     )
@@ -50,12 +59,16 @@ def check_rank(config: EngineConfig, info: LaunchInfo) -> CheckedRank:
     compute = choose_compute(config.device, config.dtype, resolved.config.dtype, info.local_rank)
     if compute.device.type == "cpu":
         torch.set_num_threads(config.threads or _threads_per_rank(info))
+    # Before the ranks meet, since the others learn of a problem there; only rank 0 has texts.
+    folder = resolved.tokenizer if info.rank == 0 else None
+    tokenizer = None if folder is None else Tokenizer.load(folder)
     return CheckedRank(
         config=config,
         resolved=resolved,
         compute=compute,
         transport=transport,
         max_model_len=max_model_len,
+        tokenizer=tokenizer,
     )
 
 

@@ -11,32 +11,40 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sps2_mega.attention.build import PrefillSetup
 from sps2_mega.attention.csa.spans import SparsePrefill
 from sps2_mega.attention.planner.attention_choice import sparse_prefill
 from sps2_mega.checkpoint.resolve import ResolvedModel
 from sps2_mega.comm.bridge import Bridge
+from sps2_mega.comm.collectives import minimum
 from sps2_mega.comm.rendezvous_facts import tell_rank_zero
 from sps2_mega.comm.watchdog import Watchdog
 from sps2_mega.config import EngineConfig
 from sps2_mega.engine.failing import failing
+from sps2_mega.engine.startup.agreement import agreeing
 from sps2_mega.engine.startup.attention_setup import make_pipeline, make_planner
-from sps2_mega.engine.startup.cache_setup import CacheShare, allocate_cache, rank_memory
-from sps2_mega.engine.startup.join import join, meet
+from sps2_mega.engine.startup.cache_setup import CacheShare, allocate_cache, rank_memory, size_cache
+from sps2_mega.engine.startup.join import Joined, Meeting, join, meet
 from sps2_mega.engine.startup.load_progress import LoadProgress
 from sps2_mega.engine.startup.memory_table import RankMemory
 from sps2_mega.engine.startup.model_setup import load_model
 from sps2_mega.engine.startup.pool_config import pool_config
 from sps2_mega.engine.startup.rank_checks import CheckedRank, check_rank
 from sps2_mega.engine.startup.tracing import TraceFile
-from sps2_mega.errors import CheckpointError, ConfigError
+from sps2_mega.errors import CheckpointError, ConfigError, Refused
 from sps2_mega.mcore.init import Compute, finalize, refuse
 from sps2_mega.parallel.groups import ParallelGroups
 from sps2_mega.parallel.launcher import LaunchInfo
 from sps2_mega.parallel.rank_pools import RankPool, rank_pool_of, split_rank_pools
 from sps2_mega.worker.decode_graphs import make_decode_graphs
 from sps2_mega.worker.executor import Executor
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from sps2_mega.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +55,7 @@ class StartedRank:
 
     `config` is that of its pool, with what the model's file suggests filled in. `pools` are all of
     the job; `bridge` connects them, where there are two. `memory` is that of all ranks on rank 0,
-    else empty. `num_blocks` is per SP rank.
+    else empty. `num_blocks` is per SP rank. `tokenizer` is on rank 0 of the job only.
     """
 
     config: EngineConfig
@@ -65,6 +73,7 @@ class StartedRank:
     sp_levels: tuple[int, ...]
     max_model_len: int
     transport: str
+    tokenizer: Tokenizer | None
 
     def leave(self) -> None:
         """Finish the trace and close all connections; all ranks of the job call it together."""
@@ -106,15 +115,14 @@ def start_rank(
     joined = join(
         meeting, info, pools, pool, checked.compute, step_timeout=checked.config.step_timeout
     )
-    with failing(joined.watchdog):
-        loaded = _load(checked, joined.groups, info, pool, sparse, progress)
-        memory = tell_rank_zero(
-            meeting.store,
-            "memory",
-            rank_memory(loaded.cache, loaded.executor.model.weights().values()).encode(),
-            rank=info.rank,
-            world_size=info.world_size,
-        )
+    try:
+        loaded, memory = _load_and_tell(checked, meeting, joined, info, pool, sparse, progress)
+    except BaseException as error:
+        # Other errors have ended the process, unless this rank is alone.
+        _leave_early(joined)
+        if isinstance(error, Refused):
+            raise error.error from error.__cause__
+        raise
     joined.watchdog.wait_for_work()
     return StartedRank(
         config=checked.config,
@@ -132,7 +140,16 @@ def start_rank(
         sp_levels=tuple(topology.sp_levels),
         max_model_len=checked.max_model_len,
         transport=checked.transport,
+        tokenizer=checked.tokenizer,
     )
+
+
+def _leave_early(joined: Joined) -> None:
+    """Close the connections of a start that has failed, as all other ranks do."""
+    if joined.bridge is not None:
+        joined.bridge.close()
+    joined.watchdog.close()
+    finalize()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +159,29 @@ class _Loaded:
     trace: TraceFile | None
 
 
+def _load_and_tell(
+    checked: CheckedRank,
+    meeting: Meeting,
+    joined: Joined,
+    info: LaunchInfo,
+    pool: RankPool,
+    sparse: SparsePrefill | None,
+    progress: LoadProgress,
+) -> tuple[_Loaded, list[str]]:
+    """What this rank has loaded, and the memory of all ranks, on rank 0 only."""
+    store = meeting.store
+    with failing(joined.watchdog):
+        loaded = _load(checked, joined.groups, info, pool, sparse, progress, store)
+        memory = tell_rank_zero(
+            store,
+            "memory",
+            rank_memory(loaded.cache, loaded.executor.model.weights().values()).encode(),
+            rank=info.rank,
+            world_size=info.world_size,
+        )
+    return loaded, memory
+
+
 def _load(
     checked: CheckedRank,
     groups: ParallelGroups,
@@ -149,24 +189,31 @@ def _load(
     pool: RankPool,
     sparse: SparsePrefill | None,
     progress: LoadProgress,
+    store: Store,
 ) -> _Loaded:
     """Load the weights, allocate the KV cache and set up attention; all ranks call it together."""
     config, model, compute = checked.config, checked.resolved.config, checked.compute
     pipeline, trace = make_pipeline(config, groups, compute.device)
     joined_s = progress.elapsed_s
-    gpt = load_model(config.load_format, checked.resolved, groups, compute, progress)
+    with agreeing(store, info, "loading the weights"):
+        gpt = load_model(config.load_format, checked.resolved, groups, compute, progress)
     weights_s = progress.elapsed_s - joined_s
     progress.stage("allocating the KV cache")
-    cache = allocate_cache(
-        config,
-        model,
-        groups,
-        compute,
-        info,
-        checked.max_model_len,
-        checked.transport,
-        prefills=pool.name != "decode",
-    )
+    # Ranks agree on the number of blocks between the two, where each has found that some fit.
+    with agreeing(store, info, "sizing the KV cache"):
+        size = size_cache(
+            config,
+            model,
+            groups,
+            compute,
+            info,
+            checked.max_model_len,
+            checked.transport,
+            prefills=pool.name != "decode",
+        )
+    num_blocks = minimum(size.num_blocks, groups.control)
+    with agreeing(store, info, "allocating the KV cache"):
+        cache = allocate_cache(size, config, model, groups, compute, num_blocks)
     planner = None
     if checked.transport == "auto":
         progress.stage("preparing the choice of transports")

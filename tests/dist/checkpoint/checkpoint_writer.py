@@ -122,7 +122,9 @@ def write_torch_dist(
         "iteration": ITERATION,
         "model": sharded,
         "optimizer": state,
-        "rng_state": ShardedObject("rng_state", {"seed": rank}, (4,), (rank,)),
+        "rng_state": ShardedObject(
+            "rng_state", {"seed": rank}, (torch.distributed.get_world_size(),), (rank,)
+        ),
     }
     with _cpu_writer():
         dist_checkpointing.save(content, str(folder))
