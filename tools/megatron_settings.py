@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sps2_mega.checkpoint.settings.harmless_model import MODEL
-from sps2_mega.checkpoint.settings.harmless_training import TRAINING
-from sps2_mega.checkpoint.settings.refused import REFUSED
-from sps2_mega.checkpoint.settings.run import RUN
+from sps2_mega.checkpoint.megatron.settings.harmless_model import MODEL
+from sps2_mega.checkpoint.megatron.settings.harmless_training import TRAINING
+from sps2_mega.checkpoint.megatron.settings.refused import REFUSED
+from sps2_mega.checkpoint.megatron.settings.run import RUN
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "megatron-settings.md"
 _TABLES = re.compile(r"(<!-- (\w+): made by [^\n]*-->\n).*?(<!-- end of \2 -->)", re.DOTALL)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sps2_mega.checkpoint.hf_config import model_config_from_hf
+from sps2_mega.checkpoint.huggingface.config import model_config_from_hf
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.config import ModelConfig
 from sps2_mega.engine.start import driver_of, worker_of

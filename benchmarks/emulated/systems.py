@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sps2_mega.checkpoint.hf_config import model_config_from_hf
+from sps2_mega.checkpoint.huggingface.config import model_config_from_hf
 from sps2_mega.checkpoint.model_file import named_model_file
 from sps2_mega.config import ModelConfig
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.part import Part
-from sps2_mega.checkpoint.hf_config import model_config_to_hf
+from sps2_mega.checkpoint.huggingface.config import model_config_to_hf
 from sps2_mega.checkpoint.resolve import resolve_model
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.train.config import MODEL_CONFIGS
 from benchmarks.train.model import TinyLlama
-from sps2_mega.checkpoint.hf_config import model_config_from_hf, model_config_to_hf
+from sps2_mega.checkpoint.huggingface.config import model_config_from_hf, model_config_to_hf
 from sps2_mega.errors import CheckpointError
 
 # A byte-level tokenizer needs no training: all of these models share the bundled one.

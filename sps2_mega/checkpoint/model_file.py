@@ -21,7 +21,7 @@ import yaml
 
 from sps2_mega.bundled import bundled_folders
 from sps2_mega.checkpoint.architecture import check_keys, model_config_from_mapping
-from sps2_mega.checkpoint.huggingface.json_file import read_text
+from sps2_mega.checkpoint.json_file import read_text
 from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 

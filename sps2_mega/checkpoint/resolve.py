@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS
-from sps2_mega.checkpoint.hf_config import read_hf_config
+from sps2_mega.checkpoint.huggingface.config import read_hf_config
 from sps2_mega.checkpoint.model_file import model_files, named_model_file, read_model_file
 from sps2_mega.checkpoint.source import open_checkpoint, tokenizer_folder
 from sps2_mega.checkpoint.vocabulary import check_rows, stated_end_tokens, with_end_tokens

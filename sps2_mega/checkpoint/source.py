@@ -1,8 +1,8 @@
 """Sources of weights in any format: every reader offers the canonical form through `WeightSource`.
 
-    Hugging Face folder      config.json + *.safetensors                     `hf`
-    Megatron torch_dist      iter_*/{metadata.json,.metadata,*.distcp}       `torch_dist`
-    Megatron legacy          iter_*/mp_rank_XX[_YYY]/model_optim_rng.pt      `legacy`
+    Hugging Face folder      config.json + *.safetensors                     `huggingface`
+    Megatron torch_dist      iter_*/{metadata.json,.metadata,*.distcp}       `megatron.torch_dist`
+    Megatron legacy          iter_*/mp_rank_XX[_YYY]/model_optim_rng.pt      `megatron.legacy`
 
 Opening a source reads headers only. This file chooses the reader of a folder;
 `inventory` decides what must be in it.
@@ -17,10 +17,10 @@ from typing import Protocol
 from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import VOCAB_NAMES, Shape
-from sps2_mega.checkpoint.hf import HuggingFaceSource
+from sps2_mega.checkpoint.huggingface.source import HuggingFaceSource
 from sps2_mega.checkpoint.huggingface.files import refuse_adapter
-from sps2_mega.checkpoint.legacy import LegacySource
-from sps2_mega.checkpoint.torch_dist import TorchDistSource
+from sps2_mega.checkpoint.megatron.legacy import LegacySource
+from sps2_mega.checkpoint.megatron.torch_dist import TorchDistSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 from sps2_mega.text.tokenizer_files import has_tokenizer

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sps2_mega.checkpoint.hf_config import read_json
-from sps2_mega.checkpoint.settings.arguments import OWN_CONFIG, model_config_from_args
+from sps2_mega.checkpoint.json_file import read_json
+from sps2_mega.checkpoint.megatron.settings.arguments import OWN_CONFIG, model_config_from_args
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.text.tokenizer import Tokenizer

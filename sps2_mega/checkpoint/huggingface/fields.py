@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sps2_mega.checkpoint.huggingface.json_file import shown
+from sps2_mega.checkpoint.json_file import shown
 from sps2_mega.errors import CheckpointError, ConfigError
 
 Layers = Annotated[int, Field(ge=1, le=10_000)]

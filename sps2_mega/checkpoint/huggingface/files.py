@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from sps2_mega.checkpoint.huggingface.fields import weight_map
-from sps2_mega.checkpoint.huggingface.json_file import read_json, shown
+from sps2_mega.checkpoint.json_file import read_json, shown
 from sps2_mega.errors import CheckpointError, ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sps2_mega.checkpoint.settings.table import SETTINGS
+from sps2_mega.checkpoint.megatron.settings.table import SETTINGS
 
 _COMMON: dict[str, Any] = dict(
     num_layers=2,

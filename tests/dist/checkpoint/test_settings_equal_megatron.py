@@ -94,8 +94,8 @@ def outcome(drawn: Any, groups: Any, nested: Any) -> tuple[str, Any]:
     """
     from dist.checkpoint import stock_megatron
 
-    from sps2_mega.checkpoint.settings.arguments import model_config_from_args
-    from sps2_mega.checkpoint.settings.bridge import bridge_args
+    from sps2_mega.checkpoint.megatron.settings.arguments import model_config_from_args
+    from sps2_mega.checkpoint.megatron.settings.bridge import bridge_args
 
     try:
         args = drawn.settings

@@ -13,7 +13,7 @@ from unit.checkpoint.checkpoints import CONFIGS, GPT2, LLAMA, MemorySource, writ
 
 from sps2_mega.checkpoint.canonical import canonical_shapes
 from sps2_mega.checkpoint.export import export_huggingface
-from sps2_mega.checkpoint.hf import HuggingFaceSource
+from sps2_mega.checkpoint.huggingface.source import HuggingFaceSource
 from sps2_mega.checkpoint.inventory import check_complete
 from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.errors import CheckpointError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sps2_mega.checkpoint.hf_config import (
+from sps2_mega.checkpoint.huggingface.config import (
     model_config_from_hf,
     model_config_to_hf,
     read_hf_config,

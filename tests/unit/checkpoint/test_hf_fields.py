@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.generation import GenerationConfig
 
-from sps2_mega.checkpoint.hf_config import (
+from sps2_mega.checkpoint.huggingface.config import (
     ARCHITECTURES,
     model_config_from_hf,
     model_config_to_hf,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from unit.checkpoint.checkpoints import CONFIGS
 
-from sps2_mega.checkpoint.settings.arguments import (
+from sps2_mega.checkpoint.megatron.settings.arguments import (
     OWN_CONFIG,
     model_config_from_args,
     model_config_to_args,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sps2_mega.checkpoint.safe_pickle import load_tensor, load_torch_file, read_records
+from sps2_mega.checkpoint.megatron.safe_pickle import load_tensor, load_torch_file, read_records
 from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.errors import CheckpointError
 

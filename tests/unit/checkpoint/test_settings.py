@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from sps2_mega.checkpoint.settings.arguments import model_config_from_args
-from sps2_mega.checkpoint.settings.bridge import bridge_args
-from sps2_mega.checkpoint.settings.harmless_model import MODEL
-from sps2_mega.checkpoint.settings.harmless_training import TRAINING
-from sps2_mega.checkpoint.settings.refused import REFUSED
-from sps2_mega.checkpoint.settings.run import RUN
-from sps2_mega.checkpoint.settings.table import SETTINGS, check_settings, treated_settings
+from sps2_mega.checkpoint.megatron.settings.arguments import model_config_from_args
+from sps2_mega.checkpoint.megatron.settings.bridge import bridge_args
+from sps2_mega.checkpoint.megatron.settings.harmless_model import MODEL
+from sps2_mega.checkpoint.megatron.settings.harmless_training import TRAINING
+from sps2_mega.checkpoint.megatron.settings.refused import REFUSED
+from sps2_mega.checkpoint.megatron.settings.run import RUN
+from sps2_mega.checkpoint.megatron.settings.table import SETTINGS, check_settings, treated_settings
 from sps2_mega.config import RopeConfig
 from sps2_mega.errors import ConfigError
 

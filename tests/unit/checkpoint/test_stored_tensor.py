@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sps2_mega.checkpoint import stored_tensor
-from sps2_mega.checkpoint.stored_tensor import StoredValues, locate
+from sps2_mega.checkpoint.megatron import stored_tensor
+from sps2_mega.checkpoint.megatron.stored_tensor import StoredValues, locate
 from sps2_mega.errors import CheckpointError
 
 BEFORE = b"another record"

@@ -16,7 +16,7 @@ from unit.checkpoint.checkpoints import CONFIGS, LLAMA, MemorySource
 
 from sps2_mega.checkpoint.export import export_megatron
 from sps2_mega.checkpoint.inventory import check_complete
-from sps2_mega.checkpoint.megatron_names import canonical_name, stored_name
+from sps2_mega.checkpoint.megatron.names import canonical_name, stored_name
 from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.errors import CheckpointError, ConfigError
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape, split_layer
-from sps2_mega.checkpoint.megatron_names import canonical_name
-from sps2_mega.checkpoint.megatron_run import args_of, iteration_of
-from sps2_mega.checkpoint.safe_pickle import load_torch_file
-from sps2_mega.checkpoint.settings.arguments import saved_layout
+from sps2_mega.checkpoint.megatron.names import canonical_name
+from sps2_mega.checkpoint.megatron.run import args_of, iteration_of
+from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
+from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
 from sps2_mega.checkpoint.sharding import shard_dim
 from sps2_mega.checkpoint.vocabulary import config_of_run
 from sps2_mega.config import ModelConfig

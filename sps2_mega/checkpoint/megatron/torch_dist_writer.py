@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from sps2_mega.checkpoint.canonical import split_layer
-from sps2_mega.checkpoint.megatron_names import stored_name
+from sps2_mega.checkpoint.megatron.names import stored_name
 from sps2_mega.errors import CheckpointError
 
 FILE_BYTES = 4 << 30

@@ -2,7 +2,7 @@
 
 Any setting that would change the numbers and cannot be expressed is refused with its name and
 value; fields that only concern training or caching are ignored. Both spellings of rotary embeddings
-are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. `hf_rope` has the rotary details.
+are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. `rope` has the rotary details.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sps2_mega.checkpoint.hf_rope import rope_from_hf, rope_to_hf
-from sps2_mega.checkpoint.huggingface.json_file import read_json, shown
+from sps2_mega.checkpoint.huggingface.rope import rope_from_hf, rope_to_hf
+from sps2_mega.checkpoint.json_file import read_json, shown
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 
@@ -22,7 +22,6 @@ __all__ = [
     "model_config_from_hf",
     "model_config_to_hf",
     "read_hf_config",
-    "read_json",
 ]
 
 ARCHITECTURES = {

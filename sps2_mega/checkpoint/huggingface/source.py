@@ -1,7 +1,7 @@
 """Reader of Hugging Face safetensors folders, sharded or not, one tensor at a time.
 
 Files are memory-mapped: opening reads headers, `read` touches the pages of one canonical tensor.
-`hf_layout` maps file tensors to canonical ones. Names may have the usual prefix (`model.`,
+`layout` maps file tensors to canonical ones. Names may have the usual prefix (`model.`,
 `transformer.`) or none, as in saved base models.
 """
 
@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sps2_mega.checkpoint import hf_layout
+from sps2_mega.checkpoint.huggingface import layout as hf_layout
 from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape
-from sps2_mega.checkpoint.hf_config import read_hf_config
+from sps2_mega.checkpoint.huggingface.config import read_hf_config
 from sps2_mega.checkpoint.huggingface.files import refuse_adapter, weight_files
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sps2_mega.checkpoint.settings.defaults import DEFAULTS
-from sps2_mega.checkpoint.settings.harmless_model import MODEL, UNDER_REFUSED_SWITCHES
-from sps2_mega.checkpoint.settings.harmless_training import TRAINING
-from sps2_mega.checkpoint.settings.refused import REFUSED
-from sps2_mega.checkpoint.settings.run import ONLY_ARGUMENTS, ONLY_BRIDGE, RUN
+from sps2_mega.checkpoint.megatron.settings.defaults import DEFAULTS
+from sps2_mega.checkpoint.megatron.settings.harmless_model import MODEL, UNDER_REFUSED_SWITCHES
+from sps2_mega.checkpoint.megatron.settings.harmless_training import TRAINING
+from sps2_mega.checkpoint.megatron.settings.refused import REFUSED
+from sps2_mega.checkpoint.megatron.settings.run import ONLY_ARGUMENTS, ONLY_BRIDGE, RUN
 from sps2_mega.errors import ConfigError
 
 Kind = Literal["run", "harmless", "refused"]

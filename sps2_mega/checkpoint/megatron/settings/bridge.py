@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sps2_mega.checkpoint.settings.values import refuse
+from sps2_mega.checkpoint.megatron.settings.values import refuse
 from sps2_mega.errors import ConfigError
 
 # Providers whose fields say all: they build megatron-core's GPTModel from them. Those of the old

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sps2_mega.checkpoint.settings.table import is_empty, of_bridge
-from sps2_mega.checkpoint.settings.values import number, refuse
+from sps2_mega.checkpoint.megatron.settings.table import is_empty, of_bridge
+from sps2_mega.checkpoint.megatron.settings.values import number, refuse
 from sps2_mega.config import RopeConfig
 from sps2_mega.errors import ConfigError
 

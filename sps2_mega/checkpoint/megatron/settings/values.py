@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sps2_mega.checkpoint.settings.table import short
+from sps2_mega.checkpoint.megatron.settings.table import short
 from sps2_mega.errors import ConfigError
 
 _TOO_LARGE = 1e300

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sps2_mega.checkpoint.settings.table import of_bridge, short
-from sps2_mega.checkpoint.settings.values import number, refuse
+from sps2_mega.checkpoint.megatron.settings.table import of_bridge, short
+from sps2_mega.checkpoint.megatron.settings.values import number, refuse
 from sps2_mega.errors import ConfigError
 
 _KINDS = {

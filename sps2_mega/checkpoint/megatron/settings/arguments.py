@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sps2_mega.checkpoint.architecture import model_config_from_mapping, model_config_to_mapping
-from sps2_mega.checkpoint.settings.activation import activation_fields, activation_to_args
-from sps2_mega.checkpoint.settings.rope import no_rope_layers, rope_fields, rope_to_args
-from sps2_mega.checkpoint.settings.table import check_settings, is_empty, of_bridge
-from sps2_mega.checkpoint.settings.values import number, refuse, size
+from sps2_mega.checkpoint.megatron.settings.activation import activation_fields, activation_to_args
+from sps2_mega.checkpoint.megatron.settings.rope import no_rope_layers, rope_fields, rope_to_args
+from sps2_mega.checkpoint.megatron.settings.table import check_settings, is_empty, of_bridge
+from sps2_mega.checkpoint.megatron.settings.values import number, refuse, size
 from sps2_mega.config import ModelConfig
 
 OWN_CONFIG = "sps2_mega_model"
