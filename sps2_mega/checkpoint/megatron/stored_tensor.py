@@ -77,7 +77,7 @@ class StoredValues:
         return target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
 
     def _fill(self, file: IO[bytes], target: Tensor) -> None:
-        view = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy())
+        view = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy().data)
         while len(view):
             count = file.readinto(view)  # type: ignore[attr-defined]
             if not count:
