@@ -40,7 +40,8 @@ HOMES = {
     "torch.distributed": [
         "sps2_mega/cli/doctor.py",  # looks for backends
         "sps2_mega/comm/*",
-        "sps2_mega/checkpoint/megatron/torch_dist_writer.py",  # torch.distributed.checkpoint, a file format
+        # torch.distributed.checkpoint, a file format
+        "sps2_mega/checkpoint/megatron/torch_dist_writer.py",
         "sps2_mega/parallel/groups.py",
         "sps2_mega/mcore/*",
         "tests/*",

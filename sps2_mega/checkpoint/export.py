@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sps2_mega.checkpoint.huggingface import layout as hf_layout, hf_writer, torch_dist_writer
 from sps2_mega.checkpoint.canonical import VOCAB_NAMES, canonical_shapes
+from sps2_mega.checkpoint.huggingface import layout as hf_layout
+from sps2_mega.checkpoint.huggingface import writer as hf_writer
 from sps2_mega.checkpoint.huggingface.config import model_config_from_hf, model_config_to_hf
 from sps2_mega.checkpoint.inventory import check_complete
+from sps2_mega.checkpoint.megatron import torch_dist_writer
 from sps2_mega.checkpoint.megatron.settings.arguments import model_config_to_args
 from sps2_mega.checkpoint.sharding import padded_vocab_size, shard
 from sps2_mega.checkpoint.source import (

@@ -17,8 +17,8 @@ from typing import Protocol
 from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import VOCAB_NAMES, Shape
-from sps2_mega.checkpoint.huggingface.source import HuggingFaceSource
 from sps2_mega.checkpoint.huggingface.files import refuse_adapter
+from sps2_mega.checkpoint.huggingface.source import HuggingFaceSource
 from sps2_mega.checkpoint.megatron.legacy import LegacySource
 from sps2_mega.checkpoint.megatron.torch_dist import TorchDistSource
 from sps2_mega.config import ModelConfig

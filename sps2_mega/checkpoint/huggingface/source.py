@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sps2_mega.checkpoint.huggingface import layout as hf_layout
 from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape
+from sps2_mega.checkpoint.huggingface import layout as hf_layout
 from sps2_mega.checkpoint.huggingface.config import read_hf_config
 from sps2_mega.checkpoint.huggingface.files import refuse_adapter, weight_files
 from sps2_mega.config import ModelConfig

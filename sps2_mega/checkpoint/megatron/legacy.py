@@ -20,8 +20,8 @@ from sps2_mega.checkpoint.megatron.names import canonical_name
 from sps2_mega.checkpoint.megatron.run import args_of, iteration_of
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
+from sps2_mega.checkpoint.megatron.vocabulary import config_of_run
 from sps2_mega.checkpoint.sharding import shard_dim
-from sps2_mega.checkpoint.vocabulary import config_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 

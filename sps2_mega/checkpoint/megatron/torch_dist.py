@@ -22,7 +22,12 @@ from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS, Shape
 from sps2_mega.checkpoint.json_file import read_json
 from sps2_mega.checkpoint.megatron.names import canonical_name
 from sps2_mega.checkpoint.megatron.run import read_run
-from sps2_mega.checkpoint.megatron.safe_pickle import Record, load_tensor, load_torch_bytes, read_records
+from sps2_mega.checkpoint.megatron.safe_pickle import (
+    Record,
+    load_tensor,
+    load_torch_bytes,
+    read_records,
+)
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 

@@ -13,10 +13,10 @@ import torch
 from dist.checkpoint import checkpoint_writer as writer
 from model_run import assert_logits
 
-from sps2_mega.checkpoint.megatron import torch_dist
 from sps2_mega.checkpoint.canonical import canonical_shapes
 from sps2_mega.checkpoint.export import export_huggingface, export_megatron
 from sps2_mega.checkpoint.load import load_weights
+from sps2_mega.checkpoint.megatron import torch_dist
 from sps2_mega.checkpoint.sharding import local_shapes, shard
 from sps2_mega.checkpoint.source import open_checkpoint, read_canonical
 from sps2_mega.errors import CheckpointError

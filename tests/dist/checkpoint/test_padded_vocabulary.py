@@ -12,7 +12,7 @@ from engine_run import assert_same, run_engine
 from unit.checkpoint.checkpoints import LLAMA, MemorySource, write_megatron
 
 from sps2_mega.checkpoint.export import export_huggingface
-from sps2_mega.checkpoint.vocabulary import Vocabulary, vocabulary_of_run
+from sps2_mega.checkpoint.megatron.vocabulary import Vocabulary, vocabulary_of_run
 from sps2_mega.errors import Refusal
 from sps2_mega.types import FinishReason
 

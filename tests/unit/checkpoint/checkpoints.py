@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from sps2_mega.checkpoint.canonical import VOCAB_NAMES, canonical_shapes
 from sps2_mega.checkpoint.huggingface.config import model_config_to_hf
 from sps2_mega.checkpoint.megatron.settings.arguments import OWN_CONFIG, model_config_to_args
-from sps2_mega.checkpoint.source import TRACKER
 from sps2_mega.checkpoint.megatron.torch_dist_writer import TorchDistWriter
+from sps2_mega.checkpoint.source import TRACKER
 from sps2_mega.config import ModelConfig, RopeConfig
 
 LLAMA = ModelConfig(

@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from unit.checkpoint.checkpoints import LLAMA, MemorySource, write_hf
 
-from sps2_mega.checkpoint.huggingface import layout as hf_layout
 from sps2_mega.checkpoint.architecture import model_config_to_mapping
+from sps2_mega.checkpoint.huggingface import layout as hf_layout
 from sps2_mega.checkpoint.load import load_weights
 from sps2_mega.checkpoint.model_file import read_model_file
 from sps2_mega.checkpoint.resolve import resolve_model

@@ -16,8 +16,8 @@ from unit.checkpoint.checkpoints import CONFIGS, LLAMA, MemorySource
 from sps2_mega.checkpoint.canonical import canonical_shapes
 from sps2_mega.checkpoint.export import export_huggingface, export_megatron
 from sps2_mega.checkpoint.huggingface.writer import plan_files
-from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.checkpoint.megatron.torch_dist import TorchDistSource
+from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.config import RopeConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 

@@ -16,10 +16,10 @@ from unit.checkpoint.checkpoints import LLAMA, MemorySource, write_megatron
 from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS
 from sps2_mega.checkpoint.export import export_huggingface
 from sps2_mega.checkpoint.load import load_weights
+from sps2_mega.checkpoint.megatron.vocabulary import Vocabulary, vocabulary_of_run
 from sps2_mega.checkpoint.resolve import resolve_model
 from sps2_mega.checkpoint.sharding import local_shapes
 from sps2_mega.checkpoint.source import open_checkpoint, tokenizer_folder
-from sps2_mega.checkpoint.vocabulary import Vocabulary, vocabulary_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 
