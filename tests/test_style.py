@@ -33,7 +33,12 @@ HOMES = {
     ],
     "safetensors": ["sps2_mega/checkpoint/*", "tests/*", "tools/*", "benchmarks/*"],
     "tokenizers": ["sps2_mega/text/*", "tests/*", "tools/*", "benchmarks/*"],
-    "pydantic": ["sps2_mega/serving/*", "sps2_mega/text/*", "tests/*"],
+    "pydantic": [
+        "sps2_mega/serving/*",
+        "sps2_mega/text/*",
+        "sps2_mega/checkpoint/huggingface/*",
+        "tests/*",
+    ],
     "fastapi": ["sps2_mega/serving/*", "tests/*"],
     "uvicorn": ["sps2_mega/serving/*", "tests/*"],
     "prometheus_client": ["sps2_mega/serving/*", "tests/*"],
