@@ -1,7 +1,7 @@
-"""Load of a source's weights into the parameters of one TP rank: read one tensor, cut, copy, drop.
+"""Load of a source's weights into the parameters of one TP rank, one tensor after the other.
 
-Peak memory above the parameters is one canonical tensor. Names and shapes are compared first, so a
-wrong checkpoint fails before any data is read. `sharding` decides a rank's slice.
+Peak memory above the parameters is at most one canonical tensor. Names and shapes are compared
+first, so a wrong checkpoint fails before any data is read. `sharding` decides a rank's slice.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import canonical_shapes
 from sps2_mega.checkpoint.inventory import check_complete, raise_if_any
-from sps2_mega.checkpoint.sharding import local_shapes, shard
-from sps2_mega.checkpoint.source import WeightSource, read_canonical
+from sps2_mega.checkpoint.sharding import local_shapes, rank_part
+from sps2_mega.checkpoint.weight_source import WeightSource
 from sps2_mega.config import ModelConfig
 
 
@@ -44,10 +44,8 @@ def load_weights(
     item = getattr(torch, source.dtype).itemsize
     done, total = 0, sum(sizes.values()) * item
     for name, size in sizes.items():
-        # One expression, so that a tensor is freed before the next one is read.
-        parameters[name].copy_(
-            shard(name, read_canonical(source, name, config), config, tp_rank=tp_rank, tp=tp)
-        )
+        part = rank_part(name, config, tp_rank=tp_rank, tp=tp)
+        source.read_into(parameters[name], name, part)
         done += size * item
         if on_bytes is not None:
             on_bytes(done, total)

@@ -13,7 +13,7 @@ from pathlib import Path
 from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS
 from sps2_mega.checkpoint.huggingface.config import read_hf_config
 from sps2_mega.checkpoint.model_file import model_files, named_model_file, read_model_file
-from sps2_mega.checkpoint.source import open_checkpoint, tokenizer_folder
+from sps2_mega.checkpoint.source import is_huggingface, open_checkpoint, tokenizer_folder
 from sps2_mega.checkpoint.vocabulary import check_rows, stated_end_tokens, with_end_tokens
 from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
@@ -75,17 +75,17 @@ def suggested_csa(name_or_path: str | Path) -> CSAConfig | None:
 
 def _stated(folder: Path, tokens: Path | None, needs_weights: bool) -> ModelConfig:
     """Architecture of a folder, with its end tokens; its tokenizer is checked against its rows."""
-    is_huggingface = (folder / "config.json").is_file()
-    if is_huggingface:
+    huggingface = is_huggingface(folder)
+    if huggingface:
         stated_end_tokens(folder)  # before a value of another type gets further
-    if is_huggingface and not needs_weights:
+    if huggingface and not needs_weights:
         config = read_hf_config(folder)
         rows = config.vocab_size
     else:
         source = open_checkpoint(folder, tokens=tokens)
         config = source.config
         rows = source.shapes().get(WORD_EMBEDDINGS, (config.vocab_size,))[0]
-    return _with_tokens(config, tokens, rows, is_huggingface=is_huggingface)
+    return _with_tokens(config, tokens, rows, is_huggingface=huggingface)
 
 
 def _with_tokens(

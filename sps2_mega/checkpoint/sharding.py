@@ -31,6 +31,7 @@ from sps2_mega.errors import ConfigError
 __all__ = [
     "canonical_shapes",
     "check_tp",
+    "copy_part",
     "local_shapes",
     "num_parameters",
     "num_query_groups",
@@ -88,6 +89,16 @@ def local_shapes(config: ModelConfig, tp: int) -> dict[str, Shape]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """Ranges of a canonical tensor along `dim` that one TP rank holds, one after the other, and
+    rows of zeros after them."""
+
+    dim: int
+    ranges: tuple[range, ...]
+    padding: int = 0
+
+
 def shard(name: str, tensor: Tensor, config: ModelConfig, *, tp_rank: int, tp: int) -> Tensor:
     """Slice of canonical `tensor` that TP rank `tp_rank` holds; a view if possible."""
     part = rank_part(name, config, tp_rank=tp_rank, tp=tp)
@@ -99,14 +110,17 @@ def shard(name: str, tensor: Tensor, config: ModelConfig, *, tp_rank: int, tp: i
     return cut[0] if len(cut) == 1 else torch.cat(cut, part.dim)
 
 
-@dataclass(frozen=True, slots=True)
-class RankPart:
-    """Ranges of a canonical tensor along `dim` that one TP rank holds, one after the other, and
-    rows of zeros after them."""
-
-    dim: int
-    ranges: tuple[range, ...]
-    padding: int = 0
+def copy_part(target: Tensor, tensor: Tensor, part: RankPart | None) -> None:
+    """Copy a rank's part of canonical `tensor` to `target`, of any dtype and device."""
+    if part is None:
+        target.copy_(tensor)
+        return
+    done = 0
+    for piece in part.ranges:
+        cut = tensor.narrow(part.dim, piece.start, len(piece))
+        target.narrow(part.dim, done, len(piece)).copy_(cut)
+        done += len(piece)
+    target.narrow(part.dim, done, part.padding).zero_()
 
 
 def rank_part(name: str, config: ModelConfig, *, tp_rank: int, tp: int) -> RankPart | None:

@@ -10,47 +10,24 @@ Opening a source reads headers only. This file chooses the reader of a folder;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
-from sps2_mega.checkpoint.canonical import VOCAB_NAMES, Shape
+from sps2_mega.checkpoint.canonical import VOCAB_NAMES
 from sps2_mega.checkpoint.huggingface.files import refuse_adapter
 from sps2_mega.checkpoint.huggingface.source import HuggingFaceSource
+from sps2_mega.checkpoint.megatron.hybrid import HybridSource
 from sps2_mega.checkpoint.megatron.legacy import LegacySource
+from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.torch_dist import TorchDistSource
+from sps2_mega.checkpoint.weight_source import WeightSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 from sps2_mega.text.tokenizer_files import has_tokenizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# Files by which the root of a Megatron checkpoint is known, Bridge's own included.
-_ROOT_FILES = (TRACKER, "latest_train_state.pt")
-
-
-class WeightSource(Protocol):
-    """One checkpoint, as canonical tensors.
-
-    `saved_layout` is the writer's (tp, pp) if the format records it. `dtype` is the
-    stored one (`bfloat16`, ..). `shapes()` maps canonical names to the shapes found,
-    and includes, under their own names, tensors of the file that are not part of the
-    model. `origin(name)` is the name in the file.
-    """
-
-    path: Path
-    format: str
-    config: ModelConfig
-    iteration: int | None
-    saved_layout: tuple[int, int] | None
-    dtype: str
-
-    def shapes(self) -> Mapping[str, Shape]: ...
-
-    def read(self, name: str) -> Tensor: ...
-
-    def origin(self, name: str) -> str: ...
+TRAIN_STATE = "latest_train_state.pt"
 
 
 def open_checkpoint(
@@ -69,15 +46,33 @@ def open_checkpoint(
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     refuse_adapter(folder)
-    if (folder / "config.json").is_file():
+    if is_huggingface(folder):
         return HuggingFaceSource(folder, config)
     iteration = iteration_folder(folder)
     tokens = tokens or tokenizer_folder(folder)
     if (iteration / ".metadata").is_file():
-        return TorchDistSource(iteration, config, tokens=tokens)
+        return _as_gpt(TorchDistSource(iteration, config, tokens=tokens))
     if any(iteration.glob("mp_rank_*")):
-        return LegacySource(iteration, config, tokens=tokens)
+        return _as_gpt(LegacySource(iteration, config, tokens=tokens))
     raise CheckpointError(f"{iteration}: not a known checkpoint: {_found(iteration)}")
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model; a config.json beside Megatron's files is not.
+
+    Raises:
+        CheckpointError: it is both.
+    """
+    if not (folder / "config.json").is_file():
+        return False
+    if not any((folder / name).is_file() for name in (TRACKER, TRAIN_STATE, ".metadata")):
+        return True
+    if any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} holds a Hugging Face model and a Megatron checkpoint: move one of them, or "
+            "pass the folder of an iteration"
+        )
+    return False
 
 
 def read_canonical(source: WeightSource, name: str, config: ModelConfig) -> Tensor:
@@ -86,18 +81,41 @@ def read_canonical(source: WeightSource, name: str, config: ModelConfig) -> Tens
     return tensor[: config.vocab_size] if name in VOCAB_NAMES else tensor
 
 
+def _as_gpt(source: TorchDistSource | LegacySource) -> WeightSource:
+    return source if source.pattern is None else HybridSource(source, source.pattern)
+
+
 def iteration_folder(folder: Path) -> Path:
-    """Folder of the files: `folder` itself, or the one that a Megatron tracker file points to."""
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return folder
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != "release" and not text.isdecimal():
+    """Folder of the files: `folder` itself, or the one that a tracker file points to.
+
+    Bridge keeps a tracker of its own beside Megatron-LM's, and believes its own.
+    """
+    for tracker, read in ((TRAIN_STATE, _step_of_bridge), (TRACKER, _step_of_megatron)):
+        if (folder / tracker).is_file():
+            name = read(folder / tracker)
+            if not (folder / name).is_dir():
+                raise CheckpointError(
+                    f"{folder / tracker} points to {name}, which is not in {folder}"
+                )
+            return folder / name
+    return folder
+
+
+def _step_of_megatron(tracker: Path) -> str:
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text != "release" and not (text.isascii() and text.isdecimal()):
         raise CheckpointError(f"{tracker} must hold a number or 'release', found {text[:40]!r}")
-    target = folder / ("release" if text == "release" else f"iter_{int(text):07d}")
-    if not target.is_dir():
-        raise CheckpointError(f"{tracker} points to {target.name}, which is not in {folder}")
-    return target
+    return "release" if text == "release" else f"iter_{int(text[:19]):07d}"
+
+
+def _step_of_bridge(tracker: Path) -> str:
+    state = load_torch_file(tracker)
+    step = state.get("step") if isinstance(state, dict) else None
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"{tracker} must hold a `step`, found {str(step)[:40]}")
+    return f"iter_{step:07d}"
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
@@ -107,11 +125,11 @@ def tokenizer_folder(folder: Path) -> Path | None:
     iteration itself, then its root and the root's `tokenizer/`.
     """
     places = [folder, folder / "tokenizer"]
-    if not (folder / "config.json").is_file():
+    if not is_huggingface(folder):
         iteration = iteration_folder(folder)
         root = folder if iteration != folder else folder.parent
         places = [iteration / "tokenizer", iteration]
-        if iteration != folder or any((root / name).is_file() for name in _ROOT_FILES):
+        if iteration != folder or any((root / name).is_file() for name in (TRACKER, TRAIN_STATE)):
             places += [root, root / "tokenizer"]
     return next((place for place in places if has_tokenizer(place)), None)
 

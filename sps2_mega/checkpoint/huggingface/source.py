@@ -18,6 +18,7 @@ from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape
 from sps2_mega.checkpoint.huggingface import layout as hf_layout
 from sps2_mega.checkpoint.huggingface.config import read_hf_config
 from sps2_mega.checkpoint.huggingface.files import refuse_adapter, weight_files
+from sps2_mega.checkpoint.weight_source import WeightSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError
 
@@ -25,7 +26,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LM_HEAD = "lm_head.weight"
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(WeightSource):
     """A `WeightSource` over safetensors files, whose set of tensors is fixed once it is open."""
 
     format = "huggingface"

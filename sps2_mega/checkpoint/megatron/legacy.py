@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape, split_layer
 from sps2_mega.checkpoint.megatron.names import canonical_name
-from sps2_mega.checkpoint.megatron.run import args_of, iteration_of
+from sps2_mega.checkpoint.megatron.run import architecture_of, args_of, iteration_of
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
-from sps2_mega.checkpoint.megatron.vocabulary import config_of_run
 from sps2_mega.checkpoint.sharding import shard_dim
+from sps2_mega.checkpoint.weight_source import WeightSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 
@@ -30,7 +30,7 @@ _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _OLDEST = 3.0  # older versions order query, key and value rows differently
 
 
-class LegacySource:
+class LegacySource(WeightSource):
     """A `WeightSource` over all rank files of one iteration, with one shard per TP rank."""
 
     format = "megatron legacy"
@@ -46,10 +46,11 @@ class LegacySource:
         _check_kind(states[0][0], grid[0][0])
         if not args and config is None:
             raise ConfigError(
-                f"{grid[0][0]}: a Megatron legacy file without `args`, "
-                "so the architecture is unknown"
+                f"{grid[0][0]}: a Megatron legacy file without `args`, so the architecture is "
+                "unknown: pass it with --config NAME|FILE"
             )
-        self.config = config or config_of_run(args, tokens, f"{grid[0][0]} (args)")
+        where = f"{grid[0][0]} (args)"
+        self.config, self.pattern = architecture_of(args, config, tokens, where)
         self.iteration = iteration_of(folder, states[0][0].get("iteration"))
         self.saved_layout: tuple[int, int] | None = (len(grid[0]), len(grid))
         if saved_layout(args) not in (None, self.saved_layout):

@@ -15,6 +15,12 @@ from typing import Any
 
 import yaml
 
+from sps2_mega.checkpoint.megatron.hybrid import (
+    HybridPattern,
+    hybrid_pattern,
+    without_pattern,
+)
+from sps2_mega.checkpoint.megatron.metadata import Metadata
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
 from sps2_mega.checkpoint.megatron.settings.bridge import bridge_args
@@ -28,32 +34,50 @@ class Run:
     config: ModelConfig
     iteration: int | None
     saved_layout: tuple[int, int] | None
+    pattern: HybridPattern | None
 
 
 def read_run(
-    folder: Path,
-    config: ModelConfig | None,
-    tokens: Path | None,
-    common_state: Mapping[str, Any],
+    folder: Path, config: ModelConfig | None, tokens: Path | None, metadata: Metadata
 ) -> Run:
     """Read the run of a torch_dist folder; `config` replaces the architecture in its files.
 
-    `tokens` is the tokenizer's folder, which says how many tokens there are; `common_state` is the
-    sharded object of that name, which counts where there is no common.pt.
+    `tokens` is the tokenizer's folder, which says how many tokens there are.
 
     Raises:
-        CheckpointError: common.pt would run code or is damaged.
+        CheckpointError: arguments would run code or are damaged, or the format is another one.
         ConfigError: the architecture is neither stated nor given, or cannot be run.
     """
-    args, where, iteration = _stored_args(folder, common_state)
-    if config is None:
-        if not args:
-            raise ConfigError(
-                f"{folder}: no arguments in common.pt or common_state and no run_config.yaml, so "
-                "the architecture is unknown: pass it with --config NAME|FILE"
-            )
-        config = config_of_run(args, tokens, where)
-    return Run(config, iteration_of(folder, iteration), saved_layout(args))
+    args, where, iteration = _stored_args(folder, metadata)
+    layout = saved_layout(args)
+    _check_format(args, layout, folder)
+    if config is None and not args:
+        raise ConfigError(
+            f"{folder}: no arguments in common.pt or common_state and no run_config.yaml, so the "
+            "architecture is unknown: pass it with --config NAME|FILE"
+        )
+    config, pattern = architecture_of(args, config, tokens, where)
+    return Run(config, iteration_of(folder, iteration), layout, pattern)
+
+
+def architecture_of(
+    args: Mapping[str, Any], config: ModelConfig | None, tokens: Path | None, where: str
+) -> tuple[ModelConfig, HybridPattern | None]:
+    """Architecture in a run's arguments, unless it is given, and the pattern of a HybridModel.
+
+    Raises:
+        ConfigError: it cannot be run, or `config` has another number of layers than the pattern.
+    """
+    pattern = hybrid_pattern(args, where)
+    if pattern is not None:
+        args = without_pattern(args, pattern)
+    config = config or config_of_run(args, tokens, where)
+    if pattern is not None and pattern.num_layers != config.num_layers:
+        raise ConfigError(
+            f"{where}: the hybrid layer pattern makes {pattern.num_layers} layers, the given "
+            f"architecture has num_layers={config.num_layers}"
+        )
+    return config, pattern
 
 
 def iteration_of(folder: Path, stored: Any) -> int | None:
@@ -66,23 +90,53 @@ def iteration_of(folder: Path, stored: Any) -> int | None:
     return int(match[1]) if match else None
 
 
-def args_of(state: Any, path: Path) -> dict[str, Any]:
+def args_of(state: Any, where: str | Path) -> dict[str, Any]:
     """Arguments in a loaded common.pt or model_optim_rng.pt; empty if it has none."""
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path} must hold a dict, found {type(state).__name__}")
+        raise CheckpointError(f"{where} must hold a dict, found {type(state).__name__}")
     args = state.get("args")
     return dict(vars(args)) if hasattr(args, "__dict__") else {}
 
 
-def _stored_args(folder: Path, common_state: Mapping[str, Any]) -> tuple[dict[str, Any], str, Any]:
+def _stored_args(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], str, Any]:
+    """Arguments, where they are stored, and the iteration."""
     common, run_config = folder / "common.pt", folder / "run_config.yaml"
-    where = f"{common if common.is_file() else f'{folder}: common_state'} (args)"
-    state = load_torch_file(common) if common.is_file() else common_state
-    args = args_of(state, common)
+    if common.is_file():
+        state, where = load_torch_file(common), str(common)
+    elif (state := metadata.load("common_state")) is not None:
+        where = f"{folder}: common_state"
+    else:
+        # torch_dcp keeps every entry of the state as an object of its own.
+        state = {name: metadata.load(name) for name in ("args", "iteration")}
+        where = f"{folder}"
+    args = args_of(state, where)
     if not args and run_config.is_file():
-        try:
-            content = yaml.safe_load(run_config.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read {run_config}: {error}") from None
-        return bridge_args(content, str(run_config)), str(run_config), state.get("iteration")
-    return args, where, state.get("iteration")
+        content = _read_yaml(run_config)
+        args = bridge_args(content, str(run_config))
+        kept = content.get("checkpoint") if isinstance(content, Mapping) else None
+        if isinstance(kept, Mapping) and "ckpt_format" in kept:
+            args["ckpt_format"] = kept["ckpt_format"]
+        return args, str(run_config), state.get("iteration")
+    return args, f"{where} (args)", state.get("iteration")
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        shown = " ".join(str(error).split())
+        raise ConfigError(f"cannot read {path}: {shown}") from None
+
+
+def _check_format(args: Mapping[str, Any], layout: tuple[int, int] | None, folder: Path) -> None:
+    kind = args.get("ckpt_format")
+    if kind == "fsdp_dtensor":
+        raise CheckpointError(
+            f"{folder}: ckpt_format='fsdp_dtensor' is not supported: save it as torch_dist with "
+            "Megatron, or export it to Hugging Face with Megatron Bridge"
+        )
+    if kind == "torch_dcp" and layout is not None and layout != (1, 1):
+        raise CheckpointError(
+            f"{folder}: ckpt_format='torch_dcp' of a run with (tp, pp) = {layout} holds the "
+            "weights of one of its ranks only (needs (1, 1))"
+        )

@@ -94,6 +94,9 @@ def locate(file: Path, start: int, length: int, where: str) -> StoredValues | No
     """
     try:
         with file.open("rb") as opened:
+            missing = start + length - opened.seek(0, io.SEEK_END)
+            if missing > 0:
+                raise CheckpointError(f"{where}: the file ends {missing} bytes too early")
             record = _Window(opened, start, length)
             with zipfile.ZipFile(record) as archive:  # type: ignore[arg-type]
                 return _located(archive, record, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,9 @@ from sps2_mega.checkpoint.canonical import canonical_shapes
 from sps2_mega.checkpoint.export import export_huggingface, export_megatron
 from sps2_mega.checkpoint.load import load_weights
 from sps2_mega.checkpoint.megatron import torch_dist
+from sps2_mega.checkpoint.megatron.metadata import read_metadata
+from sps2_mega.checkpoint.megatron.safe_pickle import read_records
+from sps2_mega.checkpoint.megatron.stored_tensor import StoredValues
 from sps2_mega.checkpoint.sharding import local_shapes, shard
 from sps2_mega.checkpoint.source import open_checkpoint, read_canonical
 from sps2_mega.errors import CheckpointError
@@ -58,7 +62,7 @@ def test_folder_of_core_0_19_has_its_arguments_in_common_state() -> None:
     assert set(source.shapes()) == set(canonical_shapes(writer.LLAMA))
     for name, expected in writer.canonical_weights(writer.LLAMA).items():
         assert torch.equal(read_canonical(source, name, writer.LLAMA), expected), name
-    args = torch_dist.read_common_state(CORE_0_19 / "iter_0000025")["args"]
+    args = read_metadata(CORE_0_19 / "iter_0000025").load("common_state")["args"]
     assert args.attention_backend == "auto"
 
 
@@ -120,22 +124,23 @@ def test_reading_a_layer_reads_the_pieces_of_that_layer_only(
 ) -> None:
     source = open_checkpoint(roots["torch_dist llama"])
     loaded: list[int] = []
-    original = torch_dist.load_tensor
+    original = torch_dist.locate
 
-    def counting(data: bytes, where: str) -> torch.Tensor:
-        tensor = original(data, where)
-        loaded.append(tensor.numel())
-        return tensor
+    def counting(file: Path, start: int, length: int, where: str) -> StoredValues | None:
+        values = original(file, start, length, where)
+        assert values is not None
+        loaded.append(math.prod(values.shape))
+        return values
 
-    monkeypatch.setattr(torch_dist, "load_tensor", counting)
+    monkeypatch.setattr(torch_dist, "locate", counting)
     whole = source.read("decoder.layers.2.mlp.linear_fc1.weight")
     assert sum(loaded) == whole.numel()
 
 
 def test_optimizer_and_random_state_are_never_read(roots: dict[str, Path], tmp_path: Path) -> None:
     folder = roots["torch_dist llama"] / "iter_0000025"
-    index = {stored.name for stored in torch_dist.read_index(folder)}
-    metadata = torch_dist.read_records(folder / ".metadata")
+    index = {stored.name for stored in read_metadata(folder).tensors}
+    metadata = read_records(folder / ".metadata")
     assert any(name.startswith("optimizer.state.exp_avg") for name in metadata.state_dict_metadata)
     assert not any("optimizer" in name or "rng" in name for name in index)
 

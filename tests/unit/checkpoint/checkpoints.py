@@ -16,6 +16,7 @@ from sps2_mega.checkpoint.huggingface.config import model_config_to_hf
 from sps2_mega.checkpoint.megatron.settings.arguments import OWN_CONFIG, model_config_to_args
 from sps2_mega.checkpoint.megatron.torch_dist_writer import TorchDistWriter
 from sps2_mega.checkpoint.source import TRACKER
+from sps2_mega.checkpoint.weight_source import WeightSource
 from sps2_mega.config import ModelConfig, RopeConfig
 
 LLAMA = ModelConfig(
@@ -63,7 +64,7 @@ CONFIGS = {
 }
 
 
-class MemorySource:
+class MemorySource(WeightSource):
     """Source of random canonical weights; vocabulary rows can be padded and names left out."""
 
     format = "memory"

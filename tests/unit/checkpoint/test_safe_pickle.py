@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from sps2_mega.checkpoint.megatron.safe_pickle import load_tensor, load_torch_file, read_records
 from sps2_mega.checkpoint.source import open_checkpoint
@@ -59,7 +60,9 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path, name: str) -> N
 def test_common_pt_that_would_run_code_is_refused(tmp_path: Path, name: str, key: str) -> None:
     folder, trace = tmp_path / "iter_0000001", tmp_path / "trace"
     folder.mkdir()
-    (folder / ".metadata").write_bytes(pickle.dumps({}))
+    torch.distributed.checkpoint.save(
+        {}, storage_writer=torch.distributed.checkpoint.FileSystemWriter(folder), no_dist=True
+    )
     torch.save({key: attacks(trace)[name]}, folder / "common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt: blocked"):
         open_checkpoint(folder)

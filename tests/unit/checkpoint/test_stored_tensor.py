@@ -88,7 +88,7 @@ def test_anything_else_is_refused(tmp_path, value, said):
 def test_damage_is_a_checkpoint_error(tmp_path):
     path, start, length = stored(torch.randn(300), tmp_path)
     for begin, size in [(start, length - 40), (start + 1, length - 1), (0, 10), (start, 10**12)]:
-        with pytest.raises(CheckpointError, match=r"^here: not a stored tensor"):
+        with pytest.raises(CheckpointError, match=r"^here: (not a stored tensor|the file ends)"):
             locate(path, begin, size, "here")
     values = locate(path, start, length, "here")
     path.write_bytes(path.read_bytes()[: values.start + 100])
