@@ -15,15 +15,11 @@ from typing import Any
 
 import yaml
 
-from sps2_mega.checkpoint.megatron.hybrid import (
-    HybridPattern,
-    hybrid_pattern,
-    without_pattern,
-)
 from sps2_mega.checkpoint.megatron.metadata import Metadata
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
 from sps2_mega.checkpoint.megatron.settings.bridge import bridge_args
+from sps2_mega.checkpoint.megatron.settings.hybrid import HybridPattern, hybrid_pattern
 from sps2_mega.checkpoint.megatron.vocabulary import config_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
@@ -69,8 +65,6 @@ def architecture_of(
         ConfigError: it cannot be run, or `config` has another number of layers than the pattern.
     """
     pattern = hybrid_pattern(args, where)
-    if pattern is not None:
-        args = without_pattern(args, pattern)
     config = config or config_of_run(args, tokens, where)
     if pattern is not None and pattern.num_layers != config.num_layers:
         raise ConfigError(

@@ -126,7 +126,7 @@ def write_torch_dist(
             "rng_state", {"seed": rank}, (torch.distributed.get_world_size(),), (rank,)
         ),
     }
-    with _cpu_writer():
+    with cpu_writer():
         dist_checkpointing.save(content, str(folder))
     if rank == 0:
         _tracker(root)
@@ -207,7 +207,7 @@ def build_model(config: ModelConfig, tp: int, pp: int) -> Any:
         gradient_accumulation_fusion=False,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    with _cpu_writer():
+    with cpu_writer():
         model = GPTModel(
             megatron,
             get_gpt_layer_local_spec(normalization=norm, qk_layernorm=config.qk_norm),
@@ -300,7 +300,7 @@ def _tracker(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _cpu_writer() -> Iterator[None]:
+def cpu_writer() -> Iterator[None]:
     with (
         mock.patch("torch.cuda.synchronize", lambda *_: None),
         mock.patch("torch.cuda.current_device", lambda: "cpu"),

@@ -16,6 +16,7 @@ from typing import Any
 
 from sps2_mega.checkpoint.architecture import model_config_from_mapping, model_config_to_mapping
 from sps2_mega.checkpoint.megatron.settings.activation import activation_fields, activation_to_args
+from sps2_mega.checkpoint.megatron.settings.hybrid import hybrid_pattern, without_pattern
 from sps2_mega.checkpoint.megatron.settings.rope import no_rope_layers, rope_fields, rope_to_args
 from sps2_mega.checkpoint.megatron.settings.table import check_settings, is_empty, of_bridge
 from sps2_mega.checkpoint.megatron.settings.values import number, refuse, size
@@ -34,6 +35,8 @@ def model_config_from_args(args: Mapping[str, Any], where: str) -> ModelConfig:
     """
     if isinstance(args.get(OWN_CONFIG), Mapping):
         return model_config_from_mapping(args[OWN_CONFIG], f"{where}: {OWN_CONFIG}")
+    if (pattern := hybrid_pattern(args, where)) is not None:
+        args = without_pattern(args, pattern)
     check_settings(args, where)
     heads, hidden = size(args, "num_attention_heads", where), size(args, "hidden_size", where)
     layers = size(args, "num_layers", where)

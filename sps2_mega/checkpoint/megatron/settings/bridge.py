@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sps2_mega.checkpoint.megatron.settings.table import short
 from sps2_mega.checkpoint.megatron.settings.values import refuse
 from sps2_mega.errors import ConfigError
 
@@ -39,6 +40,11 @@ def bridge_args(content: Any, where: str) -> dict[str, Any]:
     model = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(model, Mapping):
         raise ConfigError(f"{where}: no `model` section")
+    if content.get("peft") is not None:
+        raise ConfigError(
+            f"{where}: peft={short(content['peft'])} is not supported: the folder holds an "
+            "adapter's weights; merge it into its base model with Bridge first"
+        )
     fields = dict(model)
     _check_class(fields.pop("_target_", None), _PROVIDERS.fullmatch, where)
     fields.pop("builder", None)

@@ -13,7 +13,6 @@ Refusal = tuple[tuple[Any, ...], str]
 _OFF = (None, False)
 _NONE = (None,)
 _EXPERTS = "mixtures of experts are not run"
-_LAYERS = "layers other than attention and MLP are not run"
 _NORM = "norms that scale by 1 + weight are not run"
 _QUANTIZED = "quantized models are not run"
 
@@ -26,9 +25,6 @@ REFUSED: dict[str, Refusal] = {
     "attention_output_gate": (_OFF, "a gate on the attention's output is not run"),
     "attention_chunk_size": ((None, 0), "attention in chunks is not run"),
     "softmax_type": ((None, "vanilla"), "attention sinks are not run"),
-    "is_hybrid_model": (_OFF, _LAYERS),
-    "hybrid_layer_pattern": (_NONE, _LAYERS),
-    "hybrid_override_pattern": (_NONE, _LAYERS),
     "heterogeneous_layers_config_path": (_NONE, "layers of different shapes are not run"),
     "heterogeneous_layers_config_encoded_json": ((None, ""), "layers of different shapes"),
     "heterogeneous_block_specs": (_OFF, "layers of different shapes are not run"),

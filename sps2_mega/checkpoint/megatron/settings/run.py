@@ -4,6 +4,9 @@ from __future__ import annotations
 
 RUN: dict[str, str] = {
     "num_layers": "num_layers",
+    "hybrid_layer_pattern": "num_layers: sublayers of attention and MLP, others are refused",
+    "hybrid_override_pattern": "num_layers: sublayers of attention and MLP, others are refused",
+    "is_hybrid_model": "num_layers, with hybrid_layer_pattern",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "ffn_hidden_size (default: 4 * hidden_size)",
     "num_attention_heads": "num_heads",
