@@ -21,6 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; ranks share the c
 # A job of one rank takes all cores. Threads that spin while they wait for each other would keep
 # other tests from them: the same answers took seven times the CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The suite starts hundreds of processes, which would all compile every module again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 gc.disable()  # while imports make objects that stay; see `pytest_collection_finish`
 
 
