@@ -58,7 +58,7 @@ def save_and_run(rank: int, pattern: str, folder: str, port: int) -> list[Any]:
     groups = initialize(
         store, info, agree_topology(store, info, ParallelConfig()), device=cpu, timeout_s=120
     )
-    assert groups.world.size == 1
+    assert groups.tp.size == 1
     with stock_megatron.cpu_as_device():
         model = hybrid_model(pattern).float().eval()
         stock_megatron.random_weights(model)
