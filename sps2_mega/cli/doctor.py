@@ -3,8 +3,8 @@
     sps2 doctor [--json] [--tokenizer DIR]
 
 Runs without any dependency installed. Looks at packages through their metadata and files and
-imports none but torch, so that a broken or mistaken package cannot run here. Exit code 1 when
-something required is missing or outside the range that pyproject.toml allows.
+imports none but torch and `packaging`, so that a broken or mistaken package cannot run here. Exit
+code 1 when something required is missing or outside the range that pyproject.toml allows.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 doctor") -> int
 def examine() -> list[Finding]:
     """All findings, in the order of the report."""
     findings = [python_version(), *machine()]
-    findings += [required_package(requirement) for requirement in requirements()]
+    findings += [required_package(each) for each in requirements() if needed_here(each)]
     findings += torch_facts()
     findings += [triton(), apex(), transformer_engine()]
     findings += [program("deepspeed", "launcher"), program("torchrun", "launcher")]
@@ -113,6 +113,21 @@ def requirements() -> list[str]:
     return [each for each in declared if "extra ==" not in each]
 
 
+def needed_here(requirement: str) -> bool:
+    """Whether the condition after a requirement's semicolon, if any, holds on this machine.
+
+    Python's standard library cannot tell; without `packaging` such a requirement is not looked at.
+    """
+    _, _, condition = requirement.partition(";")
+    if not condition:
+        return True
+    try:
+        from packaging.markers import Marker
+    except ImportError:
+        return False
+    return bool(Marker(condition.strip()).evaluate())
+
+
 def required_package(requirement: str) -> Finding:
     name, needed = split_requirement(requirement)
     version = installed_version(name)
@@ -124,8 +139,9 @@ def required_package(requirement: str) -> Finding:
 
 
 def split_requirement(requirement: str) -> tuple[str, str]:
-    name = re.split(r"[<>=!~\[; ]", requirement, maxsplit=1)[0]
-    return name, requirement[len(name) :]
+    stated = requirement.partition(";")[0].strip()
+    name = re.split(r"[<>=!~\[ ]", stated, maxsplit=1)[0]
+    return name, stated[len(name) :]
 
 
 def within(version: str, needed: str) -> bool:

@@ -44,6 +44,14 @@ def test_all_declared_dependencies_are_understood():
         doctor.within("1.2.3", needed)
 
 
+@pytest.mark.parametrize(
+    ("condition", "needed"), [("python_version >= '3.8'", True), ("python_version < '3'", False)]
+)
+def test_a_requirement_holds_where_its_condition_does(condition, needed):
+    assert doctor.needed_here(f"numpy>=2.0; {condition}") is needed
+    assert doctor.split_requirement(f"numpy>=2.0; {condition}") == ("numpy", ">=2.0")
+
+
 def test_without_a_checkout_the_installed_package_declares_them(monkeypatch, tmp_path):
     declared = ["torch>=2.11,<2.14", 'pytest>=8; extra == "test"']
     monkeypatch.setattr(doctor, "CHECKOUT", tmp_path)

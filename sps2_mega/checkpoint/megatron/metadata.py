@@ -103,14 +103,16 @@ def read_metadata(folder: Path) -> Metadata:
                 pieces[index.fqn, tuple(index.offset)] = info
             elif _is_state(index.fqn):
                 objects[index.fqn] = _place(folder, index.fqn, info)
-        tensors = _join_gate_and_up(
-            _stored_tensor(name, record, pieces, folder)
-            for name, record in metadata.state_dict_metadata.items()
-            if hasattr(record, "chunks") and canonical_name(name) is not None
+        tensors = tuple(
+            _join_gate_and_up(
+                _stored_tensor(name, record, pieces, folder)
+                for name, record in metadata.state_dict_metadata.items()
+                if hasattr(record, "chunks") and canonical_name(name) is not None
+            )
         )
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not the metadata of a checkpoint: {error}") from None
-    return Metadata(folder, tuple(tensors), objects)
+    return Metadata(folder, tensors, objects)
 
 
 def _is_state(name: Any) -> bool:
@@ -159,6 +161,8 @@ def _place(folder: Path, name: str, info: Any) -> Place:
     file = folder / info.relative_path
     if file.resolve().parent != folder.resolve():
         raise CheckpointError(f"{folder}: {name} is in {info.relative_path}, outside the folder")
+    if not all(isinstance(n, int) and n >= 0 for n in (info.offset, info.length)):
+        raise TypeError(f"{name} has its bytes at {info.offset!r}, {info.length!r} of them")
     return Place(file, info.offset, info.length)
 
 
