@@ -67,6 +67,7 @@ def logits_on_rank(
         config = source.config
         model = GPT(config, groups, dtype=torch.float32, device=cpu)
         load_weights(model.weights(), source, config, tp_rank=groups.tp.rank, tp=tp)
+        model.pack()
         pool = KVPool(
             num_layers=config.num_layers,
             num_blocks=num_blocks,

@@ -166,6 +166,7 @@ def _random_gpt(model: ModelConfig, rank: StartedRank) -> GPT:
     with torch.inference_mode():
         for weight in gpt.weights().values():
             torch.nn.init.normal_(weight, std=0.02)
+    gpt.pack()  # as the engine does
     return gpt
 
 

@@ -28,6 +28,7 @@ from sps2_mega.mcore._compat import (
 )
 from sps2_mega.mcore.config import transformer_config
 from sps2_mega.mcore.core_attention import LayerAttention, SPCoreAttention
+from sps2_mega.mcore.packed_weights import can_pack, pack_weights
 from sps2_mega.mcore.rope import (
     angles,
     attention_factor,
@@ -135,6 +136,14 @@ class GPT(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Parameters by canonical name, for `checkpoint.load` to fill."""
         return dict(self.gpt.named_parameters())
+
+    def pack(self) -> None:
+        """Bring loaded weights into the form that this device multiplies fastest.
+
+        Those of linear layers can then not be read any more: `weights` has their shapes only.
+        """
+        if can_pack(self._dtype, next(self.gpt.parameters()).device):
+            pack_weights(self.gpt, tied=self._config.tie_embeddings)
 
     @torch.inference_mode()
     def forward(

@@ -6,11 +6,13 @@ import inspect
 import os
 
 import pytest
+import torch
 from harness import free_port, run_ranks
 
 from sps2_mega.checkpoint.model_file import model_files, read_model_file
 from sps2_mega.checkpoint.sharding import check_tp, local_shapes, num_parameters
 from sps2_mega.errors import ConfigError
+from sps2_mega.mcore.packed_weights import can_pack
 
 
 def facts_on_rank(rank):
@@ -106,6 +108,9 @@ def test_built_parameter_counts_are_the_published_ones():
     assert num_parameters(configs["gpt2"]) == 124_439_808
 
 
+ROWS = torch.arange(13)
+
+
 def layers_on_rank(rank, port, folder):
     """Hidden states by Megatron's own loop over layers, and by ours in slices of one."""
     import torch
@@ -143,10 +148,28 @@ def layers_on_rank(rank, port, folder):
         )
     for end in range(1, model.num_layers + 1):
         model.advance(run, end)
+    sliced = model.finish(run)
+    plain = {n: model.forward(tokens[:n], tokens[:n], ROWS[:n], Averaging()) for n in (1, 3, 13)}
+    model.pack()
+    packed = {n: model.forward(tokens[:n], tokens[:n], ROWS[:n], Averaging()) for n in plain}
+    none = model.logits(sliced[:0])
+    left = {name for name, weight in model.weights().items() if not weight.is_meta}
     finalize()
-    return torch.equal(whole, model.finish(run)), bool(whole.isfinite().all())
+    apart = max((packed[n] - plain[n]).abs().max().item() for n in plain)
+    return {
+        "equal": torch.equal(whole, sliced),
+        "finite": bool(whole.isfinite().all()),
+        "apart": apart / max(logits.abs().max().item() for logits in plain.values()),
+        "empty": tuple(none.shape),
+        "vocabulary": model.vocab_size,
+        "left": {name for name in left if "norm" not in name},
+    }
 
 
-def test_slices_of_layers_do_what_megatrons_loop_does():
-    ((equal, finite),) = run_ranks(layers_on_rank, 1, free_port(), "sps2-tiny")
-    assert equal and finite
+def test_slices_of_layers_and_packed_weights_do_what_megatrons_loop_does():
+    (found,) = run_ranks(layers_on_rank, 1, free_port(), "sps2-tiny")
+    assert found["equal"] and found["finite"]
+    assert found["apart"] < 1e-5
+    assert found["empty"] == (0, found["vocabulary"])
+    if can_pack(torch.float32, torch.device("cpu")):
+        assert found["left"] == {"embedding.word_embeddings.weight"}

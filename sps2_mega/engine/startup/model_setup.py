@@ -27,6 +27,7 @@ def load_model(
     gpt = GPT(resolved.config, groups, dtype=compute.dtype, device=compute.device)
     if load_format == "dummy":
         fill_random(gpt.weights(), resolved.config, tp_rank=groups.tp.rank, tp=groups.tp.size)
+        gpt.pack()
         return gpt
     source = open_checkpoint(resolved.path, resolved.config)
     with progress.reading(resolved.path.name) as on_bytes:
@@ -38,4 +39,5 @@ def load_model(
             tp=groups.tp.size,
             on_bytes=on_bytes,
         )
+    gpt.pack()
     return gpt

@@ -1,0 +1,72 @@
+"""Weights of linear layers in the order in which the CPU's matrix products read them.
+
+A product of few rows takes as long as its weight takes to be read, and oneDNN reads a weight that
+it has packed (in blocks of its registers' width) up to three times as fast as a row-major one. The
+packed form replaces the weight: nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# oneDNN chooses blocks for a number of rows. Those for 16 were as fast as any, or faster, from 1 to
+# 2048 rows.
+_ROWS = 16
+
+
+class PackedWeight:
+    """A packed weight [outputs, inputs] and its product with rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._outputs = weight.shape[0]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+
+    def __call__(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Product [.., outputs] of `input` [.., inputs], as Megatron's linear layers ask for it.
+
+        `weight` is ignored: it is the layer's parameter, which keeps no values.
+        """
+        if not input.numel():
+            return input.new_empty(*input.shape[:-1], self._outputs)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            input.contiguous(), self._packed, bias, "none", [], ""
+        )
+        return product
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN packs weights of this type on this device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+@torch.inference_mode()
+def pack_weights(gpt: nn.Module, *, tied: bool) -> None:
+    """Pack the weights of all layers and, unless it is the embedding's, of the output layer.
+
+    The parameters keep their names and shapes, without values (on the meta device).
+    """
+    for linear in _linear_layers(gpt):
+        if tied and linear is gpt.output_layer:
+            continue
+        weight = linear.weight
+        # The method that multiplies, of both of Megatron's linear layers.
+        linear._forward_impl = PackedWeight(weight.detach())
+        linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+
+
+def _linear_layers(gpt: nn.Module) -> Iterator[Any]:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    for module in gpt.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            yield module
