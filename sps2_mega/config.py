@@ -49,6 +49,12 @@ class ParallelConfig:
         None, "tensor-parallel degree of the decode ranks, the rest is SP (default: --tp)"
     )
 
+    weights: Literal["auto", "owner", "sliced"] = unflagged(
+        "auto",
+        "owner: an SP rank computes the feed-forward and output layers of its own rows; sliced: SP "
+        "ranks share the reading of those weights; auto: the faster one of each step, as measured",
+    )
+
     @property
     def world_size(self) -> int:
         """Number of ranks of the job."""

@@ -19,7 +19,7 @@ def run_engine(
     options: dict[str, Any], requests: list[Request], *, tp: int = 1, sp: int = 1, **extra: Any
 ) -> list[Any]:
     """Outputs of `requests` in order. `options` are EngineConfig's, with `cache`, `scheduler` as
-    dicts, and `sp_levels`; `extra` is `engine_on_rank`'s."""
+    dicts, and `sp_levels` and `weights`; `extra` is `engine_on_rank`'s."""
     port = free_port()
     results = run_ranks(
         engine_on_rank, tp * sp, port, options, requests, tp, sp, timeout=300, **extra
@@ -100,7 +100,12 @@ def engine_on_rank(
     options = dict(options)
     cache = CacheConfig(**options.pop("cache", {}))
     scheduler = SchedulerConfig(**options.pop("scheduler", {}))
-    parallel = ParallelConfig(tp=tp, sp=sp, sp_levels=options.pop("sp_levels", None))
+    parallel = ParallelConfig(
+        tp=tp,
+        sp=sp,
+        sp_levels=options.pop("sp_levels", None),
+        weights=options.pop("weights", "owner"),  # "auto" measures, at every start
+    )
     config = EngineConfig(parallel=parallel, cache=cache, scheduler=scheduler, **options)
     started = start_rank(config, from_environment(), show_progress=False)
     if poison is not None:

@@ -51,6 +51,21 @@ def all_to_all_flat(
     return received
 
 
+def reduce_scatter_rows(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """Sum all ranks' x [sum(counts), C] and return this rank's rows of it, [counts[rank], C].
+
+    Summed in rank order, in float32 for 16-bit types, so that every rank gets the bits that one
+    rank would.
+    """
+    if group.size == 1:
+        return x
+    width, own = x.shape[1], counts[group.rank]
+    sizes = [count * width for count in counts]
+    pieces = all_to_all_flat(x.reshape(-1), sizes, [own * width] * group.size, group)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return pieces.view(group.size, own, width).sum(0, dtype=wide).to(x.dtype)
+
+
 def all_gather_last_dim(x: Tensor, group: Group) -> Tensor:
     """Concatenate equal shards along the last dimension: [R, V/size] -> [R, V]."""
     if group.size == 1 or x.shape[0] == 0:

@@ -3,7 +3,8 @@
     release         imports triton    local layer spec          GPTModel
     0.16.1, 0.17.1  no                0.17: passes arguments on
     0.18.2          yes, undeclared   passes arguments on
-    0.19.2          yes, undeclared   passes arguments on       logs that it is deprecated
+    0.19.2          yes, undeclared   passes arguments on,      logs that it is deprecated
+                                      builds the MLP by a call
 
 `tests/dist/test_megatron.py` fails when a release changes what is used here. It runs with the
 release that is installed; `make test-megatron VERSION=...` runs it with another one.
@@ -11,6 +12,7 @@ release that is installed; `make test-megatron VERSION=...` runs it with another
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -73,6 +75,15 @@ def eager_import(device_type: str) -> Iterator[None]:
         ) from error
     finally:
         torch.compile = original
+
+
+def replace_mlp(spec: Any, mlp: Any) -> None:
+    """Make the layers of a local layer spec build their MLP with the class `mlp`."""
+    made = spec.submodules.mlp
+    if isinstance(made, functools.partial):  # since 0.19
+        spec.submodules.mlp = functools.partial(mlp.as_mlp_submodule, *made.args, **made.keywords)
+    else:
+        made.module = mlp
 
 
 def step_carrier_class() -> type:

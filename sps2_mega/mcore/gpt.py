@@ -8,92 +8,43 @@ position, and other steps may run between two layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sps2_mega.attention.transports.base import SoftmaxParams
 from sps2_mega.checkpoint.sharding import padded_vocab_size
 from sps2_mega.comm.collectives import all_gather_last_dim
 from sps2_mega.config import ModelConfig
 from sps2_mega.kernels.backend import Backend, choose
-from sps2_mega.mcore._compat import (
-    eager_import,
-    run_final_norm,
-    run_layers,
-    step_carrier_class,
-    without_warnings,
-)
-from sps2_mega.mcore.config import transformer_config
-from sps2_mega.mcore.core_attention import LayerAttention, SPCoreAttention
+from sps2_mega.mcore._compat import run_final_norm, run_layers, step_carrier_class
+from sps2_mega.mcore.build import build_gpt_model
+from sps2_mega.mcore.core_attention import LayerAttention
+from sps2_mega.mcore.feed_forward import StepRows
+from sps2_mega.mcore.output_layer import OutputLayer
 from sps2_mega.mcore.packed_weights import can_pack, pack_weights
 from sps2_mega.mcore.rope import (
     angles,
-    attention_factor,
     inverse_frequencies,
     rotates_whole_heads,
     rotation,
 )
 from sps2_mega.parallel.groups import ParallelGroups
 
-if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
-
-
-def build_gpt_model(
-    model: ModelConfig, *, tp: int, sp: int, dtype: torch.dtype, device_type: str = "cpu"
-) -> GPTModel:
-    """Build this TP rank's GPTModel on the meta device; needs Megatron's parallel state."""
-    with eager_import(device_type):
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-        from megatron.core.transformer import ModuleSpec
-
-    with without_warnings():
-        config = transformer_config(model, tp=tp, sp=sp, dtype=dtype)
-        spec = get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_norm,
-            qk_l2_norm=model.qk_l2_norm,
-            normalization=config.normalization,
-        )
-    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=SPCoreAttention,
-        params={
-            "softmax": SoftmaxParams(
-                scale=attention_factor(model.rope) ** 2 * _softmax_scale(model),
-                window=model.sliding_window,
-            ),
-        },
-    )
-    with torch.device("meta"), without_warnings():
-        gpt = GPTModel(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=padded_vocab_size(model.vocab_size, tp),
-            max_sequence_length=model.max_position_embeddings,
-            share_embeddings_and_output_weights=model.tie_embeddings,
-            # "none": `GPT.forward` gives rotary angles to the layers instead.
-            position_embedding_type="learned_absolute" if model.rope is None else "none",
-            parallel_output=True,
-        )
-    # Norms are created in float32 whatever params_dtype says. Frozen weights take Megatron's plain
-    # linear path, without its preparations (and warnings) for gradients.
-    return gpt.to(dtype).requires_grad_(False).eval()
-
-
-def _softmax_scale(model: ModelConfig) -> float:
-    return model.head_dim**-0.5 if model.softmax_scale is None else model.softmax_scale
-
 
 @dataclass(slots=True)
 class ForwardPass:
-    """Local tokens on their way through the model: hidden states before layer `next_layer`."""
+    """Local tokens on their way through the model: hidden states before layer `next_layer`.
+
+    `sliced_rows` are the rows of each SP rank where feed-forward layers are computed in slices.
+    """
 
     hidden_T1C: Tensor
     rope: Tensor | None
     carrier: Any
+    sliced_rows: Sequence[int] | None = None
     next_layer: int = 0
 
 
@@ -132,6 +83,12 @@ class GPT(nn.Module):
             )
         )
         self._carrier = step_carrier_class()
+        self._step_rows = StepRows()
+        for layer in self.gpt.decoder.layers:
+            layer.mlp.use(groups, self._step_rows)
+        tied = model.tie_embeddings
+        shared = self.gpt.shared_embedding_or_output_weight() if tied else None
+        self._output = OutputLayer(self.gpt.output_layer, shared, groups.sp)
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters by canonical name, for `checkpoint.load` to fill."""
@@ -143,7 +100,10 @@ class GPT(nn.Module):
         Those of linear layers can then not be read any more: `weights` has their shapes only.
         """
         if can_pack(self._dtype, next(self.gpt.parameters()).device):
-            pack_weights(self.gpt, tied=self._config.tie_embeddings)
+            for layer in self.gpt.decoder.layers:
+                layer.mlp.pack()
+            self._output.pack()
+            pack_weights(self.gpt.decoder)
 
     @torch.inference_mode()
     def forward(
@@ -170,11 +130,26 @@ class GPT(nn.Module):
     def num_layers(self) -> int:
         return self._config.num_layers
 
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
     @torch.inference_mode()
     def begin(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: LayerAttention
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: LayerAttention,
+        sliced_rows: Sequence[int] | None = None,
     ) -> ForwardPass:
         """Embed this rank's tokens; no layer runs yet.
+
+        With `sliced_rows`, the tokens of each SP rank, feed-forward layers of the pass are computed
+        in slices; without, each rank computes those of its own tokens.
 
         Megatron's layers cannot take 0 tokens, so an empty rank sends a placeholder through them,
         which stops at the core attention; `finish` returns its one row.
@@ -190,7 +165,7 @@ class GPT(nn.Module):
             assert self._config.rope is not None
             rope = angles(positions_T, self._inv_freq, interleaved=self._config.rope.interleaved)
         hidden = self.gpt.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
-        return ForwardPass(hidden, rope, carrier)
+        return ForwardPass(hidden, rope, carrier, sliced_rows)
 
     @torch.inference_mode()
     def advance(self, run: ForwardPass, end: int) -> None:
@@ -198,6 +173,7 @@ class GPT(nn.Module):
         assert run.next_layer <= end <= self.num_layers, (
             f"layers [{run.next_layer}, {end}) of {self.num_layers}"
         )
+        self._step_rows.by_rank = run.sliced_rows
         run.hidden_T1C = run_layers(
             self.gpt.decoder,
             range(run.next_layer, end),
@@ -213,6 +189,7 @@ class GPT(nn.Module):
 
         The caller increments `next_layer`.
         """
+        self._step_rows.by_rank = None
         num_tokens = rows.stop - rows.start
         taken = rows if num_tokens else slice(0, 1)  # a placeholder, as in `begin`
         hidden_T1C = run_layers(
@@ -236,10 +213,29 @@ class GPT(nn.Module):
         return run_final_norm(self.gpt.decoder, run.hidden_T1C)
 
     @torch.inference_mode()
-    def logits(self, hidden_R1C: Tensor) -> Tensor:
-        """Logits [R, vocab] float32 of rows of `hidden`, the same rows on all TP ranks."""
-        logits = all_gather_last_dim(self._output_layer(hidden_R1C), self._tp)
-        return logits[:, : self._config.vocab_size].float()
+    def feed_forward(
+        self, hidden_T1C: Tensor, layers: range, sliced_rows: Sequence[int] | None
+    ) -> None:
+        """Run the feed-forward parts of some layers alone, to time them; see `begin`."""
+        self._step_rows.by_rank = sliced_rows
+        if not len(hidden_T1C):
+            hidden_T1C = hidden_T1C.new_zeros(1, *hidden_T1C.shape[1:])
+        for index in layers:
+            self.gpt.decoder.layers[index].mlp(hidden_T1C)
+
+    @torch.inference_mode()
+    def logits(self, hidden_R1C: Tensor, sliced_rows: Sequence[int] | None = None) -> Tensor:
+        """Logits [R, vocab] float32 of rows of `hidden`, the same rows on all TP ranks.
+
+        With `sliced_rows`, the number of such rows on each SP rank, SP ranks share the work.
+        """
+        hidden_RC = hidden_R1C.squeeze(1)
+        part = (
+            self._output.whole(hidden_RC)
+            if sliced_rows is None
+            else self._output.sliced(hidden_RC, sliced_rows)
+        )
+        return all_gather_last_dim(part, self._tp)[:, : self._config.vocab_size].float()
 
     @property
     def vocab_size(self) -> int:
@@ -258,11 +254,4 @@ class GPT(nn.Module):
         """
         first_id = self._tp.rank * self.vocab_shard
         num_here = min(max(self._config.vocab_size - first_id, 0), self.vocab_shard)
-        return self._output_layer(hidden_R1C)[:, :num_here].float(), first_id
-
-    def _output_layer(self, hidden_R1C: Tensor) -> Tensor:
-        shared = (
-            self.gpt.shared_embedding_or_output_weight() if self._config.tie_embeddings else None
-        )
-        logits, _ = self.gpt.output_layer(hidden_R1C, weight=shared)
-        return logits.squeeze(1)
+        return self._output.whole(hidden_R1C.squeeze(1))[:, :num_here].float(), first_id

@@ -26,7 +26,7 @@ class PackedWeight:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
     def __call__(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
+        self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **_: Any
     ) -> Tensor:
         """Product [.., outputs] of `input` [.., inputs], as Megatron's linear layers ask for it.
 
@@ -50,23 +50,23 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def pack_weights(gpt: nn.Module, *, tied: bool) -> None:
-    """Pack the weights of all layers and, unless it is the embedding's, of the output layer.
+def pack_weights(decoder: nn.Module) -> None:
+    """Pack the weights of all linear layers that are not packed yet.
 
     The parameters keep their names and shapes, without values (on the meta device).
     """
-    for linear in _linear_layers(gpt):
-        if tied and linear is gpt.output_layer:
-            continue
+    for linear in _linear_layers(decoder):
         weight = linear.weight
+        if weight.is_meta:
+            continue
         # The method that multiplies, of both of Megatron's linear layers.
         linear._forward_impl = PackedWeight(weight.detach())
         linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
 
 
-def _linear_layers(gpt: nn.Module) -> Iterator[Any]:
+def _linear_layers(decoder: nn.Module) -> Iterator[Any]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    for module in gpt.modules():
+    for module in decoder.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             yield module

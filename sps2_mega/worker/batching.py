@@ -35,7 +35,8 @@ from sps2_mega.worker.sparse_tables import SparseTables
 class StepInput:
     """Input of the model on one rank.
 
-    `rows_R` are the local tokens to sample after. `items_by_rank[r]` says which entries of
+    `rows_R` are the local tokens to sample after. `tokens_by_rank` are the numbers of tokens of all
+    SP ranks, for layers that share the work. `items_by_rank[r]` says which entries of
     `StepPlan.sampled` are sampled on SP rank r, in the order of its rows.
     """
 
@@ -43,6 +44,7 @@ class StepInput:
     positions_T: Tensor
     rows_R: Tensor
     attention: StepAttention
+    tokens_by_rank: list[int]
     items_by_rank: list[list[int]]
 
 
@@ -86,9 +88,11 @@ def prefill_input(
             cached = np.arange(run.start, run.end)
             cached_slots.append(_slots(block_ids[run.sequence], cached, pool.block_size))
     items_by_rank: list[list[int]] = [[] for _ in range(group.size)]
+    tokens_by_rank = [0] * group.size
     rows = []
     num_sampled = 0
     for run in layout.queries.runs:
+        tokens_by_rank[run.rank] += run.end - run.start
         if run.end == len(items[run.sequence].token_ids):
             items_by_rank[run.rank].append(num_sampled)
             num_sampled += 1
@@ -110,6 +114,7 @@ def prefill_input(
         positions_T=_join(positions, device),
         rows_R=_tensor(rows, device),
         attention=StepAttention(pool, new, kind),
+        tokens_by_rank=tokens_by_rank,
         items_by_rank=items_by_rank,
     )
 
@@ -214,6 +219,7 @@ def decode_input(
         positions_T=positions_T,
         rows_R=torch.arange(len(new.tokens), device=device),
         attention=StepAttention(pool, slots_T, DecodeAttention(pool, keys, counts, group)),
+        tokens_by_rank=counts,
         items_by_rank=new.items_by_rank,
     )
 
@@ -229,6 +235,9 @@ def hybrid_input(prefill: StepInput, decode: StepInput) -> StepInput:
         positions_T=torch.cat([prefill.positions_T, decode.positions_T]),
         rows_R=torch.cat([prefill.rows_R, decode.rows_R + num_prefill_tokens]),
         attention=StepAttention(prefill.attention.pool, slots_T, kind),
+        tokens_by_rank=[
+            sum(both) for both in zip(prefill.tokens_by_rank, decode.tokens_by_rank, strict=True)
+        ],
         items_by_rank=[
             first + [num_sampled + index for index in second]
             for first, second in zip(prefill.items_by_rank, decode.items_by_rank, strict=True)

@@ -23,6 +23,7 @@ from sps2_mega.kernels.backend import Backend, choose
 from sps2_mega.kv_cache.pool import KVPool
 from sps2_mega.mcore.gpt import GPT
 from sps2_mega.parallel.groups import ParallelGroups
+from sps2_mega.parallel.weight_placement import WeightPlacement
 from sps2_mega.types import (
     DecodeItem,
     ForwardMode,
@@ -70,6 +71,7 @@ class Executor:
         prefill: PrefillSetup,
         sparse_decode: bool = False,
         graphs: DecodeGraphs | None = None,
+        placement: WeightPlacement | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -83,6 +85,7 @@ class Executor:
             prefill: transport, planner and pipeline of prefill attention.
             sparse_decode: whether new tokens attend by CSA's pattern, where prefill does.
             graphs: captured decode steps, where they can be captured.
+            placement: of feed-forward and output layers; by default each rank computes its rows.
             dtype: of activations.
             device: of all tensors.
         """
@@ -92,6 +95,7 @@ class Executor:
         self.prefill = replace(prefill, pipeline=self.pipeline)
         self.prefill_comm = CommSeconds()
         self._graphs = graphs
+        self.placement = placement or WeightPlacement()
         self._running = RunningSequences(
             config,
             pool,
@@ -117,6 +121,7 @@ class Executor:
             self.groups,
             prefill=replace(self.prefill, transport=transport, sparse=sparse),
             sparse_decode=sparse_decode,
+            placement=self.placement,
             dtype=self.dtype,
             device=self.device,
         )
@@ -214,12 +219,17 @@ class Executor:
         if plan.decodes:
             parts.append(self._decode_input(plan.decodes))
         step = parts[0] if len(parts) == 1 else hybrid_input(*parts)
-        return Pass.begin(self.model, plan.prefills, step, on_layer)
+        sliced = not chunked and self.placement.sliced_layers(step.tokens_by_rank)
+        return Pass.begin(self.model, plan.prefills, step, on_layer, sliced=sliced)
 
     def _complete(self, plan: StepPlan, passing: Pass) -> StepOutput:
         """Finish a pass after its last layer, with a token for each sequence that is complete."""
         hidden = self.model.finish(passing.run)
-        logits_RV = self.model.logits(hidden.index_select(0, passing.step.rows_R))
+        rows = [len(items) for items in passing.step.items_by_rank]
+        logits_RV = self.model.logits(
+            hidden.index_select(0, passing.step.rows_R),
+            rows if self.placement.sliced_output(rows) else None,
+        )
         ends = {item.seq_id: item.end for item in passing.prefills}
         ends |= {item.seq_id: item.position + 1 for item in plan.decodes}
         sampled = plan.sampled

@@ -30,14 +30,18 @@ class Pass:
         prefills: list[PrefillItem],
         step: StepInput,
         on_layer: Callable[[int], None] | None,
+        *,
+        sliced: bool = False,
     ) -> Pass:
         """Embed the step's tokens.
 
         `on_layer` is called after each layer's attention, when the cache has the keys and values of
-        all its tokens.
+        all its tokens. With `sliced`, SP ranks share the weights of feed-forward layers.
         """
         step.attention.on_layer = on_layer
-        return cls(prefills, step, model.begin(step.tokens_T, step.positions_T, step.attention))
+        rows = step.tokens_by_rank if sliced else None
+        run = model.begin(step.tokens_T, step.positions_T, step.attention, rows)
+        return cls(prefills, step, run)
 
     def advance(self, model: GPT, layers: LayerSlice | None) -> None:
         """Run what `layers` says, or all layers."""

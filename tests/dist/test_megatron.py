@@ -50,7 +50,7 @@ def meta_shapes_on_rank(rank, port, configs, tp):
     import torch
 
     from sps2_mega.config import ParallelConfig
-    from sps2_mega.mcore.gpt import build_gpt_model
+    from sps2_mega.mcore.build import build_gpt_model
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
 

@@ -54,7 +54,7 @@ def test_a_package_that_megatron_imports_undeclared_is_named():
 def said_on_rank(rank, port):
     """Records and warnings of building a model, and whether Megatron may log again afterwards."""
     from sps2_mega.config import ParallelConfig
-    from sps2_mega.mcore.gpt import build_gpt_model
+    from sps2_mega.mcore.build import build_gpt_model
     from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
     from sps2_mega.parallel.launcher import from_environment
 

@@ -30,6 +30,7 @@ from sps2_mega.engine.startup.join import Joined, Meeting, join, meet
 from sps2_mega.engine.startup.load_progress import LoadProgress
 from sps2_mega.engine.startup.memory_table import RankMemory
 from sps2_mega.engine.startup.model_setup import load_model
+from sps2_mega.engine.startup.placement_probe import measure_placement
 from sps2_mega.engine.startup.pool_config import pool_config
 from sps2_mega.engine.startup.rank_checks import CheckedRank, check_rank
 from sps2_mega.engine.startup.tracing import TraceFile
@@ -218,6 +219,8 @@ def _load(
     if checked.transport == "auto":
         progress.stage("preparing the choice of transports")
         planner = make_planner(config, model, groups, compute, info)
+    forced = None if config.parallel.weights == "auto" else config.parallel.weights
+    placement = measure_placement(forced, gpt, groups, compute.device)
     if groups.global_rank == 0:
         log.info(
             "%s: %s ranks (tp=%d sp=%d levels=%s) on %s in %s; joined in %.1f s, weights in "
@@ -243,6 +246,7 @@ def _load(
         ),
         sparse_decode=config.decode_attention == "csa",
         graphs=make_decode_graphs(config, gpt, cache.pool, groups, compute.device),
+        placement=placement,
         dtype=compute.dtype,
         device=compute.device,
     )
