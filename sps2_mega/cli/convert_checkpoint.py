@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 convert") -> in
                 bar.total = total
                 bar.update(done - bar.n)
 
-            export(source, args.target, on_bytes=progress)
+            export(source, args.target, tokens=args.tokenizer, on_bytes=progress)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,6 +72,7 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> argparse.Namespace:
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="tokenizer that says which rows of a Megatron SRC are tokens (default: SRC's own)",
+        help="tokenizer to copy, which says which rows of a Megatron SRC are tokens (default: "
+        "SRC's own)",
     )
     return parser.parse_args(argv)
