@@ -167,7 +167,7 @@ def _start(
 
 
 def _with_ends(config: ModelConfig, tokens: Path | None) -> ModelConfig:
-    """`config`, with the tokenizer's end tokens where it states none, for readers of config.json."""
+    """`config`, with the tokenizer's end tokens where it states none: config.json has to say."""
     if tokens is None or config.eos_token_ids:
         return config
     return with_end_tokens(config, tokens, Tokenizer.load(tokens))
