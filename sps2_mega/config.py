@@ -203,6 +203,11 @@ class EngineConfig:
     model: str = flag(
         "sps2-tiny", "Hugging Face folder, Megatron checkpoint folder, or a name in model_configs/"
     )
+    config: str | None = flag(
+        None,
+        "architecture in place of the model's own: a name in model_configs/ or a file, YAML as "
+        "there or a Hugging Face config.json",
+    )
     tokenizer: str | None = flag(None, "tokenizer folder (default: the model's own)")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

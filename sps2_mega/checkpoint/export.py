@@ -30,9 +30,11 @@ from sps2_mega.checkpoint.source import (
     read_canonical,
     tokenizer_folder,
 )
+from sps2_mega.checkpoint.vocabulary import with_end_tokens
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.text.chat_template import NAMED_FOLDER
+from sps2_mega.text.tokenizer import Tokenizer
 
 _SIDE_FILES = (
     "tokenizer.json",
@@ -55,20 +57,23 @@ def export_huggingface(
     source: WeightSource,
     target: Path,
     *,
+    tokens: Path | None = None,
     on_bytes: OnBytes | None = None,
     file_bytes: int = hf_writer.FILE_BYTES,
 ) -> None:
-    """Write a folder that transformers opens: config.json and safetensors.
+    """Write a folder that transformers opens: config.json, safetensors and tokenizer.
 
-    Several safetensors files get an index.
+    Several safetensors files get an index. `tokens` is the tokenizer's folder (default: the one
+    that lies with the source); it says which tokens end a text where the source does not.
 
     Raises:
-        ConfigError: the target is not empty, or Hugging Face's classes cannot express the
-            architecture.
+        ConfigError: the target is not empty, the tokenizer cannot be read, or Hugging Face's
+            classes cannot express the architecture.
         CheckpointError: the source does not hold exactly the model.
     """
     config = source.config
-    hf = _expressible(config)
+    tokens = tokens or tokenizer_folder(source.path)
+    hf = _expressible(_with_ends(config, tokens))
     recipes = hf_layout.recipes(config)
     progress = _start(source, target, on_bytes)
     prefix = hf_layout.prefix(config)
@@ -84,7 +89,7 @@ def export_huggingface(
     item = getattr(torch, source.dtype).itemsize
     groups = [(name, prod(shape) * item) for name, shape in canonical_shapes(config).items()]
     hf_writer.write_safetensors(target, groups, read, file_bytes=file_bytes)
-    _copy_side_files(source.path, target)
+    _copy_side_files(source.path, target, tokens)
     (target / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
@@ -92,10 +97,14 @@ def export_megatron(
     source: WeightSource,
     target: Path,
     *,
+    tokens: Path | None = None,
     on_bytes: OnBytes | None = None,
     file_bytes: int = torch_dist_writer.FILE_BYTES,
 ) -> None:
     """Write a Megatron checkpoint root with a `release` iteration, loadable at any TP x PP.
+
+    Its arguments are in common.pt, which every release of megatron-core from 0.16 to 0.19 reads.
+    `tokens` is the tokenizer's folder (default: the one that lies with the source).
 
     Raises:
         ConfigError: the target is not empty.
@@ -116,7 +125,7 @@ def export_megatron(
         writer.finish(model_config_to_args(config, padded_vocab=padded_vocab))
     finally:
         writer.close()
-    _copy_side_files(source.path, target)
+    _copy_side_files(source.path, target, tokens or tokenizer_folder(source.path))
     (target / TRACKER).write_text("release", encoding="utf-8")
 
 
@@ -157,10 +166,16 @@ def _start(
     return progress
 
 
-def _copy_side_files(source: Path, target: Path) -> None:
+def _with_ends(config: ModelConfig, tokens: Path | None) -> ModelConfig:
+    """`config`, with the tokenizer's end tokens where it states none: config.json has to say."""
+    if tokens is None or config.eos_token_ids:
+        return config
+    return with_end_tokens(config, tokens, Tokenizer.load(tokens))
+
+
+def _copy_side_files(source: Path, target: Path, tokens: Path | None) -> None:
     """Copy tokenizer and generation settings, which Megatron roots have beside their iterations."""
     root = source.parent if (source.parent / TRACKER).is_file() else source
-    tokens = tokenizer_folder(source)
     for folder in (root, source) if tokens is None else (root, source, tokens):
         for name in _SIDE_FILES:
             if (folder / name).is_file():

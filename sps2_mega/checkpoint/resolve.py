@@ -7,14 +7,23 @@ ids are tokens and which end a text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sps2_mega.checkpoint.canonical import WORD_EMBEDDINGS
+from sps2_mega.checkpoint.given_config import given_config
 from sps2_mega.checkpoint.huggingface.config import read_hf_config
+from sps2_mega.checkpoint.inventory import check_complete
 from sps2_mega.checkpoint.model_file import model_files, named_model_file, read_model_file
 from sps2_mega.checkpoint.source import is_huggingface, open_checkpoint, tokenizer_folder
-from sps2_mega.checkpoint.vocabulary import check_rows, stated_end_tokens, with_end_tokens
+from sps2_mega.checkpoint.vocabulary import (
+    FILES,
+    GENERATION,
+    check_rows,
+    stated_end_tokens,
+    with_end_tokens,
+)
 from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.text.tokenizer import Tokenizer
@@ -39,9 +48,16 @@ class ResolvedModel:
 
 
 def resolve_model(
-    name_or_path: str | Path, *, tokenizer: str | Path | None = None, needs_weights: bool = True
+    name_or_path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+    needs_weights: bool = True,
 ) -> ResolvedModel:
     """Resolve a name or folder; `tokenizer` is a folder that replaces the model's own.
+
+    `config` is a name or a file whose architecture replaces the model's own (`given_config`);
+    which tokens end a text is still for generation_config.json and the tokenizer to say.
 
     Without `needs_weights` a folder with only a config.json is enough, or a name whose
     weights are elsewhere: `path` must then not be read.
@@ -56,11 +72,15 @@ def resolve_model(
         files = ", ".join((TOKENIZER_FILE, *CONVERTIBLE_FILES))
         raise ConfigError(f"tokenizer {given}: none of {files} is there")
     path = Path(name_or_path)
+    architecture = None if config is None else given_config(config)
     if path.is_dir():
         tokens = given or tokenizer_folder(path)
-        config = _stated(path, tokens, needs_weights)
-        return ResolvedModel(name=path.resolve().name, config=config, path=path, tokenizer=tokens)
-    return _named_model(str(name_or_path), given, needs_weights)
+        if architecture is None:
+            found = _stated(path, tokens, needs_weights)
+        else:
+            found = _given(architecture, path, tokens, needs_weights)
+        return ResolvedModel(name=path.resolve().name, config=found, path=path, tokenizer=tokens)
+    return _named_model(str(name_or_path), given, architecture, needs_weights)
 
 
 def suggested_csa(name_or_path: str | Path) -> CSAConfig | None:
@@ -88,16 +108,41 @@ def _stated(folder: Path, tokens: Path | None, needs_weights: bool) -> ModelConf
     return _with_tokens(config, tokens, rows, is_huggingface=huggingface)
 
 
+def _given(
+    config: ModelConfig, folder: Path, tokens: Path | None, needs_weights: bool
+) -> ModelConfig:
+    """A given architecture with the end tokens of a folder, after a look at the weights there."""
+    huggingface = is_huggingface(folder)
+    rows = config.vocab_size
+    if needs_weights:
+        source = open_checkpoint(folder, config, tokens=tokens)
+        check_complete(source, config)
+        config = source.config
+        rows = source.shapes()[WORD_EMBEDDINGS][0]
+    for place in (folder, tokens):
+        if place is not None and (ends := stated_end_tokens(place, [GENERATION])):
+            config = replace(config, eos_token_ids=ends)
+            break
+    return _with_tokens(config, tokens, rows, is_huggingface=huggingface, files=[GENERATION])
+
+
 def _with_tokens(
-    config: ModelConfig, tokens: Path | None, rows: int, *, is_huggingface: bool
+    config: ModelConfig,
+    tokens: Path | None,
+    rows: int,
+    *,
+    is_huggingface: bool,
+    files: Sequence[str] = FILES,
 ) -> ModelConfig:
     tokenizer = None if tokens is None else Tokenizer.load(tokens)
     if tokens is not None and tokenizer is not None:
         check_rows(tokens, tokenizer, config.vocab_size, rows, is_huggingface=is_huggingface)
-    return with_end_tokens(config, tokens, tokenizer)
+    return with_end_tokens(config, tokens, tokenizer, files=files)
 
 
-def _named_model(name: str, tokenizer: Path | None, needs_weights: bool) -> ResolvedModel:
+def _named_model(
+    name: str, tokenizer: Path | None, architecture: ModelConfig | None, needs_weights: bool
+) -> ResolvedModel:
     try:
         file = named_model_file(name)
     except ConfigError as error:
@@ -110,11 +155,16 @@ def _named_model(name: str, tokenizer: Path | None, needs_weights: bool) -> Reso
             "folder as the model (a Hugging Face folder or a Megatron checkpoint)"
         )
     tokens = tokenizer or file.tokenizer
-    rows = file.config.vocab_size
+    folder = file.weights or Path(name)
+    if architecture is None:
+        rows = file.config.vocab_size
+        config = _with_tokens(file.config, tokens, rows, is_huggingface=True)
+    else:
+        config = _given(architecture, folder, tokens, needs_weights)
     return ResolvedModel(
         name=name,
-        config=_with_tokens(file.config, tokens, rows, is_huggingface=True),
-        path=file.weights or Path(name),
+        config=config,
+        path=folder,
         tokenizer=tokens,
         suggested_tp=file.tp,
         suggested_sp=file.sp,

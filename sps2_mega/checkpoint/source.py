@@ -11,15 +11,19 @@ Opening a source reads headers only. This file chooses the reader of a folder;
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import VOCAB_NAMES
 from sps2_mega.checkpoint.huggingface.files import refuse_adapter
 from sps2_mega.checkpoint.huggingface.source import HuggingFaceSource
+from sps2_mega.checkpoint.megatron import legacy, run
 from sps2_mega.checkpoint.megatron.hybrid import HybridSource
 from sps2_mega.checkpoint.megatron.legacy import LegacySource
+from sps2_mega.checkpoint.megatron.metadata import read_metadata
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
+from sps2_mega.checkpoint.megatron.settings.arguments import OWN_CONFIG
 from sps2_mega.checkpoint.megatron.torch_dist import TorchDistSource
 from sps2_mega.checkpoint.weight_source import WeightSource
 from sps2_mega.config import ModelConfig
@@ -58,16 +62,18 @@ def open_checkpoint(
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face model; a config.json beside Megatron's files is not.
+    """Whether a folder is a Hugging Face model, also one without its config.json.
+
+    A config.json beside Megatron's files is none.
 
     Raises:
         CheckpointError: it is both.
     """
-    if not (folder / "config.json").is_file():
-        return False
+    stated = (folder / "config.json").is_file()
+    weights = any(folder.glob("*.safetensors"))
     if not any((folder / name).is_file() for name in (TRACKER, TRAIN_STATE, ".metadata")):
-        return True
-    if any(folder.glob("*.safetensors")):
+        return stated or weights
+    if stated and weights:
         raise CheckpointError(
             f"{folder} holds a Hugging Face model and a Megatron checkpoint: move one of them, or "
             "pass the folder of an iteration"
@@ -79,6 +85,27 @@ def read_canonical(source: WeightSource, name: str, config: ModelConfig) -> Tens
     """Read one canonical tensor without the vocabulary rows that a file may have as padding."""
     tensor = source.read(name)
     return tensor[: config.vocab_size] if name in VOCAB_NAMES else tensor
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """Settings that decide the architecture of a Megatron checkpoint; empty where none do.
+
+    None do of a Hugging Face folder, and of one that was written here, which states all of its
+    architecture at once. `open_checkpoint` may refuse what they say.
+
+    Raises:
+        CheckpointError: they would run code or are damaged.
+        ConfigError: run_config.yaml cannot be read.
+    """
+    if not folder.is_dir() or is_huggingface(folder):
+        return {}
+    iteration = iteration_folder(folder)
+    args: dict[str, Any] = {}
+    if (iteration / ".metadata").is_file():
+        args, _, _ = run.stored_args(iteration, read_metadata(iteration), given=True)
+    elif any(iteration.glob("mp_rank_*")):
+        args = legacy.stored_args(iteration)
+    return {} if OWN_CONFIG in args else run.settings_of_gpt(args)
 
 
 def _as_gpt(source: TorchDistSource | LegacySource) -> WeightSource:

@@ -8,7 +8,7 @@ are tokens; `megatron.vocabulary` finds the number of a Megatron checkpoint.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from sps2_mega.errors import ConfigError
 from sps2_mega.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+GENERATION = "generation_config.json"
+FILES = (GENERATION, "config.json")
 
 
 def check_rows(
@@ -56,25 +59,31 @@ def _too_large(tokens: Path, size: int, limit: int) -> str:
 
 
 def with_end_tokens(
-    config: ModelConfig, tokens: Path | None, tokenizer: Tokenizer | None
+    config: ModelConfig,
+    tokens: Path | None,
+    tokenizer: Tokenizer | None,
+    *,
+    files: Sequence[str] = FILES,
 ) -> ModelConfig:
     """`config` with all ids that end a text: those stated, and the tokenizer's `eos_token`.
+
+    Where `config` states none, `files` of the tokenizer's folder are asked.
 
     Raises:
         ConfigError: a file states something else than ids.
     """
     stated = config.eos_token_ids
     if not stated and tokens is not None:
-        stated = stated_end_tokens(tokens)
+        stated = stated_end_tokens(tokens, files)
     named = () if tokenizer is None else tokenizer.eos_token_ids
     ids = dict.fromkeys((*stated, *named))
     # A token without a row is never sampled.
     return replace(config, eos_token_ids=tuple(i for i in ids if i < config.vocab_size))
 
 
-def stated_end_tokens(folder: Path) -> tuple[int, ...]:
-    """Ids in generation_config.json, else in config.json; empty if neither states any."""
-    for name in ("generation_config.json", "config.json"):
+def stated_end_tokens(folder: Path, files: Sequence[str] = FILES) -> tuple[int, ...]:
+    """Ids in the first of `files` that states any; empty if none does."""
+    for name in files:
         path = folder / name
         if path.is_file() and (ids := end_tokens_in(read_json(path), path)) is not None:
             return ids

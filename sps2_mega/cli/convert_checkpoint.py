@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sps2_mega.config import ModelConfig
-
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 convert") -> int:
     """Convert one checkpoint; exit code 2 where it cannot be converted."""
@@ -24,12 +22,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 convert") -> in
     from tqdm import tqdm
 
     from sps2_mega.checkpoint.export import export_huggingface, export_megatron
+    from sps2_mega.checkpoint.given_config import given_config
     from sps2_mega.checkpoint.sharding import num_parameters
     from sps2_mega.checkpoint.source import open_checkpoint
     from sps2_mega.errors import CheckpointError, ConfigError
 
     try:
-        config = _named_config(args.config) if args.config else None
+        config = given_config(args.config) if args.config else None
         source = open_checkpoint(args.source, config, tokens=args.tokenizer)
         expected = "huggingface" if args.direction == "hf-to-megatron" else "megatron"
         if not source.format.startswith(expected):
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "sps2 convert") -> in
                 bar.total = total
                 bar.update(done - bar.n)
 
-            export(source, args.target, on_bytes=progress)
+            export(source, args.target, tokens=args.tokenizer, on_bytes=progress)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,19 +64,15 @@ def parse(argv: Sequence[str] | None, *, prog: str) -> argparse.Namespace:
     parser.add_argument("target", type=Path, metavar="DST", help="a folder that is absent or empty")
     parser.add_argument(
         "--config",
-        metavar="NAME",
-        help="architecture from model_configs/ instead of the one that SRC states",
+        metavar="NAME|FILE",
+        help="architecture in place of the one that SRC states: a name in model_configs/, or a "
+        "file (YAML as there, or a config.json)",
     )
     parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="tokenizer that says which rows of a Megatron SRC are tokens (default: SRC's own)",
+        help="tokenizer to copy, which says which rows of a Megatron SRC are tokens (default: "
+        "SRC's own)",
     )
     return parser.parse_args(argv)
-
-
-def _named_config(name: str) -> ModelConfig:
-    from sps2_mega.checkpoint.model_file import named_model_file
-
-    return named_model_file(name).config

@@ -7,6 +7,7 @@ still see the same facts through the store.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sps2_mega.config import ParallelConfig
+from sps2_mega.config import ModelConfig, ParallelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.mcore._compat import eager_import, without_warnings
 from sps2_mega.parallel.groups import Group, ParallelGroups
@@ -58,11 +59,17 @@ def open_store(info: LaunchInfo) -> dist.Store:
 
 
 def agree_topology(
-    store: dist.Store, info: LaunchInfo, parallel: ParallelConfig, *, problem: str | None = None
+    store: dist.Store,
+    info: LaunchInfo,
+    parallel: ParallelConfig,
+    *,
+    model: ModelConfig | None = None,
+    problem: str | None = None,
 ) -> Topology:
     """Exchange node names and degrees, check them, and return the layout of this rank's pool.
 
-    All ranks check the same facts. `problem` is a reason found on this rank alone (a missing
+    All ranks check the same facts: the architecture too, which each reads on its own machine.
+    `problem` is a reason found on this rank alone (a missing
     folder, a missing GPU) for which the job cannot run; the job then ends on all ranks with
     that reason, instead of leaving the others waiting.
 
@@ -75,6 +82,7 @@ def agree_topology(
     mine = {
         "node": f"{socket.gethostname()}#{info.node_rank}",
         "degrees": degrees,
+        "model": {} if model is None else dataclasses.asdict(model),
         "problem": problem,
     }
     store.set(f"sps2/rank/{info.rank}", json.dumps(mine))
@@ -125,6 +133,14 @@ def _check_agreement(ranks: list[dict[str, Any]]) -> None:
             raise ConfigError(
                 f"ranks disagree: rank 0 has {ranks[0]['degrees']}, rank {number} has "
                 f"{rank['degrees']}"
+            )
+        mine, first = rank["model"], ranks[0]["model"]
+        for name in first:
+            if mine.get(name) == first[name]:
+                continue
+            raise ConfigError(
+                f"ranks disagree on the model: rank 0 has {name}={first[name]!r}, rank {number} "
+                f"has {mine.get(name)!r}"
             )
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sps2_mega.checkpoint.architecture import model_config_to_mapping
+from sps2_mega.checkpoint.given_config import given_config
 from sps2_mega.checkpoint.resolve import suggested_csa
 from sps2_mega.config import EngineConfig
 from sps2_mega.errors import ConfigError, RequestError
@@ -177,7 +179,7 @@ def fingerprint(
 
     The number of ranks is included only if the spans of sparse attention follow the ranks.
     """
-    asked = config.csa.over(suggested_csa(config.model))
+    asked, given = config.csa.over(suggested_csa(config.model)), config.config
     csa = None
     if not asked.exact:
         csa = dataclasses.asdict(asked) | {"degrees": list(asked.level_degrees)}
@@ -188,6 +190,7 @@ def fingerprint(
         "decode_attention": config.decode_attention,
         "input_sha256": input_sha256,
         "model": _place(config.model),
+        **({} if given is None else {"config": model_config_to_mapping(given_config(given))}),
         "tokenizer": None if config.tokenizer is None else _place(config.tokenizer),
         "dtype": config.dtype,
         "max_model_len": config.max_model_len,

@@ -90,6 +90,7 @@ def test_inspect_as_json(tmp_path: Path, capsys: pytest.CaptureFixture, inspect)
         "saved_layout": {"tp": 1, "pp": 1},
         "complete": True,
         "problem": None,
+        "settings": [],
     }
 
 
@@ -148,6 +149,46 @@ def test_a_padded_vocabulary_needs_a_tokenizer(
     assert json.loads(capsys.readouterr().out)["architecture"]["vocab_size"] == 259
     assert convert("megatron-to-hf", root, tmp_path / "hf", "--tokenizer", tokens) == 0
     assert open_checkpoint(tmp_path / "hf").config.vocab_size == 259
+
+
+def test_an_architecture_can_be_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture, inspect, convert
+) -> None:
+    shutil.copytree(TINY, tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text("{")
+    for command in ((inspect,), (convert, "hf-to-megatron")):
+        more = [] if len(command) == 1 else [tmp_path / "x"]
+        flags = [*command[1:], tmp_path / "hf", *more, "--config"]
+        assert command[0](*flags[:-1]) == 2
+        assert command[0](*flags, tmp_path / "nowhere.yaml") == 2
+        refused, unknown = capsys.readouterr().err.splitlines()
+        assert "cannot read" in refused and "there is no such file" in unknown
+        assert command[0](*flags, "sps2-tiny") == 0
+    assert inspect(tmp_path / "hf", "--config", "gpt2") == 2
+    assert open_checkpoint(tmp_path / "x").config.eos_token_ids == (257,)
+
+
+@pytest.mark.parametrize("refused", [{}, {"multi_latent_attention": True}])
+def test_inspect_lists_settings_also_of_what_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, inspect, refused
+) -> None:
+    given = {"qk_layernorm": True, "num_experts": None, "bf16": True, **refused}
+    root = write_megatron(tmp_path / "m", LLAMA, rows=128, args=given)
+    code = inspect(root)
+    out, err = capsys.readouterr()
+    lines = [line.split(maxsplit=2) for line in out.splitlines()]
+    assert ["qk_layernorm", "True", "run: qk_norm"] in lines
+    assert code == 2  # these weights have no norms of queries and keys
+    assert inspect(root, "--json") == 2
+    assert json.loads(capsys.readouterr().out)["settings"]
+    if not refused:
+        assert (err, "complete" in out) == ("", True)
+        return
+    (line,) = err.splitlines()
+    assert "multi_latent_attention=True is not supported" in line and "complete" not in out
+    rows = {line[0]: line[2] for line in lines if len(line) == 3}
+    assert rows["multi_latent_attention"].startswith("refused: ")
+    assert not any(name == "num_experts" for name, *_ in lines)
 
 
 def test_inspect_refuses_other_folders(

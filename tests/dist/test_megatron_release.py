@@ -19,6 +19,7 @@ from dist.checkpoint import checkpoint_writer as writer
 from harness import free_port, run_ranks
 from model_run import assert_logits
 
+from sps2_mega.checkpoint.export import export_huggingface, export_megatron
 from sps2_mega.checkpoint.source import open_checkpoint, read_canonical
 
 WANTED = os.environ.get("SPS2_TEST_MEGATRON")
@@ -101,12 +102,19 @@ def test_a_model_gives_transformers_logits_on_one_and_two_ranks(tmp_path: Path) 
 
 
 def test_a_checkpoint_that_it_writes_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    """Through our reader, and through its own after conversion to Hugging Face and back."""
+    weights = writer.canonical_weights(writer.LLAMA)
+    theirs, converted = tmp_path / "theirs", tmp_path / "converted"
     pool = harness.RankPool(2)
     try:
-        pool.run(writer.write_torch_dist, tmp_path, writer.LLAMA, 2, 1)
+        pool.run(writer.write_torch_dist, theirs, writer.LLAMA, 2, 1)
+        source = open_checkpoint(theirs)
+        export_huggingface(source, tmp_path / "hf")
+        export_megatron(open_checkpoint(tmp_path / "hf"), converted)
+        (loaded, _) = pool.run(writer.load_with_megatron, converted / "release", writer.LLAMA)
     finally:
         pool.close()
-    source = open_checkpoint(tmp_path)
-    assert source.config == writer.LLAMA
-    for name, expected in writer.canonical_weights(writer.LLAMA).items():
+    assert source.config == open_checkpoint(converted).config == writer.LLAMA
+    for name, expected in weights.items():
         assert torch.equal(read_canonical(source, name, writer.LLAMA), expected), name
+        assert torch.equal(loaded[name][: len(expected)], expected), name

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from sps2_mega.bundled import bundled_prompts
+from sps2_mega.checkpoint.export import export_megatron
+from sps2_mega.checkpoint.source import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "generate.py")
@@ -87,7 +89,10 @@ def test_bundled_prompts_with_nothing_but_defaults(one_rank: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_two_sp_ranks_answer_the_same(one_rank: Path, tmp_path: Path, command: str) -> None:
-    result = generate(tmp_path, "--sp", "2", "--dtype", "float32", command=COMMANDS[command])
+    """`sps2` from a Megatron folder that states no architecture, which --config gives."""
+    given = model_without_arguments(tmp_path / "megatron") if command == "sps2" else []
+    flags = ["--sp", "2", "--dtype", "float32", *given]
+    result = generate(tmp_path, *flags, command=COMMANDS[command])
     assert result.returncode == 0, result.stderr
     answers, expected = records(tmp_path / "out.jsonl"), records(one_rank / "out.jsonl")
     assert answers.keys() == expected.keys()
@@ -95,6 +100,13 @@ def test_two_sp_ranks_answer_the_same(one_rank: Path, tmp_path: Path, command: s
         assert texts(answer) == texts(expected[name]), name
     assert result.stdout.count("requests ok") == 1
     assert ("no launcher: starting all 2 ranks" in result.stderr) == (command == "sps2")
+
+
+def model_without_arguments(folder: Path) -> list[str]:
+    """The bundled model as a torch_dist folder without arguments, and the flags to run it."""
+    export_megatron(open_checkpoint(ROOT / "model_configs" / "sps2-tiny"), folder)
+    (folder / "release" / "common.pt").unlink()
+    return ["--model", str(folder), "--config", "sps2-tiny", "--input", str(bundled_prompts())]
 
 
 def texts(answer: dict) -> list[str]:

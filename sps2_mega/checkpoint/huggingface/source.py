@@ -36,6 +36,11 @@ class HuggingFaceSource(WeightSource):
     def __init__(self, folder: Path, config: ModelConfig | None = None) -> None:
         refuse_adapter(folder)
         self.path = folder
+        if config is None and not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: safetensors files without a config.json, so the architecture is "
+                "unknown: pass it with --config NAME|FILE"
+            )
         self.config = config or read_hf_config(folder)
         self._files: dict[str, Any] = {}  # name of a file's tensor without prefix -> open file
         self._names: dict[str, str] = {}  # the same key -> name in the file

@@ -113,6 +113,16 @@ class LegacySource(WeightSource):
         return shards
 
 
+def stored_args(folder: Path) -> dict[str, Any]:
+    """Arguments in the file of the first rank.
+
+    Raises:
+        CheckpointError: files are absent or damaged, or would run code.
+    """
+    first = _rank_files(folder)[0][0]
+    return args_of(load_torch_file(first, mmap=True), first)
+
+
 def _rank_files(folder: Path) -> list[list[Path]]:
     """Files as [pipeline stage][TP rank]; raises an error that lists absent ones."""
     ranks: dict[tuple[int, int], Path] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
 from sps2_mega.checkpoint.megatron.settings.bridge import bridge_args
 from sps2_mega.checkpoint.megatron.settings.hybrid import HybridPattern, hybrid_pattern
-from sps2_mega.checkpoint.megatron.vocabulary import config_of_run
+from sps2_mega.checkpoint.megatron.vocabulary import config_of_run, end_tokens_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 
@@ -44,7 +44,7 @@ def read_run(
         CheckpointError: arguments would run code or are damaged, or the format is another one.
         ConfigError: the architecture is neither stated nor given, or cannot be run.
     """
-    args, where, iteration = _stored_args(folder, metadata)
+    args, where, iteration = stored_args(folder, metadata, given=config is not None)
     layout = saved_layout(args)
     _check_format(args, layout, folder)
     if config is None and not args:
@@ -65,13 +65,25 @@ def architecture_of(
         ConfigError: it cannot be run, or `config` has another number of layers than the pattern.
     """
     pattern = hybrid_pattern(args, where)
-    config = config or config_of_run(args, tokens, where)
+    if config is None:
+        config = config_of_run(args, tokens, where)
+    elif not config.eos_token_ids:
+        config = replace(config, eos_token_ids=end_tokens_of_run(args, where))
     if pattern is not None and pattern.num_layers != config.num_layers:
         raise ConfigError(
             f"{where}: the hybrid layer pattern makes {pattern.num_layers} layers, the given "
             f"architecture has num_layers={config.num_layers}"
         )
     return config, pattern
+
+
+def settings_of_gpt(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the GPT that computes the same as a HybridModel; others as they are."""
+    try:
+        pattern = hybrid_pattern(args, "")
+    except ConfigError:
+        pattern = None
+    return dict(args) if pattern is None else without_pattern(args, pattern)
 
 
 def iteration_of(folder: Path, stored: Any) -> int | None:
@@ -92,8 +104,17 @@ def args_of(state: Any, where: str | Path) -> dict[str, Any]:
     return dict(vars(args)) if hasattr(args, "__dict__") else {}
 
 
-def _stored_args(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], str, Any]:
-    """Arguments, where they are stored, and the iteration."""
+def stored_args(
+    folder: Path, metadata: Metadata, *, given: bool = False
+) -> tuple[dict[str, Any], str, Any]:
+    """Arguments of a torch_dist folder, where they are stored, and the iteration.
+
+    Where the architecture is `given`, a Bridge model of an unknown class has none.
+
+    Raises:
+        CheckpointError: they would run code or are damaged.
+        ConfigError: run_config.yaml cannot be read, or what its model's class builds is not known.
+    """
     common, run_config = folder / "common.pt", folder / "run_config.yaml"
     if common.is_file():
         state, where = load_torch_file(common), str(common)
@@ -106,7 +127,11 @@ def _stored_args(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], str,
     args = args_of(state, where)
     if not args and run_config.is_file():
         content = _read_yaml(run_config)
-        args = bridge_args(content, str(run_config))
+        try:
+            args = bridge_args(content, str(run_config))
+        except ConfigError:
+            if not given:
+                raise
         kept = content.get("checkpoint") if isinstance(content, Mapping) else None
         if isinstance(kept, Mapping) and "ckpt_format" in kept:
             args["ckpt_format"] = kept["ckpt_format"]

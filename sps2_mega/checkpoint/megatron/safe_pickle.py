@@ -14,22 +14,35 @@ import argparse
 import collections
 import io
 import pickle
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sps2_mega.checkpoint.megatron.enum_members import MEMBERS, TEXTS
 from sps2_mega.errors import CheckpointError
 
 
 class Record:
-    """Constructor arguments and state of a pickled object whose class is not loaded."""
+    """Constructor arguments and state of a pickled object whose class is not loaded.
+
+    It prints as a call of its class, `LayerType(3)`, so that a message can show what was found.
+    """
 
     def __init__(self, *args: Any) -> None:
         self.args = args
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{type(self).__name__} without {name}")
+
+    @reprlib.recursive_repr()
+    def __repr__(self) -> str:
+        state = dict(vars(self))
+        args = state.pop("args", ())
+        shown = [repr(value) for value in (args if isinstance(args, tuple) else (args,))]
+        shown += [f"{name}={value!r}" for name, value in state.items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
@@ -85,17 +98,6 @@ _DAMAGE = (
 _WHY_BLOCKED = (
     "a checkpoint must hold data only, and this name could run code when the file is read"
 )
-# Enums are pickled by value; arguments are compared by the member's name. Values are those of
-# megatron-core 0.16 to 0.19.
-_ENUM_MEMBERS = {
-    "megatron.core.transformer.enums.AttnBackend": {
-        1: "flash",
-        2: "fused",
-        3: "unfused",
-        4: "local",
-        5: "auto",
-    },
-}
 _INERT_PACKAGES = ("megatron.", "numpy.", "transformer_engine.")
 _INERT_NAMES = (
     "types.SimpleNamespace",
@@ -193,18 +195,19 @@ def _is_inert(name: str) -> bool:
 def _stand_in(name: str) -> type:
     if name == "argparse.Namespace":
         return argparse.Namespace
-    if name in _ENUM_MEMBERS:
+    if name in MEMBERS or name in TEXTS:
         return _enum_stand_in(name)
     # torch keeps allowed classes by name, so each name needs a class of its own.
     return type(name.rpartition(".")[2], (Record,), {})
 
 
 def _enum_stand_in(name: str) -> type:
-    members = _ENUM_MEMBERS[name]
+    """A class that gives a member's name, or its text; what it does not know stays a `Record`."""
+    kind = name.rpartition(".")[2]
+    unknown = type(kind, (Record,), {})
 
-    def member(_: type, value: Any) -> str:
-        if value not in members:
-            raise ValueError(f"{name} has no member of value {value!r}")
-        return members[value]
+    def member(_: type, value: Any) -> Any:
+        known = value if name in TEXTS else MEMBERS[name].get(value)
+        return known if isinstance(known, str) else unknown(value)
 
-    return type(name.rpartition(".")[2], (), {"__new__": member})
+    return type(kind, (), {"__new__": member})

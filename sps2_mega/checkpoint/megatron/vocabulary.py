@@ -76,6 +76,18 @@ def vocabulary_of_run(args: Mapping[str, Any], tokens: Path | None, where: str) 
     )
 
 
+def end_tokens_of_run(args: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """Ids that a run's arguments alone say end a text, as those of NullTokenizers do.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    kind, stated = args.get("tokenizer_type"), args.get("vocab_size")
+    if kind not in _NULL_TOKENIZERS or type(stated) is not int:
+        return ()
+    return _null_vocabulary(args, kind, stated, where).end_token_ids
+
+
 def _null_vocabulary(args: Mapping[str, Any], kind: str, stated: int, where: str) -> Vocabulary:
     if kind != "NullTokenizer" or _EOD_ARGUMENT not in args:
         return Vocabulary(stated + 1, (stated,))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sps2_mega.comm.bridge import Bridge
 from sps2_mega.comm.watchdog import Watchdog
-from sps2_mega.config import ParallelConfig
+from sps2_mega.config import ModelConfig, ParallelConfig
 from sps2_mega.engine.failing import failing
 from sps2_mega.engine.startup.load_progress import LoadProgress
 from sps2_mega.mcore.init import Compute, agree_topology, finalize, initialize, open_store
@@ -42,8 +42,10 @@ class Joined:
     bridge: Bridge | None
 
 
-def meet(parallel: ParallelConfig, info: LaunchInfo, progress: LoadProgress) -> Meeting:
-    """Wait for the other ranks and agree with them on the layout of the job.
+def meet(
+    parallel: ParallelConfig, model: ModelConfig, info: LaunchInfo, progress: LoadProgress
+) -> Meeting:
+    """Wait for the other ranks and agree with them on the layout of the job and on the model.
 
     Raises:
         ConfigError: the same on every rank.
@@ -52,7 +54,7 @@ def meet(parallel: ParallelConfig, info: LaunchInfo, progress: LoadProgress) -> 
         others = info.world_size - 1
         progress.stage(f"waiting for {others} other rank{'s' if others > 1 else ''}")
     store = open_store(info)
-    return Meeting(store, agree_topology(store, info, parallel))
+    return Meeting(store, agree_topology(store, info, parallel, model=model))
 
 
 def join(

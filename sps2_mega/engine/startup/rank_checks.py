@@ -47,7 +47,10 @@ def check_rank(config: EngineConfig, info: LaunchInfo) -> CheckedRank:
             "close the other LLM, or destroy the group, before this one is made"
         )
     resolved = resolve_model(
-        config.model, tokenizer=config.tokenizer, needs_weights=config.load_format != "dummy"
+        config.model,
+        tokenizer=config.tokenizer,
+        config=config.config,
+        needs_weights=config.load_format != "dummy",
     )
     config = config.replace(csa=config.csa.over(resolved.csa))
     check_tp(resolved.config, config.parallel.tp)

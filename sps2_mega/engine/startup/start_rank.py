@@ -109,8 +109,9 @@ def start_rank(
         if info.world_size > 1:
             refuse(info, str(error))
         raise
-    meeting = meet(config.parallel, info, progress)
-    topology, model = meeting.topology, checked.resolved.config
+    model = checked.resolved.config
+    meeting = meet(config.parallel, model, info, progress)
+    topology = meeting.topology
     tp_rank, _ = topology.coordinates(info.rank - pool.first)
     sparse = sparse_prefill(checked.config, model, topology, checked.transport, tp_rank=tp_rank)
     joined = join(

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizer_samples as samples
 import torch
+import yaml
 from safetensors.torch import load_file
-from unit.checkpoint.checkpoints import CONFIGS, LLAMA, MemorySource
+from unit.checkpoint.checkpoints import CONFIGS, LLAMA, MemorySource, write_megatron
 
 from sps2_mega.checkpoint.canonical import canonical_shapes
 from sps2_mega.checkpoint.export import export_huggingface, export_megatron
 from sps2_mega.checkpoint.huggingface.writer import plan_files
+from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
+from sps2_mega.checkpoint.megatron.settings.arguments import OWN_CONFIG, model_config_from_args
 from sps2_mega.checkpoint.megatron.torch_dist import TorchDistSource
-from sps2_mega.checkpoint.source import open_checkpoint
+from sps2_mega.checkpoint.source import TRACKER, TRAIN_STATE, open_checkpoint, read_canonical
 from sps2_mega.config import RopeConfig
 from sps2_mega.errors import CheckpointError, ConfigError
+
+CORE_0_19 = Path(__file__).parents[2] / "data" / "core_0_19_pp2"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -38,6 +44,72 @@ def test_hugging_face_to_megatron_and_back_is_bit_exact(tmp_path: Path, name: st
         assert torch.equal(tensor, after[key]), key
     configs = [(tmp_path / x / "config.json").read_text() for x in ("hf", "again")]
     assert configs[0] == configs[1]
+
+
+def core_0_19(root: Path) -> Path:
+    """Written by megatron-core 0.19.2, which has no common.pt."""
+    return CORE_0_19
+
+
+def bridge(root: Path) -> Path:
+    """As Bridge writes one: run_config.yaml, its own tracker, a tokenizer with the iteration."""
+    config = replace(LLAMA, vocab_size=259)
+    folder = root / "iter_0000010"
+    write_megatron(root, config, rows=384, args={}).joinpath("release").rename(folder)
+    (folder / "common.pt").unlink()
+    (root / TRACKER).unlink()
+    torch.save({"step": torch.tensor(10)}, root / TRAIN_STATE)
+    section = {
+        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        **{name: getattr(config, name) for name in ("num_layers", "hidden_size", "vocab_size")},
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_heads,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim,
+        "seq_length": config.max_position_embeddings,
+        "normalization": "RMSNorm",
+        "activation_func": "torch.nn.functional.silu",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+        "bf16": True,
+    }
+    (folder / "run_config.yaml").write_text(yaml.safe_dump({"model": section}))
+    samples.save(samples.byte_level(), folder / "tokenizer", chat_template="{{ messages }}")
+    return root
+
+
+@pytest.mark.parametrize("write", [core_0_19, bridge])
+def test_megatron_to_hugging_face_and_back_is_bit_exact(tmp_path: Path, write) -> None:
+    source = open_checkpoint(write(tmp_path / "source"))
+    export_huggingface(source, tmp_path / "hf")
+    export_megatron(open_checkpoint(tmp_path / "hf"), tmp_path / "again")
+    again = open_checkpoint(tmp_path / "again")
+    assert replace(again.config, eos_token_ids=()) == replace(source.config, eos_token_ids=())
+    assert again.dtype == source.dtype
+    for name in canonical_shapes(source.config):
+        expected = read_canonical(source, name, source.config)
+        assert torch.equal(read_canonical(again, name, source.config), expected), name
+    # Megatron's own arguments, which training reads, say the same as our record of the model.
+    args = vars(load_torch_file(tmp_path / "again" / "release" / "common.pt")["args"])
+    del args[OWN_CONFIG]
+    assert model_config_from_args(args, "args") == replace(again.config, eos_token_ids=())
+
+
+def test_a_tokenizer_of_the_iteration_goes_to_hugging_face(tmp_path: Path) -> None:
+    source = open_checkpoint(bridge(tmp_path / "source"))
+    assert source.config.eos_token_ids == ()
+    export_huggingface(source, tmp_path / "hf")
+    tokens = tmp_path / "source" / "iter_0000010" / "tokenizer"
+    for file in tokens.iterdir():
+        assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes()
+    assert open_checkpoint(tmp_path / "hf").config.eos_token_ids == (257,)
+    given = samples.save(samples.byte_level(), tmp_path / "given")
+    export_huggingface(source, tmp_path / "hf2", tokens=given)
+    expected = (given / "tokenizer_config.json").read_bytes()
+    assert (tmp_path / "hf2" / "tokenizer_config.json").read_bytes() == expected
+    assert expected != (tokens / "tokenizer_config.json").read_bytes()
 
 
 def test_vocabulary_rows_are_padded_for_megatron_and_cut_for_hugging_face(tmp_path: Path) -> None:

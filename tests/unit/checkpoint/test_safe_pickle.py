@@ -6,18 +6,29 @@ import argparse
 import io
 import os
 import pickle
+import re
+import signal
+import sys
 import zipfile
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint
 
-from sps2_mega.checkpoint.megatron.safe_pickle import load_tensor, load_torch_file, read_records
+from sps2_mega.checkpoint.megatron.safe_pickle import (
+    Record,
+    load_tensor,
+    load_torch_file,
+    read_records,
+)
+from sps2_mega.checkpoint.megatron.settings.table import check_settings
 from sps2_mega.checkpoint.source import open_checkpoint
-from sps2_mega.errors import CheckpointError
+from sps2_mega.errors import CheckpointError, ConfigError
 
 
 class Attack:
@@ -118,6 +129,49 @@ def test_names_of_megatron_are_kept_as_inert_records(tmp_path: Path) -> None:
     loaded = load_torch_file(path)
     assert type(loaded["args"]).__name__ == "Thing"
     assert loaded["args"].hidden_size == 7
+
+
+ENUMS = {
+    # class, bases, value, what is read
+    "megatron.core.transformer.enums.AttnBackend": ((Enum,), 5, "auto"),
+    "megatron.core.transformer.enums.AttnMaskType": ((Enum,), 2, "causal"),
+    "megatron.core.transformer.enums.CudaGraphModule": ((Enum,), 6, "mamba"),
+    "megatron.core.enums.Fp8Recipe": ((str, Enum), "blockwise", "blockwise"),
+    "megatron.core.enums.ModelType": ((Enum,), 1, "encoder_or_decoder"),
+    "megatron.core.transformer.enums.LayerType": ((Enum,), 3, "LayerType(3)"),
+    "megatron.core.enums.Fp12Recipe": ((str, Enum), "mx", "Fp12Recipe('mx')"),
+    "megatron.core.enums.AttnBackend": ((Enum,), 9, "AttnBackend(9)"),
+    "megatron.core.transformer.enums.AttnType": ((Enum,), 9, "AttnType(9)"),
+}
+
+
+@pytest.mark.parametrize("path", ENUMS)
+def test_enums_become_the_names_of_their_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    bases, value, expected = ENUMS[path]
+    module, _, name = path.rpartition(".")
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    members = {"one": value, "other": "unused"}
+    kind: Any = bases[-1](name, members, module=module, type=bases[0] if bases[1:] else None)
+    setattr(sys.modules[module], name, kind)
+    torch.save({"args": argparse.Namespace(x=kind.one, y=[kind.one])}, tmp_path / "common.pt")
+    monkeypatch.undo()
+    args = load_torch_file(tmp_path / "common.pt")["args"]
+    assert not isinstance(args.x, Enum)
+    assert isinstance(args.x, str) == ("(" not in expected)
+    assert (args.x if isinstance(args.x, str) else repr(args.x)) == expected
+    assert repr(args.y) == f"[{args.x!r}]"
+    with pytest.raises(ConfigError, match=re.escape(f"x={args.x!r} is not supported")):
+        check_settings(vars(args), "here")
+
+
+def test_signals_are_named_and_records_print_what_they_hold(tmp_path: Path) -> None:
+    torch.save(argparse.Namespace(exit_signal=signal.SIGTERM), tmp_path / "x.pt")
+    assert load_torch_file(tmp_path / "x.pt").exit_signal == "SIGTERM"
+    record = Record(1)
+    record.__setstate__({"itself": record, "size": 2})
+    assert repr(record) == "Record(1, itself=..., size=2)"
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "async_tensor_model_parallel_allreduce": True,
     "attention_dropout": 0.1,
     "attention_softmax_in_fp32": True,
-    "attention_backend": "AttnBackend.auto",
+    "attention_backend": "auto",
     "barrier_with_L1_time": True,
     "batch_p2p_comm": True,
     "batch_p2p_sync": True,

@@ -122,8 +122,7 @@ def _is_default(name: str, value: Any, kind: Kind) -> bool:
     if value is None or (kind == "harmless" and is_empty(value)):
         return True
     if name in DEFAULTS:
-        # Enumerations of Megatron that were not loaded are texts.
-        return DEFAULTS[name] in (value, str(value))
+        return bool(DEFAULTS[name] == value)
     return is_empty(value)
 
 
