@@ -43,6 +43,7 @@ class _Shared(_Fields):
     add_cross_attention: bool = False
     tie_word_embeddings: bool = False
     pruned_heads: dict[str, Any] | None = None
+    auto_map: dict[str, Any] | None = None
 
 
 class _Rotary(_Shared):
@@ -117,7 +118,7 @@ _FAMILIES: dict[str, type[_Shared]] = {
 }
 
 _METADATA = """
-    model_type _name_or_path name_or_path _commit_hash auto_map transformers_version
+    model_type _name_or_path name_or_path _commit_hash transformers_version
     tokenizer_class prefix id2label label2id num_labels problem_type task_specific_params
     finetuning_task is_llama_config _num_labels
     unsloth_version unsloth_fixed model_max_length max_sequence_length
@@ -171,6 +172,11 @@ def check_config(family: str, hf: Mapping[str, Any]) -> None:
     for name, needed in _NEEDED.items():
         if hf.get(name, needed) != needed:
             raise ConfigError(f"{name}={hf[name]!r} is not supported (needs {needed!r})")
+    if own := [name for name in hf.get("auto_map") or () if name.startswith("AutoModel")]:
+        raise ConfigError(
+            f"auto_map names code of the folder's own for {own[0]}, which is not run (where the "
+            f"model is an ordinary {family}, remove auto_map)"
+        )
     if hf.get("pruned_heads"):
         raise ConfigError(f"pruned_heads={shown(hf['pruned_heads'])} is not supported (needs {{}})")
     known = known_fields(family)
