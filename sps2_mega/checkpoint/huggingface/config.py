@@ -86,8 +86,6 @@ def model_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(
             f"model_type={shown(family)} is not supported (known: {', '.join(ARCHITECTURES)})"
         )
-    if hf.get("quantization_config"):
-        raise ConfigError("quantization_config is set: quantized weights are not supported")
     # pydantic takes a while to import, and the simulator does without.
     from sps2_mega.checkpoint.huggingface.fields import check_config
 

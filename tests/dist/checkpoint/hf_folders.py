@@ -113,6 +113,14 @@ _SHARED: dict[str, list[Any]] = {
     ],
     "per_layer_config": [{"0": {"num_key_value_heads": 4}}],
 }
+# Those at which transformers looks without an effect, at values that would have one.
+_IDLE: dict[str, list[Any]] = {
+    "pad_token_id": [3], "attention_dropout": [0.5], "initializer_range": [0.5],
+    "use_cache": [False], "return_dict": [False], "output_hidden_states": [True],
+    "gradient_checkpointing": [True], "_attn_implementation": ["eager"],
+    "reorder_and_upcast_attn": [True], "attn_pdrop": [0.5], "embd_pdrop": [0.5],
+    "resid_pdrop": [0.5], "name_or_path": ["x"], "_name_or_path": ["x"],
+}  # fmt: skip
 _OF_ROTARY: dict[str, list[Any]] = _SHARED | {
     "num_hidden_layers": [1, 3, 0, -1, "2", None, 2.0, True],
     "hidden_size": [16, 24, 48, 64, 0, "32", None, 31],
@@ -232,7 +240,9 @@ def every_change() -> list[Drawn]:
     drawn = []
     for family in BASES:
         run = _OF_GPT2 if family == "gpt2" else _OF_ROTARY
-        drawn += [Drawn(family, {name: value}) for name in run for value in run[name]]
+        drawn += [
+            Drawn(family, {name: value}) for name in run | _IDLE for value in (run | _IDLE)[name]
+        ]
         if family != "gpt2":
             drawn += [Drawn(family, changes) for changes in _TOGETHER]
     return drawn
