@@ -41,64 +41,85 @@ def logits_on_rank(
     rank: int, folders: dict[str, str], prompts: list[list[int]], tp: int, sp: int, port: int
 ) -> dict[tuple[str, str], list[tuple[int, int, Any]]]:
     """(folder's name, transport) -> [(sequence, first position, logits)] of this rank's tokens."""
-    import torch
-
-    from sps2_mega.attention.build import PrefillSetup
-    from sps2_mega.attention.layout.token_layout import build_layout
     from sps2_mega.checkpoint.load import load_weights
     from sps2_mega.checkpoint.source import open_checkpoint
-    from sps2_mega.config import ParallelConfig
-    from sps2_mega.kv_cache.pool import KVPool
     from sps2_mega.mcore.gpt import GPT
-    from sps2_mega.mcore.init import agree_topology, finalize, initialize, open_store
-    from sps2_mega.parallel.launcher import from_environment
-    from sps2_mega.worker.batching import prefill_input
-    from sps2_mega.worker.local_tables import LocalTables
+    from sps2_mega.mcore.init import finalize
 
-    os.environ["MASTER_PORT"] = str(port)
-    info, cpu = from_environment(), torch.device("cpu")
-    store = open_store(info)
-    topology = agree_topology(store, info, ParallelConfig(tp=tp, sp=sp))
-    groups = initialize(store, info, topology, device=cpu, timeout_s=120)
+    groups = joined_groups(port, tp=tp, sp=sp)
     results = {}
-    block_size, num_blocks = 16, 128
     for name, folder in folders.items():
         source = open_checkpoint(folder)
-        config = source.config
-        model = GPT(config, groups, dtype=torch.float32, device=cpu)
-        load_weights(model.weights(), source, config, tp_rank=groups.tp.rank, tp=tp)
+        model = GPT(source.config, groups, dtype=torch.float32, device=torch.device("cpu"))
+        load_weights(model.weights(), source, source.config, tp_rank=groups.tp.rank, tp=tp)
         model.pack()
-        pool = KVPool(
-            num_layers=config.num_layers,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            num_kv_heads=max(config.num_kv_heads, tp) // tp,
-            head_dim=config.head_dim,
-            dtype=torch.float32,
-            device=cpu,
-        )
         for transport, layout_name in zip(
             TRANSPORTS, ("contiguous", "zigzag", "zigzag", "zigzag"), strict=True
         ):
-            items = prefill_items(prompts, [num_blocks] * sp, block_size, layout_name)
-            tables = LocalTables(rank=groups.sp.rank, block_size=block_size)
-            step = prefill_input(
-                items, tables, pool, groups.sp, PrefillSetup(transport=transport), device=cpu
+            results[name, transport] = prompt_logits(
+                model, source.config, prompts, groups, transport, layout_name
             )
-            rows = torch.arange(len(step.tokens_T))
-            logits = model(step.tokens_T, step.positions_T, rows, step.attention)
-            layout = build_layout(
-                [item.block_ranks for item in items],
-                [len(item.token_ids) for item in items],
-                block_size=block_size,
-                sp_size=sp,
-            )
-            results[name, transport] = [
-                (run.sequence, run.start, logits[run.local_start :][: run.end - run.start].clone())
-                for run in layout.queries.local_runs(groups.sp.rank)
-            ]
     finalize()
     return results
+
+
+def joined_groups(port: int, *, tp: int, sp: int) -> Any:
+    """In a rank: the groups of a job of `tp` x `sp` ranks that meet at `port`."""
+    from sps2_mega.config import ParallelConfig
+    from sps2_mega.mcore.init import agree_topology, initialize, open_store
+    from sps2_mega.parallel.launcher import from_environment
+
+    os.environ["MASTER_PORT"] = str(port)
+    info = from_environment()
+    store = open_store(info)
+    topology = agree_topology(store, info, ParallelConfig(tp=tp, sp=sp))
+    return initialize(store, info, topology, device=torch.device("cpu"), timeout_s=120)
+
+
+def prompt_logits(
+    model: Any,
+    config: Any,
+    prompts: list[list[int]],
+    groups: Any,
+    transport: str,
+    layout_name: str,
+    *,
+    num_blocks: int = 128,
+) -> list[tuple[int, int, Any]]:
+    """[(sequence, first position, logits)] of this rank's tokens of the prompts, in one step."""
+    from sps2_mega.attention.build import PrefillSetup
+    from sps2_mega.attention.layout.token_layout import build_layout
+    from sps2_mega.kv_cache.pool import KVPool
+    from sps2_mega.worker.batching import prefill_input
+    from sps2_mega.worker.local_tables import LocalTables
+
+    cpu, tp, sp, block_size = torch.device("cpu"), groups.tp.size, groups.sp.size, 16
+    pool = KVPool(
+        num_layers=config.num_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=max(config.num_kv_heads, tp) // tp,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+        device=cpu,
+    )
+    items = prefill_items(prompts, [num_blocks] * sp, block_size, layout_name)
+    tables = LocalTables(rank=groups.sp.rank, block_size=block_size)
+    setup = PrefillSetup(transport=transport)
+    step = prefill_input(items, tables, pool, groups.sp, setup, device=cpu)
+    logits = model(
+        step.tokens_T, step.positions_T, torch.arange(len(step.tokens_T)), step.attention
+    )
+    layout = build_layout(
+        [item.block_ranks for item in items],
+        [len(item.token_ids) for item in items],
+        block_size=block_size,
+        sp_size=sp,
+    )
+    return [
+        (run.sequence, run.start, logits[run.local_start :][: run.end - run.start].clone())
+        for run in layout.queries.local_runs(groups.sp.rank)
+    ]
 
 
 def prefill_items(

@@ -2,7 +2,8 @@
 
 Any setting that would change the numbers and cannot be expressed is refused with its name and
 value; fields that only concern training or caching are ignored. Both spellings of rotary embeddings
-are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. `rope` has the rotary details.
+are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. `rope` has the rotary details,
+`window` the kinds of attention.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sps2_mega.checkpoint.huggingface.rope import rope_from_hf, rope_to_hf
+from sps2_mega.checkpoint.huggingface.window import window_from_hf
 from sps2_mega.checkpoint.json_file import read_json, shown
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
@@ -39,10 +41,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
 }
+# Fields whose null is no absent field to a family's class: it refuses the folder.
+_NOT_NULL: dict[str, tuple[str, ...]] = {
+    "llama": (),
+    "mistral": ("num_key_value_heads",),
+    "qwen2": ("head_dim",),
+    "qwen3": ("head_dim",),
+}
 _RMS_EPS = 1e-6
 _QWEN3_HEAD_DIM = 128
-_MISTRAL_WINDOW = 4096
-_QWEN_FULL_LAYERS = 28
 _GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -79,8 +86,6 @@ def model_config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(
             f"model_type={shown(family)} is not supported (known: {', '.join(ARCHITECTURES)})"
         )
-    if hf.get("quantization_config"):
-        raise ConfigError("quantization_config is set: quantized weights are not supported")
     # pydantic takes a while to import, and the simulator does without.
     from sps2_mega.checkpoint.huggingface.fields import check_config
 
@@ -112,10 +117,18 @@ def _rotary_family(family: str, hf: Mapping[str, Any]) -> ModelConfig:
     _refuse(hf, "mlp_bias", allowed=(False,), default=False)
     if family != "qwen2":  # Qwen2 has its QKV bias in the architecture and does not read this field
         _refuse(hf, "attention_bias", allowed=(False,), default=False)
-    _refuse_mixed_layers(hf)
+    for name in _NOT_NULL[family]:
+        if hf.get(name, 1) is None:
+            raise ConfigError(f"{name}=None: {family} needs a number, or no such field")
     defaults = _DEFAULTS[family]
     heads, hidden = _need(hf, "num_attention_heads"), _need(hf, "hidden_size")
+    num_layers = _need(hf, "num_hidden_layers")
     max_positions = hf.get("max_position_embeddings", defaults["max_position_embeddings"])
+    kv_heads = hf.get("num_key_value_heads", defaults["num_key_value_heads"]) or heads
+    if heads % kv_heads:
+        raise ConfigError(
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )
     if hf.get("head_dim") is None and family != "qwen3" and hidden % heads:
         raise ConfigError(
             f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} (needs "
@@ -125,11 +138,11 @@ def _rotary_family(family: str, hf: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"head_dim={hf['head_dim']} must be even for rotary embeddings")
     return ModelConfig(
         family=family,  # type: ignore[arg-type]
-        num_layers=_need(hf, "num_hidden_layers"),
+        num_layers=num_layers,
         hidden_size=hidden,
         ffn_hidden_size=_need(hf, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads", defaults["num_key_value_heads"]) or heads,
+        num_kv_heads=kv_heads,
         head_dim=hf.get("head_dim") or (_QWEN3_HEAD_DIM if family == "qwen3" else hidden // heads),
         vocab_size=_need(hf, "vocab_size"),
         max_position_embeddings=max_positions,
@@ -138,7 +151,7 @@ def _rotary_family(family: str, hf: Mapping[str, Any]) -> ModelConfig:
         qk_norm=family == "qwen3",
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
         rope=rope_from_hf(hf, max_positions),
-        sliding_window=_sliding_window(family, hf),
+        sliding_window=window_from_hf(family, hf, num_layers),
         **_shared_fields(hf),
     )
 
@@ -149,6 +162,8 @@ def _gpt2(hf: Mapping[str, Any]) -> ModelConfig:
     _refuse(hf, "scale_attn_by_inverse_layer_idx", allowed=(False,), default=False)
     _refuse(hf, "add_cross_attention", allowed=(False,), default=False)
     hidden, heads = _need(hf, "n_embd"), _need(hf, "n_head")
+    if hidden % heads:
+        raise ConfigError(f"n_embd={hidden} is not a multiple of n_head={heads}")
     return ModelConfig(
         family="gpt2",
         num_layers=_need(hf, "n_layer"),
@@ -171,52 +186,15 @@ def _gpt2(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _shared_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     eos = hf.get("eos_token_id")
-    dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    name = "dtype" if hf.get("dtype") else "torch_dtype"
+    dtype = str(hf.get(name) or "float32").removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not supported (known: {', '.join(_DTYPES)})")
+        raise ConfigError(f"{name}={dtype!r} is not supported (known: {', '.join(_DTYPES)})")
     return {
         "dtype": dtype,
         "bos_token_id": hf.get("bos_token_id"),
         "eos_token_ids": () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     }
-
-
-def _sliding_window(family: str, hf: Mapping[str, Any]) -> int | None:
-    if family == "llama":
-        return None
-    if family == "mistral":
-        window = hf.get("sliding_window", _MISTRAL_WINDOW)
-        # AutoModel takes a Mistral with layer types for a Ministral, whose layers follow them.
-        if (kinds := hf.get("layer_types")) and kinds[0] == "full_attention":
-            return None
-        return int(window) if window else None
-    if not hf.get("use_sliding_window", False) or not hf.get("sliding_window"):
-        return None
-    window, layers = int(hf["sliding_window"]), _need(hf, "num_hidden_layers")
-    if kinds := hf.get("layer_types"):  # all of one kind, see `_refuse_mixed_layers`
-        return window if kinds[0] == "sliding_attention" else None
-    full = hf.get("max_window_layers", _QWEN_FULL_LAYERS)
-    if 0 < full < layers:
-        raise ConfigError(
-            f"use_sliding_window=True with max_window_layers={full} of {layers} layers mixes two "
-            "kinds of "
-            "attention: one kind for all layers is needed"
-        )
-    return window if full == 0 else None
-
-
-def _refuse_mixed_layers(hf: Mapping[str, Any]) -> None:
-    kinds = sorted(set(hf.get("layer_types") or ()))
-    if len(kinds) > 1 or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise ConfigError(
-            f"layer_types has {' and '.join(kinds)}: full_attention or sliding_attention for all "
-            "layers is needed"
-        )
-    layers = _need(hf, "num_hidden_layers")
-    if kinds and len(hf["layer_types"]) != layers:
-        raise ConfigError(
-            f"layer_types has {len(hf['layer_types'])} entries for num_hidden_layers={layers}"
-        )
 
 
 def _rotary_fields(config: ModelConfig) -> dict[str, Any]:

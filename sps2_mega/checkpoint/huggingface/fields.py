@@ -43,6 +43,8 @@ class _Shared(_Fields):
     add_cross_attention: bool = False
     tie_word_embeddings: bool = False
     pruned_heads: dict[str, Any] | None = None
+    auto_map: dict[str, Any] | None = None
+    quantization_config: Any = None
 
 
 class _Rotary(_Shared):
@@ -116,36 +118,49 @@ _FAMILIES: dict[str, type[_Shared]] = {
     "gpt2": _GPT2,
 }
 
-_METADATA = """
-    model_type _name_or_path name_or_path _commit_hash auto_map transformers_version
-    tokenizer_class prefix id2label label2id num_labels problem_type task_specific_params
-    finetuning_task is_llama_config _num_labels
-    unsloth_version unsloth_fixed model_max_length max_sequence_length
-    tokenizer_model_max_length transformers.js_config quantization_config
-    pad_token_id sep_token_id decoder_start_token_id
-"""
-# None of these changes a logit of a dense decoder: training, kernels, form of outputs.
-_TRAINING_AND_RUNTIME = """
-    initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
-    gradient_checkpointing pretraining_tp use_cache return_dict output_attentions
-    output_hidden_states torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward
-    is_decoder cross_attention_hidden_size tie_encoder_decoder _attn_implementation
-    _attn_implementation_autoset attn_implementation _flash_attn_2_enabled
-    reorder_and_upcast_attn n_ctx
-    summary_type summary_use_proj summary_activation summary_proj_to_labels
-    summary_first_dropout
-"""
-# transformers drops these from config.json: generation is stated in generation_config.json.
-_GENERATION = """
-    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
-    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
-    forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens min_length
-    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups
-    num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
-    return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p
-"""
-HARMLESS = frozenset(f"{_METADATA} {_TRAINING_AND_RUNTIME} {_GENERATION}".split())
+# Fields at which transformers looks on the way from ids to logits, all without effect on them.
+READ_WITHOUT_EFFECT: dict[str, str] = {
+    "names the folder": "_name_or_path name_or_path",
+    "chooses among kernels of the same attention": "_attn_implementation reorder_and_upcast_attn",
+    "drops out in training only": "attention_dropout attn_pdrop embd_pdrop resid_pdrop",
+    "draws the weights that the files replace": "initializer_range",
+    "saves memory in training": "gradient_checkpointing",
+    "keeps a gradient from one row of the embedding": "pad_token_id",
+    "chooses what is returned beside logits": """
+        return_dict use_cache output_attentions output_hidden_states""",
+}
+# Fields at which nothing looks on that way, by what they are for. A test traces every look.
+NOT_READ: dict[str, str] = {
+    "records where a model is from": """
+        model_type transformers_version _commit_hash tokenizer_class
+        unsloth_version unsloth_fixed transformers.js_config""",
+    "nanotron's mark of a Llama (SmolLM2)": "is_llama_config",
+    "is about the text before it is ids": """
+        prefix model_max_length max_sequence_length tokenizer_model_max_length""",
+    "names classes of classifiers, or shapes heads other than that of a language model": """
+        id2label label2id num_labels _num_labels problem_type task_specific_params finetuning_task
+        summary_type summary_use_proj summary_activation summary_proj_to_labels
+        summary_first_dropout""",
+    "is for training, or for encoders": """
+        hidden_dropout chunk_size_feed_forward is_decoder cross_attention_hidden_size
+        tie_encoder_decoder sep_token_id decoder_start_token_id""",
+    "chose a kernel or a form of output in releases before 5": """
+        attn_implementation _attn_implementation_autoset _flash_attn_2_enabled pretraining_tp
+        torchscript use_bfloat16 tf_legacy_loss n_ctx""",
+    # transformers drops these from config.json: generation_config.json states them.
+    "is about generation": """
+        assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
+        diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+        encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
+        forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens min_length
+        no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups
+        num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
+        return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p
+        typical_p""",
+}
+HARMLESS = frozenset(" ".join([*READ_WITHOUT_EFFECT.values(), *NOT_READ.values()]).split())
+# Fields of which one value says what is computed here anyway. Published folders state the last two
+# as switched off (DeepSeek's distilled Qwen, SmolLM2), and no class of transformers reads them.
 _NEEDED: dict[str, Any] = {
     "is_causal": True,
     "is_encoder_decoder": False,
@@ -171,6 +186,13 @@ def check_config(family: str, hf: Mapping[str, Any]) -> None:
     for name, needed in _NEEDED.items():
         if hf.get(name, needed) != needed:
             raise ConfigError(f"{name}={hf[name]!r} is not supported (needs {needed!r})")
+    if hf.get("quantization_config") is not None:
+        raise ConfigError("quantization_config is set: quantized weights are not supported")
+    if own := [name for name in hf.get("auto_map") or () if name.startswith("AutoModel")]:
+        raise ConfigError(
+            f"auto_map names code of the folder's own for {own[0]}, which is not run (where the "
+            f"model is an ordinary {family}, remove auto_map)"
+        )
     if hf.get("pruned_heads"):
         raise ConfigError(f"pruned_heads={shown(hf['pruned_heads'])} is not supported (needs {{}})")
     known = known_fields(family)

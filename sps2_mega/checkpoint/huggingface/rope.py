@@ -35,6 +35,7 @@ _FIELDS = {
         ),
     ),
 }
+_ALWAYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _NOT_FLOAT = ("original_max_position_embeddings", "truncate")
 
 
@@ -50,24 +51,29 @@ def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeCon
     from sps2_mega.checkpoint.huggingface.fields import check_rope
 
     check_rope(given, where)
-    theta = float(given.pop("rope_theta", None) or hf.get("rope_theta") or _DEFAULT_THETA)
-    rotated = given.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+    theta = given.get("rope_theta", hf.get("rope_theta", _DEFAULT_THETA))
+    if theta is None:  # transformers has no default for a null
+        place = f"{where}: " if "rope_theta" in given else ""
+        raise ConfigError(f"{place}rope_theta=None: a number is needed, or no such field")
+    rotated = given.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
     if rotated != 1.0:
-        raise ConfigError(f"partial_rotary_factor={rotated} is not supported (needs 1.0)")
-    old_type = given.pop("type", None)
-    rope_type: Any = given.pop("rope_type", None) or old_type or "default"
+        place = f"{where}: " if "partial_rotary_factor" in given else ""
+        raise ConfigError(f"{place}partial_rotary_factor={rotated} is not supported (needs 1.0)")
+    rope_type: Any = given.get("rope_type", given.get("type", "default"))
     if rope_type not in _FIELDS:
-        raise ConfigError(f"rope_type={rope_type!r} is not supported (known: {', '.join(_FIELDS)})")
-
+        known = ", ".join(_FIELDS)
+        raise ConfigError(f"{where}: rope_type={rope_type!r} is not supported (known: {known})")
     required, optional = _FIELDS[rope_type]
-    fields = {name: value for name, value in given.items() if value is not None}
+    fields = {k: v for k, v in given.items() if v is not None and k not in _ALWAYS}
     if absent := [name for name in required if name not in fields]:
-        raise ConfigError(f"rope_type={rope_type!r} needs {', '.join(absent)}")
+        raise ConfigError(f"{where}: rope_type={rope_type!r} needs {', '.join(absent)}")
     if rope_type == "default":
-        return RopeConfig(theta=theta)  # stray fields beside the default type have no effect
+        return RopeConfig(theta=float(theta))  # stray fields beside the default type have no effect
     for name in ("beta_fast", "beta_slow"):
         if not fields.get(name):  # transformers takes its default in place of zero
             fields.pop(name, None)
+    if "truncate" in given:  # and a null for false
+        fields["truncate"] = bool(given["truncate"])
     if rope_type == "llama3" and fields["high_freq_factor"] <= fields["low_freq_factor"]:
         raise ConfigError(
             f"{where}: high_freq_factor={fields['high_freq_factor']} must be above "
@@ -75,16 +81,23 @@ def rope_from_hf(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeCon
         )
     if unknown := [name for name in fields if name not in required + optional]:
         shown = ", ".join(f"{name}={fields[name]!r}" for name in unknown)
-        raise ConfigError(f"rope_type={rope_type!r} has fields that are not understood: {shown}")
-    if "original_max_position_embeddings" in optional:
-        outer = hf.get("original_max_position_embeddings")
-        fields["original_max_position_embeddings"] = int(
-            outer or fields.get("original_max_position_embeddings") or max_position_embeddings
+        raise ConfigError(
+            f"{where}: rope_type={rope_type!r} has fields that are not understood: {shown}"
         )
+    if "original_max_position_embeddings" in optional:
+        # The top-level field comes first, and a null is no absent field to transformers.
+        length = given.get("original_max_position_embeddings", max_position_embeddings)
+        length = hf.get("original_max_position_embeddings", length)
+        if length is None:
+            raise ConfigError(
+                f"original_max_position_embeddings=None: {where} with rope_type={rope_type!r} "
+                "needs a number, or no such field"
+            )
+        fields["original_max_position_embeddings"] = int(length)
     values: dict[str, Any] = {
         name: value if name in _NOT_FLOAT else float(value) for name, value in fields.items()
     }
-    return RopeConfig(theta=theta, scaling=rope_type, **values)
+    return RopeConfig(theta=float(theta), scaling=rope_type, **values)
 
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:

@@ -19,7 +19,11 @@ from sps2_mega.checkpoint.megatron.metadata import Metadata
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
 from sps2_mega.checkpoint.megatron.settings.bridge import bridge_args
-from sps2_mega.checkpoint.megatron.settings.hybrid import HybridPattern, hybrid_pattern
+from sps2_mega.checkpoint.megatron.settings.hybrid import (
+    HybridPattern,
+    hybrid_pattern,
+    without_pattern,
+)
 from sps2_mega.checkpoint.megatron.vocabulary import config_of_run, end_tokens_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError

@@ -121,7 +121,7 @@ def test_linear_scaling_is_read() -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers"),
         ({"torch_dtype": "float64"}, "float64"),
-        ({"num_key_value_heads": 3}, "num_kv_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name_and_value(

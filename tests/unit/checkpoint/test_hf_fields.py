@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.generation import GenerationConfig
 
 from sps2_mega.checkpoint.huggingface.config import (
@@ -18,7 +18,12 @@ from sps2_mega.checkpoint.huggingface.config import (
     model_config_from_hf,
     model_config_to_hf,
 )
-from sps2_mega.checkpoint.huggingface.fields import HARMLESS, known_fields
+from sps2_mega.checkpoint.huggingface.fields import (
+    HARMLESS,
+    NOT_READ,
+    READ_WITHOUT_EFFECT,
+    known_fields,
+)
 from sps2_mega.errors import ConfigError
 
 TINY: dict[str, Any] = {
@@ -42,6 +47,36 @@ def test_every_field_of_the_installed_transformers_is_known(family: str) -> None
     assert model_config_from_hf(
         CONFIG_MAPPING[family](num_hidden_layers=2).to_dict()  # n_layer has a default
     )
+
+
+@pytest.fixture(scope="module")
+def looked_at() -> set[str]:
+    """Every attribute of a configuration at which transformers looks to make logits."""
+    names: set[str] = set()
+    plain = PreTrainedConfig.__getattribute__
+
+    def traced(self: PreTrainedConfig, name: str) -> Any:
+        names.add(name)
+        return plain(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for family in ARCHITECTURES:
+            own = {"n_layer": 2, "n_embd": 32, "n_head": 4} if family == "gpt2" else TINY
+            config = CONFIG_MAPPING[family](**own | {"vocab_size": 50})
+            patch.setattr(PreTrainedConfig, "__getattribute__", traced)
+            model = AutoModelForCausalLM.from_config(config).eval()
+            with torch.no_grad():
+                model(torch.arange(9)[None])
+            patch.undo()
+    return names
+
+
+def test_fields_that_are_called_unread_are_unread(looked_at: set[str]) -> None:
+    unread = {name for names in NOT_READ.values() for name in names.split()}
+    # What `to_dict` and the choice of a class look at decides nothing in the class itself.
+    assert looked_at & unread <= {"model_type", "transformers_version"}
+    read = {name for names in READ_WITHOUT_EFFECT.values() for name in names.split()}
+    assert read <= looked_at
 
 
 def test_generation_fields_that_transformers_drops_are_harmless() -> None:
