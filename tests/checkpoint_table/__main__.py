@@ -74,6 +74,7 @@ def installed(release: str) -> Path:
 
 def read(roots: dict[str, Path], scratch: Path, no_page: bool, since: float) -> int:
     import harness
+
     from checkpoint_table.read import outcomes
 
     found = outcomes(roots, scratch)

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from checkpoint_table.read import Outcome
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md"
-_TABLE = re.compile(
-    r"(<!-- table: made by [^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL
-)
+_TABLE = re.compile(r"(<!-- table: made by [^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def rows(found: Mapping[tuple[str, str], Outcome], releases: Sequence[str]) -> list[str]:
@@ -57,17 +55,16 @@ def _row(parts: Sequence[str]) -> str:
 
 def with_table(page: str, lines: Sequence[str]) -> str:
     """The page's text with another table."""
-    made, count = _TABLE.subn(
-        lambda match: match[1] + "\n".join(lines) + "\n" + match[2], page
-    )
-    assert count == 1, "docs/checkpoints.md has no markers of the table"
+    made, count = _TABLE.subn(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], page)
+    if count != 1:
+        raise ValueError(f"{PAGE} has no markers of the table")
     return made
 
 
 def shown(page: str) -> list[list[str]]:
-    """Cells of the table's rows in the page, without the head."""
+    """Cells of the first table between the marks, its head first."""
     match = _TABLE.search(page)
-    assert match is not None
-    table = match[0].split("\n\n")[0].splitlines()
-    lines = [line for line in table if line.startswith("| ")][2:]
-    return [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+    if match is None:
+        raise ValueError(f"{PAGE} has no markers of the table")
+    head, _, *lines = [line for line in match[0].split("\n\n")[0].splitlines() if line[0] == "|"]
+    return [[part.strip() for part in line.strip("|").split("|")] for line in (head, *lines)]

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from checkpoint_table import cells
 from dist.checkpoint import checkpoint_writer as writer
 from model_run import TRANSPORTS, largest_differences
 from torch import Tensor
 from unit.checkpoint.checkpoints import MemorySource
 
+from checkpoint_table import cells
 from sps2_mega.checkpoint.export import export_huggingface
 from sps2_mega.checkpoint.source import open_checkpoint, read_canonical
 from sps2_mega.errors import CheckpointError, ConfigError

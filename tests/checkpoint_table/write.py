@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import harness
-from checkpoint_table import cells
 from dist.checkpoint import checkpoint_kinds
+
+from checkpoint_table import cells
 
 
 def release(rank: int) -> str:

@@ -213,8 +213,8 @@ def _name(function: Any) -> str:
 
 
 def _save_tokenizer(size: int, folder: Path) -> None:
-    import tokenizers
     import tokenizer_samples
+    import tokenizers
 
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{id}": id for id in range(3, size)}
     model = tokenizers.models.WordLevel(words, unk_token="<unk>")
