@@ -21,7 +21,7 @@ JOBS ?= 3
 ARGS ?=
 DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup generate serve test test-fast test-megatron test-gpu lint format type docs bench train accuracy evaluate doctor clean help
+.PHONY: setup generate serve test test-fast test-megatron checkpoint-table test-gpu lint format type docs bench train accuracy evaluate doctor clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -69,6 +69,9 @@ $(MEGATRON)/.installed: $(STAMP)
 test-megatron: $(MEGATRON)/.installed ## equality tests with megatron-core VERSION=0.19.2 (SHORT=1: one model)
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 SPS2_TEST_MEGATRON=$(VERSION) PYTHONPATH=$(MEGATRON) \
 		$(BIN)/python -m pytest --durations=5 $(RELEASE_TESTS) $(ARGS)
+
+checkpoint-table: setup ## docs/checkpoints.md's table, from folders that releases of megatron-core write
+	PATH="$(BIN):$$PATH" $(BIN)/python tests/checkpoint_table $(ARGS)
 
 test-gpu: setup ## tests that need CUDA devices
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu $(ARGS)

@@ -36,16 +36,26 @@ def stock_logits(settings: Mapping[str, Any], *, bridge: bool, tokens: list[int]
 
     Raises whatever Megatron raises on settings that it does not run.
     """
+    model, (logits,) = stock_run(settings, bridge=bridge, prompts=[tokens])
+    return logits, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def stock_run(
+    settings: Mapping[str, Any], *, bridge: bool, prompts: list[list[int]]
+) -> tuple[Any, list[torch.Tensor]]:
+    """A model with random weights and its logits [T, vocab] of every prompt, as `stock_logits`."""
     with cpu_as_device():
         model = (_bridge_model if bridge else _megatron_lm_model)(settings).float().eval()
-        weights = random_weights(model)
-        ids = torch.tensor(tokens)[None]
+        set_random_weights(model)
         with torch.inference_mode():
-            logits = model(ids, torch.arange(len(tokens))[None], None)
-    return logits[0].clone(), weights
+            logits = [
+                model(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)[0].clone()
+                for tokens in prompts
+            ]
+    return model, logits
 
 
-def random_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def set_random_weights(model: torch.nn.Module) -> None:
     """Fill the model so that every parameter changes the logits."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -53,7 +63,6 @@ def random_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             parameter.normal_(0.0, 0.3 if parameter.dim() > 1 else 0.2, generator=generator)
             if name.endswith("norm.weight"):
                 parameter.add_(1.0)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 @contextlib.contextmanager

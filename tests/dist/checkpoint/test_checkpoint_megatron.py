@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import harness
 import pytest
 import torch
+from dist.checkpoint import checkpoint_kinds
 from dist.checkpoint import checkpoint_writer as writer
 from model_run import assert_logits
 
@@ -22,7 +23,7 @@ from sps2_mega.checkpoint.megatron.metadata import read_metadata
 from sps2_mega.checkpoint.megatron.safe_pickle import read_records
 from sps2_mega.checkpoint.megatron.stored_tensor import StoredValues
 from sps2_mega.checkpoint.sharding import local_shapes, shard
-from sps2_mega.checkpoint.source import open_checkpoint, read_canonical
+from sps2_mega.checkpoint.source import open_checkpoint, read_canonical, tokenizer_folder
 from sps2_mega.errors import CheckpointError
 
 CORE_0_19 = Path(__file__).parents[2] / "data" / "core_0_19_pp2"
@@ -34,6 +35,13 @@ CASES = {
     "torch_dist singleton": (writer.write_singleton, writer.LLAMA, 2, 2),
     "legacy qwen2": (writer.write_legacy, writer.QWEN2, 2, 2),
     "legacy gpt2": (writer.write_legacy, writer.GPT2, 2, 1),
+}
+KINDS = {
+    # name: (writer, (tp, pp, vpp), further arguments), all of the llama
+    "torch_dist, interleaved": (writer.write_torch_dist, (2, 2, 2), {}),
+    "legacy, interleaved": (writer.write_legacy, (2, 2, 2), {}),
+    "torch_dcp, FSDP2": (checkpoint_kinds.write_torch_dcp, (1, 1, 1), {"fsdp": True}),
+    "Bridge": (checkpoint_kinds.write_bridge, (2, 2, 1), {}),
 }
 
 
@@ -76,6 +84,32 @@ def test_every_tensor_comes_back_bit_for_bit(roots: dict[str, Path], case: str) 
     assert set(source.shapes()) == set(canonical_shapes(config))
     for name, expected in writer.canonical_weights(config).items():
         assert torch.equal(read_canonical(source, name, config), expected), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_folder_comes_back_bit_for_bit(
+    pool: harness.RankPool, tmp_path: Path, kind: str
+) -> None:
+    write, shape, options = KINDS[kind]
+    pool.run(write, tmp_path, writer.LLAMA, *shape, **options)
+    source = open_checkpoint(tmp_path)
+    assert source.config == writer.LLAMA
+    assert (source.iteration, source.saved_layout, source.dtype) == (25, shape[:2], "float32")
+    assert set(source.shapes()) == set(canonical_shapes(writer.LLAMA))
+    for name, expected in writer.canonical_weights(writer.LLAMA).items():
+        assert torch.equal(read_canonical(source, name, writer.LLAMA), expected), name
+    tokenizer = tokenizer_folder(tmp_path)
+    assert tokenizer == (tmp_path / "iter_0000025" / "tokenizer" if kind == "Bridge" else None)
+
+
+@pytest.mark.parametrize("write", [checkpoint_kinds.write_torch_dcp, checkpoint_kinds.write_bridge])
+def test_fsdp_dtensor_is_refused_by_that_name(
+    pool: harness.RankPool, tmp_path: Path, write: Callable[..., None]
+) -> None:
+    """The format is stated by arguments in the folder, or by Bridge's run_config.yaml."""
+    pool.run(write, tmp_path, writer.LLAMA, 1, 1, ckpt_format="fsdp_dtensor")
+    with pytest.raises(CheckpointError, match=r"ckpt_format='fsdp_dtensor' is not supported.*"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
