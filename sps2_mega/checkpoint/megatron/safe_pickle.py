@@ -15,6 +15,8 @@ import collections
 import io
 import pickle
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +149,37 @@ def load_torch_bytes(data: bytes, where: str) -> Any:
 
 def _load_data(file: str | io.BytesIO, where: str, mmap: bool) -> Any:
     try:
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        if isinstance(file, io.BytesIO):
-            file.seek(0)
-        blocked = [name for name in asked if not _is_inert(name)]
-        if blocked:
-            raise CheckpointError(f"{where}: blocked {', '.join(sorted(blocked))}: {_WHY_BLOCKED}")
-        stand_ins: list[Any] = [(_stand_in(name), name) for name in asked]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        with _no_foreign_globals():
+            asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            if isinstance(file, io.BytesIO):
+                file.seek(0)
+            blocked = [name for name in asked if not _is_inert(name)]
+            if blocked:
+                names = ", ".join(sorted(blocked))
+                raise CheckpointError(f"{where}: blocked {names}: {_WHY_BLOCKED}")
+            stand_ins: list[Any] = [(_stand_in(name), name) for name in asked]
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except CheckpointError:
         raise
     except _DAMAGE as error:
         raise CheckpointError(f"{where}: not a readable torch file: {error!r}") from None
+
+
+@contextmanager
+def _no_foreign_globals() -> Iterator[None]:
+    """Take the names away that other libraries have allowed torch to load.
+
+    megatron-core allows its own classes once it is imported, so what a file gave would depend on
+    that.
+    """
+    foreign = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(foreign)
 
 
 def load_tensor(data: bytes, where: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -203,3 +204,13 @@ def _rename_global(path: Path, old: bytes, new: bytes) -> None:
                 assert old in data
                 data = data.replace(old, new)
             archive.writestr(info.filename, data)
+
+
+def test_names_that_other_libraries_allow_are_not_taken(tmp_path: Path) -> None:
+    """megatron-core allows enums and `signal.Signals` as soon as it is imported."""
+    path = tmp_path / "x.pt"
+    torch.save({"value": Attack(Fraction, 1, 2)}, path)
+    with torch.serialization.safe_globals([Fraction]):
+        with pytest.raises(CheckpointError, match=r"blocked fractions\.Fraction"):
+            load_torch_file(path)
+        assert torch.load(path, weights_only=True)["value"] == Fraction(1, 2)  # as before
