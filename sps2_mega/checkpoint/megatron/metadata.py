@@ -17,7 +17,7 @@ from sps2_mega.checkpoint.megatron.names import canonical_name
 from sps2_mega.checkpoint.megatron.safe_pickle import Record, load_torch_bytes, read_records
 from sps2_mega.errors import CheckpointError
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,10 @@ def _stored_tensor(
     name: str, record: Record, storage: dict[tuple[str, Shape], Any], folder: Path
 ) -> StoredTensor:
     dtype = str(record.properties.state[0])
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise CheckpointError(
             f"{folder}: {name} is stored as {dtype}, which is not supported "
-            f"(known: {', '.join(_DTYPES)})"
+            f"(known: {', '.join(DTYPES)})"
         )
     pieces = []
     for chunk in record.chunks:
