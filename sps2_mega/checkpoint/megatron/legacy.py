@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape, split_layer
-from sps2_mega.checkpoint.megatron.metadata import DTYPES
 from sps2_mega.checkpoint.megatron.names import canonical_name
 from sps2_mega.checkpoint.megatron.run import architecture_of, args_of, iteration_of
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
@@ -60,7 +59,6 @@ class LegacySource(WeightSource):
                 f"{self.saved_layout}: some are absent, or there are expert-parallel ones"
             )
         self._shards = self._collect(states)
-        _check_dtypes(self._shards, folder)
         first = self._shards.get(WORD_EMBEDDINGS) or next(iter(self._shards.values()))
         self.dtype = str(first[0].dtype).removeprefix("torch.")
 
@@ -161,17 +159,6 @@ def _chunks(states: list[list[dict[str, Any]]], folder: Path) -> Iterator[list[M
             if absent := [tp for tp, state in enumerate(stage) if key not in state]:
                 raise CheckpointError(f"{folder}: no {key} at stage {pp}, TP ranks {absent}")
             yield [state[key] for state in stage]
-
-
-def _check_dtypes(shards: Mapping[str, list[Tensor]], folder: Path) -> None:
-    for name, parts in shards.items():
-        for part in parts:
-            dtype = str(part.dtype).removeprefix("torch.")
-            if dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{folder}: {name} is stored as {dtype}, which is not supported (known: "
-                    f"{', '.join(DTYPES)})"
-                )
 
 
 def _check_version(state: Mapping[str, Any], path: Path) -> None:

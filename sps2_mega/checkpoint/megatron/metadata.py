@@ -17,7 +17,7 @@ from sps2_mega.checkpoint.megatron.names import canonical_name
 from sps2_mega.checkpoint.megatron.safe_pickle import Record, load_torch_bytes, read_records
 from sps2_mega.errors import CheckpointError
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,10 @@ def _stored_tensor(
     name: str, record: Record, storage: dict[tuple[str, Shape], Any], folder: Path
 ) -> StoredTensor:
     dtype = str(record.properties.state[0])
-    if dtype not in DTYPES:
+    if dtype not in _DTYPES:
         raise CheckpointError(
             f"{folder}: {name} is stored as {dtype}, which is not supported "
-            f"(known: {', '.join(DTYPES)})"
+            f"(known: {', '.join(_DTYPES)})"
         )
     pieces = []
     for chunk in record.chunks:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from unit.checkpoint.checkpoints import LLAMA, MemorySource
 
 from sps2_mega.checkpoint.source import open_checkpoint
 from sps2_mega.errors import CheckpointError, ConfigError
@@ -36,15 +35,3 @@ def test_the_kind_of_file_is_named(
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     with pytest.raises(error, match=message):
         open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
-def test_a_tensor_that_is_no_float_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
-    (tmp_path / "mp_rank_00").mkdir()
-    name = "decoder.layers.1.mlp.linear_fc2.weight"
-    weights = MemorySource(LLAMA).weights
-    weights[name] = weights[name].to(dtype)
-    state = {"checkpoint_version": 3.0, "iteration": 7, "model": weights}
-    torch.save(state, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
-    with pytest.raises(CheckpointError, match=rf"{name} is stored as {str(dtype)[6:]}, which"):
-        open_checkpoint(tmp_path, LLAMA)
