@@ -58,7 +58,7 @@ def prepare(
     Raises:
         ConfigError: there is no tokenizer, too little data, or a length too short for a task.
     """
-    resolved = resolve_model(config.model, tokenizer=config.tokenizer)
+    resolved = resolve_model(config.model, tokenizer=config.tokenizer, config=config.config)
     if resolved.tokenizer is None:
         raise ConfigError(f"{config.model} has no tokenizer: name one with --tokenizer")
     tokenizer = Tokenizer.load(resolved.tokenizer)

@@ -200,12 +200,14 @@ def test_a_killed_run_resumes_to_the_same_answers(mixed: Path, tmp_path: Path) -
 
 
 def test_what_cannot_run_says_so_with_code_2(tmp_path: Path) -> None:
-    result = generate(
-        tmp_path, "--model", str(tmp_path / "absent"), "--input", str(bundled_prompts())
-    )
+    """Also where it shows only when both ranks load: the end of a file is gone."""
+    flags = model_without_arguments(tmp_path / "megatron")
+    file = tmp_path / "megatron" / "release" / "__0_0.distcp"
+    os.truncate(file, file.stat().st_size - 5000)
+    result = generate(tmp_path, "--sp", "2", *flags, command=COMMANDS["sps2"])
     assert result.returncode == 2
-    assert "absent" in result.stderr
-    assert "Traceback" not in result.stderr
+    (error,) = [line for line in result.stderr.splitlines() if " INFO " not in line]
+    assert "__0_0.distcp: the file ends 2911 bytes too early" in error
     result = generate(tmp_path, "--sp", "2")
     assert result.returncode == 2
     assert "2" in result.stderr
