@@ -152,37 +152,28 @@ def _fully_sharded(model: Any) -> Any:
 
 
 def _provider(config: ModelConfig, tp: int, pp: int, vpp: int) -> dict[str, Any]:
-    """The section `model`: a provider, or since core 0.19 a GPTModelConfig with `transformer`."""
-    from megatron.core import __version__
-
+    """The section `model`: all fields of a provider, which is a TransformerConfig and more."""
     from sps2_mega.checkpoint.sharding import VOCAB_MULTIPLE
 
-    built = writer.transformer_config(config, tp, pp, vpp)
-    transformer = {
-        field.name: _described(getattr(built, field.name)) for field in fields(type(built))
-    }
-    own = dict(
-        vocab_size=config.vocab_size,
-        should_pad_vocab=True,
-        make_vocab_size_divisible_by=VOCAB_MULTIPLE,
-        seq_length=config.max_position_embeddings,
-        share_embeddings_and_output_weights=config.tie_embeddings,
-        position_embedding_type="learned_absolute" if config.rope is None else "rope",
-        rotary_base=10000 if config.rope is None else int(config.rope.theta),
-        rotary_percent=1.0,
-        rope_scaling=False,
-        rope_scaling_factor=1.0,
-        seq_len_interpolation_factor=None,
-        parallel_output=True,
-    )
-    if tuple(map(int, __version__.split(".")[:2])) < (0, 19):
-        target = "megatron.bridge.models.llama.llama_provider.LlamaModelProvider"
-        return {"_target_": target, **transformer, **own}
-    inner = "megatron.bridge.models.transformer_config.TransformerConfig"
+    transformer = writer.transformer_config(config, tp, pp, vpp)
     return {
-        "_target_": "megatron.training.models.gpt.GPTModelConfig",
-        "transformer": {"_target_": inner, **transformer},
-        **own,
+        "_target_": "megatron.bridge.models.llama.llama_provider.LlamaModelProvider",
+        **{
+            field.name: _described(getattr(transformer, field.name))
+            for field in fields(transformer)
+        },
+        "vocab_size": config.vocab_size,
+        "should_pad_vocab": True,
+        "make_vocab_size_divisible_by": VOCAB_MULTIPLE,
+        "seq_length": config.max_position_embeddings,
+        "share_embeddings_and_output_weights": config.tie_embeddings,
+        "position_embedding_type": "learned_absolute" if config.rope is None else "rope",
+        "rotary_base": 10000 if config.rope is None else int(config.rope.theta),
+        "rotary_percent": 1.0,
+        "rope_scaling": False,
+        "rope_scaling_factor": 1.0,
+        "seq_len_interpolation_factor": None,
+        "parallel_output": True,
     }
 
 

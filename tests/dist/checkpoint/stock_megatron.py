@@ -46,7 +46,7 @@ def stock_run(
     """A model with random weights and its logits [T, vocab] of every prompt, as `stock_logits`."""
     with cpu_as_device():
         model = (_bridge_model if bridge else _megatron_lm_model)(settings).float().eval()
-        set_random_weights(model)
+        random_weights(model)
         with torch.inference_mode():
             logits = [
                 model(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)[0].clone()
@@ -55,7 +55,7 @@ def stock_run(
     return model, logits
 
 
-def set_random_weights(model: torch.nn.Module) -> None:
+def random_weights(model: torch.nn.Module) -> None:
     """Fill the model so that every parameter changes the logits."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

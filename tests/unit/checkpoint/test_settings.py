@@ -210,6 +210,19 @@ def test_a_config_with_a_transformer_inside_is_the_same():
     outer |= {"_target_": "megatron.training.models.gpt.GPTModelConfig", "transformer": inner}
     inner["_target_"] = "megatron.bridge.models.transformer_config.TransformerConfig"
     assert model_config_from_args(bridge_args({"model": outer}, "yaml"), "yaml") == read_bridge()
+    # What megatron-core 0.19.2's GPTModelConfig.as_dict adds, and what it leaves out.
+    outer |= dict(
+        _builder_="megatron.training.models.gpt.GPTModelBuilder",
+        extra_checkpoint_metadata=None, fp16_lm_cross_entropy=False, parallel_output=True,
+        restore_modelopt_state=False, scatter_embedding_sequence_parallel=True,
+        tp_comm_overlap_cfg=None, transformer_layer_spec=None, use_arbitrary_attention_mask=None,
+    )  # fmt: skip
+    assert model_config_from_args(bridge_args({"model": outer}, "yaml"), "yaml") == read_bridge()
+    without = {name: value for name, value in inner.items() if name != "activation_func"}
+    with pytest.raises(ConfigError, match=r"yaml: activation_func is not stated .* --config"):
+        bridge_args({"model": outer | {"transformer": without}}, "yaml")
+    with pytest.raises(ConfigError, match=r"_builder_='megatron\.x\.HybridModelBuilder'"):
+        bridge_args({"model": outer | {"_builder_": "megatron.x.HybridModelBuilder"}}, "yaml")
     inner["_target_"] = "megatron.core.transformer.transformer_config.MLATransformerConfig"
     with pytest.raises(ConfigError, match=r"_target_=.*MLATransformerConfig"):
         bridge_args({"model": outer}, "yaml")

@@ -1,7 +1,8 @@
 """The `model` section of Megatron-Bridge's run_config.yaml, as one mapping of settings.
 
 Bridge stores the fields of a provider, which is a TransformerConfig with those of GPTModel beside
-them, or (since 0.6) of a GPTModelConfig that has a TransformerConfig inside.
+them, or (since 0.6) of a GPTModelConfig that has a TransformerConfig inside, without the fields
+that are functions: which activation was trained is then unknown.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _PROVIDERS = re.compile(
     r"(GPT|(Code)?Llama(2|3|31|32)?|Mistral(Small3)?|Qwen(2|25|3)?)ModelProvider(\d\w*)?"
     r"|GPTProvider\d\w*|Llama31Nemotron(Nano8B|70B)Provider|GPTModelConfig"
 )
+_BUILDERS = ("GPTModelBuilder",)
 _INNER = ("TransformerConfig",)
 _SPECS = (
     "default_layer_spec",
@@ -46,19 +48,23 @@ def bridge_args(content: Any, where: str) -> dict[str, Any]:
             "adapter's weights; merge it into its base model with Bridge first"
         )
     fields = dict(model)
-    _check_class(fields.pop("_target_", None), _PROVIDERS.fullmatch, where)
-    fields.pop("builder", None)
+    _check_class("_target_", fields.pop("_target_", None), _PROVIDERS.fullmatch, where)
+    _check_class("_builder_", fields.pop("_builder_", None), _BUILDERS.__contains__, where)
     inner = fields.pop("transformer", None)
     if isinstance(inner, Mapping):
-        _check_class(inner.get("_target_"), _INNER.__contains__, where)
+        _check_class("_target_", inner.get("_target_"), _INNER.__contains__, where)
         fields = {name: value for name, value in inner.items() if name != "_target_"} | fields
     fields = {name: _number_of_text(value) for name, value in fields.items()}
     _check_spec(fields.pop("transformer_layer_spec", None), where)
     if fields.get("qk_l2_norm"):
         why = "Bridge does not hand it to the layers"
         raise refuse(where, "qk_l2_norm", True, why)
-    # Its presence tells the two vocabularies apart.
-    return fields | {"activation_func": fields.get("activation_func") or "gelu"}
+    if fields.get("activation_func") is None:
+        raise ConfigError(
+            f"{where}: activation_func is not stated (Bridge leaves functions out where it stores "
+            "a GPTModelConfig): pass the architecture with --config NAME|FILE"
+        )
+    return fields  # in which activation_func tells the two vocabularies apart
 
 
 def _number_of_text(value: Any) -> Any:
@@ -67,10 +73,10 @@ def _number_of_text(value: Any) -> Any:
     return float(value) if scientific else value
 
 
-def _check_class(target: Any, known: Any, where: str) -> None:
+def _check_class(field: str, target: Any, known: Any, where: str) -> None:
     module, _, name = str(target).rpartition(".")
     if target is not None and not (module.startswith("megatron.") and known(name)):
-        raise refuse(where, "_target_", target, "what this class builds is not known")
+        raise refuse(where, field, target, "what this class builds is not known")
 
 
 def _check_spec(spec: Any, where: str) -> None:
