@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from torch import Tensor
 
+from sps2_mega.checkpoint.architecture import check_ranges
+from sps2_mega.checkpoint.json_file import check_extent, read_yaml
 from sps2_mega.checkpoint.megatron.hybrid import (
     HybridPattern,
     hybrid_pattern,
@@ -24,6 +26,7 @@ from sps2_mega.checkpoint.megatron.metadata import Metadata
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
 from sps2_mega.checkpoint.megatron.settings.bridge import bridge_args
+from sps2_mega.checkpoint.megatron.settings.table import short
 from sps2_mega.checkpoint.megatron.vocabulary import config_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
@@ -72,6 +75,7 @@ def architecture_of(
     if pattern is not None:
         args = without_pattern(args, pattern)
     config = config or config_of_run(args, tokens, where)
+    check_ranges(config, where)
     if pattern is not None and pattern.num_layers != config.num_layers:
         raise ConfigError(
             f"{where}: the hybrid layer pattern makes {pattern.num_layers} layers, the given "
@@ -95,7 +99,13 @@ def args_of(state: Any, where: str | Path) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{where} must hold a dict, found {type(state).__name__}")
     args = state.get("args")
-    return dict(vars(args)) if hasattr(args, "__dict__") else {}
+    stated = dict(vars(args)) if hasattr(args, "__dict__") else {}
+    check_extent(stated, f"{where}: args")
+    # No setting is a tensor, and one could not be compared with a value.
+    return {
+        name: f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else value
+        for name, value in stated.items()
+    }
 
 
 def _stored_args(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], str, Any]:
@@ -111,7 +121,7 @@ def _stored_args(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], str,
         where = f"{folder}"
     args = args_of(state, where)
     if not args and run_config.is_file():
-        content = _read_yaml(run_config)
+        content = read_yaml(run_config)
         args = bridge_args(content, str(run_config))
         kept = content.get("checkpoint") if isinstance(content, Mapping) else None
         if isinstance(kept, Mapping) and "ckpt_format" in kept:
@@ -120,16 +130,10 @@ def _stored_args(folder: Path, metadata: Metadata) -> tuple[dict[str, Any], str,
     return args, f"{where} (args)", state.get("iteration")
 
 
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        shown = " ".join(str(error).split())
-        raise ConfigError(f"cannot read {path}: {shown}") from None
-
-
 def _check_format(args: Mapping[str, Any], layout: tuple[int, int] | None, folder: Path) -> None:
     kind = args.get("ckpt_format")
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"{folder}: ckpt_format={short(kind)} must be a text")
     if kind == "fsdp_dtensor":
         raise CheckpointError(
             f"{folder}: ckpt_format='fsdp_dtensor' is not supported: save it as torch_dist with "
