@@ -6,6 +6,7 @@ Unknown, absent or mistyped fields are errors.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from types import NoneType, UnionType
@@ -13,6 +14,17 @@ from typing import Any, Literal, get_args, get_origin
 
 from sps2_mega.config import ModelConfig, RopeConfig
 from sps2_mega.errors import ConfigError
+
+_MOST = {
+    "num_layers": 10_000,
+    "hidden_size": 2**24,
+    "ffn_hidden_size": 2**24,
+    "num_heads": 2**24,
+    "num_kv_heads": 2**24,
+    "head_dim": 2**24,
+    "vocab_size": 2**31 - 1,
+    "max_position_embeddings": 2**31 - 1,
+}
 
 _T = typing.TypeVar("_T")
 
@@ -42,6 +54,22 @@ def model_config_to_mapping(config: ModelConfig) -> dict[str, Any]:
 def check_keys(given: Mapping[str, Any], known: typing.Collection[str], where: str) -> None:
     if unknown := [str(key) for key in given if key not in known]:
         raise ConfigError(f"{where}: unknown {', '.join(unknown)} (known: {', '.join(known)})")
+
+
+def check_ranges(config: ModelConfig, where: str) -> None:
+    """Check sizes against what any real model has, so that a wrong one is found at once.
+
+    Raises:
+        ConfigError: names the field, its value and the range.
+    """
+    for name, most in _MOST.items():
+        value = getattr(config, name)
+        if not 1 <= value <= most:
+            raise ConfigError(f"{where}: {name}={value} must be from 1 to {most}")
+    if not 0 <= config.norm_eps < 1:
+        raise ConfigError(f"{where}: norm_eps={config.norm_eps} must be >= 0 and below 1")
+    if config.rope is not None and not 1 < config.rope.theta < math.inf:
+        raise ConfigError(f"{where}: rope: theta={config.rope.theta} must be above 1 and finite")
 
 
 def _build(cls: type[_T], given: Mapping[str, Any], where: str) -> _T:

@@ -11,30 +11,21 @@ source: where the weights are published
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sps2_mega.bundled import bundled_folders
-from sps2_mega.checkpoint.architecture import check_keys, model_config_from_mapping
-from sps2_mega.checkpoint.json_file import read_text
+from sps2_mega.checkpoint.architecture import (
+    check_keys,
+    check_ranges,
+    model_config_from_mapping,
+)
+from sps2_mega.checkpoint.json_file import read_yaml
 from sps2_mega.config import CSAConfig, ModelConfig
 from sps2_mega.errors import ConfigError
 
-_MOST = {
-    "num_layers": 10_000,
-    "hidden_size": 2**24,
-    "ffn_hidden_size": 2**24,
-    "num_heads": 2**24,
-    "num_kv_heads": 2**24,
-    "head_dim": 2**24,
-    "vocab_size": 2**31 - 1,
-    "max_position_embeddings": 2**31 - 1,
-}
 _KEYS = ("architecture", "weights", "tokenizer", "suggested", "csa", "source")
 
 
@@ -58,15 +49,7 @@ def read_model_file(path: Path) -> ModelFile:
     Raises:
         ConfigError: not readable YAML, or an unknown, absent or mistyped key.
     """
-    try:
-        content = yaml.safe_load(read_text(path))
-    except ConfigError:
-        raise
-    except RecursionError:
-        raise ConfigError(f"cannot read {path}: it is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        # PyYAML spreads its messages over several lines.
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     content = _mapping(content, str(path))
     check_keys(content, _KEYS, str(path))
     if absent := [key for key in ("architecture", "source") if key not in content]:
@@ -75,7 +58,7 @@ def read_model_file(path: Path) -> ModelFile:
     check_keys(suggested, ("tp", "sp"), f"{path}: suggested")
     architecture = _mapping(content["architecture"], f"{path}: architecture")
     config = model_config_from_mapping(architecture, f"{path}: architecture")
-    _check_ranges(config, f"{path}: architecture")
+    check_ranges(config, f"{path}: architecture")
     return ModelFile(
         name=path.stem,
         config=config,
@@ -108,17 +91,6 @@ def named_model_file(name: str) -> ModelFile:
         known = ", ".join(sorted(files)) or "none found"
         raise ConfigError(f"{name!r} is not a name in model_configs/ ({known})")
     return read_model_file(files[name])
-
-
-def _check_ranges(config: ModelConfig, where: str) -> None:
-    for name, most in _MOST.items():
-        value = getattr(config, name)
-        if not 1 <= value <= most:
-            raise ConfigError(f"{where}: {name}={value} must be from 1 to {most}")
-    if not 0 <= config.norm_eps < 1:
-        raise ConfigError(f"{where}: norm_eps={config.norm_eps} must be >= 0 and below 1")
-    if config.rope is not None and not 1 < config.rope.theta < math.inf:
-        raise ConfigError(f"{where}: rope: theta={config.rope.theta} must be above 1 and finite")
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

@@ -129,7 +129,8 @@ def iteration_folder(folder: Path) -> Path:
 
 
 def _step_of_megatron(tracker: Path) -> str:
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    with tracker.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(100).strip()
     if text != "release" and not (text.isascii() and text.isdecimal()):
         raise CheckpointError(f"{tracker} must hold a number or 'release', found {text[:40]!r}")
     return "release" if text == "release" else f"iter_{int(text[:19]):07d}"
@@ -138,9 +139,9 @@ def _step_of_megatron(tracker: Path) -> str:
 def _step_of_bridge(tracker: Path) -> str:
     state = load_torch_file(tracker)
     step = state.get("step") if isinstance(state, dict) else None
-    if isinstance(step, Tensor) and step.numel() == 1:
+    if isinstance(step, Tensor) and step.numel() == 1 and step.device.type == "cpu":
         step = step.item()
-    if not isinstance(step, int) or step < 0:
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
         raise CheckpointError(f"{tracker} must hold a `step`, found {str(step)[:40]}")
     return f"iter_{step:07d}"
 

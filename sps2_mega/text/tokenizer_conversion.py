@@ -176,7 +176,8 @@ def _check_packages(folder: Path) -> None:
     if any(not _is_installed(module) for module in modules):
         raise ConfigError(
             f"{path} is converted by transformers, which needs packages that are not installed: "
-            f"pip install {packages}, or pass a folder with tokenizer.json by --tokenizer"
+            f"pip install {packages}, or sps2_mega[tokenizers], or pass a folder with "
+            "tokenizer.json by --tokenizer"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor
 
 from sps2_mega.checkpoint.canonical import OUTPUT_LAYER, WORD_EMBEDDINGS, Shape, split_layer
+from sps2_mega.checkpoint.megatron.metadata import STORED_DTYPES
 from sps2_mega.checkpoint.megatron.names import canonical_name
 from sps2_mega.checkpoint.megatron.run import architecture_of, args_of, iteration_of
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
+from sps2_mega.checkpoint.megatron.settings.table import short
 from sps2_mega.checkpoint.sharding import shard_dim
 from sps2_mega.checkpoint.weight_source import WeightSource
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
 
+_LONGEST_NAME = 500
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _OLDEST = 3.0  # older versions order query, key and value rows differently
@@ -41,6 +45,9 @@ class LegacySource(WeightSource):
         self.path = folder
         grid = _rank_files(folder)
         states = [[load_torch_file(path, mmap=True) for path in stage] for stage in grid]
+        for path, state in zip(chain(*grid), chain(*states), strict=True):
+            if not isinstance(state, Mapping):
+                raise CheckpointError(f"{path} must hold a dict, found {type(state).__name__}")
         args = args_of(states[0][0], grid[0][0])
         _check_version(states[0][0], grid[0][0])
         _check_kind(states[0][0], grid[0][0])
@@ -98,12 +105,11 @@ class LegacySource(WeightSource):
                 canonical = canonical_name(name)
                 if canonical is None or not isinstance(chunk[0][name], Tensor):
                     continue
+                _check_values(name, chunk, self.path)
                 index, part = split_layer(canonical)
                 if index is not None:
                     layers = max(layers, index + 1)
                     canonical = f"decoder.layers.{first_layer + index}.{part}"
-                if absent := [tp for tp, model in enumerate(chunk) if name not in model]:
-                    raise CheckpointError(f"{self.path}: {name} is absent at TP ranks {absent}")
                 # The last of several stages keeps a copy of tied embeddings as its output layer.
                 if not (canonical == OUTPUT_LAYER and self.config.tie_embeddings):
                     shards.setdefault(canonical, [model[name] for model in chunk])
@@ -142,7 +148,8 @@ def _rank_files(folder: Path) -> list[list[Path]]:
         if path is None or not path.is_file()
     ]
     if absent:
-        raise CheckpointError(f"{folder}: absent: {', '.join(absent)}")
+        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+        raise CheckpointError(f"{folder}: absent: {', '.join(absent[:8])}{more}")
     return [[path for path in stage if path is not None] for stage in wanted]
 
 
@@ -158,14 +165,37 @@ def _chunks(states: list[list[dict[str, Any]]], folder: Path) -> Iterator[list[M
         for pp, stage in enumerate(states):
             if absent := [tp for tp, state in enumerate(stage) if key not in state]:
                 raise CheckpointError(f"{folder}: no {key} at stage {pp}, TP ranks {absent}")
-            yield [state[key] for state in stage]
+            chunk = [state[key] for state in stage]
+            for tp, model in enumerate(chunk):
+                if not isinstance(model, Mapping) or not all(_is_name(name) for name in model):
+                    raise CheckpointError(
+                        f"{folder}: {key} of stage {pp}, TP rank {tp}, must map names of weights "
+                        f"to tensors, found {type(model).__name__}"
+                    )
+            yield chunk
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME
+
+
+def _check_values(name: str, chunk: list[Mapping[str, Any]], folder: Path) -> None:
+    """Check that a weight is there on every TP rank, as ordinary values of one type."""
+    if absent := [tp for tp, model in enumerate(chunk) if name not in model]:
+        raise CheckpointError(f"{folder}: {name} is absent at TP ranks {absent}")
+    for value in (model[name] for model in chunk):
+        kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+        ordinary = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        if not ordinary or kind not in STORED_DTYPES or value.dtype != chunk[0][name].dtype:
+            known = ", ".join(STORED_DTYPES)
+            raise CheckpointError(f"{folder}: {name} is stored as {kind} (needs one of {known})")
 
 
 def _check_version(state: Mapping[str, Any], path: Path) -> None:
     version = state.get("checkpoint_version", 0)
-    if version < _OLDEST:
+    if not isinstance(version, (int, float)) or not version >= _OLDEST:
         raise CheckpointError(
-            f"{path}: checkpoint_version {version} is too old (needs >= {_OLDEST})"
+            f"{path}: checkpoint_version {short(version)} is not supported (needs >= {_OLDEST})"
         )
 
 

@@ -7,6 +7,7 @@ the place of its bytes in a `.distcp` file; for every other object, the place of
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from sps2_mega.checkpoint.megatron.names import canonical_name
 from sps2_mega.checkpoint.megatron.safe_pickle import Record, load_torch_bytes, read_records
 from sps2_mega.errors import CheckpointError
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_MOST_LAYERS = 10_000
+_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,13 @@ class Place:
         """
         try:
             with self.file.open("rb") as file:
+                short = self.start + self.length - os.fstat(file.fileno()).st_size
+                if short > 0:
+                    raise CheckpointError(f"{where}: the file ends {short} bytes too early")
                 file.seek(self.start)
-                data = file.read(self.length)
+                return file.read(self.length)
         except OSError as error:
             raise CheckpointError(f"{where}: {error}") from None
-        if len(data) != self.length:
-            short = self.length - len(data)
-            raise CheckpointError(f"{where}: the file ends {short} bytes too early")
-        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +100,20 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         pieces: dict[tuple[str, Shape], Any] = {}
         objects: dict[str, Place] = {}
+        files = _Files(folder)
         for index, info in metadata.storage_data.items():
             if getattr(index, "offset", None) is not None:
                 pieces[index.fqn, tuple(index.offset)] = info
             elif _is_state(index.fqn):
-                objects[index.fqn] = _place(folder, index.fqn, info)
+                objects[index.fqn] = _place(files, index.fqn, info)
         tensors = tuple(
             _join_gate_and_up(
-                _stored_tensor(name, record, pieces, folder)
+                _stored_tensor(name, record, pieces, files)
                 for name, record in metadata.state_dict_metadata.items()
                 if hasattr(record, "chunks") and canonical_name(name) is not None
             )
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path}: not the metadata of a checkpoint: {error}") from None
     return Metadata(folder, tensors, objects)
 
@@ -121,24 +124,37 @@ def _is_state(name: Any) -> bool:
 
 
 def _stored_tensor(
-    name: str, record: Record, storage: dict[tuple[str, Shape], Any], folder: Path
+    name: str, record: Record, storage: dict[tuple[str, Shape], Any], files: _Files
 ) -> StoredTensor:
+    folder = files.folder
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a name of {len(name)} characters")
     dtype = str(record.properties.state[0])
-    if dtype not in _DTYPES:
+    if dtype not in STORED_DTYPES:
         raise CheckpointError(
             f"{folder}: {name} is stored as {dtype}, which is not supported "
-            f"(known: {', '.join(_DTYPES)})"
+            f"(known: {', '.join(STORED_DTYPES)})"
         )
     pieces = []
     for chunk in record.chunks:
-        info = storage.get((name, tuple(chunk.offsets)))
+        offsets = _ints(chunk.offsets, name)
+        info = storage.get((name, offsets))
         if info is None:
-            raise CheckpointError(f"{folder}: {name} has no stored piece at {tuple(chunk.offsets)}")
-        place = _place(folder, name, info)
-        pieces.append(Piece(tuple(chunk.offsets), tuple(chunk.sizes), place))
-    stored = StoredTensor(name, tuple(record.size), dtype, tuple(pieces))
+            raise CheckpointError(f"{folder}: {name} has no stored piece at {offsets}")
+        pieces.append(Piece(offsets, _ints(chunk.sizes, name), _place(files, name, info)))
+    stored = StoredTensor(name, _ints(record.size, name), dtype, tuple(pieces))
     _check_boxes(stored, folder)
+    if stored.size and stored.size[0] > _MOST_LAYERS and name.partition("layers.")[2][:1].isalpha():
+        raise CheckpointError(
+            f"{folder}: {name} {list(stored.size)} has more than {_MOST_LAYERS} layers"
+        )
     return stored
+
+
+def _ints(values: Any, name: str) -> Shape:
+    if not all(isinstance(value, int) for value in values):
+        raise TypeError(f"{name}: {tuple(values)} are not integers")
+    return tuple(values)
 
 
 def _check_boxes(stored: StoredTensor, folder: Path) -> None:
@@ -155,15 +171,37 @@ def _check_boxes(stored: StoredTensor, folder: Path) -> None:
             )
 
 
-def _place(folder: Path, name: str, info: Any) -> Place:
+class _Files(dict[str, Path]):
+    """Files of a folder by their stored names, each checked once."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        file = self.folder / name
+        try:
+            inside = "\0" not in name and file.resolve().parent == self.folder.resolve()
+            regular = not inside or file.is_file() or not file.exists()
+        except (OSError, RuntimeError) as error:  # links that lead to themselves
+            raise CheckpointError(f"{file}: {error}") from None
+        if not inside:
+            raise CheckpointError(f"{self.folder}: a piece is in {name!r}, outside the folder")
+        if not regular:
+            raise CheckpointError(f"{file} is not a regular file")
+        self[name] = file
+        return file
+
+
+def _place(files: _Files, name: str, info: Any) -> Place:
     if getattr(info, "transform_descriptors", None):
-        raise CheckpointError(f"{folder}: {name} is stored compressed, which is not supported")
-    file = folder / info.relative_path
-    if file.resolve().parent != folder.resolve():
-        raise CheckpointError(f"{folder}: {name} is in {info.relative_path}, outside the folder")
-    if not all(isinstance(n, int) and n >= 0 for n in (info.offset, info.length)):
-        raise TypeError(f"{name} has its bytes at {info.offset!r}, {info.length!r} of them")
-    return Place(file, info.offset, info.length)
+        raise CheckpointError(
+            f"{files.folder}: {name} is stored compressed, which is not supported"
+        )
+    start, length = _ints((info.offset, info.length), name)
+    if start < 0 or length < 0:
+        raise ValueError(f"{name}: {length} bytes at {start}")
+    return Place(files[info.relative_path], start, length)
 
 
 def _join_gate_and_up(stored: Iterable[StoredTensor]) -> Iterator[StoredTensor]:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from torch import Tensor
 
+from sps2_mega.checkpoint.architecture import check_ranges
+from sps2_mega.checkpoint.json_file import check_extent, read_yaml
 from sps2_mega.checkpoint.megatron.metadata import Metadata
 from sps2_mega.checkpoint.megatron.safe_pickle import load_torch_file
 from sps2_mega.checkpoint.megatron.settings.arguments import saved_layout
@@ -24,6 +26,7 @@ from sps2_mega.checkpoint.megatron.settings.hybrid import (
     hybrid_pattern,
     without_pattern,
 )
+from sps2_mega.checkpoint.megatron.settings.table import short
 from sps2_mega.checkpoint.megatron.vocabulary import config_of_run, end_tokens_of_run
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import CheckpointError, ConfigError
@@ -73,6 +76,7 @@ def architecture_of(
         config = config_of_run(args, tokens, where)
     elif not config.eos_token_ids:
         config = replace(config, eos_token_ids=end_tokens_of_run(args, where))
+    check_ranges(config, where)
     if pattern is not None and pattern.num_layers != config.num_layers:
         raise ConfigError(
             f"{where}: the hybrid layer pattern makes {pattern.num_layers} layers, the given "
@@ -105,7 +109,13 @@ def args_of(state: Any, where: str | Path) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{where} must hold a dict, found {type(state).__name__}")
     args = state.get("args")
-    return dict(vars(args)) if hasattr(args, "__dict__") else {}
+    stated = dict(vars(args)) if hasattr(args, "__dict__") else {}
+    check_extent(stated, f"{where}: args")
+    # No setting is a tensor, and one could not be compared with a value.
+    return {
+        name: f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else value
+        for name, value in stated.items()
+    }
 
 
 def stored_args(
@@ -130,7 +140,7 @@ def stored_args(
         where = f"{folder}"
     args = args_of(state, where)
     if not args and run_config.is_file():
-        content = _read_yaml(run_config)
+        content = read_yaml(run_config)
         try:
             args = bridge_args(content, str(run_config))
         except ConfigError:
@@ -143,16 +153,10 @@ def stored_args(
     return args, f"{where} (args)", state.get("iteration")
 
 
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        shown = " ".join(str(error).split())
-        raise ConfigError(f"cannot read {path}: {shown}") from None
-
-
 def _check_format(args: Mapping[str, Any], layout: tuple[int, int] | None, folder: Path) -> None:
     kind = args.get("ckpt_format")
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"{folder}: ckpt_format={short(kind)} must be a text")
     if kind == "fsdp_dtensor":
         raise CheckpointError(
             f"{folder}: ckpt_format='fsdp_dtensor' is not supported: save it as torch_dist with "

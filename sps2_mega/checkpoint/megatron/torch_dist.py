@@ -10,6 +10,7 @@ Optimizer state, random states and `_extra_state` are never touched.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +95,8 @@ class TorchDistSource(WeightSource):
 
 def _check_backend(folder: Path) -> None:
     path = folder / "metadata.json"
-    backend = read_json(path).get("sharded_backend", _BACKEND) if path.is_file() else _BACKEND
+    stated = read_json(path) if os.path.lexists(path) else {}
+    backend = stated.get("sharded_backend", _BACKEND)
     if backend != _BACKEND:
         raise CheckpointError(
             f"{path}: sharded_backend={backend!r} is not supported (needs {_BACKEND})"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sps2_mega.checkpoint.megatron.settings.arguments import OWN_CONFIG, model_config_from_args
+from sps2_mega.checkpoint.megatron.settings.table import short
 from sps2_mega.config import ModelConfig
 from sps2_mega.errors import ConfigError
 from sps2_mega.text.tokenizer import Tokenizer
@@ -58,6 +59,8 @@ def vocabulary_of_run(args: Mapping[str, Any], tokens: Path | None, where: str) 
         ConfigError: neither arguments nor `tokens` say how many there are, or they contradict.
     """
     kind, stated = args.get("tokenizer_type"), args.get("vocab_size")
+    if kind is not None and not isinstance(kind, str):
+        raise ConfigError(f"{where}: tokenizer_type={short(kind)} must be a text")
     if stated is not None and (type(stated) is not int or stated < 1):
         raise ConfigError(f"{where}: vocab_size must be an integer >= 1, found {stated!r}")
     if kind in _NULL_TOKENIZERS and stated is not None:

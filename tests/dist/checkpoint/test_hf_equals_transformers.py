@@ -62,6 +62,7 @@ def our_logits(folders: dict[str, Path]) -> dict[str, torch.Tensor]:
 
 def outcomes(folders: list[Drawn], root: Path) -> dict[int, tuple[str, Any]]:
     """Number of a folder -> what becomes of it, and details."""
+    pytest.importorskip("transformers")
     found: dict[int, tuple[str, Any]] = {}
     expected: dict[str, torch.Tensor] = {}
     for number, drawn in enumerate(folders):

@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizer_samples as samples
 import tokenizers
+from packaging import version
 
 from sps2_mega.errors import ConfigError
 from sps2_mega.text.tokenizer import Tokenizer
@@ -102,6 +104,10 @@ def _token(rng: random.Random, pool: list[str], *, typed: bool = True) -> Any:
     return {"content": text, **_flags(rng)} | ({"__type": "AddedToken"} if typed else {})
 
 
+def _before_5_23() -> bool:
+    return version.parse(metadata.version("transformers")) < version.parse("5.23")
+
+
 def _random_folder(rng: random.Random, folder: Path, backend: tokenizers.Tokenizer) -> None:
     """Files that name tokens in every way, some twice and with other flags."""
     pool = ["<|im_start|>", "<|im_end|>", "<pad>", " é", "Ġx", "<s>", "</s>", "the", "<IMG>"]
@@ -127,6 +133,8 @@ def _random_folder(rng: random.Random, folder: Path, backend: tokenizers.Tokeniz
     ]
     if rng.random() < 0.4:
         config["extra_special_tokens"] = rng.choice(extra)
+        if _before_5_23():  # where the other field does not count beside it
+            config.pop("additional_special_tokens", None)
     for name in ("split_special_tokens", "add_bos_token", "add_eos_token", "add_prefix_space"):
         if rng.random() < 0.2:
             config[name] = rng.random() < 0.5
@@ -395,6 +403,8 @@ def test_where_auto_tokenizer_rebuilds_the_rules(
     samples.save(base(), tmp_path, tokenizer_class=name)
     if family is not None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    if _before_5_23() and (base, name) == (samples.byte_bpe, "LlamaTokenizer"):
+        expected = "LlamaTokenizer"
     ours = Tokenizer.load(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]

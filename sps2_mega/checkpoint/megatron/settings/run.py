@@ -110,3 +110,31 @@ ONLY_BRIDGE = frozenset(
     ]
 )
 """Names that Bridge has and Megatron-LM has not."""
+
+SWITCHES = frozenset(
+    [
+        "group_query_attention",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "qk_layernorm",
+        "qk_l2_norm",
+        "untie_embeddings_and_output_weights",
+        "share_embeddings_and_output_weights",
+        "swiglu",
+        "squared_relu",
+        "quick_geglu",
+        "openai_gelu",
+        "gated_linear_unit",
+        "bias_gelu_fusion",
+        "bias_activation_fusion",
+        "bias_swiglu_fusion",
+        "use_rotary_position_embeddings",
+        "rotary_interleaved",
+        "use_rope_scaling",
+        "rope_scaling",
+        "yarn_correction_range_round_to_int",
+        "bf16",
+        "fp16",
+    ]
+)
+"""Settings that are true or false; a text would be true whatever it says."""

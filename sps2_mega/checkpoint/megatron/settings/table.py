@@ -20,7 +20,7 @@ from sps2_mega.checkpoint.megatron.settings.defaults import DEFAULTS
 from sps2_mega.checkpoint.megatron.settings.harmless_model import MODEL, UNDER_REFUSED_SWITCHES
 from sps2_mega.checkpoint.megatron.settings.harmless_training import TRAINING
 from sps2_mega.checkpoint.megatron.settings.refused import REFUSED
-from sps2_mega.checkpoint.megatron.settings.run import ONLY_ARGUMENTS, ONLY_BRIDGE, RUN
+from sps2_mega.checkpoint.megatron.settings.run import ONLY_ARGUMENTS, ONLY_BRIDGE, RUN, SWITCHES
 from sps2_mega.errors import ConfigError
 
 Kind = Literal["run", "harmless", "refused"]
@@ -66,6 +66,8 @@ def check_settings(args: Mapping[str, Any], where: str) -> None:
             raise ConfigError(
                 f"{where}: {name}={short(value)} is not supported: {writer} has no such setting"
             )
+        if name in SWITCHES and value not in (None, False, True):
+            raise ConfigError(f"{where}: {name}={short(value)} must be true or false")
         if setting is None:
             if not is_empty(value):
                 raise ConfigError(
