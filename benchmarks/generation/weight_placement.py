@@ -1,6 +1,6 @@
 """Decode with rows that stay with their owner, and with weights that SP ranks share, side by side.
 
-    python benchmarks/weight_placement.py [--before CHECKOUT] [--save]
+    python benchmarks/generation/weight_placement.py [--before CHECKOUT] [--save]
 
 The model is `wide` (hidden size 2048: a decode step reads 0.7 GB of weights), float32, random
 weights, two ranks over loopback, one thread each. Contestants take turns and swap their order from
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import machine
 from benchmarks.emulated.systems import SHAPES
 from benchmarks.generation.checkout import ChildFailed, commit_of, run_models
