@@ -7,15 +7,19 @@ packed form replaces the weight: nothing is held twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # oneDNN chooses blocks for a number of rows. Those for 16 were as fast as any, or faster, from 1 to
 # 2048 rows.
 _ROWS = 16
+# Fewer rows take longer than four do: oneDNN's kernels for packed weights work on several at once.
+_FEWEST_ROWS = 4
 
 
 class PackedWeight:
@@ -32,12 +36,16 @@ class PackedWeight:
 
         `weight` is ignored: it is the layer's parameter, which keeps no values.
         """
-        if not input.numel():
-            return input.new_empty(*input.shape[:-1], self._outputs)
+        rows = input.reshape(-1, input.shape[-1])
+        shape = (*input.shape[:-1], self._outputs)
+        if not len(rows):
+            return input.new_empty(shape)
+        if len(rows) < _FEWEST_ROWS:
+            rows = F.pad(rows, (0, 0, 0, _FEWEST_ROWS - len(rows)))
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input.contiguous(), self._packed, bias, "none", [], ""
+            rows.contiguous(), self._packed, bias, "none", [], ""
         )
-        return product
+        return product[: math.prod(shape[:-1])].view(shape)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
