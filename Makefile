@@ -73,6 +73,9 @@ test-megatron: $(MEGATRON)/.installed ## equality tests with megatron-core VERSI
 checkpoint-table: setup ## docs/checkpoints.md's table, from folders that releases of megatron-core write
 	PATH="$(BIN):$$PATH" $(BIN)/python tests/checkpoint_table $(ARGS)
 
+test-exhaustive: setup ## long forms of tests with drawn settings and folders (two minutes)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m exhaustive tests/dist/checkpoint $(ARGS)
+
 test-gpu: setup ## tests that need CUDA devices
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu $(ARGS)
 

@@ -38,6 +38,7 @@ MARKERS = {
     "gpu": "needs a CUDA device",
     "netns": "builds network namespaces: needs root and iproute2 (ip, tc)",
     "slow": "takes more than about 20 s",
+    "exhaustive": "hundreds of drawn cases, of which the suite has a short form; asked for by name",
 }
 
 
@@ -62,7 +63,11 @@ LONG_FILES = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "exhaustive" not in config.getoption("-m"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: start_order(item.path))
     reasons = {"gpu": missing_gpu, "netns": missing_netns}
     for marker, missing in reasons.items():

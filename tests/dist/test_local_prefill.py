@@ -60,7 +60,9 @@ def bytes_on_rank(rank, port, options, prompt_lens, sp):
 
     os.environ["MASTER_PORT"] = str(port)
     scheduler = SchedulerConfig(sp_threshold=100)
-    config = EngineConfig(parallel=ParallelConfig(sp=sp), scheduler=scheduler, **options)
+    # Attention alone is asked about: few rows may share the reading of weights, which sends them.
+    parallel = ParallelConfig(sp=sp, weights="owner")
+    config = EngineConfig(parallel=parallel, scheduler=scheduler, **options)
     started = start_rank(config, from_environment(), show_progress=False)
     traffic = started.groups.sp.traffic
     if rank > 0:

@@ -236,14 +236,14 @@ def test_some_random_folders_are_equal_or_refused(tmp_path: Path) -> None:
     assert counts["equal"] >= 8 and counts["refused"] >= 8
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_three_hundred_random_folders_are_equal_or_refused(tmp_path: Path) -> None:
     counts = check(outcomes([draw(seed) for seed in range(1000, 1300)], tmp_path))
     print(f"\n{dict(counts)}")
     assert counts["equal"] >= 80
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_value_of_every_field_alone(tmp_path: Path) -> None:
     counts = check(outcomes(every_change(), tmp_path))
     print(f"\n{dict(counts)}")

@@ -211,7 +211,7 @@ def test_settings_are_the_same_on_four_ranks(tmp_path: Path, rope: RopeConfig):
     assert_logits(expected, folders, tokens, tp=2, sp=2, tolerance=TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_thousand_random_settings_are_equal_or_refused():
     """Settings that Megatron itself refuses, or cannot run on a CPU, are drawn again."""
     counts: collections.Counter[str] = collections.Counter()
@@ -222,7 +222,7 @@ def test_a_thousand_random_settings_are_equal_or_refused():
     print(f"\n{seed} drawn: {dict(counts)}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_setting_that_is_run_has_its_effect():
     results = run_alone(sweep_on_rank, timeout=600)
     assert not [result for result in results if result[1] in ("different", "misnamed")]
