@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from histories.test_damaged_folders import CONTENTS, INF, LIMIT_S, NAN, in_time, load
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from unit.checkpoint.checkpoints import LLAMA, MemorySource, write_megatron
-from unit.checkpoint.test_damaged_folders import CONTENTS, INF, LIMIT_S, NAN, in_time, load
 
 from sps2_mega.errors import CheckpointError, ConfigError
 
