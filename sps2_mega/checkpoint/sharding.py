@@ -13,6 +13,7 @@ group g has KV head g * num_kv_heads // tp.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,15 @@ class RankPart:
     ranges: tuple[range, ...]
     padding: int = 0
 
+    def windows(self, target: Tensor) -> Iterator[tuple[Tensor, range]]:
+        """Windows of the rank's tensor with the range that each is to be filled with; the rows of
+        padding are set to zero."""
+        done = 0
+        for wanted in self.ranges:
+            yield target.narrow(self.dim, done, len(wanted)), wanted
+            done += len(wanted)
+        target.narrow(self.dim, done, self.padding).zero_()
+
 
 def shard(name: str, tensor: Tensor, config: ModelConfig, *, tp_rank: int, tp: int) -> Tensor:
     """Slice of canonical `tensor` that TP rank `tp_rank` holds; a view if possible."""
@@ -115,12 +125,8 @@ def copy_part(target: Tensor, tensor: Tensor, part: RankPart | None) -> None:
     if part is None:
         target.copy_(tensor)
         return
-    done = 0
-    for piece in part.ranges:
-        cut = tensor.narrow(part.dim, piece.start, len(piece))
-        target.narrow(part.dim, done, len(piece)).copy_(cut)
-        done += len(piece)
-    target.narrow(part.dim, done, part.padding).zero_()
+    for window, piece in part.windows(target):
+        window.copy_(tensor.narrow(part.dim, piece.start, len(piece)))
 
 
 def rank_part(name: str, config: ModelConfig, *, tp_rank: int, tp: int) -> RankPart | None:

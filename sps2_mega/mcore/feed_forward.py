@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sps2_mega.comm.collectives import all_gather_rows, reduce_scatter_rows
-from sps2_mega.mcore.packed_weights import PackedWeight
+from sps2_mega.mcore.packed_weights import PackedWeight, drop_values
 from sps2_mega.parallel.groups import ParallelGroups
 
 Product = Callable[[Tensor], Tensor]
@@ -68,9 +68,8 @@ def feed_forward_class() -> type:
             self._slices = [
                 _slice(self, share(inner, rank, ranks), pack=True) for rank in range(ranks)
             ]
-            for linear in (self.linear_fc1, self.linear_fc2):
-                empty = torch.empty_like(linear.weight, device="meta")
-                linear.weight = torch.nn.Parameter(empty, requires_grad=False)
+            drop_values(self.linear_fc1)
+            drop_values(self.linear_fc2)
 
         def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Any]:
             """(output [T, 1, C], bias of the second product, which the caller adds)."""

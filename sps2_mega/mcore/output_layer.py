@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sps2_mega.comm.collectives import all_gather_rows, all_to_all_flat
 from sps2_mega.mcore.feed_forward import share
-from sps2_mega.mcore.packed_weights import PackedWeight
+from sps2_mega.mcore.packed_weights import PackedWeight, drop_values
 from sps2_mega.parallel.groups import Group
 
 
@@ -37,8 +37,7 @@ class OutputLayer:
         self._packed = [
             PackedWeight(weight[part.start : part.stop]) for part in self._slices(len(weight))
         ]
-        empty = torch.empty_like(weight, device="meta")
-        self._linear.weight = nn.Parameter(empty, requires_grad=False)
+        drop_values(self._linear)
 
     def whole(self, hidden_TC: Tensor) -> Tensor:
         """Logits [T, V]; nothing is sent."""

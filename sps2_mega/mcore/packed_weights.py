@@ -69,7 +69,13 @@ def pack_weights(decoder: nn.Module) -> None:
             continue
         # The method that multiplies, of both of Megatron's linear layers.
         linear._forward_impl = PackedWeight(weight.detach())
-        linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        drop_values(linear)
+
+
+def drop_values(linear: Any) -> None:
+    """Leave name and shape of a layer's weight, which is packed now, and free its values."""
+    empty = torch.empty_like(linear.weight, device="meta")
+    linear.weight = nn.Parameter(empty, requires_grad=False)
 
 
 def _linear_layers(decoder: nn.Module) -> Iterator[Any]:

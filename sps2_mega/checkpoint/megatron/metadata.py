@@ -6,7 +6,6 @@ the place of its bytes in a `.distcp` file; for every other object, the place of
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -232,7 +231,3 @@ def _join_gate_and_up(stored: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
 def _moved(piece: Piece, axis: int, rows: int) -> Shape:
     offsets = piece.offsets
     return (*offsets[:axis], offsets[axis] + rows, *offsets[axis + 1 :])
-
-
-def num_values(piece: Piece) -> int:
-    return math.prod(piece.sizes)

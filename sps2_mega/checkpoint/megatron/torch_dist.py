@@ -79,12 +79,9 @@ class TorchDistSource(WeightSource):
         if part is None:
             _fill(target, place, box)
             return
-        done = 0
-        for wanted in part.ranges:
+        for window, wanted in part.windows(target):
             box[part.dim] = wanted
-            _fill(target.narrow(part.dim, done, len(wanted)), place, box)
-            done += len(wanted)
-        target.narrow(part.dim, done, part.padding).zero_()
+            _fill(window, place, box)
 
     def origin(self, name: str) -> str:
         place = self._places.get(name)
